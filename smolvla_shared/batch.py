@@ -1,0 +1,58 @@
+"""Batch: the one contract between data and model.
+
+Shape legend, used in every comment of this package:
+    B batch          N cameras       H, W image height and width
+    L text tokens    P prefix tokens (N cameras' image tokens, then L, then 1 for the state)
+    S latent slots   D latent width  (a latent action is S vectors of D; its public, flattened shape is [B, S*D])
+    T action chunk   A action dims   K flow draws, (noise, time) pairs trained on one prefix pass
+"""
+
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class FlowTarget:
+    """What one head learns to generate: tokens of `value`, and the noise and times to learn them at.
+
+    Latent and action targets differ only in their sizes: [S, D] or [T, A].
+    """
+
+    value: Tensor  # [B, T, A] float32, normalised, zero-padded to the head's width
+    mask: Tensor  # [B, T] bool: the tokens that count in the loss
+    noise: Tensor  # [B, K, T, A] float32
+    time: Tensor  # [B, K] float32 in (0, 1]; 1 is noise, 0 is data
+
+
+@dataclass
+class Batch:
+    """A model-ready batch: images and numbers are already preprocessed (preprocess.py)."""
+
+    images: Tensor  # [B, N, 3, H, W] float32 in [-1, 1], squares
+    image_mask: Tensor  # [B, N] bool: False hides a missing camera's tokens
+    text: Tensor  # [B, L] int64 token ids, padded on the right
+    text_mask: Tensor  # [B, L] bool
+    state: Tensor  # [B, max_state_dim] float32, normalised, zero-padded
+    state_mask: Tensor  # [B] bool: False where a dataset has no state
+    targets: dict[str, FlowTarget]  # by head name, config.LATENT and config.ACTION; empty at inference
+
+    @property
+    def masks(self) -> dict[str, Tensor]:
+        """Which tokens of each target count, [B, T]."""
+        return {name: target.mask for name, target in self.targets.items()}
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+
+def to_device(batch, device: torch.device):
+    """A copy of a dataclass of tensors (nested, or in dictionaries) on `device`."""
+    if isinstance(batch, Tensor):
+        return batch.to(device, non_blocking=True)
+    if isinstance(batch, dict):
+        return {key: to_device(value, device) for key, value in batch.items()}
+    if hasattr(batch, "__dataclass_fields__"):
+        return replace(batch, **{f.name: to_device(getattr(batch, f.name), device) for f in fields(batch)})
+    return batch

@@ -1,0 +1,172 @@
+"""Configuration: frozen dataclasses, from the command line (tyro turns the comments into --help) to the manifest.
+
+`CoreConfig` is the one description of a model: `SmolVLASharedCore(CoreConfig(**fields))` rebuilds it, without a hub,
+from an artifact's manifest or a policy's config.json. The other classes are the option groups of the scripts.
+"""
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+LATENT, ACTION = "latent", "action"  # the names of the two flow-matching targets, wherever they are dictionary keys
+
+
+@dataclass(frozen=True)
+class CoreConfig:
+    """Everything that determines the shape and the numbers of a `SmolVLASharedCore`."""
+
+    # Hub id, local directory or preset the trunk's architecture, weights and tokenizer came from.
+    model_name: str
+    # Hub revision of it; None for a local directory or a preset.
+    model_revision: str | None
+    # The trunk's full transformers configuration (SmolVLMConfig.to_dict()), so that a rebuild asks no hub.
+    vlm: dict[str, Any]
+    # Camera keys in the order in which their tokens enter the prefix.
+    cameras: tuple[str, ...]
+    # Side of the square that every image is padded to, pixels.
+    image_size: int
+    # Text layers of the trunk that are kept, counted from the first.
+    num_trunk_layers: int = 16
+    # dtype of the trunk's stored weights; heads and flow matching are float32 in any case.
+    torch_dtype: Literal["float32", "bfloat16"] = "float32"
+    # Text is padded to the longest of the batch and truncated here, tokens.
+    max_text_tokens: int = 48
+    # Real dimensions of the proprioceptive state (0: there is none) and what they are zero-padded to.
+    state_dim: int = 0
+    max_state_dim: int = 32
+    # Flattened width S * D of a latent action, and its number of tokens S; 0: no latent head.
+    latent_vector_dim: int = 0
+    code_seq_len: int = 0
+    # Real dimensions of an action (0: no action head), what they are zero-padded to, and actions in a chunk.
+    action_dim: int = 0
+    max_action_dim: int = 32
+    chunk_size: int = 50
+    # Width of the expert over the trunk's, and every how many layers it attends to itself instead of across.
+    expert_width_multiplier: float = 0.75
+    self_attn_every_n_layers: int = 2
+    # Euler steps of a sample; periods of the sine-cosine time embedding; Beta distribution of training times.
+    flow_steps: int = 10
+    min_period: float = 4e-3
+    max_period: float = 4.0
+    time_beta_alpha: float = 1.5
+    time_beta_beta: float = 1.0
+
+    def __post_init__(self):
+        object.__setattr__(self, "cameras", tuple(self.cameras))  # JSON has lists
+        if self.code_seq_len and self.latent_vector_dim % self.code_seq_len:
+            raise ValueError(
+                f"latent_vector_dim {self.latent_vector_dim} is not code_seq_len {self.code_seq_len} times a whole width"
+            )
+        for what, real, padded in [
+            ("state", self.state_dim, self.max_state_dim),
+            ("action", self.action_dim, self.max_action_dim),
+        ]:
+            if real > padded:
+                raise ValueError(
+                    f"the data's {what} has {real} dimensions, the model is built for at most {padded}: "
+                    f"raise max_{what}_dim"
+                )
+
+    @property
+    def latent_dim(self) -> int:
+        """D, the width of one latent token."""
+        return self.latent_vector_dim // self.code_seq_len if self.code_seq_len else 0
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    # The trunk's size: `smolvlm2-500m` is SmolVLA's (pretrained weights of --model.name), `tiny` ships with this
+    # package (random weights, for CPUs, tests and the demo).
+    preset: Literal["smolvlm2-500m", "tiny"] = "smolvlm2-500m"
+    # Hub id or local directory of the trunk, instead of the preset's.
+    name: str | None = None
+    # Hub revision (branch, tag or commit) of it; recorded in the manifest.
+    revision: str | None = None
+    # Keep the vision tower and connector as they are. Default: the preset's (500m: frozen, tiny: trained).
+    freeze_vision: bool | None = None
+    # Keep the whole trunk as it is: vision, connector and language layers. Default: the preset's, as above.
+    freeze_trunk: bool | None = None
+    # Keep the projection of the proprioceptive state as it is.
+    freeze_state_projection: bool = False
+    # Hide the proprioceptive state from the model even where the dataset has one.
+    use_state: bool = True
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    # Hub ids of LeRobotDatasets (v3); looked up in the local LeRobot cache first.
+    repo_ids: tuple[str, ...] = ()
+    # Local directories of LeRobotDatasets (v3), instead of or beside repo_ids.
+    roots: tuple[Path, ...] = ()
+    # Camera keys to use, in this order. Default: every camera that all datasets have, in their order.
+    cameras: tuple[str, ...] = ()
+    # Camera whose frame pairs the LAQ teacher sees. Default: the first of the cameras.
+    label_camera: str | None = None
+    # Time between the two frames of a pair, seconds.
+    frame_gap_s: float = 0.5
+    # Share of the episodes held out for evaluation; at least one episode when above 0.
+    val_fraction: float = 0.05
+    # Loader processes a training process; 0 loads in the training process itself.
+    num_workers: int = 4
+    # Shift the policy's images at random by up to this share of their side (training only; the teacher's are kept).
+    random_shift: float = 0.0
+
+    def __post_init__(self):
+        if not self.repo_ids and not self.roots:
+            raise ValueError("no dataset given: pass --data.repo-ids (hub ids) or --data.roots (local directories)")
+        if not 0 <= self.val_fraction < 1:
+            raise ValueError(f"--data.val-fraction is a share of the episodes in [0, 1), got {self.val_fraction}")
+        if self.frame_gap_s <= 0:
+            raise ValueError(f"--data.frame-gap-s must be a positive number of seconds, got {self.frame_gap_s}")
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    # Peak learning rate of AdamW.
+    lr: float = 1e-4
+    # Steps of linear warm-up from 0.
+    warmup_steps: int = 500
+    # The cosine schedule ends at this share of the peak.
+    final_lr_share: float = 0.025
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 1e-10
+    # Largest gradient norm; larger ones are scaled down.
+    max_grad_norm: float = 10.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """The options that mean the same in every training command."""
+
+    # Directory of the run: config.json, metrics.jsonl, curves.png, checkpoints/. Must be new, unless --resume.
+    run_dir: Path
+    # Optimizer steps of the whole run.
+    steps: int = 20_000
+    # Samples in a step, over all processes and accumulation steps.
+    batch_size: int = 64
+    # Split each process's share of a batch into this many forward passes, to fit memory.
+    accumulation_steps: int = 1
+    # Data order, augmentation, noise and initial weights are functions of it.
+    seed: int = 0
+    # Steps between checkpoints, between lines of metrics.jsonl, and between evaluations on held-out episodes.
+    save_every: int = 2_000
+    log_every: int = 50
+    eval_every: int = 1_000
+    # Held-out samples of an evaluation, over all processes.
+    eval_samples: int = 256
+    # Go on from the last checkpoint of run_dir.
+    resume: bool = False
+    # Compute type of the trunk and the expert; weights, optimizer, flow matching and loss stay float32.
+    precision: Literal["no", "bf16"] = "no"
+    optim: OptimConfig = field(default_factory=OptimConfig)
+
+    def __post_init__(self):
+        for name in ("steps", "batch_size", "accumulation_steps", "save_every", "log_every", "eval_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
+
+
+def expert_mlp_width(hidden: int, multiple_of: int = 256) -> int:
+    """The expert's SwiGLU width: two thirds of four times the hidden width, rounded up (as in Llama and SmolVLA)."""
+    return multiple_of * math.ceil(4 * int(2 * hidden / 3) / multiple_of)
