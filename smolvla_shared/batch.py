@@ -7,10 +7,30 @@ Shape legend, used in every comment of this package:
     T action chunk   A action dims   K flow draws, (noise, time) pairs trained on one prefix pass
 """
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 
 import torch
 from torch import Tensor
+
+
+@dataclass
+class RawBatch:
+    """What the data loader yields: recorded values as they are, and the random draws of each sample."""
+
+    images: list[Tensor]  # N cameras, [B, 3, h, w] uint8 (float32 squares in [0, 1] where recorded sizes differ)
+    tasks: list[str]  # B task texts
+    state: Tensor  # [B, state_dim] float32; zeros where a dataset has none
+    state_mask: Tensor  # [B] bool
+    pairs: Tensor | None  # [B, 2, 3, h, w] the label camera's frames t and t + gap; None if nobody labels
+    pair_mask: Tensor  # [B] bool: False where the episode ends before t + gap
+    actions: Tensor  # [B, T, A] float32; zeros where a dataset has none
+    action_mask: Tensor  # [B, T] bool: False past the episode's end and where a dataset has no actions
+    noise: dict[str, Tensor]  # by target, [B, K, tokens, width] float32
+    time: dict[str, Tensor]  # by target, [B, K] float32
+    keys: list[str]  # B names of the samples: dataset, episode and frame
+
+    def __len__(self) -> int:
+        return len(self.keys)
 
 
 @dataclass
@@ -47,12 +67,14 @@ class Batch:
         return len(self.images)
 
 
-def to_device(batch, device: torch.device):
-    """A copy of a dataclass of tensors (nested, or in dictionaries) on `device`."""
-    if isinstance(batch, Tensor):
-        return batch.to(device, non_blocking=True)
-    if isinstance(batch, dict):
-        return {key: to_device(value, device) for key, value in batch.items()}
-    if hasattr(batch, "__dataclass_fields__"):
-        return replace(batch, **{f.name: to_device(getattr(batch, f.name), device) for f in fields(batch)})
-    return batch
+def to_device(value, device: torch.device):
+    """`value` with every tensor in it moved to `device`; goes into dataclasses, dictionaries and lists."""
+    if isinstance(value, Tensor):
+        return value.to(device, non_blocking=True)
+    if isinstance(value, dict):
+        return {key: to_device(item, device) for key, item in value.items()}
+    if isinstance(value, list):
+        return [to_device(item, device) for item in value]
+    if is_dataclass(value):
+        return replace(value, **{f.name: to_device(vars(value)[f.name], device) for f in fields(value)})
+    return value

@@ -75,6 +75,23 @@ class CoreConfig:
 
 
 @dataclass(frozen=True)
+class Preset:
+    """What a --model.preset stands for."""
+
+    name: str
+    num_trunk_layers: int
+    has_weights: bool  # pretrained weights exist; otherwise the trunk starts from random ones and is trained
+    max_state_dim: int = 32
+    max_action_dim: int = 32
+
+
+PRESETS = {
+    "smolvlm2-500m": Preset("HuggingFaceTB/SmolVLM2-500M-Video-Instruct", num_trunk_layers=16, has_weights=True),
+    "tiny": Preset("tiny", num_trunk_layers=4, has_weights=False),
+}
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     # The trunk's size: `smolvlm2-500m` is SmolVLA's (pretrained weights of --model.name), `tiny` ships with this
     # package (random weights, for CPUs, tests and the demo).
@@ -83,14 +100,29 @@ class ModelConfig:
     name: str | None = None
     # Hub revision (branch, tag or commit) of it; recorded in the manifest.
     revision: str | None = None
-    # Keep the vision tower and connector as they are. Default: the preset's (500m: frozen, tiny: trained).
+    # Keep the vision tower and connector as they are. Default: frozen if the preset has pretrained weights.
     freeze_vision: bool | None = None
-    # Keep the whole trunk as it is: vision, connector and language layers. Default: the preset's, as above.
+    # Keep the whole trunk as it is: vision, connector and language layers. Default: as for vision.
     freeze_trunk: bool | None = None
     # Keep the projection of the proprioceptive state as it is.
     freeze_state_projection: bool = False
-    # Hide the proprioceptive state from the model even where the dataset has one.
+    # Show the proprioceptive state to the model where the dataset has one.
     use_state: bool = True
+
+    def __post_init__(self):
+        if self.preset == "tiny" and (self.name or self.revision):
+            raise ValueError(
+                f"--model.preset tiny ships with its own trunk, but --model.name {self.name} "
+                f"--model.revision {self.revision} asks for another: drop one of them"
+            )
+
+    @property
+    def freezes_vision(self) -> bool:
+        return PRESETS[self.preset].has_weights if self.freeze_vision is None else self.freeze_vision
+
+    @property
+    def freezes_trunk(self) -> bool:
+        return PRESETS[self.preset].has_weights if self.freeze_trunk is None else self.freeze_trunk
 
 
 @dataclass(frozen=True)
@@ -157,6 +189,8 @@ class RunConfig:
     eval_samples: int = 256
     # Go on from the last checkpoint of run_dir.
     resume: bool = False
+    # Keep a running average of the trained weights with this decay, and evaluate and export it; 0: none.
+    ema_decay: float = 0.0
     # Compute type of the trunk and the expert; weights, optimizer, flow matching and loss stay float32.
     precision: Literal["no", "bf16"] = "no"
     optim: OptimConfig = field(default_factory=OptimConfig)

@@ -1,0 +1,368 @@
+"""LeRobotDataset v3 -> RawBatch: frame pairs, action chunks, mixtures, and a deterministic order.
+
+Everything random is a pure function of (seed, step, slot): which frame is read, how it is augmented, the noise and
+the time it is trained at. A run resumed at step k needs nothing but k, and the slots of a step may be spread over
+any number of processes without changing the step.
+"""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from lerobot.datasets.compute_stats import aggregate_stats
+from lerobot.datasets.lerobot_dataset import LeRobotDataset
+from lerobot.datasets.video_utils import decode_video_frames
+from lerobot.utils.constants import HF_LEROBOT_HOME
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from smolvla_shared import flow, preprocess
+from smolvla_shared.batch import RawBatch
+from smolvla_shared.config import DataConfig
+from smolvla_shared.preprocess import Statistics
+
+STATE_KEY, ACTION_KEY = "observation.state", "action"
+
+
+@dataclass(frozen=True)
+class SampleSpec:
+    """What a sample consists of, beside its images and its task."""
+
+    cameras: tuple[str, ...]
+    # Width of the state; 0 reads none.
+    state_dim: int = 0
+    # Read action chunks of this many actions of this width; 0 reads none.
+    chunk_size: int = 0
+    action_dim: int = 0
+    # Camera whose frame pairs are read for the teacher; None reads single frames.
+    label_camera: str | None = None
+    # Shape [tokens, width] of the noise of each flow target, and how many draws of it a sample gets.
+    draws: dict[str, tuple[int, int]] = field(default_factory=dict)
+    num_draws: int = 1
+    time_beta: tuple[float, float] = (1.5, 1.0)
+    random_shift: float = 0.0
+
+
+class Source:
+    """One LeRobotDataset: which frames it has, and how to read one.
+
+    Raises ValueError where the dataset does not have what the configuration asks for.
+    """
+
+    def __init__(self, repo_id: str, root: Path, config: DataConfig):
+        # LeRobot takes a local directory without its metadata for a dataset to download.
+        if not (root / "meta" / "info.json").is_file() and (
+            repo_id == str(root) or os.environ.get("HF_HUB_OFFLINE") == "1"
+        ):
+            found = sorted(path.name for path in root.iterdir()) if root.is_dir() else "no such directory"
+            raise ValueError(f"no LeRobotDataset at {root}: meta/info.json is missing (found: {found})")
+        # Video is decoded here, camera by camera, not by LeRobotDataset, which always decodes all of them.
+        self.dataset = LeRobotDataset(repo_id, root=root)
+        self.name = repo_id
+        self.meta = self.dataset.meta
+        self.fps = self.meta.fps
+        self.features = self.meta.features
+        self.episode_from = np.asarray(self.meta.episodes["dataset_from_index"])
+        self.episode_to = np.asarray(self.meta.episodes["dataset_to_index"])
+        vectors = [key for key in (STATE_KEY, ACTION_KEY) if key in self.features]
+        self.vectors = self.dataset.hf_dataset.select_columns(vectors).with_format("numpy") if vectors else None
+        self.columns = self.dataset.hf_dataset.with_format(None)
+        self.gap = round(config.frame_gap_s * self.fps)
+        if self.gap < 1 or abs(self.gap / self.fps - config.frame_gap_s) > 0.1 * config.frame_gap_s:
+            near = ", ".join(f"{max(1, self.gap + i) / self.fps:.4g}" for i in (0, 1))
+            raise ValueError(
+                f"--data.frame-gap-s {config.frame_gap_s} is not a whole number of frames of {self.name} at {self.fps} "
+                f"fps: take one near {near}"
+            )
+
+    @property
+    def num_frames(self) -> int:
+        return self.meta.total_frames
+
+    def vector_dim(self, key: str) -> int:
+        return self.features[key]["shape"][0] if key in self.features else 0
+
+    def read_frames(self, camera: str, episode: int, frames: list[int]) -> Tensor:
+        """Frames of one episode, by index within the dataset: [len(frames), 3, h, w] uint8."""
+        if camera in self.meta.video_keys:
+            start = self.meta.episodes[episode][f"videos/{camera}/from_timestamp"]
+            times = [start + (frame - int(self.episode_from[episode])) / self.fps for frame in frames]
+            path = self.dataset.root / self.meta.get_video_file_path(episode, camera)
+            # Half a frame: recordings whose clock drifts are read at their nearest frame, not refused hours in.
+            return decode_video_frames(path, times, tolerance_s=0.5 / self.fps, return_uint8=True).view(
+                len(frames), *self._frame_shape(camera)
+            )
+        images = [np.asarray(self.columns[frame][camera]) for frame in frames]
+        return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+
+    def _frame_shape(self, camera: str) -> tuple[int, int, int]:
+        height, width, channels = self.features[camera]["shape"]
+        return channels, height, width
+
+
+def open_sources(config: DataConfig) -> list[Source]:
+    """The datasets of a configuration, in its order: repo ids (the local cache before the hub), then roots."""
+    sources = [Source(repo_id, HF_LEROBOT_HOME / repo_id, config) for repo_id in config.repo_ids]
+    return sources + [Source(str(root), Path(root), config) for root in config.roots]
+
+
+def choose_cameras(sources: list[Source], config: DataConfig) -> tuple[tuple[str, ...], str]:
+    """The model's cameras and the label camera; refuses a key that a dataset does not have."""
+    found = {source.name: source.meta.camera_keys for source in sources}
+    common = [key for key in sources[0].meta.camera_keys if all(key in keys for keys in found.values())]
+    cameras = config.cameras or tuple(common)
+    label_camera = config.label_camera or (cameras[0] if cameras else "")
+    unknown = [key for key in (*cameras, label_camera) if key not in common]
+    if unknown or not cameras:
+        listing = "; ".join(f"{name}: {', '.join(keys)}" for name, keys in found.items())
+        raise ValueError(
+            f"every dataset must have every camera; asked for {list(cameras) or 'all they share'}, "
+            f"label camera {label_camera or 'none'}; found {listing}. Pass --data.cameras"
+        )
+    return cameras, label_camera
+
+
+def common_dim(sources: list[Source], key: str) -> int:
+    """Width of a vector feature over the datasets that have it; 0 if none has."""
+    dims = {source.name: source.vector_dim(key) for source in sources if key in source.features}
+    if len(set(dims.values())) > 1:
+        raise ValueError(f"the datasets' {key} have different widths, they cannot share a model: {dims}")
+    return next(iter(dims.values()), 0)
+
+
+def vector_statistics(sources: list[Source], key: str) -> Statistics:
+    """Mean and standard deviation over all datasets that have the feature, as recorded in their metadata."""
+    stats = aggregate_stats([{key: source.meta.stats[key]} for source in sources if key in source.features])[key]
+    return Statistics(tuple(stats["mean"].tolist()), tuple(stats["std"].tolist()))
+
+
+def split_episodes(source: Source, val_fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Training and held-out frames of a dataset, by whole episodes drawn at random with the seed."""
+    num_episodes = len(source.episode_from)
+    num_val = max(1, round(val_fraction * num_episodes)) if val_fraction else 0
+    if num_val >= num_episodes:
+        raise ValueError(
+            f"{source.name} has {num_episodes} episode(s), too few to hold out a share of {val_fraction}: "
+            "record more, or pass --data.val-fraction 0"
+        )
+    order = np.random.default_rng([seed, num_episodes]).permutation(num_episodes)
+
+    def frames(episodes: np.ndarray) -> np.ndarray:
+        ranges = [np.arange(source.episode_from[e], source.episode_to[e]) for e in sorted(episodes)]
+        return np.concatenate(ranges) if ranges else np.empty(0, dtype=np.int64)
+
+    return frames(order[num_val:]), frames(order[:num_val])
+
+
+@dataclass(frozen=True)
+class SampleKey:
+    """Names a sample: what is read, and the (step, slot) that all its randomness comes from."""
+
+    step: int
+    slot: int
+    source: int
+    frame: int
+
+
+@dataclass
+class Sample:
+    images: list[Tensor]  # [3, h, w] uint8 a camera
+    task: str
+    state: np.ndarray  # [state_dim]
+    has_state: bool
+    pair: Tensor | None  # [2, 3, h, w] uint8
+    pair_valid: bool
+    actions: np.ndarray  # [T, A]
+    action_valid: np.ndarray  # [T]
+    noise: dict[str, np.ndarray]
+    time: dict[str, np.ndarray]
+    name: str
+
+
+class SampleDataset(Dataset):
+    """Reads the sample of a SampleKey."""
+
+    def __init__(self, sources: list[Source], spec: SampleSpec, seed: int, augment: bool):
+        self.sources, self.spec, self.seed, self.augment = sources, spec, seed, augment
+
+    def __getitem__(self, key: SampleKey) -> Sample:
+        spec, source = self.spec, self.sources[key.source]
+        rng = np.random.default_rng([self.seed, key.step, key.slot])
+        episode = int(np.searchsorted(source.episode_to, key.frame, side="right"))
+        end = int(source.episode_to[episode])
+
+        images, pair = [], None
+        pair_valid = key.frame + source.gap < end
+        for camera in dict.fromkeys((*spec.cameras, *([spec.label_camera] if spec.label_camera else []))):
+            is_label = camera == spec.label_camera
+            # A pair cut by the episode's end is masked; the frame itself stands in, so that shapes agree.
+            frames = [key.frame, key.frame + source.gap * pair_valid] if is_label else [key.frame]
+            frames = source.read_frames(camera, episode, frames)
+            if is_label:
+                pair = frames
+            if camera in spec.cameras:
+                image = frames[0]
+                if self.augment and spec.random_shift:
+                    image = preprocess.random_shift(image, spec.random_shift, rng)
+                images.append(image)
+
+        state, has_state = np.zeros(spec.state_dim, np.float32), spec.state_dim and STATE_KEY in source.features
+        actions = np.zeros((spec.chunk_size, spec.action_dim), np.float32)
+        action_valid = np.zeros(spec.chunk_size, bool)
+        if source.vectors is not None:
+            rows = source.vectors[key.frame : min(key.frame + max(spec.chunk_size, 1), end)]
+            if has_state:
+                state = rows[STATE_KEY][0].astype(np.float32)
+            if spec.chunk_size and ACTION_KEY in source.features:
+                chunk = rows[ACTION_KEY]
+                actions[: len(chunk)], action_valid[: len(chunk)] = chunk, True
+                actions[len(chunk) :] = chunk[-1]
+
+        draws = {
+            name: flow.draw_noise_and_time(rng, spec.num_draws, shape, *spec.time_beta)
+            for name, shape in spec.draws.items()
+        }
+        task = source.meta.tasks.iloc[self.sources[key.source].columns[key.frame]["task_index"]].name
+        return Sample(
+            images=images,
+            task=task,
+            state=state,
+            has_state=bool(has_state),
+            pair=pair,
+            pair_valid=pair_valid,
+            actions=actions,
+            action_valid=action_valid,
+            noise={name: noise for name, (noise, _) in draws.items()},
+            time={name: time for name, (_, time) in draws.items()},
+            name=f"{source.name} episode {episode} frame {key.frame - int(source.episode_from[episode])}",
+        )
+
+
+def stack_frames(frames: list[Tensor]) -> Tensor:
+    """[..., 3, h, w] uint8 frames -> one uint8 tensor; as float32 squares in [0, 1] where their sizes differ."""
+    if len({frame.shape for frame in frames}) == 1:
+        return torch.stack(frames)
+    size = max(max(frame.shape[-2:]) for frame in frames)
+    squares = [
+        preprocess.resize_with_pad(frame.reshape(-1, *frame.shape[-3:]).float() / 255, size).view(
+            *frame.shape[:-2], size, size
+        )
+        for frame in frames
+    ]
+    return torch.stack(squares)
+
+
+def collate(samples: list[Sample]) -> RawBatch:
+    def stack(arrays) -> Tensor:
+        return torch.from_numpy(np.stack(list(arrays)))
+
+    first = samples[0]
+    return RawBatch(
+        images=[stack_frames([s.images[i] for s in samples]) for i in range(len(first.images))],
+        tasks=[s.task for s in samples],
+        state=stack(s.state for s in samples),
+        state_mask=torch.tensor([s.has_state for s in samples]),
+        pairs=None if first.pair is None else stack_frames([s.pair for s in samples]),
+        pair_mask=torch.tensor([s.pair_valid for s in samples]),
+        actions=stack(s.actions for s in samples),
+        action_mask=stack(s.action_valid for s in samples),
+        noise={name: stack(s.noise[name] for s in samples) for name in first.noise},
+        time={name: stack(s.time[name] for s in samples) for name in first.time},
+        keys=[s.name for s in samples],
+    )
+
+
+@dataclass(frozen=True)
+class FrameGroup:
+    """Frames that take a fixed share of every step's slots: pairs (source, frame), [M, 2]."""
+
+    frames: np.ndarray
+    share: float = 1.0
+
+
+def group_frames(frames: list[tuple[int, np.ndarray]], share: float = 1.0) -> FrameGroup:
+    """A group of the given (source index, frames) lists."""
+    columns = [np.stack([np.full(len(f), source), f], axis=1) for source, f in frames]
+    return FrameGroup(np.concatenate(columns), share)
+
+
+class StepSampler(Sampler[list[SampleKey]]):
+    """The sample keys of each forward pass of one process, from `first_step` on.
+
+    A step has batch_size slots; the groups' shares are spread evenly over them. Each group goes through its frames in
+    a new random order every epoch: its p-th sample overall is entry p mod M of the permutation of epoch p // M.
+    The slots are dealt in blocks: pass m of process r takes block m * num_processes + r.
+    """
+
+    def __init__(
+        self,
+        groups: list[FrameGroup],
+        seed: int,
+        batch_size: int,
+        first_step: int,
+        last_step: int,
+        process: int = 0,
+        num_processes: int = 1,
+        accumulation_steps: int = 1,
+    ):
+        if batch_size % (num_processes * accumulation_steps):
+            raise ValueError(
+                f"--batch-size {batch_size} (all processes together) is not divisible by {num_processes} process(es) "
+                f"x {accumulation_steps} accumulation step(s)"
+            )
+        for group in groups:
+            if not len(group.frames):
+                raise ValueError("a group of training data has no frames")
+        self.groups, self.seed, self.batch_size = groups, seed, batch_size
+        self.steps = range(first_step, last_step)
+        self.process, self.num_processes, self.accumulation_steps = process, num_processes, accumulation_steps
+        bounds = np.cumsum([0.0] + [group.share for group in groups])
+        slots = np.arange(batch_size)
+        # Slot s goes to the group whose share its place in a low-discrepancy sequence falls into.
+        golden = (slots * 0.6180339887498949) % 1.0
+        ranks = np.argsort(np.argsort(golden)) + 0.5
+        self.group_of_slot = np.searchsorted(bounds / bounds[-1] * batch_size, ranks) - 1
+        self.place_in_group = np.array([(self.group_of_slot[:s] == self.group_of_slot[s]).sum() for s in slots])
+        self.slots_of_group = np.bincount(self.group_of_slot, minlength=len(groups))
+        self._orders: dict[tuple[int, int], np.ndarray] = {}
+
+    def __len__(self) -> int:
+        return len(self.steps) * self.accumulation_steps
+
+    def order(self, group: int, epoch: int) -> np.ndarray:
+        """The permutation of an epoch; only the newest two of a group are kept, a step spans no more."""
+        if (group, epoch) not in self._orders:
+            self._orders.pop((group, epoch - 2), None)
+            rng = np.random.default_rng([self.seed, group, epoch])
+            self._orders[group, epoch] = rng.permutation(len(self.groups[group].frames))
+        return self._orders[group, epoch]
+
+    def key(self, step: int, slot: int) -> SampleKey:
+        group = int(self.group_of_slot[slot])
+        place = step * int(self.slots_of_group[group]) + int(self.place_in_group[slot])
+        epoch, place = divmod(place, len(self.groups[group].frames))
+        source, frame = self.groups[group].frames[self.order(group, epoch)[place]]
+        return SampleKey(step, slot, int(source), int(frame))
+
+    def __iter__(self) -> Iterator[list[SampleKey]]:
+        block = self.batch_size // (self.num_processes * self.accumulation_steps)
+        for step in self.steps:
+            for micro in range(self.accumulation_steps):
+                start = (micro * self.num_processes + self.process) * block
+                yield [self.key(step, slot) for slot in range(start, start + block)]
+
+
+def make_loader(dataset: SampleDataset, sampler: StepSampler, num_workers: int, pin_memory: bool = False) -> DataLoader:
+    """Batches in the sampler's order. Workers are spawned: decoders do not survive a fork."""
+    return DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        num_workers=num_workers,
+        collate_fn=collate,
+        multiprocessing_context="spawn" if num_workers else None,
+        prefetch_factor=4 if num_workers else None,
+        pin_memory=pin_memory,
+    )

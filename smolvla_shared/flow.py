@@ -1,0 +1,51 @@
+"""Flow matching (Lipman et al., arXiv 2210.02747) in the convention of pi0 and SmolVLA (arXiv 2506.01844).
+
+Time runs from t = 1, pure noise, to t = 0, data; the network predicts the velocity u = noise - target.
+"""
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def draw_noise_and_time(
+    rng: np.random.Generator, num_draws: int, shape: tuple[int, int], alpha: float, beta: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Noise [K, *shape] and times [K] of one sample, float32: t = 0.999 * Beta(alpha, beta) + 0.001, so never 0."""
+    noise = rng.standard_normal((num_draws, *shape), dtype=np.float32)
+    time = (0.999 * rng.beta(alpha, beta, num_draws) + 0.001).astype(np.float32)
+    return noise, time
+
+
+def interpolate(target: Tensor, noise: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
+    """The point x_t on the straight path from data to noise, and the path's velocity u_t.
+
+    target and noise share a shape [..., T, A]; time [...] has one value for each of their leading dimensions.
+    """
+    t = time[..., None, None]
+    x_t = t * noise + (1 - t) * target
+    u_t = noise - target
+    return x_t, u_t
+
+
+def time_embedding(time: Tensor, width: int, min_period: float, max_period: float) -> Tensor:
+    """Sine-cosine embedding of times [...] -> [..., width] float32, with geometrically spaced periods.
+
+    Computed in float64: at the shortest period of 4e-3, float32 phases would differ between implementations.
+    """
+    fraction = torch.linspace(0, 1, width // 2, dtype=torch.float64, device=time.device)
+    period = min_period * (max_period / min_period) ** fraction
+    phase = 2 * math.pi * time.double()[..., None] / period
+    return torch.cat([phase.sin(), phase.cos()], dim=-1).float()
+
+
+def euler_sample(velocity: Callable[[Tensor, Tensor], Tensor], noise: Tensor, num_steps: int) -> Tensor:
+    """Integrate dx = velocity(x, t) dt from t = 1 (x = noise [B, ...]) to t = 0 in equal steps; times are [B]."""
+    x_t = noise
+    for step in range(num_steps):
+        time = torch.full(noise.shape[:1], 1 - step / num_steps, device=noise.device)
+        x_t = x_t - velocity(x_t, time) / num_steps
+    return x_t

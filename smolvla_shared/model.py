@@ -1,0 +1,160 @@
+"""SmolVLASharedCore: one prefix pass, then one pass of the shared expert for each head."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from smolvla_shared import flow, losses
+from smolvla_shared.batch import Batch, FlowTarget
+from smolvla_shared.config import PRESETS, CoreConfig, ModelConfig
+from smolvla_shared.trunk import Expert, Prefix, Trunk, load_trunk_config
+
+# The parts that are frozen, counted and reported together, and the prefix of their parameters' names.
+PARTS = {
+    "vision tower": "trunk.vlm.vision_model.",
+    "connector": "trunk.vlm.connector.",
+    "language layers": "trunk.vlm.text_model.",
+    "expert": "expert.",
+    "state projection": "state_proj.",
+    "latent head": "latent_head.",
+    "action head": "action_head.",
+}
+
+
+class FlowHead(nn.Module):
+    """Noisy tokens and time -> expert tokens, and expert tokens -> velocity. Float32 whatever the expert runs in.
+
+    The latent head (S tokens of D) and the action head (T tokens of A, zero-padded) are its two instances.
+    """
+
+    def __init__(self, num_tokens: int, token_dim: int, real_dim: int, width: int, periods: tuple[float, float]):
+        super().__init__()
+        self.num_tokens, self.token_dim, self.real_dim = num_tokens, token_dim, real_dim
+        self.periods = periods
+        self.in_proj = nn.Linear(token_dim, width)
+        self.time_mlp_in = nn.Linear(2 * width, width)
+        self.time_mlp_out = nn.Linear(width, width)
+        self.out_proj = nn.Linear(width, token_dim)
+
+    def embed(self, x_t: Tensor, time: Tensor) -> Tensor:
+        """Noisy tokens [B, K, T, A] at times [B, K] -> expert tokens [B, K, T, width]."""
+        with torch.autocast(x_t.device.type, enabled=False):
+            tokens = self.in_proj(x_t)
+            time = flow.time_embedding(time, tokens.shape[-1], *self.periods)[:, :, None].expand_as(tokens)
+            return self.time_mlp_out(F.silu(self.time_mlp_in(torch.cat([tokens, time], dim=-1))))
+
+    def velocity(self, hidden: Tensor) -> Tensor:
+        """Expert output [B, K, T, width] -> velocity [B, K, T, A]."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            return self.out_proj(hidden.float())
+
+
+class SmolVLASharedCore(nn.Module):
+    """The shared policy: SmolVLM prefix, expert, and a flow-matching head each for latent and real actions.
+
+    A head exists where its dimensions are configured. `core(batch)` is the only training entry: DDP and FSDP act in
+    `__call__`.
+    """
+
+    def __init__(self, config: CoreConfig):
+        super().__init__()
+        self.config = config
+        self.trunk = Trunk(config)
+        self.expert = Expert(config)
+        self.state_proj = nn.Linear(config.max_state_dim, self.trunk.hidden_size)
+        width, periods = self.expert.width, (config.min_period, config.max_period)
+        if config.latent_vector_dim:
+            self.latent_head = FlowHead(config.code_seq_len, config.latent_dim, config.latent_dim, width, periods)
+        if config.action_dim:
+            self.action_head = FlowHead(config.chunk_size, config.max_action_dim, config.action_dim, width, periods)
+
+    def head(self, name: str) -> FlowHead:
+        return self.get_submodule(f"{name}_head")
+
+    def encode(self, batch: Batch) -> Prefix:
+        """The one pass over images, text and state."""
+        state_token = self.state_proj(batch.state)
+        return self.trunk(batch.images, batch.image_mask, batch.text, batch.text_mask, state_token, batch.state_mask)
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """The flow-matching error of every target token: {head: [B, T]}, averaged over draws and real dimensions.
+
+        Which tokens count, the batch's masks say; the caller applies them and averages (losses.masked_mean).
+        """
+        prefix = self.encode(batch)
+        return {name: self.flow_error(self.head(name), target, prefix) for name, target in batch.targets.items()}
+
+    def flow_error(self, head: FlowHead, target: FlowTarget, prefix: Prefix) -> Tensor:
+        value = target.value[:, None].expand_as(target.noise)  # [B, K, T, A]
+        x_t, u_t = flow.interpolate(value, target.noise, target.time)
+        hidden, _ = self.expert(head.embed(x_t, target.time), prefix)
+        v_t = head.velocity(hidden)
+        # Padded action dimensions are no target: a loss on them would only teach the head to output -noise.
+        return losses.token_error(v_t[..., : head.real_dim], u_t[..., : head.real_dim])  # [B, T]
+
+    @torch.no_grad()
+    def sample(self, batch: Batch, name: str, noise: Tensor, num_steps: int | None = None) -> Tensor:
+        """Generate one head's tokens from noise [B, T, A] by Euler integration: [B, T, real A], still normalised."""
+        head = self.head(name)
+        prefix = self.encode(batch)
+        contexts = None
+
+        def velocity(x_t: Tensor, time: Tensor) -> Tensor:
+            nonlocal contexts
+            hidden, contexts = self.expert(head.embed(x_t[:, None], time[:, None]), prefix, contexts)
+            return head.velocity(hidden)[:, 0]
+
+        return flow.euler_sample(velocity, noise, num_steps or self.config.flow_steps)[..., : head.real_dim]
+
+
+def make_core_config(model: ModelConfig, cameras: tuple[str, ...], **dims) -> CoreConfig:
+    """The CoreConfig of the --model options; `dims` are CoreConfig's data-dependent fields (state_dim, ...)."""
+    preset = PRESETS[model.preset]
+    name = model.name or preset.name
+    vlm = load_trunk_config(name, model.revision)
+    return CoreConfig(
+        model_name=name,
+        model_revision=model.revision,
+        vlm=vlm,
+        cameras=cameras,
+        image_size=vlm["vision_config"]["image_size"],
+        num_trunk_layers=preset.num_trunk_layers,
+        **dims,
+    )
+
+
+def parameters_by_part(core: SmolVLASharedCore) -> dict[str, dict[str, nn.Parameter]]:
+    """Every parameter, by part and name; parts that this core does not have are left out."""
+    named = dict(core.named_parameters())
+    parts = {part: {n: p for n, p in named.items() if n.startswith(prefix)} for part, prefix in PARTS.items()}
+    assert sum(len(parameters) for parameters in parts.values()) == len(named)
+    return {part: parameters for part, parameters in parts.items() if parameters}
+
+
+def freeze(core: SmolVLASharedCore, parts: list[str]) -> None:
+    """Switch the gradients of the named parts off. Raises ValueError for a part that this core does not have."""
+    by_part = parameters_by_part(core)
+    for part in parts:
+        if part not in by_part:
+            raise ValueError(f"cannot freeze {part!r}: this model has {', '.join(by_part)}")
+        for parameter in by_part[part].values():
+            parameter.requires_grad_(False)
+
+
+def frozen_parts(model: ModelConfig) -> list[str]:
+    """The parts that the --model.freeze-* options name."""
+    parts = ["vision tower", "connector"] if model.freezes_vision or model.freezes_trunk else []
+    parts += ["language layers"] if model.freezes_trunk else []
+    return parts + (["state projection"] if model.freeze_state_projection else [])
+
+
+def parameter_table(core: SmolVLASharedCore) -> str:
+    """Trained and frozen parameters of each part, for the first lines of a run."""
+    rows = [f"{'parameters':<18}{'trained':>14}{'frozen':>14}"]
+    total = [0, 0]
+    for part, parameters in parameters_by_part(core).items():
+        trained = sum(p.numel() for p in parameters.values() if p.requires_grad)
+        frozen = sum(p.numel() for p in parameters.values()) - trained
+        total = [total[0] + trained, total[1] + frozen]
+        rows.append(f"{part:<18}{trained:>14,}{frozen:>14,}")
+    return "\n".join([*rows, f"{'total':<18}{total[0]:>14,}{total[1]:>14,}"])

@@ -1,0 +1,146 @@
+"""From recorded values to what the model reads; the same functions serve training and inference.
+
+Images -> [-1, 1] padded squares, text -> tokens, vectors -> normalised and zero-padded.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from smolvla_shared.batch import Batch, FlowTarget, RawBatch
+from smolvla_shared.config import ACTION, LATENT, CoreConfig
+
+EPS = 1e-8  # added to standard deviations; LeRobot's normaliser uses the same
+
+
+def resize_with_pad(images: Tensor, size: int) -> Tensor:
+    """Bilinear resize that keeps the aspect ratio, then zeros on the left and top: [B, 3, h, w] -> [B, 3, size, size].
+
+    SmolVLA's convention; float32 in [0, 1] in and out.
+    """
+    height, width = images.shape[-2:]
+    if (height, width) == (size, size):
+        return images
+    ratio = max(height, width) / size
+    new_height, new_width = int(height / ratio), int(width / ratio)
+    images = F.interpolate(images, size=(new_height, new_width), mode="bilinear", align_corners=False)
+    return F.pad(images, (size - new_width, 0, size - new_height, 0))
+
+
+def prepare_images(images: Tensor, size: int) -> Tensor:
+    """uint8 in [0, 255] or float in [0, 1], [B, 3, h, w] -> the model's float32 squares in [-1, 1]."""
+    if images.dtype == torch.uint8:
+        images = images.float() / 255
+    return resize_with_pad(images, size) * 2 - 1
+
+
+def stack_cameras(images: list[Tensor | None]) -> tuple[Tensor, Tensor]:
+    """One batch of prepared images [B, 3, H, W] per camera, None for a missing one ->
+    ([B, N, 3, H, W], mask [B, N]).
+
+    A missing camera becomes an image of -1 (black) whose tokens are masked out.
+    """
+    present = next(image for image in images if image is not None)
+    blank = torch.full_like(present, -1.0)
+    stacked = torch.stack([blank if image is None else image for image in images], dim=1)
+    mask = torch.tensor([image is not None for image in images], device=present.device)
+    return stacked, mask.expand(len(present), -1)
+
+
+def pad_width(values: Tensor, width: int) -> Tensor:
+    """Zeros on the right of the last dimension, up to `width`."""
+    return F.pad(values, (0, width - values.shape[-1]))
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Mean and standard deviation of every dimension of a vector feature; `mode` names the normalisation."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    mode: str = "mean_std"
+
+    def __post_init__(self):
+        object.__setattr__(self, "mean", tuple(self.mean))  # JSON has lists
+        object.__setattr__(self, "std", tuple(self.std))
+
+    @classmethod
+    def of(cls, values: Tensor) -> "Statistics":
+        """Statistics over the rows of [M, A]."""
+        values = values.double()
+        return cls(tuple(values.mean(0).tolist()), tuple(values.std(0, correction=0).tolist()))
+
+    def tensors(self, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+        return torch.tensor(self.mean, device=device), torch.tensor(self.std, device=device)
+
+    def normalize(self, values: Tensor) -> Tensor:
+        mean, std = self.tensors(values.device)
+        return (values.float() - mean) / (std + EPS)
+
+    def unnormalize(self, values: Tensor) -> Tensor:
+        # LeRobot's unnormaliser leaves EPS out; at 1e-8 of a unit of normalised value it changes nothing.
+        mean, std = self.tensors(values.device)
+        return values * std + mean
+
+
+class TextTokenizer:
+    """Task strings -> token ids and mask, as SmolVLA wants them: one newline at the end, padded on the right."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, max_tokens: int):
+        self.tokenizer = tokenizer
+        self.max_tokens = max_tokens
+
+    def __call__(self, tasks: list[str]) -> tuple[Tensor, Tensor]:
+        """Tasks of a batch -> ids [B, L] int64, mask [B, L] bool; L is the longest task's, at most max_tokens."""
+        encoded = self.tokenizer(
+            [task if task.endswith("\n") else task + "\n" for task in tasks],
+            padding="longest",
+            padding_side="right",
+            truncation=True,
+            max_length=self.max_tokens,
+            return_tensors="pt",
+        )
+        return encoded["input_ids"], encoded["attention_mask"].bool()
+
+
+class Preprocessor:
+    """RawBatch -> Batch, on the raw batch's device. `statistics` has an entry for state, action and latent, where used."""
+
+    def __init__(self, config: CoreConfig, tokenizer: PreTrainedTokenizerFast, statistics: dict[str, Statistics]):
+        self.config = config
+        self.tokenize = TextTokenizer(tokenizer, config.max_text_tokens)
+        self.statistics = statistics
+
+    def __call__(self, raw: RawBatch, latents: Tensor | None = None) -> Batch:
+        """Adds targets for what the raw batch has noise for; latent targets come from `latents` [B, S, D]."""
+        config, device = self.config, raw.state.device
+        images, image_mask = stack_cameras([prepare_images(i, config.image_size) for i in raw.images])
+        text, text_mask = (x.to(device) for x in self.tokenize(raw.tasks))
+        state, state_mask = torch.zeros(len(raw), config.max_state_dim, device=device), raw.state_mask
+        if config.state_dim:
+            # Zero is the mean state after normalisation: samples without a state add nothing even where unmasked.
+            normalized = self.statistics["state"].normalize(raw.state) * raw.state_mask[:, None]
+            state = pad_width(normalized, config.max_state_dim)
+        values, masks = {}, {}
+        if LATENT in raw.noise:
+            assert latents is not None
+            values[LATENT] = self.statistics[LATENT].normalize(latents.flatten(1)).view_as(latents)
+            masks[LATENT] = raw.pair_mask[:, None].expand(latents.shape[:2])
+        if ACTION in raw.noise:
+            values[ACTION] = pad_width(self.statistics[ACTION].normalize(raw.actions), config.max_action_dim)
+            masks[ACTION] = raw.action_mask
+        targets = {name: FlowTarget(values[name], masks[name], raw.noise[name], raw.time[name]) for name in values}
+        return Batch(images, image_mask, text, text_mask, state, state_mask, targets)
+
+
+def random_shift(image: Tensor, share: float, rng: np.random.Generator) -> Tensor:
+    """Move an image [3, h, w] by up to `share` of its sides, repeating the border (DrQ, arXiv 2004.13649)."""
+    height, width = image.shape[-2:]
+    pad_y, pad_x = round(share * height), round(share * width)
+    top, left = rng.integers(0, 2 * pad_y + 1), rng.integers(0, 2 * pad_x + 1)
+    padded = F.pad(image[None].float(), (pad_x, pad_x, pad_y, pad_y), mode="replicate")[0]
+    return padded[:, top : top + height, left : left + width].to(image.dtype)

@@ -1,0 +1,320 @@
+"""The training loop, checkpoints and logging of every training command: one function, train()."""
+
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from smolvla_shared import losses
+from smolvla_shared.batch import to_device
+from smolvla_shared.config import OptimConfig, RunConfig
+
+# What a resumed run may do differently without becoming another run.
+FREE_ON_RESUME = {"resume", "steps", "save_every", "log_every", "eval_every", "data.num_workers"}
+FULL_STATE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+@dataclass
+class TrainingState:
+    """All that a run is at a step; what it sees next is a function of the step alone (data.py)."""
+
+    module: nn.Module
+    optimizer: torch.optim.Optimizer
+    step: int = 0
+    # Running average of the trained parameters, by name; empty without --ema-decay.
+    ema: dict[str, Tensor] = field(default_factory=dict)
+
+
+def make_accelerator(config: RunConfig) -> Accelerator:
+    """Accelerate's device placement and mixed precision, and the seed of the initial weights."""
+    accelerator = Accelerator(mixed_precision=config.precision, step_scheduler_with_optimizer=False)
+    set_seed(config.seed)
+    return accelerator
+
+
+# --- the run directory ------------------------------------------------------------------------------------------------
+
+
+def flat(config: Any, prefix: str = "") -> dict[str, Any]:
+    """A nested dictionary with dotted keys."""
+    items = {}
+    for key, value in config.items():
+        items |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return items
+
+
+def config_json(config: RunConfig) -> dict[str, Any]:
+    return json.loads(json.dumps(asdict(config), default=str))
+
+
+def start_run(config: RunConfig, accelerator: Accelerator) -> Path | None:
+    """Claim the run directory; with --resume return the checkpoint to go on from.
+
+    Raises ValueError where a new run would overwrite another, or a resumed one would be another run.
+    """
+    run_dir, record = config.run_dir, config_json(config)
+    if not config.resume:
+        if run_dir.exists():
+            raise ValueError(f"--run-dir {run_dir} exists: pass --resume to go on with it, or another directory")
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            run_dir.mkdir(parents=True)
+            (run_dir / "config.json").write_text(json.dumps(record, indent=2) + "\n")
+        return None
+    last = run_dir / "checkpoints" / "last"
+    if not last.exists():
+        raise ValueError(f"--resume: there is no checkpoint at {last}; start the run without --resume")
+    before, now = flat(json.loads((run_dir / "config.json").read_text())), flat(record)
+    changed = [
+        f"  {key}: was {before.get(key)}, now {now.get(key)}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key) and key not in FREE_ON_RESUME
+    ]
+    if changed:
+        raise ValueError(
+            "--resume would be another run, these settings differ from its config.json "
+            f"(free to change: {', '.join(sorted(FREE_ON_RESUME))}):\n" + "\n".join(changed)
+        )
+    return last.resolve()
+
+
+def save_checkpoint(
+    run_dir: Path, state: TrainingState, accelerator: Accelerator, export: Callable[[Path], None] | None
+) -> None:
+    """Write checkpoints/<step> under a temporary name, rename it, and point checkpoints/last at it."""
+    model_state, optimizer_state = get_state_dict(state.module, state.optimizer, options=FULL_STATE)
+    if not accelerator.is_main_process:
+        return
+    name = f"{state.step:06d}"
+    checkpoints = run_dir / "checkpoints"
+    temporary = checkpoints / f".{name}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    (temporary / "training_state").mkdir(parents=True)
+    record = {"step": state.step, "model": model_state, "optimizer": optimizer_state, "ema": state.ema}
+    torch.save(record, temporary / "training_state" / "state.pt")
+    if export:
+        with ema_weights(state):
+            export(temporary / "pretrained_model")
+    for path in temporary.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+    shutil.rmtree(checkpoints / name, ignore_errors=True)
+    temporary.rename(checkpoints / name)
+    link = checkpoints / ".last.tmp"
+    link.unlink(missing_ok=True)
+    link.symlink_to(name)
+    link.replace(checkpoints / "last")
+
+
+def load_checkpoint(checkpoint: Path, state: TrainingState) -> None:
+    """Restore a TrainingState in place."""
+    record = torch.load(checkpoint / "training_state" / "state.pt", map_location="cpu", weights_only=True)
+    set_state_dict(
+        state.module,
+        state.optimizer,
+        model_state_dict=record["model"],
+        optim_state_dict=record["optimizer"],
+        options=FULL_STATE,
+    )
+    state.step = record["step"]
+    for name, average in state.ema.items():
+        average.copy_(record["ema"][name])
+
+
+class MetricsLog:
+    """metrics.jsonl: one JSON object a line, each with its step. On resume the lines after it are dropped."""
+
+    def __init__(self, path: Path, first_step: int):
+        self.path = path
+        kept = [line for line in self.read() if line["step"] <= first_step]
+        path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+
+    def read(self) -> list[dict[str, float]]:
+        return [json.loads(line) for line in self.path.read_text().splitlines()] if self.path.exists() else []
+
+    def write(self, metrics: dict[str, float]) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps(metrics) + "\n")
+
+
+def plot_curves(metrics: list[dict[str, float]], path: Path) -> None:
+    """A panel for each loss and held-out metric in metrics.jsonl, over steps."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    names = sorted({key for line in metrics for key in line if key.startswith(("loss/", "val/", "usage/"))})
+    if not names:
+        return
+    figure, axes = plt.subplots(1, len(names), figsize=(4 * len(names), 3), squeeze=False)
+    for axis, name in zip(axes[0], names, strict=True):
+        points = [(line["step"], line[name]) for line in metrics if name in line]
+        axis.plot(*zip(*points, strict=True), marker="." if len(points) < 30 else "")
+        axis.set(title=name, xlabel="step")
+        axis.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+# --- the loop ---------------------------------------------------------------------------------------------------------
+
+
+def learning_rate(step: int, num_steps: int, config: OptimConfig) -> float:
+    """Linear warm-up, then a cosine from the peak down to its final share; `step` counts from 0."""
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    progress = (step - config.warmup_steps) / max(1, num_steps - config.warmup_steps)
+    return config.lr * (config.final_lr_share + (1 - config.final_lr_share) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+class ema_weights:
+    """Within this context the module holds the averaged weights, if there are any."""
+
+    def __init__(self, state: TrainingState):
+        parameters = dict(state.module.named_parameters())
+        self.pairs = [(parameters[name], average) for name, average in state.ema.items()]
+
+    def _swap(self) -> None:
+        with torch.no_grad():
+            for parameter, average in self.pairs:
+                value = parameter.clone()
+                parameter.copy_(average)
+                average.copy_(value)
+
+    def __enter__(self) -> None:
+        self._swap()
+
+    def __exit__(self, *_: Any) -> None:
+        self._swap()
+
+
+def train(
+    config: RunConfig,
+    accelerator: Accelerator,
+    module: nn.Module,
+    make_batches: Callable[[int], DataLoader],
+    prepare: Callable[[Any], Any],
+    *,
+    loss_weights: dict[str, float] | None = None,
+    evaluate: Callable[[], dict[str, float]] | None = None,
+    export: Callable[[Path], None] | None = None,
+    after_step: Callable[[int], dict[str, float]] | None = None,
+    checkpoint: Path | None = None,
+) -> None:
+    """Train `module` in place for config.steps optimizer steps.
+
+    module:       module(batch) returns the error of each token, {target: [B, T]}; batch.masks says which count
+    make_batches: the loader of this process from a given step on, accumulation_steps raw batches a step
+    prepare:      raw batch, on the device, -> what module takes
+    loss_weights: weight of each target in the loss; 1 where not given
+    evaluate:     held-out metrics, called every eval_every steps and at the end
+    export:       writes a directory that can be used without the run, called for every checkpoint
+    after_step:   called with the step after each one; what it returns is logged
+
+    A loss is the mean over the valid tokens of the *whole* step: over all processes and accumulation steps.
+    """
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    optim = config.optim
+    optimizer = torch.optim.AdamW(trained, lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay)
+    bare_module = module
+    module, optimizer = accelerator.prepare(module, optimizer)
+    state = TrainingState(bare_module, optimizer.optimizer)
+    if config.ema_decay:
+        state.ema = {n: p.detach().clone() for n, p in bare_module.named_parameters() if p.requires_grad}
+    if checkpoint:
+        load_checkpoint(checkpoint, state)
+    log = MetricsLog(config.run_dir / "metrics.jsonl", state.step) if accelerator.is_main_process else None
+    weights = loss_weights or {}
+
+    module.train()
+    batches = iter(make_batches(state.step))
+    bar = tqdm(
+        initial=state.step,
+        total=config.steps,
+        desc=config.run_dir.name,
+        unit="step",
+        disable=not accelerator.is_main_process,
+        dynamic_ncols=True,
+        mininterval=1.0,
+    )
+    sums: dict[str, Tensor] = {}  # on the device; read back only when they are logged
+    clock, clock_step = time.perf_counter(), state.step
+    while state.step < config.steps:
+        passes = [prepare(to_device(next(batches), accelerator.device)) for _ in range(config.accumulation_steps)]
+        counts = {name: sum(p.masks[name].sum() for p in passes) for name in passes[0].masks}
+        counts = {name: accelerator.reduce(count.float(), "sum") for name, count in counts.items()}
+        for index, batch in enumerate(passes):
+            is_last = index == len(passes) - 1
+            with nullcontext() if is_last else accelerator.no_sync(module):
+                with accelerator.autocast():
+                    errors = module(batch)
+                parts = {name: losses.masked_mean(e, batch.masks[name], counts[name]) for name, e in errors.items()}
+                loss = sum(weights.get(name, 1.0) * part for name, part in parts.items())
+                # DDP averages gradients over processes; the loss is a part of a sum over them.
+                accelerator.backward(loss * accelerator.num_processes)
+            for name, part in parts.items():
+                sums[f"loss/{name}"] = sums.get(f"loss/{name}", 0) + part.detach()
+        grad_norm = accelerator.clip_grad_norm_(trained, optim.max_grad_norm)
+        rate = learning_rate(state.step, config.steps, optim)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+        optimizer.zero_grad()
+        if state.ema:
+            # The average forgets its start as fast as it can: early on it is a plain mean.
+            decay = min(config.ema_decay, (1 + state.step) / (10 + state.step))
+            with torch.no_grad():
+                torch._foreach_lerp_(list(state.ema.values()), [p.detach() for p in trained], 1 - decay)
+        state.step += 1
+        extra = after_step(state.step) if after_step else {}
+        bar.update()
+
+        is_end = state.step == config.steps
+        evaluates = evaluate is not None and (state.step % config.eval_every == 0 or is_end)
+        if state.step % config.log_every == 0 or evaluates or is_end:
+            span = state.step - clock_step
+            metrics = {name: (accelerator.reduce(s, "sum") / span).item() for name, s in sums.items()}
+            if not all(math.isfinite(value) for value in metrics.values()):
+                raise FloatingPointError(f"the loss is not finite at step {state.step}: {metrics}")
+            now = time.perf_counter()
+            rate_of_samples = span * config.batch_size / (now - clock)
+            bar.set_postfix_str(
+                " ".join(f"{name.removeprefix('loss/')} {v:.4f}" for name, v in metrics.items())
+                + f" {rate_of_samples:.0f} samples/s"
+            )
+            metrics |= {"lr": rate, "grad_norm": float(grad_norm), "samples": state.step * config.batch_size}
+            metrics |= extra | {"time/samples_per_s": rate_of_samples}
+            if evaluates:
+                module.eval()
+                with ema_weights(state):
+                    metrics |= {f"val/{name}": value for name, value in evaluate().items()}
+                module.train()
+            if log:
+                log.write({"step": state.step, **metrics})
+            sums, clock, clock_step = {}, time.perf_counter(), state.step
+        if state.step % config.save_every == 0 or is_end:
+            save_checkpoint(config.run_dir, state, accelerator, export)
+            accelerator.wait_for_everyone()
+            if log:
+                plot_curves(log.read(), config.run_dir / "curves.png")
+    bar.close()
+    if state.ema:
+        for (_, average), parameter in zip(state.ema.items(), trained, strict=True):
+            parameter.data.copy_(average)

@@ -1,0 +1,299 @@
+"""The SmolVLM trunk as a prefix encoder, and the action expert that reads its keys and values.
+
+Both are stacks of transformers' own Llama layers with a forward of our own: the prefix is encoded once, each layer's
+keys and values are kept, and the expert runs on them as often as there are heads, flow draws or Euler steps. The
+prefix never sees the suffix, therefore the same code serves training and sampling. Numbers follow SmolVLA
+(arXiv 2506.01844).
+"""
+
+import math
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast, SmolVLMConfig, SmolVLMModel
+from transformers.models.llama.configuration_llama import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm
+
+from smolvla_shared.config import CoreConfig, expert_mlp_width
+
+ROPE_WAVELENGTH = 10_000  # SmolVLA's, in trunk and expert; the language model's own rope_theta is not used
+
+KeysValues = tuple[Tensor, Tensor]  # [B, key/value heads, tokens, head_dim] each, keys after RoPE
+Rotation = tuple[Tensor, Tensor]  # cosines and sines, [B, 1, tokens, head_dim / 2] each
+
+
+@dataclass
+class Prefix:
+    """What the expert needs to know of images, text and state."""
+
+    keys_values: list[KeysValues]  # one pair a trunk layer
+    mask: Tensor  # [B, P] bool: False for padding, missing cameras and a missing state
+
+
+def rotation(positions: Tensor, head_dim: int) -> Rotation:
+    """Rotary embedding (RoFormer, arXiv 2104.09864) of positions [B, L]."""
+    exponent = torch.arange(head_dim // 2, dtype=torch.float32, device=positions.device) * (2 / head_dim)
+    angle = positions[:, None, :, None] / ROPE_WAVELENGTH**exponent  # [B, 1, L, head_dim / 2]
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: Tensor, rotation: Rotation) -> Tensor:
+    """Apply a rotation to x [B, heads, L, head_dim], whose first and second half form the pairs."""
+    cos, sin = rotation
+    first, second = x.float().chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+
+
+def attend(query: Tensor, keys_values: KeysValues, mask: Tensor) -> Tensor:
+    """Grouped-query attention: [B, heads, L, head_dim] -> [B, heads, L, head_dim]; mask broadcasts to [B, heads, L, keys]."""
+    return F.scaled_dot_product_attention(query, *keys_values, attn_mask=mask, enable_gqa=True)
+
+
+def split_heads(x: Tensor, head_dim: int) -> Tensor:
+    return x.unflatten(-1, (-1, head_dim)).transpose(1, 2)  # [B, L, heads * d] -> [B, heads, L, d]
+
+
+def merge_heads(x: Tensor) -> Tensor:
+    return x.transpose(1, 2).flatten(2)  # [B, heads, L, d] -> [B, L, heads * d]
+
+
+def prefix_attention_mask(valid: Tensor) -> Tensor:
+    """Who attends to whom in the prefix, [B, P] bool -> [B, 1, P, P] bool.
+
+                     to   image  text   state
+        from image         x x    x x .   .
+             text          x x    x x .   .
+             state         x x    x x .   x         (the last text token here is padding)
+
+    Padding is hidden as a key only: what a padding token itself computes is never read.
+    """
+    mask = valid[:, None, None, :].repeat(1, 1, valid.shape[1], 1)
+    mask[:, :, :-1, -1] = False
+    return mask
+
+
+def suffix_attention_mask(prefix_valid: Tensor, num_tokens: int) -> Tensor:
+    """Who the suffix tokens attend to: the valid prefix, and causally themselves. [B, P] bool -> [B, 1, T, P + T] bool.
+
+                 to   prefix   0 1 2
+    from 0             x x .   x . .
+         1             x x .   x x .
+         2             x x .   x x x
+    """
+    causal = torch.ones(num_tokens, num_tokens, dtype=torch.bool, device=prefix_valid.device).tril()
+    shape = (len(prefix_valid), 1, num_tokens, -1)
+    return torch.cat([prefix_valid[:, None, None, :].expand(shape), causal.expand(shape)], dim=-1)
+
+
+class PrefixLayer(LlamaDecoderLayer):
+    """A language-model layer of the trunk that also returns its keys and values."""
+
+    def __init__(self, config: LlamaConfig, index: int):
+        super().__init__(config, index)
+        self.is_last = index == config.num_hidden_layers - 1
+        if self.is_last:
+            # Only this layer's keys and values are ever read. The rest stays, unused, so that a SmolVLM checkpoint
+            # loads and saves whole; without gradients, so that DDP does not wait for them.
+            for unused in (self.self_attn.q_proj, self.self_attn.o_proj, self.mlp, self.post_attention_layernorm):
+                unused.requires_grad_(False)
+
+    def forward(self, hidden: Tensor, mask: Tensor, rotation: Rotation) -> tuple[Tensor, KeysValues]:
+        """[B, P, hidden], mask [B, 1, P, P] -> the same, and this layer's keys and values."""
+        attn, head_dim = self.self_attn, self.self_attn.head_dim
+        normed = self.input_layernorm(hidden)
+        keys = rotate(split_heads(attn.k_proj(normed), head_dim), rotation)
+        values = split_heads(attn.v_proj(normed), head_dim)
+        if not self.is_last:
+            query = rotate(split_heads(attn.q_proj(normed), head_dim), rotation)
+            hidden = hidden + attn.o_proj(merge_heads(attend(query, (keys, values), mask)))
+            hidden = hidden + self.mlp(self.post_attention_layernorm(hidden))
+        return hidden, (keys, values)
+
+
+class Trunk(nn.Module):
+    """SmolVLM's vision tower, connector, token embedding and first language layers: Batch fields -> Prefix."""
+
+    def __init__(self, config: CoreConfig):
+        super().__init__()
+        vlm_config = SmolVLMConfig.from_dict(config.vlm)
+        text = vlm_config.text_config
+        text.num_hidden_layers = config.num_trunk_layers
+        for part in (vlm_config, vlm_config.vision_config, text):  # transformers builds each part in its own dtype
+            part.dtype = getattr(torch, config.torch_dtype)
+        self.vlm = SmolVLMModel(vlm_config)
+        self.vlm.text_model.layers = nn.ModuleList(PrefixLayer(text, index) for index in range(text.num_hidden_layers))
+        self.vlm.text_model.layers.to(text.dtype)
+        del self.vlm.text_model.norm  # would only act on the last layer's output, which nothing reads
+        self.hidden_size = text.hidden_size
+        self.head_dim = text.head_dim
+
+    def embed_images(self, images: Tensor) -> Tensor:
+        """[B, N, 3, H, W] in [-1, 1] -> image tokens [B, N, tokens, hidden]."""
+        pixels = images.flatten(0, 1).to(self.vlm.vision_model.dtype)
+        patches = self.vlm.vision_model(pixel_values=pixels).last_hidden_state
+        return self.vlm.connector(patches).unflatten(0, images.shape[:2])
+
+    def forward(
+        self,
+        images: Tensor,  # [B, N, 3, H, W]
+        image_mask: Tensor,  # [B, N]
+        text: Tensor,  # [B, L]
+        text_mask: Tensor,  # [B, L]
+        state_token: Tensor,  # [B, hidden]
+        state_mask: Tensor,  # [B]
+    ) -> Prefix:
+        image_tokens = self.embed_images(images)
+        # Image and text tokens are scaled as in Gemma-style language models; the state token is not.
+        scale = math.sqrt(self.hidden_size)
+        embedded_text = self.vlm.text_model.embed_tokens(text)
+        parts = [
+            image_tokens.flatten(1, 2) * scale,
+            embedded_text * scale,
+            state_token[:, None].to(embedded_text.dtype),
+        ]
+        hidden = torch.cat(parts, dim=1)  # [B, P, hidden]
+        image_valid = image_mask[:, :, None].expand(-1, -1, image_tokens.shape[2]).flatten(1)
+        valid = torch.cat([image_valid, text_mask, state_mask[:, None]], dim=1)  # [B, P]
+
+        mask = prefix_attention_mask(valid)
+        angles = rotation(valid.cumsum(1) - 1, self.head_dim)  # padding takes no position
+        keys_values = []
+        for layer in self.vlm.text_model.layers:
+            hidden, layer_keys_values = layer(hidden, mask, angles)
+            keys_values.append(layer_keys_values)
+        return Prefix(keys_values, valid)
+
+
+class ExpertLayer(LlamaDecoderLayer):
+    """A layer of the expert: self-attention over [prefix ; suffix], or cross-attention to the prefix alone.
+
+    A cross-attention layer projects the trunk layer's keys and values, flattened over heads, to its own; no RoPE is
+    applied to them again, and its queries count their positions from 0.
+    """
+
+    def __init__(self, config: LlamaConfig, index: int, is_cross: bool):
+        super().__init__(config, index)
+        self.is_cross = is_cross
+        if is_cross:
+            width = config.num_key_value_heads * config.head_dim
+            self.self_attn.k_proj = nn.Linear(width, width, bias=config.attention_bias)
+            self.self_attn.v_proj = nn.Linear(width, width, bias=config.attention_bias)
+
+    def context(self, prefix: KeysValues) -> KeysValues:
+        """What this layer attends to of the prefix: its keys and values, projected in a cross-attention layer."""
+        if not self.is_cross:
+            return prefix
+        attn = self.self_attn
+        projected = [
+            split_heads(proj(merge_heads(x)), attn.head_dim)
+            for proj, x in zip((attn.k_proj, attn.v_proj), prefix, strict=True)
+        ]
+        return projected[0], projected[1]
+
+    def forward(
+        self,
+        hidden: Tensor,  # [B * K, T, width]; the K draws of a sample are neighbours
+        prefix: KeysValues,
+        context: KeysValues | None,
+        prefix_valid: Tensor,  # [B, P]
+        rotations: tuple[Rotation, Rotation],  # of positions after the prefix, and of positions from 0
+    ) -> tuple[Tensor, KeysValues]:
+        """The new hidden and the context, which the next Euler step passes in again (None computes it)."""
+        attn, head_dim = self.self_attn, self.self_attn.head_dim
+        if context is None:
+            context = self.context(prefix)
+        num_draws = len(hidden) // len(prefix_valid)
+        normed = self.input_layernorm(hidden)
+        query = split_heads(attn.q_proj(normed), head_dim)
+        after_prefix, from_zero = rotations
+        if self.is_cross:
+            # The prefix is the same for a sample's draws, so they attend as one long sequence: nothing is copied.
+            query = rotate(query, from_zero).unflatten(0, (-1, num_draws)).transpose(1, 2)  # [B, heads, K, T, d]
+            attended = attend(query.flatten(2, 3), context, prefix_valid[:, None, None, :])
+            attended = attended.unflatten(2, (num_draws, -1)).transpose(1, 2).flatten(0, 1)
+        else:
+            keys = rotate(split_heads(attn.k_proj(normed), head_dim), after_prefix)
+            own = keys, split_heads(attn.v_proj(normed), head_dim)
+            joint = [
+                torch.cat([p.repeat_interleave(num_draws, dim=0), o], dim=2) for p, o in zip(context, own, strict=True)
+            ]
+            mask = suffix_attention_mask(prefix_valid, hidden.shape[1]).repeat_interleave(num_draws, dim=0)
+            attended = attend(rotate(query, after_prefix), (joint[0], joint[1]), mask)
+        hidden = hidden + attn.o_proj(merge_heads(attended))
+        return hidden + self.mlp(self.post_attention_layernorm(hidden)), context
+
+
+class Expert(nn.Module):
+    """The narrower transformer over the suffix tokens, one layer for each trunk layer."""
+
+    def __init__(self, config: CoreConfig):
+        super().__init__()
+        text = SmolVLMConfig.from_dict(config.vlm).text_config
+        text.hidden_size = int(text.hidden_size * config.expert_width_multiplier)
+        text.intermediate_size = expert_mlp_width(text.hidden_size)
+        text.num_hidden_layers = config.num_trunk_layers
+        self.width = text.hidden_size
+        self.head_dim = text.head_dim
+        self.layers = nn.ModuleList(
+            ExpertLayer(text, index, is_cross=index % config.self_attn_every_n_layers != 0)
+            for index in range(config.num_trunk_layers)
+        )
+        self.norm = LlamaRMSNorm(text.hidden_size, eps=text.rms_norm_eps)
+
+    def forward(
+        self, tokens: Tensor, prefix: Prefix, contexts: list[KeysValues | None] | None = None
+    ) -> tuple[Tensor, list[KeysValues | None]]:
+        """Suffix tokens [B, K, T, width] -> the same; `contexts`, from an earlier call on this prefix, saves time."""
+        batch, num_draws, num_tokens, _ = tokens.shape
+        from_zero = torch.arange(num_tokens, device=tokens.device)[None]  # [1, T]
+        after_prefix = prefix.mask.sum(1, keepdim=True) + from_zero  # [B, T]
+        rotations = (
+            rotation(after_prefix.repeat_interleave(num_draws, dim=0), self.head_dim),
+            rotation(from_zero, self.head_dim),
+        )
+        hidden, new_contexts = tokens.flatten(0, 1), []
+        for layer, keys_values, context in zip(
+            self.layers, prefix.keys_values, contexts or [None] * len(self.layers), strict=True
+        ):
+            hidden, context = layer(hidden, keys_values, context, prefix.mask, rotations)
+            new_contexts.append(context)
+        return self.norm(hidden).unflatten(0, (batch, num_draws)), new_contexts
+
+
+def trunk_location(name: str) -> str:
+    """What transformers can load for a trunk's name: the embedded tiny one's directory, else the name itself."""
+    if name == "tiny":
+        return str(resources.files("smolvla_shared") / "assets" / "tiny_vlm")
+    if Path(name).is_absolute() and not (Path(name) / "config.json").is_file():
+        raise ValueError(f"--model.name {name}: no such directory, or no config.json in it")
+    return name
+
+
+def load_trunk_config(name: str, revision: str | None) -> dict[str, Any]:
+    """The configuration of a SmolVLM by hub id, local directory or `tiny`, for CoreConfig.vlm."""
+    vlm_config = AutoConfig.from_pretrained(trunk_location(name), revision=revision)
+    if not isinstance(vlm_config, SmolVLMConfig):
+        raise ValueError(f"--model.name {name} is a {vlm_config.model_type}, the trunk must be a smolvlm")
+    return vlm_config.to_dict()
+
+
+def load_trunk_tokenizer(name: str, revision: str | None) -> PreTrainedTokenizerFast:
+    return AutoTokenizer.from_pretrained(trunk_location(name), revision=revision)
+
+
+def load_trunk_weights(trunk: Trunk, name: str, revision: str | None) -> None:
+    """Fill the trunk with a SmolVLM's pretrained weights.
+
+    Strict: only the language layers beyond those kept and the final norm may be left over.
+    """
+    weights = SmolVLMModel.from_pretrained(trunk_location(name), revision=revision).state_dict()
+    num_layers = len(trunk.vlm.text_model.layers)
+    dropped = {f"text_model.layers.{i}." for i in range(num_layers, 1000)} | {"text_model.norm."}
+    trunk.vlm.load_state_dict(
+        {key: value for key, value in weights.items() if not any(key.startswith(prefix) for prefix in dropped)}
+    )
