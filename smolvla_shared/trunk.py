@@ -6,6 +6,7 @@ prefix never sees the suffix, therefore the same code serves training and sampli
 (arXiv 2506.01844).
 """
 
+import json
 import math
 from dataclasses import dataclass
 from importlib import resources
@@ -50,7 +51,7 @@ def rotate(x: Tensor, rotation: Rotation) -> Tensor:
 
 
 def attend(query: Tensor, keys_values: KeysValues, mask: Tensor) -> Tensor:
-    """Grouped-query attention: [B, heads, L, head_dim] -> [B, heads, L, head_dim]; mask broadcasts to [B, heads, L, keys]."""
+    """Grouped-query attention of [B, heads, L, head_dim]; mask, True to attend, broadcasts to [B, heads, L, keys]."""
     return F.scaled_dot_product_attention(query, *keys_values, attn_mask=mask, enable_gqa=True)
 
 
@@ -127,7 +128,7 @@ class Trunk(nn.Module):
             part.dtype = getattr(torch, config.torch_dtype)
         self.vlm = SmolVLMModel(vlm_config)
         self.vlm.text_model.layers = nn.ModuleList(PrefixLayer(text, index) for index in range(text.num_hidden_layers))
-        self.vlm.text_model.layers.to(text.dtype)
+        self.vlm.to(text.dtype)  # the new layers, and the connector, which follows no config
         del self.vlm.text_model.norm  # would only act on the last layer's output, which nothing reads
         self.hidden_size = text.hidden_size
         self.head_dim = text.head_dim
@@ -279,7 +280,7 @@ def load_trunk_config(name: str, revision: str | None) -> dict[str, Any]:
     vlm_config = AutoConfig.from_pretrained(trunk_location(name), revision=revision)
     if not isinstance(vlm_config, SmolVLMConfig):
         raise ValueError(f"--model.name {name} is a {vlm_config.model_type}, the trunk must be a smolvlm")
-    return vlm_config.to_dict()
+    return json.loads(vlm_config.to_json_string(use_diff=False))  # equal before and after a manifest
 
 
 def load_trunk_tokenizer(name: str, revision: str | None) -> PreTrainedTokenizerFast:
@@ -291,9 +292,11 @@ def load_trunk_weights(trunk: Trunk, name: str, revision: str | None) -> None:
 
     Strict: only the language layers beyond those kept and the final norm may be left over.
     """
-    weights = SmolVLMModel.from_pretrained(trunk_location(name), revision=revision).state_dict()
+    vlm, report = SmolVLMModel.from_pretrained(trunk_location(name), revision=revision, output_loading_info=True)
+    if report["missing_keys"]:  # transformers initialises them at random and goes on
+        raise ValueError(f"--model.name {name}: the weights lack {', '.join(sorted(report['missing_keys']))}")
     num_layers = len(trunk.vlm.text_model.layers)
     dropped = {f"text_model.layers.{i}." for i in range(num_layers, 1000)} | {"text_model.norm."}
     trunk.vlm.load_state_dict(
-        {key: value for key, value in weights.items() if not any(key.startswith(prefix) for prefix in dropped)}
+        {key: value for key, value in vlm.state_dict().items() if not any(key.startswith(prefix) for prefix in dropped)}
     )
