@@ -1,0 +1,34 @@
+# `make demo` and `make test` set everything up first; a second run finds it done.
+
+.DEFAULT_GOAL := help
+.PHONY: setup demo test lint format clean help
+
+# pip's work is done once, and again when what it reads has changed.
+STAMP := .venv/installed
+
+setup: $(STAMP)  ## install the system libraries and the Python packages (into .venv)
+
+$(STAMP): requirements.txt pyproject.toml
+	@scripts/setup.sh $(STAMP)
+
+demo: setup  ## run the whole pipeline on demonstrations it records itself, at most 25 minutes on two cores
+	@PATH="$(CURDIR)/.venv/bin:$$PATH" examples/quickstart.sh
+
+# One thread a process (tests/conftest.py) and a process a core beat many threads: the models of the tests are tiny.
+test: setup lint  ## check the style and run all tests, at most 10 minutes on two cores
+	@PATH="$(CURDIR)/.venv/bin:$$PATH" pytest -m "" -n logical --maxprocesses 4 --dist loadfile
+
+lint: setup  ## check style and format
+	@.venv/bin/ruff check .
+	@.venv/bin/ruff format --check .
+
+format: setup  ## mend style and format
+	@.venv/bin/ruff check --fix .
+	@.venv/bin/ruff format .
+
+clean:  ## remove the environment and the caches; runs/ and data/ stay
+	rm -rf .venv .pytest_cache .ruff_cache *.egg-info
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+help:  ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)

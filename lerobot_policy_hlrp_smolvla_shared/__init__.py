@@ -1,0 +1,6 @@
+"""Makes LeRobot's own commands find the policy `hlrp_smolvla_shared`.
+
+LeRobot imports every installed distribution whose name starts with `lerobot_policy_`, under the same module name.
+"""
+
+import smolvla_shared.policy  # noqa: F401  (importing it registers the policy)
