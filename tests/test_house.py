@@ -1,0 +1,123 @@
+"""Rules of the house: who imports whom, how long a script may be, what an import may do, and that tests are offline."""
+
+import ast
+import os
+import pkgutil
+import socket
+import subprocess
+import sys
+from importlib.metadata import distribution
+from pathlib import Path
+
+import pytest
+
+import smolvla_shared
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "smolvla_shared"
+# A module imports only modules above it.
+ORDER = (
+    "config batch preprocess flow losses trunk model laq labels artifact data training teacher policy evaluate "
+    "train_stage2 train_stage3 rollout"
+).split()
+SCRIPTS = ORDER[-3:]
+USES_LEROBOT = {"data", "policy", "evaluate", *SCRIPTS}
+
+SOURCES = {path.stem: path for path in PACKAGE.glob("*.py") if path.stem != "__init__"}
+SOURCES |= {name: ROOT / f"{name}.py" for name in SCRIPTS if (ROOT / f"{name}.py").exists()}
+
+
+def imports(source: str) -> set[str]:
+    """Full names of everything that a source imports, at any depth: `from a import b` gives a.b."""
+    names = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            module = ".".join(filter(None, [node.level * "smolvla_shared", node.module]))
+            names |= {f"{module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def own_modules(names: set[str]) -> set[str]:
+    """Which modules of ours are among imported names: smolvla_shared.flow.euler gives flow."""
+    parts = [name.split(".") for name in names]
+    return {p[1] for p in parts if p[0] == "smolvla_shared" and len(p) > 1} | {p[0] for p in parts if p[0] in SCRIPTS}
+
+
+def run_python(code: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | environment, cwd=ROOT
+    )
+
+
+def test_imports_are_read_from_every_form():
+    source = (
+        "import smolvla_shared.flow\ndef f():\n    from . import batch\n    from .config import A\n    import rollout"
+    )
+    assert own_modules(imports(source)) == {"flow", "batch", "config", "rollout"}
+
+
+def test_every_module_has_its_place_in_the_order():
+    assert set(SOURCES) <= set(ORDER), f"not in the order of imports: {sorted(set(SOURCES) - set(ORDER))}"
+
+
+@pytest.mark.parametrize("name", sorted(SOURCES))
+def test_imports_point_upwards(name):
+    above = set(ORDER[: ORDER.index(name)])
+    imported = own_modules(imports(SOURCES[name].read_text()))
+    assert imported <= above, f"{name} imports {sorted(imported - above)}, which stand below it"
+
+
+@pytest.mark.parametrize("name", sorted(set(SOURCES) - USES_LEROBOT))
+def test_the_model_can_be_used_without_lerobot(name):
+    assert not [n for n in imports(SOURCES[name].read_text()) if n.split(".")[0] == "lerobot"]
+
+
+def test_scripts_are_short():
+    lengths = {name: len(SOURCES[name].read_text().splitlines()) for name in SCRIPTS if name in SOURCES}
+    assert all(length < 200 for length in lengths.values()), lengths
+
+
+def test_config_imports_no_torch():
+    done = run_python("import sys, smolvla_shared.config; sys.exit('torch' in sys.modules)")
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_importing_every_module_prints_nothing_and_asks_no_network():
+    # LeRobot's --policy.discover_packages_path imports them all too. Without HF_HUB_OFFLINE only our own guard is left.
+    modules = [f"smolvla_shared.{module.name}" for module in pkgutil.iter_modules(smolvla_shared.__path__)]
+    done = run_python(f"import {', '.join(modules)}", HF_HUB_OFFLINE="0")
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
+
+
+CALL_OUT = "import socket; socket.create_connection(('192.0.2.1', 80), timeout=0.1)"  # TEST-NET-1: never answers
+
+
+def test_network_is_blocked_here():
+    with pytest.raises(RuntimeError, match=r"offline.*192\.0\.2\.1"):
+        exec(CALL_OUT)
+    with pytest.raises(RuntimeError, match=r"offline.*huggingface\.co"):
+        socket.getaddrinfo("huggingface.co", 443)
+
+
+def test_network_is_blocked_in_child_processes():
+    assert "the tests are offline, but something asked for 192.0.2.1" in run_python(CALL_OUT).stderr
+
+
+def test_this_machine_may_talk_to_itself():
+    with socket.create_server(("localhost", 0)) as server:  # processes of a distributed test do
+        socket.create_connection(server.getsockname(), timeout=5).close()
+
+
+@pytest.mark.slow
+def test_lerobot_finds_the_policy():
+    """LeRobot's commands import every distribution lerobot_policy_*, as a module of the name in its metadata."""
+    assert distribution("lerobot_policy_hlrp_smolvla_shared").metadata["Name"] == "lerobot_policy_hlrp_smolvla_shared"
+    done = run_python(
+        "from lerobot.utils.import_utils import register_third_party_plugins as register; register()\n"
+        "from lerobot.configs.policies import PreTrainedConfig\n"
+        "PreTrainedConfig.get_choice_class('hlrp_smolvla_shared')"
+    )
+    assert done.returncode == 0, done.stderr
