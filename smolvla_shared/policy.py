@@ -1,0 +1,408 @@
+"""The LeRobot policy `hlrp_smolvla_shared`: config, policy and processors around a `SmolVLASharedCore`.
+
+LeRobot's commands (lerobot-eval, lerobot-train --policy.path) find the three by their names in this module. A saved
+policy is self-contained: the trunk's config is in config.json, the tokenizer is in the preprocessor's state, and
+loading asks no hub.
+"""
+
+from collections import deque
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from lerobot.configs import FeatureType, NormalizationMode, PipelineFeatureType, PolicyFeature
+from lerobot.configs.policies import PreTrainedConfig
+from lerobot.lerobot_types import TransitionKey
+from lerobot.optim.optimizers import AdamWConfig
+from lerobot.optim.schedulers import CosineDecayWithWarmupSchedulerConfig
+from lerobot.policies.pretrained import PreTrainedPolicy
+from lerobot.processor import (
+    ObservationProcessorStep,
+    PolicyProcessorPipeline,
+    ProcessorStepRegistry,
+    make_default_policy_processor_steps,
+    make_policy_processor_pipelines,
+)
+from lerobot.utils import constants as keys
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerFast
+
+from smolvla_shared import losses
+from smolvla_shared.batch import Batch, FlowTarget
+from smolvla_shared.config import ACTION, CoreConfig, OptimConfig, RunConfig
+from smolvla_shared.model import SmolVLASharedCore
+from smolvla_shared.preprocess import (
+    Statistics,
+    TextTokenizer,
+    pack_tokenizer,
+    pad_width,
+    prepare_images,
+    stack_cameras,
+    unpack_tokenizer,
+)
+from smolvla_shared.trunk import load_trunk_tokenizer
+
+ACTION_IS_PAD = "action_is_pad"  # [B, T] bool, LeRobot's mark of actions past the episode's end
+WEIGHTS_NAME = "model.safetensors"
+CORE_PREFIX = "model."  # of the core's weights in the file: the policy holds the core as `self.model`
+
+
+# --- config -----------------------------------------------------------------------------------------------------------
+
+
+def input_features(core: CoreConfig, image_shapes: dict[str, tuple[int, ...]]) -> dict[str, PolicyFeature]:
+    """What the policy observes; a camera without a recorded shape (3, height, width) gets the model's square."""
+    square = (3, core.image_size, core.image_size)
+    features = {key: PolicyFeature(FeatureType.VISUAL, image_shapes.get(key, square)) for key in core.cameras}
+    if core.state_dim:
+        features[keys.OBS_STATE] = PolicyFeature(FeatureType.STATE, (core.state_dim,))
+    return features
+
+
+def output_features(core: CoreConfig) -> dict[str, PolicyFeature]:
+    return {keys.ACTION: PolicyFeature(FeatureType.ACTION, (core.action_dim,))}
+
+
+@PreTrainedConfig.register_subclass("hlrp_smolvla_shared")
+@dataclass
+class HLRPSmolVLASharedConfig(PreTrainedConfig):
+    """LeRobot's view of a core: the core's config, and how its action chunks are executed."""
+
+    # The model; with it alone, no hub, the policy is rebuilt.
+    core: CoreConfig = field(kw_only=True)
+    # Actions executed of each chunk before the next one is generated.
+    n_action_steps: int = 10
+    # How each kind of feature is normalised; the core was trained with these.
+    normalization_mapping: dict[str, NormalizationMode] = field(
+        default_factory=lambda: {
+            "VISUAL": NormalizationMode.IDENTITY,
+            "STATE": NormalizationMode.MEAN_STD,
+            "ACTION": NormalizationMode.MEAN_STD,
+        }
+    )
+    push_to_hub: bool = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.core.action_dim:
+            raise ValueError("this core has no action head (action_dim 0), it cannot act: run train_stage3.py on it")
+        if not 1 <= self.n_action_steps <= self.core.chunk_size:
+            raise ValueError(
+                f"n_action_steps {self.n_action_steps} must be between 1 and the chunk_size of the model, "
+                f"{self.core.chunk_size}"
+            )
+        self.input_features = self.input_features or input_features(self.core, {})
+        self.output_features = self.output_features or output_features(self.core)
+
+    def validate_features(self) -> None:
+        """Raise ValueError where the features, set by LeRobot from a dataset or environment, do not fit the core."""
+
+        def describe(inputs: dict[str, PolicyFeature], outputs: dict[str, PolicyFeature]) -> dict[str, Any]:
+            return {
+                "cameras": sorted(key for key, feature in inputs.items() if feature.type is FeatureType.VISUAL),
+                "state": list(inputs[keys.OBS_STATE].shape) if keys.OBS_STATE in inputs else None,
+                "action": list(outputs[keys.ACTION].shape) if keys.ACTION in outputs else None,
+            }
+
+        model = describe(input_features(self.core, {}), output_features(self.core))
+        found = describe(self.input_features, self.output_features)
+        if model != found:
+            raise ValueError(
+                f"the model was built for {model}, the dataset or environment has {found}: use one that fits, or map "
+                "its names with --rename_map"
+            )
+
+    @property
+    def observation_delta_indices(self) -> None:
+        return None  # the present observation only, without a time dimension
+
+    @property
+    def action_delta_indices(self) -> list[int]:
+        return list(range(self.core.chunk_size))
+
+    @property
+    def reward_delta_indices(self) -> None:
+        return None
+
+    def get_optimizer_preset(self) -> AdamWConfig:
+        optim = OptimConfig()
+        return AdamWConfig(
+            lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay, grad_clip_norm=optim.max_grad_norm
+        )
+
+    def get_scheduler_preset(self) -> CosineDecayWithWarmupSchedulerConfig:
+        optim = OptimConfig()
+        return CosineDecayWithWarmupSchedulerConfig(
+            peak_lr=optim.lr,
+            decay_lr=optim.lr * optim.final_lr_share,
+            num_warmup_steps=optim.warmup_steps,
+            num_decay_steps=RunConfig.steps,
+        )
+
+
+# --- policy -----------------------------------------------------------------------------------------------------------
+
+
+def check_has(batch: dict[str, Any], needed: list[str]) -> None:
+    missing = [key for key in needed if key not in batch]
+    if missing:
+        raise ValueError(
+            f"the policy needs {needed}, but {missing} is missing from the batch, which has {sorted(batch)}: "
+            "pass it, or map your names with --rename_map"
+        )
+
+
+def to_batch(observation: dict[str, Tensor], core: CoreConfig) -> Batch:
+    """A preprocessed LeRobot batch -> the core's Batch, without targets.
+
+    Images are [B, 3, h, w] in [0, 1] or uint8, the state [B, state_dim] is normalised, the text is tokenised.
+    Raises ValueError for a camera, state or text that is missing: nothing is replaced by blanks.
+    """
+    state_keys = [keys.OBS_STATE] if core.state_dim else []
+    check_has(observation, [*core.cameras, *state_keys, keys.OBS_LANGUAGE_TOKENS, keys.OBS_LANGUAGE_ATTENTION_MASK])
+    images, image_mask = stack_cameras([prepare_images(observation[key], core.image_size) for key in core.cameras])
+    state = torch.zeros(len(images), core.max_state_dim, device=images.device)
+    if core.state_dim:
+        if observation[keys.OBS_STATE].shape != (len(images), core.state_dim):
+            raise ValueError(
+                f"{keys.OBS_STATE} is {list(observation[keys.OBS_STATE].shape)}, the model expects "
+                f"[{len(images)}, {core.state_dim}]"
+            )
+        state = pad_width(observation[keys.OBS_STATE], core.max_state_dim)
+    return Batch(
+        images=images,
+        image_mask=image_mask,
+        text=observation[keys.OBS_LANGUAGE_TOKENS],
+        text_mask=observation[keys.OBS_LANGUAGE_ATTENTION_MASK],
+        state=state,
+        state_mask=torch.full((len(images),), core.state_dim > 0, device=images.device),
+        targets={},
+    )
+
+
+def load_strictly(module: nn.Module, path: Path) -> None:
+    """Fill a module from a safetensors file; raises ValueError that lists missing, unknown and misshapen tensors."""
+    expected, found = module.state_dict(), load_file(path)
+    shapes = [
+        f"{key}: file {list(found[key].shape)}, model {list(expected[key].shape)}"
+        for key in sorted(expected.keys() & found.keys())
+        if expected[key].shape != found[key].shape
+    ]
+    missing, unknown = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+    if missing or unknown or shapes:
+        raise ValueError(
+            f"{path} does not fit the model that the config.json beside it describes:\n"
+            f"  missing: {missing}\n  unknown: {unknown}\n  wrong shape: {shapes}"
+        )
+    module.load_state_dict(found)
+
+
+class HLRPSmolVLASharedPolicy(PreTrainedPolicy):
+    """Executes the core's action chunks, `n_action_steps` of each; trains on them with LeRobot's own loop."""
+
+    config_class = HLRPSmolVLASharedConfig
+    name = "hlrp_smolvla_shared"
+
+    def __init__(self, config: HLRPSmolVLASharedConfig, dataset_stats: Any = None, dataset_meta: Any = None):
+        """LeRobot's factory passes statistics and metadata to every policy; here only the processors normalise."""
+        super().__init__(config)
+        config.validate_features()
+        self.model = SmolVLASharedCore(config.core)
+        self.reset()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_name_or_path: str | Path,
+        *,
+        config: HLRPSmolVLASharedConfig | None = None,
+        revision: str | None = None,
+        **kwargs: Any,
+    ) -> "HLRPSmolVLASharedPolicy":
+        """A policy from a directory or, if there is none of this name, from the hub. Always strict.
+
+        Raises ValueError where a file is missing or the weights are not exactly those of the config's model.
+        """
+        directory = Path(pretrained_name_or_path)
+        if not directory.is_dir():
+            try:
+                directory = Path(snapshot_download(str(pretrained_name_or_path), revision=revision))
+            except (OSError, ValueError) as error:
+                raise ValueError(
+                    f"no policy {pretrained_name_or_path}: there is no such directory, and the hub says: {error}"
+                ) from error
+        for name in ("config.json", WEIGHTS_NAME):
+            if not (directory / name).is_file():
+                found = sorted(path.name for path in directory.iterdir())
+                raise ValueError(f"no policy in {directory}: {name} is missing, found {found}")
+        config = config or PreTrainedConfig.from_pretrained(directory)
+        if not isinstance(config, cls.config_class):
+            raise ValueError(f"{directory} holds a policy of type {config.type}, expected {cls.name}")
+        policy = cls(config, **kwargs)
+        load_strictly(policy, directory / WEIGHTS_NAME)
+        return policy.to(config.device).eval()
+
+    def get_optim_params(self) -> list[nn.Parameter]:
+        return [parameter for parameter in self.parameters() if parameter.requires_grad]
+
+    def reset(self) -> None:
+        """Forget the actions not yet executed; called when an episode begins."""
+        self.queue: deque[Tensor] = deque()  # of [B, A]
+
+    def forward(
+        self,
+        batch: dict[str, Tensor],
+        reduction: str = "mean",
+        noise: Tensor | None = None,  # [B, T, max_action_dim]
+        time: Tensor | None = None,  # [B]
+    ) -> tuple[Tensor, dict[str, float]]:
+        """The flow-matching loss of the action chunks batch["action"] [B, T, A], normalised: a scalar, or [B] for
+        reduction "none". Steps marked in batch["action_is_pad"] and padded action dimensions do not count.
+        """
+        core = self.config.core
+        check_has(batch, [keys.ACTION, ACTION_IS_PAD])
+        data, actions = to_batch(batch, core), batch[keys.ACTION]
+        if actions.shape[1:] != (core.chunk_size, core.action_dim):
+            raise ValueError(
+                f"{keys.ACTION} is {list(actions.shape)}, the model expects [B, {core.chunk_size}, {core.action_dim}]"
+            )
+        value, mask = pad_width(actions, core.max_action_dim), ~batch[ACTION_IS_PAD]
+        if noise is None:
+            noise = torch.randn_like(value)
+        if time is None:
+            beta = torch.distributions.Beta(core.time_beta_alpha, core.time_beta_beta)
+            time = 0.999 * beta.sample((len(value),)).to(value.device) + 0.001
+        data.targets = {ACTION: FlowTarget(value, mask, noise[:, None], time[:, None])}
+        errors = self.model(data)[ACTION]  # [B, T]
+        if reduction == "none":
+            loss = (errors * mask).sum(1) / mask.sum(1).clamp(min=1)
+        else:
+            loss = losses.masked_mean(errors, mask)
+        return loss, {"loss": loss.mean().item()}
+
+    @torch.no_grad()
+    def predict_action_chunk(self, batch: dict[str, Tensor], noise: Tensor | None = None) -> Tensor:
+        """A chunk of normalised actions [B, T, A], generated from noise [B, T, max_action_dim] (drawn if not given)."""
+        core = self.config.core
+        data = to_batch(batch, core)
+        if noise is None:
+            noise = torch.randn(len(data), core.chunk_size, core.max_action_dim, device=data.images.device)
+        return self.model.sample(data, ACTION, noise)
+
+    @torch.no_grad()
+    def select_action(self, batch: dict[str, Tensor], noise: Tensor | None = None) -> Tensor:
+        """The next action [B, A], normalised; generates a chunk whenever the last one's n_action_steps are used up."""
+        if not self.queue:
+            chunk = self.predict_action_chunk(batch, noise)
+            self.queue.extend(chunk[:, : self.config.n_action_steps].unbind(dim=1))
+        return self.queue.popleft()
+
+
+# --- processors -------------------------------------------------------------------------------------------------------
+
+
+@ProcessorStepRegistry.register("hlrp_smolvla_shared_tokenizer")
+class TokenizeTask(ObservationProcessorStep):
+    """Task texts -> token ids and mask, as in training. The tokenizer itself is in the step's state, so that a saved
+    policy needs neither the hub nor the directory that the tokenizer came from.
+    """
+
+    def __init__(self, max_tokens: int, tokenizer: PreTrainedTokenizerFast | None = None):
+        """Without a tokenizer the step waits for `load_state_dict`: this is how LeRobot builds a saved pipeline."""
+        self.max_tokens = max_tokens
+        self.tokenizer = tokenizer
+
+    def observation(self, observation: dict[str, Any]) -> dict[str, Any]:
+        complementary = self.transition[TransitionKey.COMPLEMENTARY_DATA]
+        if "task" not in complementary:
+            raise ValueError(
+                f'the policy needs a "task" text, the batch has {sorted(observation)} and {sorted(complementary)}'
+            )
+        text, mask = TextTokenizer(self.tokenizer, self.max_tokens)(complementary["task"])
+        return observation | {keys.OBS_LANGUAGE_TOKENS: text, keys.OBS_LANGUAGE_ATTENTION_MASK: mask}
+
+    def get_config(self) -> dict[str, Any]:
+        return {"max_tokens": self.max_tokens}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"tokenizer": torch.frombuffer(bytearray(pack_tokenizer(self.tokenizer), "utf-8"), dtype=torch.uint8)}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.tokenizer = unpack_tokenizer(bytes(state["tokenizer"].numpy()).decode("utf-8"))
+
+    def transform_features(
+        self, features: dict[PipelineFeatureType, dict[str, PolicyFeature]]
+    ) -> dict[PipelineFeatureType, dict[str, PolicyFeature]]:
+        language = PolicyFeature(FeatureType.LANGUAGE, (self.max_tokens,))
+        added = {keys.OBS_LANGUAGE_TOKENS: language, keys.OBS_LANGUAGE_ATTENTION_MASK: language}
+        return features | {PipelineFeatureType.OBSERVATION: features[PipelineFeatureType.OBSERVATION] | added}
+
+
+def make_hlrp_smolvla_shared_pre_post_processors(
+    config: HLRPSmolVLASharedConfig,
+    dataset_stats: dict[str, dict[str, Any]] | None = None,
+    tokenizer: PreTrainedTokenizerFast | None = None,
+) -> tuple[PolicyProcessorPipeline, PolicyProcessorPipeline]:
+    """The pipelines before and after the policy; LeRobot's factory calls this for a policy that was not saved before.
+
+    dataset_stats: {feature: {"mean": [A], "std": [A]}} of observation.state, if the core has a state, and action
+    tokenizer:     the trunk's; by default it is loaded from where the core's trunk came from
+
+    Raises ValueError for missing statistics: LeRobot's normaliser would leave such a feature as it is.
+    """
+    needed = [keys.OBS_STATE, keys.ACTION] if config.core.state_dim else [keys.ACTION]
+    found = {key: sorted(stats) for key, stats in (dataset_stats or {}).items()}
+    missing = [f"{key}.{name}" for key in needed for name in ("mean", "std") if name not in found.get(key, [])]
+    if missing:
+        raise ValueError(f"cannot normalise: the statistics {missing} are missing, found {found or 'none'}")
+    tokenizer = tokenizer or load_trunk_tokenizer(config.core.model_name, config.core.model_revision)
+    steps = make_default_policy_processor_steps(config, {key: dataset_stats[key] for key in needed})
+    return make_policy_processor_pipelines(
+        input_steps=[
+            steps.rename_observations,
+            steps.add_batch_dim,
+            TokenizeTask(config.core.max_text_tokens, tokenizer),
+            steps.to_device,
+            steps.normalize,
+        ],
+        output_steps=[steps.unnormalize, steps.to_cpu],
+    )
+
+
+# --- saving -----------------------------------------------------------------------------------------------------------
+
+
+def save_policy(
+    directory: Path,
+    core: SmolVLASharedCore,
+    tokenizer: PreTrainedTokenizerFast,
+    statistics: dict[str, Statistics],
+    n_action_steps: int,
+    image_shapes: dict[str, tuple[int, ...]] | None = None,
+) -> None:
+    """Write a core in training as a LeRobot policy: config, weights and processors, all that inference needs.
+
+    statistics:   of "action" and, if the core has a state, "state"
+    image_shapes: (3, height, width) of each camera as recorded; LeRobot's policy server resizes what it receives to
+                  this shape, without keeping the aspect ratio. Default: the model's squares
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    config = HLRPSmolVLASharedConfig(
+        core=core.config,
+        n_action_steps=n_action_steps,
+        input_features=input_features(core.config, image_shapes or {}),
+        device=core.state_proj.weight.device.type,
+    )
+    config.save_pretrained(directory)
+    weights = {CORE_PREFIX + key: value.contiguous() for key, value in core.state_dict().items()}
+    save_file(weights, directory / WEIGHTS_NAME, metadata={"format": "pt"})
+    stats = {
+        key: dict(zip(("mean", "std"), statistics[name].tensors(), strict=True))
+        for key, name in ((keys.OBS_STATE, "state"), (keys.ACTION, "action"))
+        if name in statistics
+    }
+    for processor in make_hlrp_smolvla_shared_pre_post_processors(config, stats, tokenizer):
+        processor.save_pretrained(directory)
