@@ -1,0 +1,269 @@
+"""The trunk's masks as they are drawn, its padding, its rotation, and what it loads and refuses."""
+
+import json
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+from lerobot.policies.common.vla_utils import make_att_2d_masks
+from lerobot.policies.smolvla.smolvlm_with_expert import apply_rope
+from safetensors.torch import load_file, save_file
+from transformers import SmolVLMConfig, SmolVLMForConditionalGeneration, SmolVLMModel
+
+from smolvla_shared.config import CoreConfig, ModelConfig
+from smolvla_shared.model import make_core_config
+from smolvla_shared.trunk import (
+    Expert,
+    Prefix,
+    Trunk,
+    load_trunk_config,
+    load_trunk_weights,
+    prefix_attention_mask,
+    rotate,
+    rotation,
+    suffix_attention_mask,
+    trunk_location,
+)
+
+IMAGE_TOKENS = 16  # of a camera, in the tiny trunk
+
+
+@pytest.fixture(scope="module")
+def config() -> CoreConfig:
+    return make_core_config(ModelConfig(preset="tiny"), ("top",), action_dim=4)
+
+
+# --- masks ------------------------------------------------------------------------------------------------------------
+
+
+def drawing(function) -> list[str]:
+    """The rows of a docstring's picture without their labels: "x x .   x" -> "xx.x"."""
+    rows = re.findall(r"^ *(?:from)? *(?:image|text|state|\d) +((?:[x.] *)+)(?:\(.*\))?$", function.__doc__, re.M)
+    return [row.replace(" ", "") for row in rows]
+
+
+def as_text(mask: torch.Tensor) -> list[str]:
+    """[tokens, keys] bool -> a line for each token."""
+    return ["".join("x" if seen else "." for seen in row) for row in mask.tolist()]
+
+
+def test_prefix_mask_is_as_drawn():
+    image, text, state = drawing(prefix_attention_mask)
+    valid = torch.tensor([[True, True, True, True, False, True]])  # two image tokens, three of text, the state
+    assert as_text(prefix_attention_mask(valid)[0, 0]) == [image, image, text, text, text, state]
+
+
+def test_suffix_mask_is_as_drawn():
+    rows = drawing(suffix_attention_mask)
+    assert len(rows) == 3
+    assert as_text(suffix_attention_mask(torch.tensor([[True, True, False]]), 3)[0, 0]) == rows
+
+
+def test_masks_follow_smolvlas_block_rule():
+    generator = torch.Generator().manual_seed(0)
+    valid = torch.rand(20, 9, generator=generator) < 0.7  # some without state, in the last place
+    blocks = torch.tensor([[0] * 8 + [1] + [1] * 4])  # image and text, state, suffix
+    suffix_valid = torch.ones(20, 4, dtype=torch.bool)
+    expected = make_att_2d_masks(torch.cat([valid, suffix_valid], dim=1), blocks.expand(20, -1))
+    # LeRobot also stops padding from attending; what padding computes is never read, so only valid rows must agree.
+    assert torch.equal(prefix_attention_mask(valid)[:, 0][valid], expected[:, :9, :9][valid])
+    assert torch.equal(suffix_attention_mask(valid, 4)[:, 0], expected[:, 9:])
+
+
+# --- rotation ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rotation_is_lerobots(dtype):
+    x = torch.randn(2, 5, 7, 32, generator=torch.Generator().manual_seed(0)).to(dtype)  # [B, heads, L, head_dim]
+    positions = torch.tensor([[0, 1, 2, 3, 4, 5, 6], [0, 0, 1, 1, 50, 51, 1000]])
+    rotated = rotate(x, rotation(positions, 32))
+    assert rotated.dtype == dtype
+    assert torch.equal(rotated, apply_rope(x.transpose(1, 2), positions).transpose(1, 2))
+
+
+def test_rotated_products_depend_on_distance_only():
+    query, key = torch.randn(2, 1, 1, 1, 32, generator=torch.Generator().manual_seed(0))
+
+    def product(query_position: int, key_position: int) -> float:
+        rotated = [
+            rotate(x, rotation(torch.tensor([[position]]), 32))
+            for x, position in [(query, query_position), (key, key_position)]
+        ]
+        return (rotated[0] * rotated[1]).sum().item()
+
+    assert product(5, 2) == pytest.approx(product(103, 100), abs=1e-4)
+    assert product(5, 2) != pytest.approx(product(5, 3), abs=1e-2)
+
+
+# --- padding ----------------------------------------------------------------------------------------------------------
+
+
+def make_inputs(trunk: Trunk, num_cameras: int = 1, num_text: int = 6) -> dict[str, torch.Tensor]:
+    """Two samples, the second with a shorter text."""
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "images": torch.rand(2, num_cameras, 3, 64, 64, generator=generator) * 2 - 1,
+        "image_mask": torch.ones(2, num_cameras, dtype=torch.bool),
+        "text": torch.randint(7, 1024, (2, num_text), generator=generator),
+        "text_mask": torch.arange(num_text) < torch.tensor([[num_text], [num_text - 2]]),
+        "state_token": torch.randn(2, trunk.hidden_size, generator=generator),
+        "state_mask": torch.ones(2, dtype=torch.bool),
+    }
+
+
+def valid_keys_values(prefix: Prefix) -> list[torch.Tensor]:
+    """Of every layer and sample, the keys and values that may be read: [heads, valid tokens, head_dim]."""
+    return [x[i][:, valid] for pair in prefix.keys_values for x in pair for i, valid in enumerate(prefix.mask)]
+
+
+def assert_same_for_the_expert(config: CoreConfig, one: Prefix, other: Prefix) -> None:
+    """Valid keys and values are equal, and so is what the expert makes of them."""
+    for a, b in zip(valid_keys_values(one), valid_keys_values(other), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    torch.manual_seed(0)
+    expert = Expert(config)
+    tokens = torch.randn(2, 3, 5, expert.width)
+    torch.testing.assert_close(expert(tokens, one)[0], expert(tokens, other)[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def trunk(config) -> Trunk:
+    torch.manual_seed(0)
+    trunk = Trunk(config)
+    for parameter in trunk.parameters():  # large enough weights for attention to matter
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
+    return trunk.requires_grad_(False)
+
+
+def test_text_padding_changes_nothing(config, trunk):
+    inputs = make_inputs(trunk)
+    noise = torch.randint(7, 1024, (2, 5), generator=torch.Generator().manual_seed(1))
+    padded = inputs | {
+        "text": torch.cat([torch.where(inputs["text_mask"], inputs["text"], 500), noise], dim=1),
+        "text_mask": torch.nn.functional.pad(inputs["text_mask"], (0, 5)),
+    }
+    assert_same_for_the_expert(config, trunk(**inputs), trunk(**padded))
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_masked_camera_of_noise_changes_nothing(config, trunk, place):
+    inputs = make_inputs(trunk)
+    noise = torch.randn(2, 1, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    hidden = torch.zeros(2, 1, dtype=torch.bool)
+    images, masks = [inputs["images"], inputs["images"]], [inputs["image_mask"], inputs["image_mask"]]
+    images[place], masks[place] = noise, hidden
+    two = inputs | {"images": torch.cat(images, dim=1), "image_mask": torch.cat(masks, dim=1)}
+    prefix = trunk(**two)
+    assert prefix.mask.sum() == trunk(**inputs).mask.sum() == 2 * (IMAGE_TOKENS + 1) + 6 + 4
+    assert_same_for_the_expert(config, trunk(**inputs), prefix)
+
+
+def test_an_unmasked_camera_changes_every_layer_but_the_first(trunk):
+    one = make_inputs(trunk, num_cameras=2)
+    other = one | {"images": one["images"].flip(1)}
+    text = slice(2 * IMAGE_TOKENS, -1)
+    for layer, ((keys, _), (other_keys, _)) in enumerate(
+        zip(trunk(**one).keys_values, trunk(**other).keys_values, strict=True)
+    ):
+        assert torch.allclose(keys[:, :, text], other_keys[:, :, text], atol=1e-3) == (layer == 0)
+
+
+def test_image_tokens_are_smolvlms(trunk):
+    images = make_inputs(trunk, num_cameras=2)["images"]
+    # The trunk lacks a final norm only, which SmolVLM's own image path does not use.
+    expected = trunk.vlm.get_image_features(pixel_values=images).pooler_output
+    torch.testing.assert_close(trunk.embed_images(images).flatten(0, 1), expected)
+
+
+# --- what is loaded and what is refused -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def checkpoint(config, tmp_path):
+    """A SmolVLM with two more language layers than the core keeps, as its makers would save it."""
+    vlm_config = SmolVLMConfig.from_dict(config.vlm)
+    vlm_config.text_config.num_hidden_layers = 6
+    torch.manual_seed(1)
+    SmolVLMForConditionalGeneration(vlm_config).save_pretrained(tmp_path)
+    return tmp_path
+
+
+def assert_loaded(trunk: Trunk, weights: dict[str, torch.Tensor]) -> None:
+    own = trunk.vlm.state_dict()
+    assert set(own) == {name for name in weights if not re.match(r"lm_head|text_model\.(norm|layers\.[45])\.", name)}
+    assert all(torch.equal(own[name], weights[name]) for name in own)
+
+
+def test_a_whole_smolvlm_is_loaded(config, checkpoint):
+    trunk = Trunk(config)
+    load_trunk_weights(trunk, str(checkpoint), None)
+    weights = load_file(checkpoint / "model.safetensors")
+    assert_loaded(trunk, {name.removeprefix("model."): tensor for name, tensor in weights.items()})
+
+
+def test_a_smolvlm_without_language_head_is_loaded(config, checkpoint, tmp_path):
+    SmolVLMModel.from_pretrained(checkpoint).save_pretrained(tmp_path / "base")
+    trunk = Trunk(config)
+    load_trunk_weights(trunk, str(tmp_path / "base"), None)
+    assert_loaded(trunk, load_file(tmp_path / "base" / "model.safetensors"))
+
+
+@pytest.mark.parametrize(
+    "name", ["connector.modality_projection.proj.weight", "text_model.layers.2.self_attn.k_proj.weight"]
+)
+def test_incomplete_weights_are_refused(config, checkpoint, name):
+    weights = load_file(checkpoint / "model.safetensors")
+    del weights[f"model.{name}"]
+    save_file(weights, checkpoint / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=rf"--model\.name {checkpoint}: the weights lack {re.escape(name)}"):
+        load_trunk_weights(Trunk(config), str(checkpoint), None)
+
+
+def test_weights_of_another_architecture_are_refused(config, checkpoint):
+    wider = json.loads(json.dumps(config.vlm))
+    wider["text_config"]["intermediate_size"] = 512
+    with pytest.raises(RuntimeError, match=r"size mismatch for text_model\.layers\.0\.mlp\.gate_proj\.weight"):
+        load_trunk_weights(Trunk(replace(config, vlm=wider)), str(checkpoint), None)
+    with pytest.raises(RuntimeError, match=r"Missing key.*text_model\.layers\.6\."):
+        load_trunk_weights(Trunk(replace(config, num_trunk_layers=8)), str(checkpoint), None)
+
+
+def test_building_a_trunk_leaves_its_config_alone(config):
+    before = json.dumps(config.vlm)
+    small = Trunk(replace(config, num_trunk_layers=2))
+    Expert(replace(config, num_trunk_layers=2))
+    assert len(small.vlm.text_model.layers) == 2
+    assert json.dumps(config.vlm) == before
+
+
+def test_weights_have_the_configured_type(config):
+    assert {p.dtype for p in Trunk(config).parameters()} == {torch.float32}
+    assert {p.dtype for p in Trunk(replace(config, torch_dtype="bfloat16")).parameters()} == {torch.bfloat16}
+
+
+def test_the_unused_part_of_the_last_layer_needs_no_gradient(config):
+    frozen = {name for name, p in Trunk(config).named_parameters() if not p.requires_grad}
+    parts = ["self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
+    assert frozen == {f"vlm.text_model.layers.3.{part}.weight" for part in [*parts, "post_attention_layernorm"]}
+
+
+def test_trunk_location(tiny_vlm, tmp_path):
+    assert trunk_location("tiny") == str(tiny_vlm)
+    assert trunk_location(str(tiny_vlm)) == str(tiny_vlm)
+    assert trunk_location("HuggingFaceTB/SmolVLM2-500M-Video-Instruct") == "HuggingFaceTB/SmolVLM2-500M-Video-Instruct"
+    for directory in (tmp_path, tmp_path / "none"):  # an empty and a missing one
+        with pytest.raises(ValueError, match=rf"--model\.name {directory}: no such directory, or no config\.json"):
+            trunk_location(str(directory))
+
+
+def test_a_local_directory_gives_the_config_of_the_preset(tiny_vlm):
+    assert load_trunk_config(str(tiny_vlm), None) == load_trunk_config("tiny", None)
+
+
+def test_another_kind_of_model_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    with pytest.raises(ValueError, match=rf"--model\.name {tmp_path} is a llama, the trunk must be a smolvlm"):
+        load_trunk_config(str(tmp_path), None)
