@@ -45,7 +45,7 @@ if ! .venv/bin/python -c "$is_recent" 2>/dev/null; then
 fi
 
 # --- Packages.
-echo "Installing Python packages into .venv: about 3 minutes and 6 GB the first time"
-.venv/bin/pip install --quiet --disable-pip-version-check -r requirements.txt
+echo "Installing Python packages into .venv: 6 GB, 3 to 10 minutes the first time"
+.venv/bin/pip install -qq --disable-pip-version-check -r requirements.txt
 touch "$stamp"
 echo "Setup is complete."
