@@ -56,7 +56,7 @@ class CoreConfig:
         object.__setattr__(self, "cameras", tuple(self.cameras))  # JSON has lists
         if self.code_seq_len and self.latent_vector_dim % self.code_seq_len:
             raise ValueError(
-                f"latent_vector_dim {self.latent_vector_dim} is not code_seq_len {self.code_seq_len} times a whole width"
+                f"latent_vector_dim {self.latent_vector_dim} is not a multiple of code_seq_len {self.code_seq_len}"
             )
         for what, real, padded in [
             ("state", self.state_dim, self.max_state_dim),
@@ -69,38 +69,29 @@ class CoreConfig:
                 )
 
     @property
+    def has_pretrained_trunk(self) -> bool:
+        return self.model_name != TINY
+
+    @property
     def latent_dim(self) -> int:
         """D, the width of one latent token."""
         return self.latent_vector_dim // self.code_seq_len if self.code_seq_len else 0
 
 
-@dataclass(frozen=True)
-class Preset:
-    """What a --model.preset stands for."""
-
-    name: str
-    num_trunk_layers: int
-    has_weights: bool  # pretrained weights exist; otherwise the trunk starts from random ones and is trained
-    max_state_dim: int = 32
-    max_action_dim: int = 32
-
-
-PRESETS = {
-    "smolvlm2-500m": Preset("HuggingFaceTB/SmolVLM2-500M-Video-Instruct", num_trunk_layers=16, has_weights=True),
-    "tiny": Preset("tiny", num_trunk_layers=4, has_weights=False),
-}
+TINY = "tiny"  # the model_name of the trunk that ships with this package
+PRESETS = {"smolvlm2-500m": "HuggingFaceTB/SmolVLM2-500M-Video-Instruct", "tiny": TINY}
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    # The trunk's size: `smolvlm2-500m` is SmolVLA's (pretrained weights of --model.name), `tiny` ships with this
-    # package (random weights, for CPUs, tests and the demo).
-    preset: Literal["smolvlm2-500m", "tiny"] = "smolvlm2-500m"
-    # Hub id or local directory of the trunk, instead of the preset's.
+    # The trunk: `smolvlm2-500m` is SmolVLA's, with pretrained weights; `tiny` ships with this package (random weights,
+    # for CPUs, tests and the demo). Default: smolvlm2-500m, or that of the Stage 2 artifact.
+    preset: Literal["smolvlm2-500m", "tiny"] | None = None
+    # Hub id or local directory of a SmolVLM, instead of a preset's.
     name: str | None = None
     # Hub revision (branch, tag or commit) of it; recorded in the manifest.
     revision: str | None = None
-    # Keep the vision tower and connector as they are. Default: frozen if the preset has pretrained weights.
+    # Keep the vision tower and connector as they are. Default: yes if the trunk has pretrained weights.
     freeze_vision: bool | None = None
     # Keep the whole trunk as it is: vision, connector and language layers. Default: as for vision.
     freeze_trunk: bool | None = None
@@ -110,19 +101,13 @@ class ModelConfig:
     use_state: bool = True
 
     def __post_init__(self):
-        if self.preset == "tiny" and (self.name or self.revision):
-            raise ValueError(
-                f"--model.preset tiny ships with its own trunk, but --model.name {self.name} "
-                f"--model.revision {self.revision} asks for another: drop one of them"
-            )
+        if self.preset and self.name:
+            raise ValueError(f"--model.preset {self.preset} and --model.name {self.name} both name a trunk: drop one")
 
     @property
-    def freezes_vision(self) -> bool:
-        return PRESETS[self.preset].has_weights if self.freeze_vision is None else self.freeze_vision
-
-    @property
-    def freezes_trunk(self) -> bool:
-        return PRESETS[self.preset].has_weights if self.freeze_trunk is None else self.freeze_trunk
+    def stated_name(self) -> str | None:
+        """The trunk that the user asked for, if any."""
+        return self.name or (PRESETS[self.preset] if self.preset else None)
 
 
 @dataclass(frozen=True)

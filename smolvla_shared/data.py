@@ -5,8 +5,9 @@ the time it is trained at. A run resumed at step k needs nothing but k, and the 
 any number of processes without changing the step.
 """
 
+import multiprocessing
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from smolvla_shared import flow, preprocess
 from smolvla_shared.batch import RawBatch
-from smolvla_shared.config import DataConfig
+from smolvla_shared.config import DataConfig, RunConfig
 from smolvla_shared.preprocess import Statistics
 
 STATE_KEY, ACTION_KEY = "observation.state", "action"
@@ -356,13 +357,87 @@ class StepSampler(Sampler[list[SampleKey]]):
 
 
 def make_loader(dataset: SampleDataset, sampler: StepSampler, num_workers: int, pin_memory: bool = False) -> DataLoader:
-    """Batches in the sampler's order. Workers are spawned: decoders do not survive a fork."""
+    """Batches in the sampler's order.
+
+    Workers are forked from a clean server process: video decoders do not survive a fork of the training process, and
+    imports are paid once, not once a worker.
+    """
+    if num_workers:
+        multiprocessing.set_forkserver_preload(["smolvla_shared.data"])
     return DataLoader(
         dataset,
         batch_sampler=sampler,
         num_workers=num_workers,
         collate_fn=collate,
-        multiprocessing_context="spawn" if num_workers else None,
+        multiprocessing_context="forkserver" if num_workers else None,
         prefetch_factor=4 if num_workers else None,
         pin_memory=pin_memory,
+    )
+
+
+@dataclass(frozen=True)
+class Loaders:
+    """The loaders of one process: training batches from a given step on, and the same held-out batches every time."""
+
+    train: Callable[[int], DataLoader]
+    held_out: Callable[[], DataLoader] | None  # None without held-out episodes
+
+
+def make_loaders(
+    sources: list[Source],
+    training: list[FrameGroup],
+    held_out: list[FrameGroup],
+    spec: SampleSpec,
+    config: RunConfig,
+    num_workers: int,
+    process: int = 0,
+    num_processes: int = 1,
+) -> Loaders:
+    """Loaders of a run; held-out batches are read in the process itself, so that they take no workers from training."""
+
+    def train(first_step: int) -> DataLoader:
+        sampler = StepSampler(
+            training,
+            config.seed,
+            config.batch_size,
+            first_step,
+            config.steps,
+            process,
+            num_processes,
+            config.accumulation_steps,
+        )
+        return make_loader(SampleDataset(sources, spec, config.seed, augment=True), sampler, num_workers)
+
+    def validate() -> DataLoader:
+        steps = max(1, config.eval_samples // config.batch_size)
+        sampler = StepSampler(held_out, config.seed, config.batch_size, 0, steps, process, num_processes)
+        return make_loader(SampleDataset(sources, spec, config.seed, augment=False), sampler, num_workers=0)
+
+    return Loaders(train, validate if held_out else None)
+
+
+def split_sources(sources: list[Source], config: DataConfig, seed: int) -> tuple[list, list]:
+    """(source index, frames) of every source, for training and held out."""
+    splits = [split_episodes(source, config.val_fraction, seed) for source in sources]
+    train = [(index, frames) for index, (frames, _) in enumerate(splits)]
+    held_out = [(index, frames) for index, (_, frames) in enumerate(splits) if len(frames)]
+    return train, held_out
+
+
+def valid_pair_share(sources: list[Source], frames: list[tuple[int, np.ndarray]]) -> float:
+    """Share of the frames whose pair does not cross the episode's end."""
+    valid = total = 0
+    for index, rows in frames:
+        source = sources[index]
+        ends = source.episode_to[np.searchsorted(source.episode_to, rows, side="right")]
+        valid, total = valid + int((rows + source.gap < ends).sum()), total + len(rows)
+    return valid / total
+
+
+def describe(sources: list[Source]) -> str:
+    """A line for each dataset, for the first lines of a run."""
+    return "\n".join(
+        f"{s.name}: {s.num_frames:,} frames, {len(s.episode_from):,} episodes, "
+        f"{s.num_frames / s.fps / 3600:.2f} h at {s.fps} fps, pairs {s.gap} frames = {s.gap / s.fps:.3g} s apart"
+        for s in sources
     )

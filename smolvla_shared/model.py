@@ -9,6 +9,8 @@ from smolvla_shared.batch import Batch, FlowTarget
 from smolvla_shared.config import PRESETS, CoreConfig, ModelConfig
 from smolvla_shared.trunk import Expert, Prefix, Trunk, load_trunk_config
 
+NUM_TRUNK_LAYERS = 16  # SmolVLA keeps the first half of SmolVLM2-500M's 32 language layers
+
 # The parts that are frozen, counted and reported together, and the prefix of their parameters' names.
 PARTS = {
     "vision tower": "trunk.vlm.vision_model.",
@@ -109,8 +111,7 @@ class SmolVLASharedCore(nn.Module):
 
 def make_core_config(model: ModelConfig, cameras: tuple[str, ...], **dims) -> CoreConfig:
     """The CoreConfig of the --model options; `dims` are CoreConfig's data-dependent fields (state_dim, ...)."""
-    preset = PRESETS[model.preset]
-    name = model.name or preset.name
+    name = model.stated_name or PRESETS["smolvlm2-500m"]
     vlm = load_trunk_config(name, model.revision)
     return CoreConfig(
         model_name=name,
@@ -118,7 +119,7 @@ def make_core_config(model: ModelConfig, cameras: tuple[str, ...], **dims) -> Co
         vlm=vlm,
         cameras=cameras,
         image_size=vlm["vision_config"]["image_size"],
-        num_trunk_layers=preset.num_trunk_layers,
+        num_trunk_layers=min(NUM_TRUNK_LAYERS, vlm["text_config"]["num_hidden_layers"]),
         **dims,
     )
 
@@ -141,10 +142,12 @@ def freeze(core: SmolVLASharedCore, parts: list[str]) -> None:
             parameter.requires_grad_(False)
 
 
-def frozen_parts(model: ModelConfig) -> list[str]:
-    """The parts that the --model.freeze-* options name."""
-    parts = ["vision tower", "connector"] if model.freezes_vision or model.freezes_trunk else []
-    parts += ["language layers"] if model.freezes_trunk else []
+def frozen_parts(model: ModelConfig, core: CoreConfig) -> list[str]:
+    """The parts that the --model.freeze-* options name; a pretrained trunk is frozen unless they say otherwise."""
+    freeze_trunk = core.has_pretrained_trunk if model.freeze_trunk is None else model.freeze_trunk
+    freeze_vision = core.has_pretrained_trunk if model.freeze_vision is None else model.freeze_vision
+    parts = ["vision tower", "connector"] if freeze_vision or freeze_trunk else []
+    parts += ["language layers"] if freeze_trunk else []
     return parts + (["state projection"] if model.freeze_state_projection else [])
 
 

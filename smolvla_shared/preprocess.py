@@ -3,11 +3,13 @@
 Images -> [-1, 1] padded squares, text -> tokens, vectors -> normalised and zero-padded.
 """
 
+import json
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
@@ -107,8 +109,25 @@ class TextTokenizer:
         return encoded["input_ids"], encoded["attention_mask"].bool()
 
 
+def pack_tokenizer(tokenizer: PreTrainedTokenizerFast) -> str:
+    """All that `unpack_tokenizer` needs to rebuild the tokenizer without a hub, as one JSON text."""
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.no_padding()  # what the last call used is no part of the tokenizer
+    backend.no_truncation()
+    return json.dumps({"tokenizer": json.loads(backend.to_str()), "pad_token": tokenizer.pad_token})
+
+
+def unpack_tokenizer(packed: str) -> PreTrainedTokenizerFast:
+    content = json.loads(packed)
+    backend = Tokenizer.from_str(json.dumps(content["tokenizer"]))
+    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token=content["pad_token"])
+
+
 class Preprocessor:
-    """RawBatch -> Batch, on the raw batch's device. `statistics` has an entry for state, action and latent, where used."""
+    """RawBatch -> Batch, on the raw batch's device.
+
+    `statistics` has an entry for each of state, action and latent that the batches carry.
+    """
 
     def __init__(self, config: CoreConfig, tokenizer: PreTrainedTokenizerFast, statistics: dict[str, Statistics]):
         self.config = config

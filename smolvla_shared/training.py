@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,9 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from smolvla_shared import losses
-from smolvla_shared.batch import to_device
+from smolvla_shared.batch import Batch, to_device
 from smolvla_shared.config import OptimConfig, RunConfig
+from smolvla_shared.model import SmolVLASharedCore
 
 # What a resumed run may do differently without becoming another run.
 FREE_ON_RESUME = {"resume", "steps", "save_every", "log_every", "eval_every", "data.num_workers"}
@@ -173,6 +175,36 @@ def plot_curves(metrics: list[dict[str, float]], path: Path) -> None:
     plt.close(figure)
 
 
+@torch.no_grad()
+def held_out_errors(
+    core: SmolVLASharedCore, batches: DataLoader, prepare: Callable[[Any], Batch], accelerator: Accelerator
+) -> dict[str, float]:
+    """Errors on held-out samples, for each target, normalised: {target}, the flow-matching loss; {target}_error, the
+    mean squared error of the predicted mean; {target}_error_of_mean, that of always predicting the training mean.
+
+    The predicted mean is a sample of a single Euler step: at t = 1 the network knows nothing of the target but the
+    observation, and its best velocity there is noise - E[target | observation].
+    """
+    totals: dict[str, Tensor] = {}
+    for raw in batches:
+        batch = prepare(to_device(raw, accelerator.device))
+        with accelerator.autocast():
+            errors = core(batch)
+            for name, target in batch.targets.items():
+                mean = core.sample(batch, name, target.noise[:, 0], num_steps=1)
+                truth = target.value[..., : mean.shape[-1]]
+                rows = {
+                    name: errors[name],
+                    f"{name}_error": (mean - truth).square().mean(-1),
+                    f"{name}_error_of_mean": truth.square().mean(-1),
+                }
+                for key, values in rows.items():
+                    part = torch.stack([losses.masked_sum(values, target.mask), target.mask.sum()])
+                    totals[key] = totals.get(key, 0) + part
+    reduced = {key: accelerator.reduce(total, "sum").tolist() for key, total in totals.items()}
+    return {key: total / max(count, 1) for key, (total, count) in reduced.items()}
+
+
 # --- the loop ---------------------------------------------------------------------------------------------------------
 
 
@@ -318,3 +350,8 @@ def train(
     if state.ema:
         for (_, average), parameter in zip(state.ema.items(), trained, strict=True):
             parameter.data.copy_(average)
+
+
+def versions() -> dict[str, str]:
+    """Versions of the libraries that decide about the numbers."""
+    return {name: metadata.version(name) for name in ("torch", "transformers", "lerobot", "accelerate", "numpy")}

@@ -1,0 +1,251 @@
+"""The Stage 2 -> Stage 3 artifact, schema smolvla_shared.v1: save, load, refuse.
+
+Three files side by side, `<name>.safetensors` (weights), `<name>.json` (manifest) and `<name>.tokenizer.json`. The
+manifest alone rebuilds the model; nothing is unpickled and no hub is asked. Every mismatch is a ValueError that names
+the field, what was expected, what was found, and the fix.
+"""
+
+import hashlib
+import json
+import os
+from dataclasses import MISSING, asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from smolvla_shared.config import CoreConfig
+from smolvla_shared.model import SmolVLASharedCore
+from smolvla_shared.preprocess import Statistics, pack_tokenizer, unpack_tokenizer
+
+SCHEMA = "smolvla_shared.v1"
+ARTIFACT_NAME = "smolvla_shared_stage2_artifact"
+OPTIONAL_PREFIX = "action_head."  # the one part that a latent-only Stage 2 may leave out
+
+
+@dataclass(frozen=True)
+class Latents:
+    """Where the latent targets came from."""
+
+    teacher_id: str  # sha256 of the teacher's weights
+    frame_gap_s: float
+    label_camera: str
+    # Share of the sampled pairs that did not cross an episode's end.
+    valid_pair_share: float
+    # Verdict on the labels' quality; not measured yet.
+    health: str = "not measured"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The run that wrote the weights."""
+
+    run: str
+    global_step: int
+    datasets: tuple[str, ...]
+    # Parts of the model (model.PARTS) whose weights differ from those at the run's start.
+    changed_parts: tuple[str, ...]
+    # Whether these are the running average of the weights (--ema-decay) or the last ones.
+    weights: str
+    versions: dict[str, str]
+    backend: str = "smolvla_shared"
+    training_mode: str = "latent_flow"
+
+
+@dataclass(frozen=True)
+class Weights:
+    sha256: str
+    num_tensors: int
+    num_parameters: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    core: CoreConfig
+    normalization: dict[str, Statistics]  # by state, action, latent, where the run had them
+    latents: Latents
+    source: Origin
+    weights: Weights
+    tokenizer_sha256: str
+    schema_version: str = SCHEMA
+
+
+@dataclass(frozen=True)
+class Artifact:
+    manifest: Manifest
+    state_dict: dict[str, Tensor]
+    tokenizer: PreTrainedTokenizerFast
+
+
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def is_private(key: str) -> bool:
+    """Caches, which no reader needs: a component of the key begins with an underscore."""
+    return any(part.startswith("_") for part in key.split("."))
+
+
+def to_json(manifest: Manifest) -> str:
+    """The manifest with a hash of itself, so that an edit by hand does not go unnoticed."""
+    body = asdict(manifest)
+    return json.dumps(body | {"manifest_sha256": _body_sha256(body)}, indent=2) + "\n"
+
+
+def _body_sha256(body: dict[str, Any]) -> str:
+    return sha256(json.dumps(body, sort_keys=True).encode())
+
+
+def _parse(cls: type, values: Any, where: str) -> Any:
+    """A dataclass from JSON; unknown and missing fields are named."""
+    if not isinstance(values, dict):
+        raise ValueError(f"artifact manifest: {where} should be an object, found {values!r}")
+    names = {f.name for f in fields(cls)}
+    required = {f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING}
+    if unknown := sorted(values.keys() - names):
+        raise ValueError(f"artifact manifest: unknown field(s) in {where}: {unknown}; it has {sorted(names)}")
+    if missing := sorted(required - values.keys()):
+        raise ValueError(f"artifact manifest: missing field(s) in {where}: {missing}")
+    return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+
+
+def from_json(text: str, path: Path) -> Manifest:
+    """Parse a manifest strictly."""
+    body = json.loads(text)
+    schema = body.get("schema_version")
+    if schema != SCHEMA:
+        raise ValueError(f"{path}: schema_version is {schema!r}, this version reads {SCHEMA!r}: export it again")
+    written_sha256 = body.pop("manifest_sha256", None)
+    parts = {"core": CoreConfig, "latents": Latents, "source": Origin, "weights": Weights}
+    parsed = {key: _parse(cls, body.get(key), key) for key, cls in parts.items()}
+    normalization = body.get("normalization")
+    if not isinstance(normalization, dict):
+        raise ValueError(f"artifact manifest: normalization should be an object, found {normalization!r}")
+    parsed["normalization"] = {
+        key: _parse(Statistics, value, f"normalization.{key}") for key, value in normalization.items()
+    }
+    manifest = _parse(Manifest, body | parsed, "the manifest")
+    if written_sha256 != _body_sha256(body):
+        raise ValueError(
+            f"{path}: the manifest does not match its own manifest_sha256 ({written_sha256}): a field was edited "
+            "after it was written. Export the artifact again from its run"
+        )
+    return manifest
+
+
+def save_artifact(
+    directory: Path,
+    core: SmolVLASharedCore,
+    tokenizer: PreTrainedTokenizerFast,
+    normalization: dict[str, Statistics],
+    latents: Latents,
+    source: Origin,
+) -> Path:
+    """Write the three files into `directory`, the manifest last; returns the path of the weights."""
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / f"{ARTIFACT_NAME}.safetensors"
+    tensors = {k: v.detach().cpu().contiguous() for k, v in core.state_dict().items() if not is_private(k)}
+    packed_tokenizer = pack_tokenizer(tokenizer)
+    temporary = path.with_suffix(".tmp")
+    save_file(tensors, temporary)
+    manifest = Manifest(
+        core=core.config,
+        normalization=normalization,
+        latents=latents,
+        source=source,
+        weights=Weights(file_sha256(temporary), len(tensors), sum(t.numel() for t in tensors.values())),
+        tokenizer_sha256=sha256(packed_tokenizer.encode()),
+    )
+    for text, suffix in ((packed_tokenizer, ".tokenizer.json"), (to_json(manifest), ".json")):
+        partial = path.with_suffix(suffix + ".tmp")
+        partial.write_text(text)
+        os.replace(partial, path.with_suffix(suffix))
+    os.replace(temporary, path)
+    return path
+
+
+def load_artifact(path: Path) -> Artifact:
+    """Read and verify an artifact by the path of its weights.
+
+    Raises ValueError for a missing file, another schema, an unknown, missing or edited manifest field, and weights or
+    a tokenizer that are not the ones the manifest was written for.
+    """
+    if path.suffix != ".safetensors":
+        raise ValueError(f"--stage2-artifact {path} should name the weights, a .safetensors file")
+    manifest_path, tokenizer_path = path.with_suffix(".json"), path.with_suffix(".tokenizer.json")
+    for needed in (path, manifest_path, tokenizer_path):
+        if not needed.is_file():
+            raise ValueError(f"--stage2-artifact {path}: {needed} does not exist; Stage 2 writes three files together")
+    manifest = from_json(manifest_path.read_text(), manifest_path)
+    for file, expected in ((path, manifest.weights.sha256), (tokenizer_path, manifest.tokenizer_sha256)):
+        if (found := file_sha256(file)) != expected:
+            raise ValueError(
+                f"{file}: sha256 is {found}, the manifest expects {expected}: the file is damaged or belongs to "
+                "another artifact. Copy all three files again"
+            )
+    return Artifact(manifest, load_file(path), unpack_tokenizer(tokenizer_path.read_text()))
+
+
+def check_agreement(manifest: Manifest, stated: dict[str, Any]) -> None:
+    """Raise ValueError that lists, side by side, what the command line states and the manifest contradicts.
+
+    `stated` maps CoreConfig fields to the values that the user gave; None was not given.
+    """
+    recorded = asdict(manifest.core)
+    rows = [
+        f"  {name}: command line {value}, artifact {recorded[name]}"
+        for name, value in stated.items()
+        if value is not None and value != recorded[name]
+    ]
+    if rows:
+        raise ValueError(
+            "the command line contradicts the artifact (leave these options out to take the artifact's values):\n"
+            + "\n".join(rows)
+        )
+
+
+def build_core(artifact: Artifact, **changes: Any) -> tuple[SmolVLASharedCore, bool]:
+    """The artifact's core, with `changes` to its CoreConfig (the action head's sizes, say), weights loaded strictly.
+
+    Returns it and whether its action head is fresh: `action_head.*` may be absent, all of it, and nothing else.
+    """
+    core = SmolVLASharedCore(replace(artifact.manifest.core, **changes))
+    expected = {key: tensor for key, tensor in core.state_dict().items() if not is_private(key)}
+    unknown = sorted(artifact.state_dict.keys() - expected.keys())
+    missing = sorted(expected.keys() - artifact.state_dict.keys())
+    has_fresh_head = bool(missing) and all(
+        key in missing for key in expected if key.startswith(OPTIONAL_PREFIX)
+    )
+    if has_fresh_head:
+        missing = [key for key in missing if not key.startswith(OPTIONAL_PREFIX)]
+    shapes = [
+        f"{key}: artifact {tuple(tensor.shape)}, model {tuple(expected[key].shape)}"
+        for key, tensor in artifact.state_dict.items()
+        if key in expected and tensor.shape != expected[key].shape
+    ]
+    if unknown or missing or shapes:
+        raise ValueError(
+            "the artifact's weights do not fit the model its manifest describes:\n"
+            f"  unknown: {unknown}\n  missing: {missing}\n  wrong shape: {shapes}"
+        )
+    core.load_state_dict(artifact.state_dict, strict=not has_fresh_head)
+    return core, has_fresh_head
+
+
+def fingerprints(parameters_by_part: dict[str, dict[str, torch.nn.Parameter]]) -> dict[str, str]:
+    """A hash of each part's weights, to tell afterwards which parts a run has changed."""
+    result = {}
+    for part, parameters in parameters_by_part.items():
+        digest = hashlib.sha256()
+        for parameter in parameters.values():
+            digest.update(parameter.detach().cpu().float().numpy().tobytes())
+        result[part] = digest.hexdigest()
+    return result

@@ -1,0 +1,635 @@
+"""LAQ: a latent action is what tells one frame from a later one, in S codes of a small codebook.
+
+The inverse-dynamics VQ model of LAPA (arXiv 2410.11758) with noise substitution in place of a straight-through estimate
+(NSVQ, Vali and Backstrom, IEEE Access 2022). The module names are those of LAPA's released checkpoints:
+
+    frames [B, 2, 3, H, W] -> patch tokens -> spatial, then temporal transformer -> small CNN to S slots, a frame
+    latent [B, S, D] = slots of the second frame - slots of the first;  nearest codebook rows: indices, vectors
+    patch tokens of the first frame, cross-attending to the S vectors -> pixels of the second frame
+
+More dimensions than in batch.py's legend: E token width, h, w patches of a frame, C codes, M heads.
+"""
+
+import hashlib
+import json
+import os
+import re
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+SCHEMA = "smolvla_shared.laq.v1"
+
+# The second convolution of the slot CNN by S: (kernel, stride, padding). The first halves the grid, for every S.
+FIRST_CONV = ((3, 3), 2, 1)
+SECOND_CONV = {
+    1: ((4, 4), 1, 0),
+    2: ((3, 4), 1, 0),
+    4: ((3, 3), 1, 0),
+    16: ((3, 3), 2, 1),
+    64: None,
+    256: None,
+}
+# Logits of the cosine-similarity attention are multiplied by it.
+ATTENTION_SCALE = 8.0
+# A cross-attention has this many learned keys and values beside the context's.
+CROSS_ATTENTION_NULLS = 2
+
+
+def slots_of_grid(code_seq_len: int, grid: int) -> int:
+    """Slots that the CNN of `code_seq_len` makes of `grid` x `grid` patches; 0 where a kernel does not fit."""
+    size = [grid, grid]
+    for conv in filter(None, (FIRST_CONV, SECOND_CONV[code_seq_len])):
+        kernel, stride, padding = conv
+        size = [max(0, (n + 2 * padding - k) // stride + 1) for n, k in zip(size, kernel, strict=True)]
+    return size[0] * size[1]
+
+
+@dataclass(frozen=True)
+class LAQConfig:
+    """The shape of a LAQ; the defaults are LAPA's released Open-X weights. The weights' shapes tell all but two fields:
+    code_seq_len and image_size."""
+
+    # Width of the tokens.
+    dim: int = 1024
+    # D, width of a codebook row and of one latent token.
+    quant_dim: int = 32
+    # Rows of the codebook, which all slots share.
+    codebook_size: int = 8
+    # Side of the square that both frames are resized to (aspect ratio not kept), pixels.
+    image_size: int = 256
+    # Side of a square patch, pixels.
+    patch_size: int = 32
+    # Layers of the spatial transformers, encoder and decoder each.
+    spatial_depth: int = 8
+    # Layers of the encoder's temporal transformer.
+    temporal_depth: int = 8
+    # Width of an attention head.
+    dim_head: int = 64
+    # Attention heads.
+    heads: int = 16
+    # S, codes of a latent action: 1, 2, 4, 16, 64 or 256. The latent vector has S * quant_dim dimensions.
+    code_seq_len: int = 4
+
+    def __post_init__(self):
+        if self.code_seq_len not in SECOND_CONV:
+            raise ValueError(f"code_seq_len must be one of {sorted(SECOND_CONV)}, got {self.code_seq_len}")
+        if self.image_size % self.patch_size:
+            raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
+        if slots_of_grid(self.code_seq_len, self.grid) != self.code_seq_len:
+            sizes = [g * self.patch_size for g in range(1, 65) if slots_of_grid(self.code_seq_len, g) == self.code_seq_len]
+            raise ValueError(
+                f"image_size {self.image_size} with patch_size {self.patch_size} is a grid of {self.grid} x {self.grid} "
+                f"patches, which does not reduce to code_seq_len {self.code_seq_len}; "
+                f"with this patch_size, image_size must be one of {sizes}"
+            )
+
+    @property
+    def grid(self) -> int:
+        """Patches along a side of a frame."""
+        return self.image_size // self.patch_size
+
+    @property
+    def latent_vector_dim(self) -> int:
+        """S * D, the width of a flattened latent action."""
+        return self.code_seq_len * self.quant_dim
+
+
+class LatentActions(NamedTuple):
+    """What `LAQ.encode` says about B frame pairs."""
+
+    indices: Tensor  # [B, S] int64, codebook rows
+    vectors: Tensor  # [B, S, D] float32, those rows
+    continuous: Tensor  # [B, S, D] float32, the latent before quantisation
+
+
+@dataclass
+class PairBatch:
+    """Frame pairs to train a LAQ on."""
+
+    frames: Tensor  # [B, 2, 3, H, W] uint8
+    mask: Tensor  # [B] bool: False where the episode ends before the second frame
+    noise: Tensor  # [B, S, D] float32, standard normal: the model draws nothing itself
+
+    @property
+    def masks(self) -> dict[str, Tensor]:
+        """Which pairs count in each loss, [B]."""
+        return {"reconstruction": self.mask}
+
+    def __len__(self) -> int:
+        return len(self.frames)
+
+
+class LAQ(nn.Module):
+    """The inverse-dynamics VQ model; see the top of this file."""
+
+    def __init__(self, config: LAQConfig):
+        super().__init__()
+        self.config = config
+        pixels = 3 * config.patch_size**2
+        self.spatial_rel_pos_bias = RelativePositionBias(config.dim, config.heads)
+        self.to_patch_emb_first_frame = nn.Sequential(  # both frames', in spite of its name
+            Patchify(config.patch_size),
+            nn.LayerNorm(pixels),
+            nn.Linear(pixels, config.dim),
+            nn.LayerNorm(config.dim),
+        )
+        self.enc_spatial_transformer = Transformer(config, config.spatial_depth)
+        self.enc_temporal_transformer = Transformer(config, config.temporal_depth)
+        self.vq = NSVQ(config)
+        self.dec_spatial_transformer = Transformer(config, config.spatial_depth, cross_attention=True)
+        self.to_pixels_first_frame = nn.Sequential(nn.Linear(config.dim, pixels), Unpatchify(config.patch_size))
+
+    def encode(self, frames: Tensor) -> LatentActions:  # [B, 2, 3, H, W]
+        """Latent actions of frame pairs: float, in [0, 1], of any size."""
+        tokens = self.to_patch_emb_first_frame(self.resize(frames))
+        latent = self._latent(tokens, self._position_bias())
+        indices = self.vq.nearest(latent)
+        return LatentActions(indices, self.vq.codebooks[indices], latent)
+
+    def reconstruct(self, frames: Tensor, indices: Tensor | None = None) -> Tensor:  # [B, 2, 3, H, W], [B, S]
+        """The second frames [B, 3, image_size, image_size], predicted from the first ones and the latent actions.
+
+        With `indices` the codes come from elsewhere, such as other pairs: does the same code mean the same motion?
+        """
+        if indices is None:
+            indices = self.encode(frames).indices
+        tokens = self.to_patch_emb_first_frame(self.resize(frames[:, :1]))
+        return self._decode(tokens, self.vq.codebooks[indices], self._position_bias())
+
+    def forward(self, batch: PairBatch) -> dict[str, Tensor]:
+        """Mean squared pixel error of each pair, `{"reconstruction": [B]}`; the caller masks and averages.
+
+        The only training entry. In training mode it also adds the valid pairs' codes to `vq._usage`.
+        """
+        frames = self.resize(batch.frames / 255)
+        bias = self._position_bias()
+        tokens = self.to_patch_emb_first_frame(frames)  # [B, 2, h, w, E]
+        latent = self._latent(tokens, bias)
+        indices = self.vq.nearest(latent)
+        if self.training:
+            self.vq.count(indices, batch.mask)
+        # As in LAPA the decoder does not train the embedding: the motion must come through the codes.
+        predicted = self._decode(tokens[:, :1].detach(), self.vq.substitute(latent, indices, batch.noise), bias)
+        return {"reconstruction": (predicted.float() - frames[:, 1]).square().mean(dim=(1, 2, 3))}
+
+    def resize(self, frames: Tensor) -> Tensor:  # [B, F, 3, H, W]
+        """Frames of the size that the model sees, [B, F, 3, image_size, image_size]."""
+        size = (self.config.image_size, self.config.image_size)
+        if frames.shape[-2:] == size:
+            return frames
+        # Antialiased like the PIL resize of LAPA's own pipeline: a plain bilinear one aliases when it shrinks.
+        resized = F.interpolate(frames.flatten(0, 1), size, mode="bilinear", antialias=True)
+        return resized.unflatten(0, frames.shape[:2])
+
+    def _position_bias(self) -> Tensor:  # [M, h * w, h * w]
+        return self.spatial_rel_pos_bias(self.config.grid)
+
+    def _latent(self, tokens: Tensor, bias: Tensor) -> Tensor:  # [B, 2, h, w, E] -> [B, S, D]
+        shape = tokens.shape[:-1]
+        batch, _, h, w = shape
+        tokens = tokens.flatten(0, 1).flatten(1, 2)  # [B * 2, h * w, E]
+        tokens = self.enc_spatial_transformer(tokens, shape, bias=bias)
+        tokens = tokens.view(batch, 2, h * w, -1).transpose(1, 2).flatten(0, 1)  # [B * h * w, 2, E]
+        tokens = self.enc_temporal_transformer(tokens, shape)
+        tokens = tokens.view(batch, h, w, 2, -1).permute(0, 3, 1, 2, 4)  # [B, 2, h, w, E]
+        return self.vq.latents(tokens)
+
+    def _decode(self, tokens: Tensor, vectors: Tensor, bias: Tensor) -> Tensor:  # [B, 1, h, w, E], [B, S, D]
+        shape = tokens.shape[:-1]
+        tokens = self.dec_spatial_transformer(
+            tokens.flatten(1, 3), shape, bias=bias, context=self.vq.project_codes(vectors)
+        )
+        return self.to_pixels_first_frame(tokens.view(*shape, -1))[:, 0]  # [B, 3, H, W]
+
+
+class NSVQ(nn.Module):
+    """Tokens of two frames -> S latents -> codebook rows, with noise in place of the quantisation error in training."""
+
+    def __init__(self, config: LAQConfig):
+        super().__init__()
+        # Small, as the first latents are: from far-off codes all latents have the same nearest one.
+        self.codebooks = nn.Parameter(0.1 * torch.randn(config.codebook_size, config.quant_dim))
+        self.project_in = nn.Linear(config.dim, config.quant_dim)
+        self.project_out = nn.Linear(config.quant_dim, config.dim)
+        convs = [
+            nn.Conv2d(config.quant_dim, config.quant_dim, kernel, stride=stride, padding=padding)
+            for kernel, stride, padding in filter(None, (FIRST_CONV, SECOND_CONV[config.code_seq_len]))
+        ]
+        self.cnn_encoder = nn.Sequential(convs[0]) if len(convs) == 1 else nn.Sequential(convs[0], nn.ReLU(), convs[1])
+        # Codes of the valid training pairs of all processes, since the trainer last cleared them. Private: part of
+        # training checkpoints, so that a resume replaces the same dead codes, but not of published weights.
+        self.register_buffer("_usage", torch.zeros(config.code_seq_len, config.codebook_size, dtype=torch.int64))
+
+    def latents(self, tokens: Tensor) -> Tensor:  # [B, 2, h, w, E] -> [B, S, D]
+        grid = self.project_in(tokens).flatten(0, 1).permute(0, 3, 1, 2)  # [B * 2, D, h, w]
+        slots = self.cnn_encoder(grid).flatten(2).transpose(1, 2).unflatten(0, (-1, 2))  # [B, 2, S, D]
+        return (slots[:, 1] - slots[:, 0]).float()
+
+    def nearest(self, latent: Tensor) -> Tensor:  # [B, S, D] -> [B, S]
+        difference = latent.detach()[:, :, None] - self.codebooks.detach()  # [B, S, C, D]
+        return difference.square().sum(-1).argmin(-1)
+
+    def substitute(self, latent: Tensor, indices: Tensor, noise: Tensor) -> Tensor:  # [B, S, D], [B, S], [B, S, D]
+        """NSVQ: x_q = x + |x - c| * v / |v|, v ~ N(0, I).
+
+        As far from the latent as its code is, in a random direction; the codebook learns through the length.
+        """
+        error = (latent - self.codebooks[indices]).norm(dim=-1, keepdim=True)
+        return latent + error * noise / noise.norm(dim=-1, keepdim=True)
+
+    def project_codes(self, vectors: Tensor) -> Tensor:  # [B, S, D] -> [B, S, E]
+        # The memory of [S, D] is read as [D, S] before it is transposed: it mixes slots and dimensions when S > 1, and
+        # LAPA's weights were trained so.
+        batch, slots, width = vectors.shape
+        return self.project_out(vectors.reshape(batch, width, slots).transpose(1, 2))
+
+    @torch.no_grad()
+    def count(self, indices: Tensor, mask: Tensor) -> None:  # [B, S], [B]
+        counts = (F.one_hot(indices, len(self.codebooks)) * mask[:, None, None]).sum(0)  # [S, C]
+        # Summed here, so that every process holds the same counts: replacing by one process's own is what makes runs
+        # on many devices collapse where a run on one does not.
+        if torch.distributed.is_initialized():
+            torch.distributed.all_reduce(counts)
+        self._usage += counts
+
+
+class Transformer(nn.Module):
+    """Layers of position-encoding convolution, attention and feed-forward; a bias-free LayerNorm at the end."""
+
+    def __init__(self, config: LAQConfig, depth: int, cross_attention: bool = False):
+        super().__init__()
+        self.layers = nn.ModuleList(TransformerLayer(config, cross_attention) for _ in range(depth))
+        self.norm_out = BiasFreeLayerNorm(config.dim)
+
+    def forward(
+        self,
+        tokens: Tensor,  # [N, n, E], N sequences of n tokens
+        shape: tuple[int, int, int, int],  # (B, F, h, w) of the video; N * n = B * F * h * w
+        bias: Tensor | None = None,  # [M, n, n], added to the self-attention's logits
+        context: Tensor | None = None,  # [N, S, E], for cross-attention
+    ) -> Tensor:
+        for layer in self.layers:
+            tokens = layer(tokens, shape, bias, context)
+        return self.norm_out(tokens)
+
+
+class TransformerLayer(nn.ModuleList):
+    """One layer; a list because LAPA's parameters are numbered, with a gap where there is no cross-attention."""
+
+    def __init__(self, config: LAQConfig, cross_attention: bool):
+        super().__init__([PositionConvolution(config.dim), Attention(config)])
+        self.add_module("2", Attention(config, nulls=CROSS_ATTENTION_NULLS) if cross_attention else None)
+        self.add_module("3", feed_forward(config.dim))
+
+    def forward(self, x: Tensor, shape: tuple, bias: Tensor | None, context: Tensor | None) -> Tensor:
+        position, self_attention, cross_attention, feed_forward = self
+        x = x + position(x, shape)
+        x = x + self_attention(x, bias=bias)
+        if cross_attention is not None:
+            x = x + cross_attention(x, context=context)
+        return x + feed_forward(x)
+
+
+class PositionConvolution(nn.Module):
+    """PEG: a depthwise 3 x 3 x 3 convolution that tells each token where it is. Causal in time.
+
+    The tokens are *viewed* as (B, F, h, w), also by the temporal transformer, whose tokens are in the order
+    (B, h, w, F). LAPA's weights were trained so.
+    """
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.dsconv = nn.Conv3d(dim, dim, kernel_size=3, groups=dim)
+
+    def forward(self, tokens: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
+        dim = tokens.shape[-1]
+        video = tokens.reshape(*shape, dim).permute(0, 1, 4, 2, 3)  # [B, F, E, h, w]
+        # The time taps are (two frames ago, previous, this frame). With one or two frames the first meets only zeros,
+        # and two 2D convolutions do the rest several times faster than the 3D one.
+        _, previous, this = self.dsconv.weight.unbind(2)  # each [E, 1, 3, 3]
+        out = F.conv2d(video.flatten(0, 1), this, self.dsconv.bias, padding=1, groups=dim).unflatten(0, shape[:2])
+        if shape[1] == 2:
+            from_first = F.conv2d(video[:, 0], previous, padding=1, groups=dim)
+            out = torch.stack([out[:, 0], out[:, 1] + from_first], dim=1)
+        return out.permute(0, 1, 3, 4, 2).reshape(tokens.shape)
+
+
+class Attention(nn.Module):
+    """Cosine-similarity attention; to itself or, with `context`, to that and to learned keys and values."""
+
+    def __init__(self, config: LAQConfig, nulls: int = 0):
+        super().__init__()
+        inner = config.heads * config.dim_head
+        self.heads = config.heads
+        self.norm = BiasFreeLayerNorm(config.dim)
+        self.context_norm = BiasFreeLayerNorm(config.dim)
+        self.null_kv = nn.Parameter(torch.randn(config.heads, 2 * nulls, config.dim_head))  # key, value, key, value
+        self.q_scale = nn.Parameter(torch.ones(config.dim_head))
+        self.k_scale = nn.Parameter(torch.ones(config.dim_head))
+        self.to_q = nn.Linear(config.dim, inner, bias=False)
+        self.to_kv = nn.Linear(config.dim, 2 * inner, bias=False)
+        self.to_out = nn.Linear(inner, config.dim, bias=False)
+        if nulls == 0:  # LAPA's files have both in self-attention, which uses neither; DDP waits for what is trainable
+            self.context_norm.requires_grad_(False)
+            self.null_kv.requires_grad_(False)
+
+    def forward(self, x: Tensor, bias: Tensor | None = None, context: Tensor | None = None) -> Tensor:
+        # In self-attention keys and values come from the tokens before the norm.
+        source = x if context is None else self.context_norm(context)
+        q = self.to_q(self.norm(x)).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [N, M, n, dim_head]
+        k, v = self.to_kv(source).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        if context is not None:
+            null_k, null_v = self.null_kv.unflatten(1, (-1, 2)).unbind(2)  # each [M, 2, dim_head]
+            k = torch.cat([null_k.expand(len(k), -1, -1, -1), k], dim=2)
+            v = torch.cat([null_v.expand(len(v), -1, -1, -1), v], dim=2)
+        q = F.normalize(q, dim=-1) * (self.q_scale * self.k_scale)  # both scales at once: only q @ k matters
+        k = F.normalize(k, dim=-1)
+        bias = None if bias is None else bias[None]
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=ATTENTION_SCALE)
+        return self.to_out(out.transpose(1, 2).flatten(2))
+
+
+class BiasFreeLayerNorm(nn.Module):
+    """LayerNorm with a learned scale; its shift is zero, but a tensor of LAPA's files."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(dim))
+        self.register_buffer("beta", torch.zeros(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, x.shape[-1:], self.gamma, self.beta)
+
+
+class GatedGELU(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        value, gate = x.chunk(2, dim=-1)
+        return value * F.gelu(gate)
+
+
+def feed_forward(dim: int) -> nn.Sequential:
+    inner = int(4 * (2 / 3) * dim)
+    return nn.Sequential(
+        nn.LayerNorm(dim),
+        nn.Linear(dim, 2 * inner, bias=False),
+        GatedGELU(),
+        nn.Identity(),  # the place of LAPA's dropout
+        nn.Linear(inner, dim, bias=False),
+    )
+
+
+class RelativePositionBias(nn.Module):
+    """An attention bias for each head, from the signed log distance of two patches through a small MLP."""
+
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        self.net = nn.ModuleList(
+            [
+                nn.Sequential(nn.Linear(2, dim), nn.LeakyReLU(0.1)),
+                nn.Sequential(nn.Linear(dim, dim), nn.LeakyReLU(0.1)),
+                nn.Linear(dim, heads),
+            ]
+        )
+
+    def forward(self, grid: int) -> Tensor:  # [M, h * w, h * w]
+        device = self.net[2].weight.device
+        # The MLP sees each of the (2 grid - 1)^2 different offsets once, not each of the grid^4 pairs.
+        offset = torch.arange(1 - grid, grid, device=device)
+        offsets = torch.cartesian_prod(offset, offset).float()
+        x = offsets.sign() * offsets.abs().log1p()
+        for layer in self.net:
+            x = layer(x)
+        row, column = torch.cartesian_prod(*[torch.arange(grid, device=device)] * 2).unbind(1)  # each [h * w]
+        row = row[:, None] - row + grid - 1  # [h * w, h * w], from 0
+        column = column[:, None] - column + grid - 1
+        return F.embedding(row * (2 * grid - 1) + column, x).permute(2, 0, 1)
+
+
+class Patchify(nn.Module):
+    """[B, F, 3, H, W] -> [B, F, h, w, 3 * p * p]."""
+
+    def __init__(self, patch_size: int):
+        super().__init__()
+        self.patch_size = patch_size
+
+    def forward(self, frames: Tensor) -> Tensor:
+        p = self.patch_size
+        patches = frames.unflatten(-1, (-1, p)).unflatten(-3, (-1, p))  # [B, F, 3, h, p, w, p]
+        return patches.permute(0, 1, 3, 5, 2, 4, 6).flatten(4)
+
+
+class Unpatchify(nn.Module):
+    """[B, F, h, w, 3 * p * p] -> [B, F, 3, H, W]."""
+
+    def __init__(self, patch_size: int):
+        super().__init__()
+        self.patch_size = patch_size
+
+    def forward(self, patches: Tensor) -> Tensor:
+        p = self.patch_size
+        frames = patches.unflatten(-1, (3, p, p)).permute(0, 1, 4, 2, 5, 3, 6)  # [B, F, 3, h, p, w, p]
+        return frames.flatten(5, 6).flatten(3, 4)
+
+
+def perplexity(counts: Tensor) -> Tensor:  # [S, C] -> [S]
+    """Effective number of codes that each slot uses, exp(entropy): 1 is collapse, C is uniform; 1 without counts."""
+    share = counts / counts.sum(-1, keepdim=True).clamp(min=1)
+    return torch.special.entr(share).sum(-1).exp()
+
+
+@torch.no_grad()
+def replace_dead_codes(laq: LAQ, counts: Tensor, threshold: float, generator: torch.Generator) -> int:
+    """Put dead codes beside living ones, so that they get latents of their own; how many were replaced.
+
+    A code is dead when it was used less than `threshold` times as often as the average code. It becomes a living code,
+    drawn in proportion to use, plus noise of 1% of that code's length. Living codes stay as they are. Processes
+    that agree on the arguments agree on the result: the draws come from the CPU `generator`.
+
+    counts: [S, C] or [C], uses of each code, over all processes
+    """
+    codebook = laq.vq.codebooks
+    counts = counts.detach().cpu().float().reshape(-1, len(codebook)).sum(0)  # the slots share the codebook
+    dead = counts < threshold * counts.mean()
+    if not dead.any():
+        return 0
+    weights = counts.masked_fill(dead, 0)
+    source = torch.multinomial(weights, int(dead.sum()), replacement=True, generator=generator)
+    noise = torch.randn(len(source), codebook.shape[1], generator=generator).to(codebook.device)
+    living = codebook[source.to(codebook.device)]
+    scale = 0.01 * living.norm(dim=-1, keepdim=True) / codebook.shape[1] ** 0.5
+    codebook[dead.to(codebook.device)] = living + scale * noise
+    return len(source)
+
+
+def public_state(laq: LAQ) -> dict[str, Tensor]:
+    """The weights that are published: all but those with a path component that begins with `_`."""
+    state = laq.state_dict()
+    return {key: state[key] for key in sorted(state) if not any(part.startswith("_") for part in key.split("."))}
+
+
+def teacher_id(laq: LAQ) -> str:
+    """sha256 of the config and the public weights: what makes two teachers give equal labels, whatever file they are in.
+
+    The config is part of it because image_size changes the labels without changing a weight.
+    """
+    digest = hashlib.sha256(json.dumps(asdict(laq.config), sort_keys=True).encode())
+    for key, tensor in public_state(laq).items():
+        digest.update(f"{key} {list(tensor.shape)}".encode())
+        digest.update(tensor.cpu().contiguous().numpy())
+    return digest.hexdigest()
+
+
+def save_laq(laq: LAQ, path: Path, extra: dict[str, Any] | None = None) -> None:
+    """Write `path` (.safetensors) and a .json beside it: config, hash of the weights, and `extra` as the source."""
+    weights = public_state(laq)
+    temporary = path.with_suffix(".safetensors.tmp")
+    save_file({key: tensor.contiguous() for key, tensor in weights.items()}, temporary)
+    manifest = {
+        "schema_version": SCHEMA,
+        "kind": "laq",
+        "config": asdict(laq.config),
+        "weights": {
+            "sha256": sha256_of(temporary),
+            "tensors": len(weights),
+            "parameters": sum(tensor.numel() for tensor in weights.values()),
+        },
+        "teacher_id": teacher_id(laq),
+        "source": extra or {},
+    }
+    temporary_manifest = path.with_suffix(".json.tmp")
+    temporary_manifest.write_text(json.dumps(manifest, indent=2) + "\n")
+    os.replace(temporary, path)
+    os.replace(temporary_manifest, path.with_suffix(".json"))
+
+
+def load_laq(path: Path, code_seq_len: int | None = None, image_size: int | None = None) -> LAQ:
+    """A frozen LAQ in eval mode, on the CPU, from our .safetensors or LAPA's .pt.
+
+    LAPA's files do not say the image size (default 256). It and the weights' shapes tell S. What is given here must
+    agree with the file; every key and shape must match.
+    """
+    path = Path(path)
+    if path.suffix not in (".safetensors", ".pt"):
+        raise ValueError(f"--laq-ckpt {path}: expected a .safetensors file of this package or a .pt file of LAPA")
+    if not path.is_file():
+        raise ValueError(
+            f"--laq-ckpt {path}: no such file; pass LAPA's laq_openx.pt, or the .safetensors file that "
+            f"`python -m smolvla_shared.teacher train` writes"
+        )
+    if path.suffix == ".pt":
+        state = read_lapa_state(path)
+        config = infer_config(path, state, code_seq_len, image_size)
+    else:
+        config = read_config(path)
+        for option, given, found in [
+            ("--laq-code-seq-len", code_seq_len, config.code_seq_len),
+            ("--laq-image-size", image_size, config.image_size),
+        ]:
+            if given not in (None, found):
+                raise ValueError(f"{option} {given}, but {path.with_suffix('.json')} says {found}: leave the option out")
+        state = load_file(path)
+    with torch.device("meta"):
+        laq = LAQ(config)
+    check_state(path, expected=public_state(laq), found=state)
+    state["vq._usage"] = torch.zeros(laq.vq._usage.shape, dtype=torch.int64)
+    laq.load_state_dict(state, assign=True)
+    return laq.requires_grad_(False).eval()
+
+
+def read_config(path: Path) -> LAQConfig:
+    """The config beside our .safetensors `path`, after checking schema and hash."""
+    manifest_path = path.with_suffix(".json")
+    if not manifest_path.is_file():
+        raise ValueError(f"--laq-ckpt {path}: {manifest_path.name} is missing beside it; the two belong together")
+    manifest = json.loads(manifest_path.read_text())
+    if manifest.get("schema_version") != SCHEMA:
+        raise ValueError(f"{manifest_path}: schema_version {manifest.get('schema_version')!r}, expected {SCHEMA!r}")
+    expected, found = {field.name for field in fields(LAQConfig)}, set(manifest["config"])
+    if found != expected:
+        raise ValueError(
+            f"{manifest_path}: config lacks {sorted(expected - found)} and has unknown {sorted(found - expected)}"
+        )
+    sha256 = sha256_of(path)
+    if manifest["weights"]["sha256"] != sha256:
+        raise ValueError(
+            f"{path} has sha256 {sha256}, but {manifest_path.name} says {manifest['weights']['sha256']}: "
+            f"the file was changed or cut short, copy both again"
+        )
+    return LAQConfig(**manifest["config"])
+
+
+def read_lapa_state(path: Path) -> dict[str, Tensor]:
+    """LAPA's state dict, without the `module.` that DDP put before its keys."""
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    return {key.removeprefix("module."): tensor for key, tensor in state.items()}
+
+
+def infer_config(path: Path, state: dict[str, Tensor], code_seq_len: int | None, image_size: int | None) -> LAQConfig:
+    """The config that the shapes of LAPA's weights and the two options tell."""
+
+    def shape(key: str) -> torch.Size:
+        if key not in state:
+            raise ValueError(f"{path}: {key} is missing; this is not a LAQ checkpoint of LAPA")
+        return state[key].shape
+
+    def depth(transformer: str) -> int:
+        return len({m[1] for key in state if (m := re.match(rf"{transformer}\.layers\.(\d+)\.", key))})
+
+    dim, pixels = shape("to_patch_emb_first_frame.2.weight")
+    heads, _, dim_head = shape("enc_spatial_transformer.layers.0.1.null_kv")
+    codebook_size, quant_dim = shape("vq.codebooks")
+    patch_size = round((pixels / 3) ** 0.5)
+    image_size = image_size or LAQConfig.image_size
+    kernel = tuple(shape("vq.cnn_encoder.2.weight")[2:]) if "vq.cnn_encoder.2.weight" in state else None
+    candidates = [S for S, conv in SECOND_CONV.items() if (conv and conv[0]) == kernel]
+    if code_seq_len is None:  # the kernel leaves at most two candidates, and one grid of patches suits only one of them
+        fitting = [S for S in candidates if slots_of_grid(S, image_size // patch_size) == S]
+        code_seq_len = fitting[0] if fitting else candidates[0] if candidates else LAQConfig.code_seq_len
+    if code_seq_len not in candidates:
+        raise ValueError(
+            f"--laq-code-seq-len {code_seq_len}, but the slot CNN of {path} has a second kernel of {kernel}, "
+            f"which is that of {' or '.join(map(str, candidates)) or 'no known code_seq_len'}"
+        )
+    try:
+        return LAQConfig(
+            dim=dim,
+            quant_dim=quant_dim,
+            codebook_size=codebook_size,
+            image_size=image_size,
+            patch_size=patch_size,
+            spatial_depth=depth("enc_spatial_transformer"),
+            temporal_depth=depth("enc_temporal_transformer"),
+            dim_head=dim_head,
+            heads=heads,
+            code_seq_len=code_seq_len,
+        )
+    except ValueError as error:
+        raise ValueError(
+            f"{path} does not go with --laq-image-size {image_size}, --laq-code-seq-len {code_seq_len} "
+            f"(given or default): {error}"
+        ) from error
+
+
+def check_state(path: Path, expected: dict[str, Tensor], found: dict[str, Tensor]) -> None:
+    """Raise a ValueError that lists every missing key, unknown key and wrong shape."""
+    problems = [f"missing: {key} {list(expected[key].shape)}" for key in expected.keys() - found.keys()]
+    problems += [f"unknown: {key} {list(found[key].shape)}" for key in found.keys() - expected.keys()]
+    problems += [
+        f"wrong shape: {key} {list(found[key].shape)}, expected {list(expected[key].shape)}"
+        for key in expected.keys() & found.keys()
+        if expected[key].shape != found[key].shape
+    ]
+    if problems:
+        raise ValueError(f"{path} does not hold the LAQ that it describes:\n  " + "\n  ".join(sorted(problems)))
+
+
+def sha256_of(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,127 @@
+"""Stage 2: teach the core to predict latent actions from video. No action labels are read.
+
+    accelerate launch train_stage2.py --laq-ckpt laq_openx.pt --data.repo-ids my/videos --run-dir runs/s2
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import tyro
+
+from smolvla_shared.config import LATENT, DataConfig, ModelConfig, RunConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage2Config(RunConfig):
+    """Train the SmolVLM trunk and the shared expert on the latent actions of a frozen LAQ teacher."""
+
+    # The teacher: a .safetensors file of `python -m smolvla_shared.teacher train`, or LAPA's .pt file.
+    laq_ckpt: Path
+    # Codes of a latent action, and image side in pixels, where a LAPA file does not say (4 and 256 if not given).
+    laq_code_seq_len: int | None = None
+    laq_image_size: int | None = None
+    data: DataConfig
+    model: ModelConfig = field(default_factory=ModelConfig)
+    # (noise, time) draws that are trained on one prefix pass of a sample.
+    flow_draws: int = 1
+
+
+def main(config: Stage2Config) -> None:
+    import torch
+
+    from smolvla_shared import artifact, data, model, teacher, training, trunk
+    from smolvla_shared.laq import load_laq, teacher_id
+    from smolvla_shared.preprocess import Preprocessor
+
+    # Everything a user can get wrong is checked before the run directory exists.
+    laq = load_laq(config.laq_ckpt, config.laq_code_seq_len, config.laq_image_size)
+    sources = data.open_sources(config.data)
+    cameras, label_camera = data.choose_cameras(sources, config.data)
+    frames, held_out_frames = data.split_sources(sources, config.data, config.seed)
+    state_dim = data.common_dim(sources, data.STATE_KEY) if config.model.use_state else 0
+    core_config = model.make_core_config(
+        config.model,
+        cameras,
+        state_dim=state_dim,
+        latent_vector_dim=laq.config.latent_vector_dim,
+        code_seq_len=laq.config.code_seq_len,
+    )
+    tokenizer = trunk.load_trunk_tokenizer(core_config.model_name, core_config.model_revision)
+    accelerator = training.make_accelerator(config)
+    checkpoint = training.start_run(config, accelerator)
+
+    core = model.SmolVLASharedCore(core_config)
+    if core_config.has_pretrained_trunk:
+        trunk.load_trunk_weights(core.trunk, core_config.model_name, core_config.model_revision)
+    model.freeze(core, model.frozen_parts(config.model, core_config))
+    before = artifact.fingerprints(model.parameters_by_part(core))
+    laq.to(accelerator.device)
+    statistics = {LATENT: teacher.latent_statistics(laq, sources, frames, label_camera, config.seed)}
+    if state_dim:
+        statistics["state"] = data.vector_statistics(sources, data.STATE_KEY)
+    pair_share = data.valid_pair_share(sources, frames)
+    accelerator.print(data.describe(sources))
+    accelerator.print(model.parameter_table(core))
+    accelerator.print(
+        f"Stage 2: {config.steps} steps of {config.batch_size} samples; cameras {', '.join(cameras)}; teacher "
+        f"{teacher_id(laq)[:12]} on {label_camera}, {pair_share:.1%} of the frames have a pair"
+    )
+
+    spec = data.SampleSpec(
+        cameras=cameras,
+        state_dim=state_dim,
+        label_camera=label_camera,
+        draws={LATENT: (core_config.code_seq_len, core_config.latent_dim)},
+        num_draws=config.flow_draws,
+        time_beta=(core_config.time_beta_alpha, core_config.time_beta_beta),
+        random_shift=config.data.random_shift,
+    )
+    loaders = data.make_loaders(
+        sources,
+        [data.group_frames(frames)],
+        [data.group_frames(held_out_frames)] if held_out_frames else [],
+        spec,
+        config,
+        config.data.num_workers,
+        accelerator.process_index,
+        accelerator.num_processes,
+    )
+    preprocessor = Preprocessor(core_config, tokenizer, statistics)
+
+    def prepare(raw):
+        return preprocessor(raw, teacher.latent_vectors(laq, raw.pairs))
+
+    def evaluate() -> dict[str, float]:
+        return training.held_out_errors(core, loaders.held_out(), prepare, accelerator)
+
+    training.train(
+        config,
+        accelerator,
+        core,
+        loaders.train,
+        prepare,
+        evaluate=evaluate if loaders.held_out else None,
+        checkpoint=checkpoint,
+    )
+    after = artifact.fingerprints(model.parameters_by_part(core))
+    if accelerator.is_main_process:
+        path = artifact.save_artifact(
+            config.run_dir / "artifacts",
+            core.to(torch.device("cpu")),
+            tokenizer,
+            statistics,
+            artifact.Latents(teacher_id(laq), config.data.frame_gap_s, label_camera, pair_share),
+            artifact.Origin(
+                run=config.run_dir.name,
+                global_step=config.steps,
+                datasets=tuple(source.name for source in sources),
+                changed_parts=tuple(part for part in after if after[part] != before[part]),
+                weights=f"running average, decay {config.ema_decay}" if config.ema_decay else "last step",
+                versions=training.versions(),
+            ),
+        )
+        print(f"artifact: {path}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Stage2Config))

@@ -1,0 +1,206 @@
+"""Stage 3: fine-tune the action head, and what the trunk options leave trainable, on labelled demonstrations.
+
+    accelerate launch train_stage3.py --stage2-artifact runs/s2/artifacts/smolvla_shared_stage2_artifact.safetensors \
+        --data.repo-ids my/teleop --run-dir runs/s3
+"""
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from smolvla_shared.config import ACTION, LATENT, DataConfig, ModelConfig, RunConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage3Config(RunConfig):
+    """Train the policy on action chunks, from a Stage 2 artifact or (without one) from the trunk's own weights."""
+
+    # The weights file of Stage 2; its manifest decides about the model. None: the scratch arm.
+    stage2_artifact: Path | None = None
+    data: DataConfig
+    model: ModelConfig = field(default_factory=ModelConfig)
+    # Actions in a chunk: what the policy predicts at once.
+    chunk_size: int = 50
+    # Actions executed of each chunk before the next is predicted; stored with the policy, rollouts may override it.
+    n_action_steps: int = 10
+    # State statistics: those of the Stage 3 data, or those the artifact was trained with.
+    normalization: Literal["data", "artifact"] = "data"
+    # (noise, time) draws that are trained on one prefix pass of a sample.
+    flow_draws: int = 1
+    # Weight of the latent loss beside the action loss; above 0 it co-trains the latent head and needs --laq-ckpt.
+    latent_loss_weight: float = 0.0
+    # The teacher of Stage 2, for co-training.
+    laq_ckpt: Path | None = None
+    laq_code_seq_len: int | None = None
+    laq_image_size: int | None = None
+    # Action-free datasets (local directories, hub ids) to co-train the latent head on, and their share of a batch.
+    video_roots: tuple[Path, ...] = ()
+    video_repo_ids: tuple[str, ...] = ()
+    video_share: float = 0.5
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 1 <= self.n_action_steps <= self.chunk_size:
+            raise ValueError(
+                f"--n-action-steps {self.n_action_steps} must be between 1 and --chunk-size {self.chunk_size}"
+            )
+        if (self.latent_loss_weight > 0) != (self.laq_ckpt is not None):
+            raise ValueError(
+                f"co-training needs both --latent-loss-weight > 0 (got {self.latent_loss_weight}) and --laq-ckpt "
+                f"(got {self.laq_ckpt})"
+            )
+        if (self.video_roots or self.video_repo_ids) and not self.latent_loss_weight:
+            raise ValueError("--video-roots and --video-repo-ids only teach the latent head: pass --latent-loss-weight")
+        if not 0 < self.video_share < 1:
+            raise ValueError(f"--video-share is a share of the batch in (0, 1), got {self.video_share}")
+
+
+def main(config: Stage3Config) -> None:
+    from smolvla_shared import artifact, data, model, policy, teacher, training, trunk
+    from smolvla_shared.laq import load_laq, teacher_id
+    from smolvla_shared.preprocess import Preprocessor
+
+    # Everything a user can get wrong is checked before the run directory exists.
+    stage2 = artifact.load_artifact(config.stage2_artifact) if config.stage2_artifact else None
+    data_config = config.data
+    if stage2:
+        manifest = stage2.manifest
+        stated = {"model_name": config.model.stated_name, "model_revision": config.model.revision}
+        artifact.check_agreement(manifest, stated | {"cameras": config.data.cameras or None})
+        label_camera = manifest.latents.label_camera if config.laq_ckpt else None
+        data_config = replace(config.data, cameras=manifest.core.cameras, label_camera=label_camera)
+    labelled = data.open_sources(data_config)
+    for source in labelled:
+        if data.ACTION_KEY not in source.features:
+            raise ValueError(
+                f"{source.name} has no {data.ACTION_KEY!r} column, it has {sorted(source.features)}: Stage 3 learns from "
+                "labelled demonstrations; action-free video goes into --video-roots"
+            )
+    video_config = replace(data_config, repo_ids=config.video_repo_ids, roots=config.video_roots) if (
+        config.video_repo_ids or config.video_roots
+    ) else None
+    sources = labelled + (data.open_sources(video_config) if video_config else [])
+    cameras, label_camera = data.choose_cameras(sources, data_config)
+    dims = {
+        "state_dim": data.common_dim(sources, data.STATE_KEY) if config.model.use_state else 0,
+        "action_dim": data.common_dim(labelled, data.ACTION_KEY),
+        "chunk_size": config.chunk_size,
+    }
+    laq = load_laq(config.laq_ckpt, config.laq_code_seq_len, config.laq_image_size) if config.laq_ckpt else None
+    if laq and stage2 and teacher_id(laq) != manifest.latents.teacher_id:
+        raise ValueError(
+            f"--laq-ckpt {config.laq_ckpt} is teacher {teacher_id(laq)}, the artifact was trained with "
+            f"{manifest.latents.teacher_id}: its latent head speaks another language"
+        )
+    accelerator = training.make_accelerator(config)
+    checkpoint = training.start_run(config, accelerator)
+
+    if stage2:
+        core, has_fresh_head = artifact.build_core(stage2, **dims)
+        tokenizer = stage2.tokenizer
+        accelerator.print(
+            f"from {config.stage2_artifact}: {manifest.source.run} step {manifest.source.global_step}, action head "
+            + ("freshly initialised" if has_fresh_head else "from the artifact")
+        )
+    else:
+        if laq:
+            dims |= {"latent_vector_dim": laq.config.latent_vector_dim, "code_seq_len": laq.config.code_seq_len}
+        core = model.SmolVLASharedCore(model.make_core_config(config.model, cameras, **dims))
+        if core.config.has_pretrained_trunk:
+            trunk.load_trunk_weights(core.trunk, core.config.model_name, core.config.model_revision)
+        tokenizer = trunk.load_trunk_tokenizer(core.config.model_name, core.config.model_revision)
+        accelerator.print("scratch arm: no Stage 2 artifact, the trunk's own weights")
+    core_config = core.config
+    unused_head = ["latent head"] if core_config.latent_vector_dim and not laq else []
+    model.freeze(core, model.frozen_parts(config.model, core_config) + unused_head)
+
+    splits = [data.split_episodes(source, config.data.val_fraction, config.seed) for source in sources]
+    frames = [(i, split[0]) for i, split in enumerate(splits)]
+    held_out = [(i, split[1]) for i, split in enumerate(splits[: len(labelled)]) if len(split[1])]
+    groups = [data.group_frames(frames[: len(labelled)], 1 - config.video_share if video_config else 1.0)]
+    if video_config:
+        groups.append(data.group_frames(frames[len(labelled) :], config.video_share))
+
+    statistics = {ACTION: data.vector_statistics(labelled, data.ACTION_KEY)}
+    if core_config.state_dim:
+        statistics["state"] = data.vector_statistics(labelled, data.STATE_KEY)
+        if stage2 and "state" in manifest.normalization:
+            recorded = manifest.normalization["state"]
+            shift = max(
+                abs(new - old) / (std + 1e-8)
+                for new, old, std in zip(statistics["state"].mean, recorded.mean, recorded.std, strict=True)
+            )
+            accelerator.print(
+                f"state statistics: the data's mean is up to {shift:.2f} standard deviations from the artifact's; "
+                f"using those of the {config.normalization}"
+            )
+            if config.normalization == "artifact":
+                statistics["state"] = recorded
+    if laq:
+        laq.to(accelerator.device)
+        statistics[LATENT] = (
+            manifest.normalization[LATENT]
+            if stage2
+            else teacher.latent_statistics(laq, sources, frames, label_camera, config.seed)
+        )
+    accelerator.print(data.describe(sources))
+    accelerator.print(model.parameter_table(core))
+    accelerator.print(
+        f"Stage 3: {config.steps} steps of {config.batch_size} samples; cameras {', '.join(cameras)}; chunks of "
+        f"{config.chunk_size} actions of {core_config.action_dim}"
+        + (f"; co-training the latent head with weight {config.latent_loss_weight}" if laq else "")
+    )
+
+    draws = {ACTION: (config.chunk_size, core_config.max_action_dim)}
+    if laq:
+        draws[LATENT] = (core_config.code_seq_len, core_config.latent_dim)
+    spec = data.SampleSpec(
+        cameras=cameras,
+        state_dim=core_config.state_dim,
+        chunk_size=config.chunk_size,
+        action_dim=core_config.action_dim,
+        label_camera=label_camera if laq else None,
+        draws=draws,
+        num_draws=config.flow_draws,
+        time_beta=(core_config.time_beta_alpha, core_config.time_beta_beta),
+        random_shift=config.data.random_shift,
+    )
+    loaders = data.make_loaders(
+        sources,
+        groups,
+        [data.group_frames(held_out)] if held_out else [],
+        spec,
+        config,
+        config.data.num_workers,
+        accelerator.process_index,
+        accelerator.num_processes,
+    )
+    preprocessor = Preprocessor(core_config, tokenizer, statistics)
+
+    def prepare(raw):
+        return preprocessor(raw, teacher.latent_vectors(laq, raw.pairs) if laq else None)
+
+    def evaluate() -> dict[str, float]:
+        return training.held_out_errors(core, loaders.held_out(), prepare, accelerator)
+
+    def export(directory: Path) -> None:
+        policy.save_policy(directory, core, tokenizer, statistics, config.n_action_steps)
+
+    training.train(
+        config,
+        accelerator,
+        core,
+        loaders.train,
+        prepare,
+        loss_weights={LATENT: config.latent_loss_weight},
+        evaluate=evaluate if loaders.held_out else None,
+        export=export,
+        checkpoint=checkpoint,
+    )
+    accelerator.print(f"policy: {config.run_dir / 'checkpoints' / 'last' / 'pretrained_model'}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Stage3Config))
