@@ -1,6 +1,6 @@
 """Stage 2: teach the core to predict latent actions from video. No action labels are read.
 
-    accelerate launch train_stage2.py --laq-ckpt laq_openx.pt --data.repo-ids my/videos --run-dir runs/s2
+accelerate launch train_stage2.py --laq-ckpt laq_openx.pt --data.repo-ids my/videos --run-dir runs/s2
 """
 
 from dataclasses import dataclass, field
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import tyro
 
-from smolvla_shared.config import LATENT, DataConfig, ModelConfig, RunConfig
+from smolvla_shared.config import LATENT, ModelConfig, RunConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +20,6 @@ class Stage2Config(RunConfig):
     # Codes of a latent action, and image side in pixels, where a LAPA file does not say (4 and 256 if not given).
     laq_code_seq_len: int | None = None
     laq_image_size: int | None = None
-    data: DataConfig
     model: ModelConfig = field(default_factory=ModelConfig)
     # (noise, time) draws that are trained on one prefix pass of a sample.
     flow_draws: int = 1
@@ -74,17 +73,9 @@ def main(config: Stage2Config) -> None:
         draws={LATENT: (core_config.code_seq_len, core_config.latent_dim)},
         num_draws=config.flow_draws,
         time_beta=(core_config.time_beta_alpha, core_config.time_beta_beta),
-        random_shift=config.data.random_shift,
     )
     loaders = data.make_loaders(
-        sources,
-        [data.group_frames(frames)],
-        [data.group_frames(held_out_frames)] if held_out_frames else [],
-        spec,
-        config,
-        config.data.num_workers,
-        accelerator.process_index,
-        accelerator.num_processes,
+        sources, data.group_frames(frames), data.group_frames(held_out_frames), spec, config, accelerator
     )
     preprocessor = Preprocessor(core_config, tokenizer, statistics)
 

@@ -10,7 +10,7 @@ from typing import Literal
 
 import tyro
 
-from smolvla_shared.config import ACTION, LATENT, DataConfig, ModelConfig, RunConfig
+from smolvla_shared.config import ACTION, LATENT, ModelConfig, RunConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +19,6 @@ class Stage3Config(RunConfig):
 
     # The weights file of Stage 2; its manifest decides about the model. None: the scratch arm.
     stage2_artifact: Path | None = None
-    data: DataConfig
     model: ModelConfig = field(default_factory=ModelConfig)
     # Actions in a chunk: what the policy predicts at once.
     chunk_size: int = 50
@@ -78,10 +77,9 @@ def main(config: Stage3Config) -> None:
                 f"{source.name} has no {data.ACTION_KEY!r} column, it has {sorted(source.features)}: Stage 3 learns from "
                 "labelled demonstrations; action-free video goes into --video-roots"
             )
-    video_config = replace(data_config, repo_ids=config.video_repo_ids, roots=config.video_roots) if (
-        config.video_repo_ids or config.video_roots
-    ) else None
-    sources = labelled + (data.open_sources(video_config) if video_config else [])
+    sources = list(labelled)
+    if has_video := bool(config.video_repo_ids or config.video_roots):
+        sources += data.open_sources(replace(data_config, repo_ids=config.video_repo_ids, roots=config.video_roots))
     cameras, label_camera = data.choose_cameras(sources, data_config)
     dims = {
         "state_dim": data.common_dim(sources, data.STATE_KEY) if config.model.use_state else 0,
@@ -116,25 +114,19 @@ def main(config: Stage3Config) -> None:
     unused_head = ["latent head"] if core_config.latent_vector_dim and not laq else []
     model.freeze(core, model.frozen_parts(config.model, core_config) + unused_head)
 
-    splits = [data.split_episodes(source, config.data.val_fraction, config.seed) for source in sources]
-    frames = [(i, split[0]) for i, split in enumerate(splits)]
-    held_out = [(i, split[1]) for i, split in enumerate(splits[: len(labelled)]) if len(split[1])]
-    groups = [data.group_frames(frames[: len(labelled)], 1 - config.video_share if video_config else 1.0)]
-    if video_config:
-        groups.append(data.group_frames(frames[len(labelled) :], config.video_share))
+    frames, held_out = data.split_sources(sources, config.data, config.seed)
+    held_out = [(index, rows) for index, rows in held_out if index < len(labelled)]
+    groups = data.group_frames(frames[: len(labelled)], 1 - config.video_share if has_video else 1.0)
+    groups += data.group_frames(frames[len(labelled) :], config.video_share)
 
     statistics = {ACTION: data.vector_statistics(labelled, data.ACTION_KEY)}
     if core_config.state_dim:
         statistics["state"] = data.vector_statistics(labelled, data.STATE_KEY)
         if stage2 and "state" in manifest.normalization:
             recorded = manifest.normalization["state"]
-            shift = max(
-                abs(new - old) / (std + 1e-8)
-                for new, old, std in zip(statistics["state"].mean, recorded.mean, recorded.std, strict=True)
-            )
             accelerator.print(
-                f"state statistics: the data's mean is up to {shift:.2f} standard deviations from the artifact's; "
-                f"using those of the {config.normalization}"
+                f"state statistics: the data's mean is up to {statistics['state'].shift_from(recorded):.2f} standard "
+                f"deviations from the artifact's; using those of the {config.normalization}"
             )
             if config.normalization == "artifact":
                 statistics["state"] = recorded
@@ -165,18 +157,8 @@ def main(config: Stage3Config) -> None:
         draws=draws,
         num_draws=config.flow_draws,
         time_beta=(core_config.time_beta_alpha, core_config.time_beta_beta),
-        random_shift=config.data.random_shift,
     )
-    loaders = data.make_loaders(
-        sources,
-        groups,
-        [data.group_frames(held_out)] if held_out else [],
-        spec,
-        config,
-        config.data.num_workers,
-        accelerator.process_index,
-        accelerator.num_processes,
-    )
+    loaders = data.make_loaders(sources, groups, data.group_frames(held_out), spec, config, accelerator)
     preprocessor = Preprocessor(core_config, tokenizer, statistics)
 
     def prepare(raw):
@@ -186,7 +168,8 @@ def main(config: Stage3Config) -> None:
         return training.held_out_errors(core, loaders.held_out(), prepare, accelerator)
 
     def export(directory: Path) -> None:
-        policy.save_policy(directory, core, tokenizer, statistics, config.n_action_steps)
+        shapes = {camera: labelled[0].frame_shape(camera) for camera in cameras}
+        policy.save_policy(directory, core, tokenizer, statistics, config.n_action_steps, shapes)
 
     training.train(
         config,

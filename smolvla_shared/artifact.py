@@ -221,9 +221,7 @@ def build_core(artifact: Artifact, **changes: Any) -> tuple[SmolVLASharedCore, b
     expected = {key: tensor for key, tensor in core.state_dict().items() if not is_private(key)}
     unknown = sorted(artifact.state_dict.keys() - expected.keys())
     missing = sorted(expected.keys() - artifact.state_dict.keys())
-    has_fresh_head = bool(missing) and all(
-        key in missing for key in expected if key.startswith(OPTIONAL_PREFIX)
-    )
+    has_fresh_head = bool(missing) and all(key in missing for key in expected if key.startswith(OPTIONAL_PREFIX))
     if has_fresh_head:
         missing = [key for key in missing if not key.startswith(OPTIONAL_PREFIX)]
     shapes = [

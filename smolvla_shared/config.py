@@ -158,6 +158,7 @@ class RunConfig:
 
     # Directory of the run: config.json, metrics.jsonl, curves.png, checkpoints/. Must be new, unless --resume.
     run_dir: Path
+    data: DataConfig
     # Optimizer steps of the whole run.
     steps: int = 20_000
     # Samples in a step, over all processes and accumulation steps.

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from lerobot.datasets.compute_stats import aggregate_stats
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.datasets.video_utils import decode_video_frames
@@ -44,7 +45,6 @@ class SampleSpec:
     draws: dict[str, tuple[int, int]] = field(default_factory=dict)
     num_draws: int = 1
     time_beta: tuple[float, float] = (1.5, 1.0)
-    random_shift: float = 0.0
 
 
 class Source:
@@ -94,12 +94,13 @@ class Source:
             path = self.dataset.root / self.meta.get_video_file_path(episode, camera)
             # Half a frame: recordings whose clock drifts are read at their nearest frame, not refused hours in.
             return decode_video_frames(path, times, tolerance_s=0.5 / self.fps, return_uint8=True).view(
-                len(frames), *self._frame_shape(camera)
+                len(frames), *self.frame_shape(camera)
             )
         images = [np.asarray(self.columns[frame][camera]) for frame in frames]
         return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
 
-    def _frame_shape(self, camera: str) -> tuple[int, int, int]:
+    def frame_shape(self, camera: str) -> tuple[int, int, int]:
+        """(3, h, w) of the recorded frames."""
         height, width, channels = self.features[camera]["shape"]
         return channels, height, width
 
@@ -184,10 +185,10 @@ class Sample:
 
 
 class SampleDataset(Dataset):
-    """Reads the sample of a SampleKey."""
+    """Reads the sample of a SampleKey; `random_shift` augments the policy's images (preprocess.random_shift)."""
 
-    def __init__(self, sources: list[Source], spec: SampleSpec, seed: int, augment: bool):
-        self.sources, self.spec, self.seed, self.augment = sources, spec, seed, augment
+    def __init__(self, sources: list[Source], spec: SampleSpec, seed: int, random_shift: float = 0.0):
+        self.sources, self.spec, self.seed, self.random_shift = sources, spec, seed, random_shift
 
     def __getitem__(self, key: SampleKey) -> Sample:
         spec, source = self.spec, self.sources[key.source]
@@ -206,8 +207,8 @@ class SampleDataset(Dataset):
                 pair = frames
             if camera in spec.cameras:
                 image = frames[0]
-                if self.augment and spec.random_shift:
-                    image = preprocess.random_shift(image, spec.random_shift, rng)
+                if self.random_shift:
+                    image = preprocess.random_shift(image, self.random_shift, rng)
                 images.append(image)
 
         state, has_state = np.zeros(spec.state_dim, np.float32), spec.state_dim and STATE_KEY in source.features
@@ -284,10 +285,12 @@ class FrameGroup:
     share: float = 1.0
 
 
-def group_frames(frames: list[tuple[int, np.ndarray]], share: float = 1.0) -> FrameGroup:
-    """A group of the given (source index, frames) lists."""
+def group_frames(frames: list[tuple[int, np.ndarray]], share: float = 1.0) -> list[FrameGroup]:
+    """The given (source index, frames) lists as one group; none if there are no frames."""
+    if not frames:
+        return []
     columns = [np.stack([np.full(len(f), source), f], axis=1) for source, f in frames]
-    return FrameGroup(np.concatenate(columns), share)
+    return [FrameGroup(np.concatenate(columns), share)]
 
 
 class StepSampler(Sampler[list[SampleKey]]):
@@ -389,29 +392,21 @@ def make_loaders(
     held_out: list[FrameGroup],
     spec: SampleSpec,
     config: RunConfig,
-    num_workers: int,
-    process: int = 0,
-    num_processes: int = 1,
+    accelerator: Accelerator,
 ) -> Loaders:
     """Loaders of a run; held-out batches are read in the process itself, so that they take no workers from training."""
+    process = accelerator.process_index, accelerator.num_processes
 
     def train(first_step: int) -> DataLoader:
-        sampler = StepSampler(
-            training,
-            config.seed,
-            config.batch_size,
-            first_step,
-            config.steps,
-            process,
-            num_processes,
-            config.accumulation_steps,
-        )
-        return make_loader(SampleDataset(sources, spec, config.seed, augment=True), sampler, num_workers)
+        steps = first_step, config.steps
+        sampler = StepSampler(training, config.seed, config.batch_size, *steps, *process, config.accumulation_steps)
+        samples = SampleDataset(sources, spec, config.seed, random_shift=config.data.random_shift)
+        return make_loader(samples, sampler, config.data.num_workers)
 
     def validate() -> DataLoader:
-        steps = max(1, config.eval_samples // config.batch_size)
-        sampler = StepSampler(held_out, config.seed, config.batch_size, 0, steps, process, num_processes)
-        return make_loader(SampleDataset(sources, spec, config.seed, augment=False), sampler, num_workers=0)
+        steps = 0, max(1, config.eval_samples // config.batch_size)
+        sampler = StepSampler(held_out, config.seed, config.batch_size, *steps, *process)
+        return make_loader(SampleDataset(sources, spec, config.seed), sampler, num_workers=0)
 
     return Loaders(train, validate if held_out else None)
 

@@ -83,7 +83,9 @@ class LAQConfig:
         if self.image_size % self.patch_size:
             raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
         if slots_of_grid(self.code_seq_len, self.grid) != self.code_seq_len:
-            sizes = [g * self.patch_size for g in range(1, 65) if slots_of_grid(self.code_seq_len, g) == self.code_seq_len]
+            sizes = [
+                g * self.patch_size for g in range(1, 65) if slots_of_grid(self.code_seq_len, g) == self.code_seq_len
+            ]
             raise ValueError(
                 f"image_size {self.image_size} with patch_size {self.patch_size} is a grid of {self.grid} x {self.grid} "
                 f"patches, which does not reduce to code_seq_len {self.code_seq_len}; "
@@ -533,7 +535,9 @@ def load_laq(path: Path, code_seq_len: int | None = None, image_size: int | None
             ("--laq-image-size", image_size, config.image_size),
         ]:
             if given not in (None, found):
-                raise ValueError(f"{option} {given}, but {path.with_suffix('.json')} says {found}: leave the option out")
+                raise ValueError(
+                    f"{option} {given}, but {path.with_suffix('.json')} says {found}: leave the option out"
+                )
         state = load_file(path)
     with torch.device("meta"):
         laq = LAQ(config)

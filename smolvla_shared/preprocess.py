@@ -76,6 +76,11 @@ class Statistics:
         values = values.double()
         return cls(tuple(values.mean(0).tolist()), tuple(values.std(0, correction=0).tolist()))
 
+    def shift_from(self, other: "Statistics") -> float:
+        """Largest distance of the means, in the other's standard deviations."""
+        rows = zip(self.mean, other.mean, other.std, strict=True)
+        return max(abs(mean - other_mean) / (other_std + EPS) for mean, other_mean, other_std in rows)
+
     def tensors(self, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
         return torch.tensor(self.mean, device=device), torch.tensor(self.std, device=device)
 

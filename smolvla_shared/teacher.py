@@ -1,6 +1,6 @@
 """The LAQ teacher: training one, and its labels.
 
-    accelerate launch -m smolvla_shared.teacher train --data.roots my/videos --run-dir runs/laq
+accelerate launch -m smolvla_shared.teacher train --data.roots my/videos --run-dir runs/laq
 """
 
 import sys
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from smolvla_shared import data
 from smolvla_shared.batch import RawBatch
-from smolvla_shared.config import DataConfig, RunConfig
+from smolvla_shared.config import RunConfig
 from smolvla_shared.laq import LAQ, LAQConfig, PairBatch, perplexity, replace_dead_codes, save_laq
 from smolvla_shared.preprocess import Statistics
 
@@ -33,8 +33,8 @@ def latent_statistics(
 ) -> Statistics:
     """Mean and standard deviation of the latent targets over up to 512 valid training pairs, drawn with the seed."""
     spec = data.SampleSpec(cameras=(), label_camera=camera)
-    sampler = data.StepSampler([data.group_frames(frames)], seed, batch_size=32, first_step=0, last_step=16)
-    loader = data.make_loader(data.SampleDataset(sources, spec, seed, augment=False), sampler, num_workers=0)
+    sampler = data.StepSampler(data.group_frames(frames), seed, batch_size=32, first_step=0, last_step=16)
+    loader = data.make_loader(data.SampleDataset(sources, spec, seed), sampler, num_workers=0)
     device = next(teacher.parameters()).device
     vectors = [latent_vectors(teacher, raw.pairs.to(device)).flatten(1).cpu()[raw.pair_mask] for raw in loader]
     statistics = Statistics.of(torch.cat(vectors))
@@ -52,7 +52,6 @@ def latent_statistics(
 class TeacherConfig(RunConfig):
     """Train a LAQ teacher on video: it learns codes that tell a frame from an earlier one. Needs no actions."""
 
-    data: DataConfig
     # The defaults are the shape of LAPA's released teacher.
     laq: LAQConfig = field(default_factory=LAQConfig)
     # Steps between replacements of dead codes; their uses are counted over all processes.
@@ -85,14 +84,7 @@ def train_teacher(config: TeacherConfig) -> None:
         draws={NOISE: (config.laq.code_seq_len, config.laq.quant_dim)},
     )
     loaders = data.make_loaders(
-        sources,
-        [data.group_frames(frames)],
-        [data.group_frames(held_out_frames)] if held_out_frames else [],
-        spec,
-        config,
-        config.data.num_workers,
-        accelerator.process_index,
-        accelerator.num_processes,
+        sources, data.group_frames(frames), data.group_frames(held_out_frames), spec, config, accelerator
     )
 
     def prepare(raw: RawBatch) -> PairBatch:

@@ -191,7 +191,7 @@ class ExpertLayer(LlamaDecoderLayer):
             return prefix
         attn = self.self_attn
         projected = [
-            split_heads(proj(merge_heads(x)), attn.head_dim)
+            split_heads(proj(merge_heads(x).to(proj.weight.dtype)), attn.head_dim)
             for proj, x in zip((attn.k_proj, attn.v_proj), prefix, strict=True)
         ]
         return projected[0], projected[1]
@@ -221,7 +221,8 @@ class ExpertLayer(LlamaDecoderLayer):
             keys = rotate(split_heads(attn.k_proj(normed), head_dim), after_prefix)
             own = keys, split_heads(attn.v_proj(normed), head_dim)
             joint = [
-                torch.cat([p.repeat_interleave(num_draws, dim=0), o], dim=2) for p, o in zip(context, own, strict=True)
+                torch.cat([p.repeat_interleave(num_draws, dim=0).to(o.dtype), o], dim=2)
+                for p, o in zip(context, own, strict=True)
             ]
             mask = suffix_attention_mask(prefix_valid, hidden.shape[1]).repeat_interleave(num_draws, dim=0)
             attended = attend(rotate(query, after_prefix), (joint[0], joint[1]), mask)
