@@ -74,8 +74,8 @@ def main(config: Stage3Config) -> None:
     for source in labelled:
         if data.ACTION_KEY not in source.features:
             raise ValueError(
-                f"{source.name} has no {data.ACTION_KEY!r} column, it has {sorted(source.features)}: Stage 3 learns from "
-                "labelled demonstrations; action-free video goes into --video-roots"
+                f"{source.name} has no {data.ACTION_KEY!r} column, it has {sorted(source.features)}: Stage 3 learns "
+                "from labelled demonstrations; action-free video goes into --video-roots"
             )
     sources = list(labelled)
     if has_video := bool(config.video_repo_ids or config.video_roots):

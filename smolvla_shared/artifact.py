@@ -7,19 +7,19 @@ the field, what was expected, what was found, and the fix.
 
 import hashlib
 import json
-import os
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from smolvla_shared.config import CoreConfig
 from smolvla_shared.model import SmolVLASharedCore
 from smolvla_shared.preprocess import Statistics, pack_tokenizer, unpack_tokenizer
+from smolvla_shared.weights import check_weights, file_sha256, public_state, write_text, write_weights
 
 SCHEMA = "smolvla_shared.v1"
 ARTIFACT_NAME = "smolvla_shared_stage2_artifact"
@@ -84,16 +84,6 @@ def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def is_private(key: str) -> bool:
-    """Caches, which no reader needs: a component of the key begins with an underscore."""
-    return any(part.startswith("_") for part in key.split("."))
-
-
 def to_json(manifest: Manifest) -> str:
     """The manifest with a hash of itself, so that an edit by hand does not go unnoticed."""
     body = asdict(manifest)
@@ -152,23 +142,17 @@ def save_artifact(
     """Write the three files into `directory`, the manifest last; returns the path of the weights."""
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / f"{ARTIFACT_NAME}.safetensors"
-    tensors = {k: v.detach().cpu().contiguous() for k, v in core.state_dict().items() if not is_private(k)}
-    packed_tokenizer = pack_tokenizer(tokenizer)
-    temporary = path.with_suffix(".tmp")
-    save_file(tensors, temporary)
+    tensors, packed_tokenizer = public_state(core), pack_tokenizer(tokenizer)
     manifest = Manifest(
         core=core.config,
         normalization=normalization,
         latents=latents,
         source=source,
-        weights=Weights(file_sha256(temporary), len(tensors), sum(t.numel() for t in tensors.values())),
+        weights=Weights(write_weights(path, tensors), len(tensors), sum(t.numel() for t in tensors.values())),
         tokenizer_sha256=sha256(packed_tokenizer.encode()),
     )
-    for text, suffix in ((packed_tokenizer, ".tokenizer.json"), (to_json(manifest), ".json")):
-        partial = path.with_suffix(suffix + ".tmp")
-        partial.write_text(text)
-        os.replace(partial, path.with_suffix(suffix))
-    os.replace(temporary, path)
+    write_text(path.with_suffix(".tokenizer.json"), packed_tokenizer)
+    write_text(path.with_suffix(".json"), to_json(manifest))
     return path
 
 
@@ -218,23 +202,12 @@ def build_core(artifact: Artifact, **changes: Any) -> tuple[SmolVLASharedCore, b
     Returns it and whether its action head is fresh: `action_head.*` may be absent, all of it, and nothing else.
     """
     core = SmolVLASharedCore(replace(artifact.manifest.core, **changes))
-    expected = {key: tensor for key, tensor in core.state_dict().items() if not is_private(key)}
-    unknown = sorted(artifact.state_dict.keys() - expected.keys())
-    missing = sorted(expected.keys() - artifact.state_dict.keys())
-    has_fresh_head = bool(missing) and all(key in missing for key in expected if key.startswith(OPTIONAL_PREFIX))
+    expected, found = public_state(core), artifact.state_dict
+    has_fresh_head = not any(key.startswith(OPTIONAL_PREFIX) for key in found)
     if has_fresh_head:
-        missing = [key for key in missing if not key.startswith(OPTIONAL_PREFIX)]
-    shapes = [
-        f"{key}: artifact {tuple(tensor.shape)}, model {tuple(expected[key].shape)}"
-        for key, tensor in artifact.state_dict.items()
-        if key in expected and tensor.shape != expected[key].shape
-    ]
-    if unknown or missing or shapes:
-        raise ValueError(
-            "the artifact's weights do not fit the model its manifest describes:\n"
-            f"  unknown: {unknown}\n  missing: {missing}\n  wrong shape: {shapes}"
-        )
-    core.load_state_dict(artifact.state_dict, strict=not has_fresh_head)
+        expected = {key: tensor for key, tensor in expected.items() if not key.startswith(OPTIONAL_PREFIX)}
+    check_weights("the artifact", expected, found)
+    core.load_state_dict(found, strict=not has_fresh_head)
     return core, has_fresh_head
 
 

@@ -12,7 +12,6 @@ More dimensions than in batch.py's legend: E token width, h, w patches of a fram
 
 import hashlib
 import json
-import os
 import re
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -21,8 +20,10 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
+
+from smolvla_shared.weights import check_weights, file_sha256, public_state, write_text, write_weights
 
 SCHEMA = "smolvla_shared.laq.v1"
 
@@ -87,8 +88,8 @@ class LAQConfig:
                 g * self.patch_size for g in range(1, 65) if slots_of_grid(self.code_seq_len, g) == self.code_seq_len
             ]
             raise ValueError(
-                f"image_size {self.image_size} with patch_size {self.patch_size} is a grid of {self.grid} x {self.grid} "
-                f"patches, which does not reduce to code_seq_len {self.code_seq_len}; "
+                f"image_size {self.image_size} with patch_size {self.patch_size} is a grid of {self.grid} x {self.grid}, "
+                f"which does not reduce to code_seq_len {self.code_seq_len}; "
                 f"with this patch_size, image_size must be one of {sizes}"
             )
 
@@ -470,14 +471,8 @@ def replace_dead_codes(laq: LAQ, counts: Tensor, threshold: float, generator: to
     return len(source)
 
 
-def public_state(laq: LAQ) -> dict[str, Tensor]:
-    """The weights that are published: all but those with a path component that begins with `_`."""
-    state = laq.state_dict()
-    return {key: state[key] for key in sorted(state) if not any(part.startswith("_") for part in key.split("."))}
-
-
 def teacher_id(laq: LAQ) -> str:
-    """sha256 of the config and the public weights: what makes two teachers give equal labels, whatever file they are in.
+    """sha256 of the config and the public weights: two teachers that share it give equal labels, whatever their files.
 
     The config is part of it because image_size changes the labels without changing a weight.
     """
@@ -491,24 +486,19 @@ def teacher_id(laq: LAQ) -> str:
 def save_laq(laq: LAQ, path: Path, extra: dict[str, Any] | None = None) -> None:
     """Write `path` (.safetensors) and a .json beside it: config, hash of the weights, and `extra` as the source."""
     weights = public_state(laq)
-    temporary = path.with_suffix(".safetensors.tmp")
-    save_file({key: tensor.contiguous() for key, tensor in weights.items()}, temporary)
     manifest = {
         "schema_version": SCHEMA,
         "kind": "laq",
         "config": asdict(laq.config),
         "weights": {
-            "sha256": sha256_of(temporary),
+            "sha256": write_weights(path, weights),
             "tensors": len(weights),
             "parameters": sum(tensor.numel() for tensor in weights.values()),
         },
         "teacher_id": teacher_id(laq),
         "source": extra or {},
     }
-    temporary_manifest = path.with_suffix(".json.tmp")
-    temporary_manifest.write_text(json.dumps(manifest, indent=2) + "\n")
-    os.replace(temporary, path)
-    os.replace(temporary_manifest, path.with_suffix(".json"))
+    write_text(path.with_suffix(".json"), json.dumps(manifest, indent=2) + "\n")
 
 
 def load_laq(path: Path, code_seq_len: int | None = None, image_size: int | None = None) -> LAQ:
@@ -541,7 +531,7 @@ def load_laq(path: Path, code_seq_len: int | None = None, image_size: int | None
         state = load_file(path)
     with torch.device("meta"):
         laq = LAQ(config)
-    check_state(path, expected=public_state(laq), found=state)
+    check_weights(str(path), expected=public_state(laq), found=state)
     state["vq._usage"] = torch.zeros(laq.vq._usage.shape, dtype=torch.int64)
     laq.load_state_dict(state, assign=True)
     return laq.requires_grad_(False).eval()
@@ -560,7 +550,7 @@ def read_config(path: Path) -> LAQConfig:
         raise ValueError(
             f"{manifest_path}: config lacks {sorted(expected - found)} and has unknown {sorted(found - expected)}"
         )
-    sha256 = sha256_of(path)
+    sha256 = file_sha256(path)
     if manifest["weights"]["sha256"] != sha256:
         raise ValueError(
             f"{path} has sha256 {sha256}, but {manifest_path.name} says {manifest['weights']['sha256']}: "
@@ -619,21 +609,3 @@ def infer_config(path: Path, state: dict[str, Tensor], code_seq_len: int | None,
             f"{path} does not go with --laq-image-size {image_size}, --laq-code-seq-len {code_seq_len} "
             f"(given or default): {error}"
         ) from error
-
-
-def check_state(path: Path, expected: dict[str, Tensor], found: dict[str, Tensor]) -> None:
-    """Raise a ValueError that lists every missing key, unknown key and wrong shape."""
-    problems = [f"missing: {key} {list(expected[key].shape)}" for key in expected.keys() - found.keys()]
-    problems += [f"unknown: {key} {list(found[key].shape)}" for key in found.keys() - expected.keys()]
-    problems += [
-        f"wrong shape: {key} {list(found[key].shape)}, expected {list(expected[key].shape)}"
-        for key in expected.keys() & found.keys()
-        if expected[key].shape != found[key].shape
-    ]
-    if problems:
-        raise ValueError(f"{path} does not hold the LAQ that it describes:\n  " + "\n  ".join(sorted(problems)))
-
-
-def sha256_of(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -26,7 +26,7 @@ from lerobot.processor import (
     make_policy_processor_pipelines,
 )
 from lerobot.utils import constants as keys
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
@@ -44,6 +44,7 @@ from smolvla_shared.preprocess import (
     unpack_tokenizer,
 )
 from smolvla_shared.trunk import load_trunk_tokenizer
+from smolvla_shared.weights import check_weights, write_weights
 
 ACTION_IS_PAD = "action_is_pad"  # [B, T] bool, LeRobot's mark of actions past the episode's end
 WEIGHTS_NAME = "model.safetensors"
@@ -183,23 +184,6 @@ def to_batch(observation: dict[str, Tensor], core: CoreConfig) -> Batch:
     )
 
 
-def load_strictly(module: nn.Module, path: Path) -> None:
-    """Fill a module from a safetensors file; raises ValueError that lists missing, unknown and misshapen tensors."""
-    expected, found = module.state_dict(), load_file(path)
-    shapes = [
-        f"{key}: file {list(found[key].shape)}, model {list(expected[key].shape)}"
-        for key in sorted(expected.keys() & found.keys())
-        if expected[key].shape != found[key].shape
-    ]
-    missing, unknown = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
-    if missing or unknown or shapes:
-        raise ValueError(
-            f"{path} does not fit the model that the config.json beside it describes:\n"
-            f"  missing: {missing}\n  unknown: {unknown}\n  wrong shape: {shapes}"
-        )
-    module.load_state_dict(found)
-
-
 class HLRPSmolVLASharedPolicy(PreTrainedPolicy):
     """Executes the core's action chunks, `n_action_steps` of each; trains on them with LeRobot's own loop."""
 
@@ -242,7 +226,9 @@ class HLRPSmolVLASharedPolicy(PreTrainedPolicy):
         if not isinstance(config, cls.config_class):
             raise ValueError(f"{directory} holds a policy of type {config.type}, expected {cls.name}")
         policy = cls(config, **kwargs)
-        load_strictly(policy, directory / WEIGHTS_NAME)
+        found = load_file(directory / WEIGHTS_NAME)
+        check_weights(str(directory), expected=policy.state_dict(), found=found)
+        policy.load_state_dict(found)
         return policy.to(config.device).eval()
 
     def get_optim_params(self) -> list[nn.Parameter]:
@@ -397,8 +383,8 @@ def save_policy(
         device=core.state_proj.weight.device.type,
     )
     config.save_pretrained(directory)
-    weights = {CORE_PREFIX + key: value.contiguous() for key, value in core.state_dict().items()}
-    save_file(weights, directory / WEIGHTS_NAME, metadata={"format": "pt"})
+    weights = {CORE_PREFIX + key: value for key, value in core.state_dict().items()}
+    write_weights(directory / WEIGHTS_NAME, weights)
     stats = {
         key: dict(zip(("mean", "std"), statistics[name].tensors(), strict=True))
         for key, name in ((keys.OBS_STATE, "state"), (keys.ACTION, "action"))
