@@ -88,7 +88,7 @@ class LAQConfig:
                 g * self.patch_size for g in range(1, 65) if slots_of_grid(self.code_seq_len, g) == self.code_seq_len
             ]
             raise ValueError(
-                f"image_size {self.image_size} with patch_size {self.patch_size} is a grid of {self.grid} x {self.grid}, "
+                f"image_size {self.image_size} with patch_size {self.patch_size} is a grid of {self.grid}x{self.grid}, "
                 f"which does not reduce to code_seq_len {self.code_seq_len}; "
                 f"with this patch_size, image_size must be one of {sizes}"
             )
