@@ -261,6 +261,17 @@ def test_cached_sampling_equals_recomputing_everything_at_each_step(core, batch,
     assert not torch.allclose(sample, core.sample(batch, name, noise, num_steps=1), atol=0.1)
 
 
+def test_sampling_runs_the_prefix_once_and_the_expert_at_each_step(core, batch):
+    calls = []
+    layer = core.expert.layers[1]  # attends across
+    watched = {"prefix": core.trunk, "prefix keys": layer.self_attn.k_proj, "layer": layer}
+    hooks = [m.register_forward_hook(lambda *_, name=name: calls.append(name)) for name, m in watched.items()]
+    core.sample(batch, "action", batch.targets["action"].noise[:, 0], num_steps=5)
+    for hook in hooks:
+        hook.remove()
+    assert calls == ["prefix", "prefix keys", *["layer"] * 5]
+
+
 def test_training_error_is_that_of_the_velocity(core, batch):
     target = batch.targets["action"]
     value = target.value[:, None]
