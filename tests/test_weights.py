@@ -1,0 +1,99 @@
+"""weights.py: what is published, strict checks, and files that are whole or absent."""
+
+import os
+import stat
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from smolvla_shared.weights import check_weights, file_sha256, public_state, write_text, write_weights
+
+
+def make_module() -> nn.Module:
+    module = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+    module[0].register_buffer("_usage", torch.zeros(5))
+    module.add_module("_cache", nn.Linear(1, 1))
+    return module
+
+
+def test_private_names_are_not_published():
+    module = make_module()
+    assert {"0._usage", "_cache.weight"} < module.state_dict().keys()
+    assert list(public_state(module)) == [
+        "0.bias",
+        "0.weight",
+        "1.bias",
+        "1.num_batches_tracked",
+        "1.running_mean",
+        "1.running_var",
+        "1.weight",
+    ]
+
+
+def test_weights_come_back_as_they_were_written(tmp_path):
+    weights = {"transposed": torch.randn(3, 4).T, "bf16": torch.randn(2).bfloat16(), "count": torch.tensor(3)}
+    sha256 = write_weights(tmp_path / "w.safetensors", weights)
+    assert sha256 == file_sha256(tmp_path / "w.safetensors")
+    found = load_file(tmp_path / "w.safetensors")
+    assert found.keys() == weights.keys()
+    for key, value in weights.items():
+        assert found[key].dtype == value.dtype
+        assert torch.equal(found[key], value)
+
+
+def test_the_hash_tells_one_changed_bit(tmp_path):
+    path = tmp_path / "w.safetensors"
+    sha256 = write_weights(path, {"a": torch.zeros(4)})
+    assert write_weights(path, {"a": torch.zeros(4)}) == sha256
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    assert file_sha256(path) != sha256
+
+
+def test_check_lists_all_that_is_wrong_at_once():
+    expected = {"same": torch.zeros(1), "lost": torch.zeros(2, 3), "gone": torch.zeros(5), "turned": torch.zeros(3, 4)}
+    found = {"same": torch.ones(1), "extra": torch.zeros(7), "turned": torch.zeros(4, 3)}
+    with pytest.raises(ValueError) as error:
+        check_weights("policy.safetensors", expected, found)
+    assert str(error.value).splitlines() == [
+        "policy.safetensors does not hold the model that it describes:",
+        "  missing: gone [5]",
+        "  missing: lost [2, 3]",
+        "  unknown: extra [7]",
+        "  wrong shape: turned [4, 3], expected [3, 4]",
+    ]
+    check_weights("itself", expected, expected)
+
+
+@pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o007, 0o660), (0o077, 0o600)])
+def test_files_have_the_mode_that_the_user_wants(tmp_path, umask, mode):
+    before = os.umask(umask)
+    try:
+        write_weights(tmp_path / "w.safetensors", {"a": torch.zeros(1)})
+        write_text(tmp_path / "w.json", "{}")
+        assert os.umask(umask) == umask  # reading the mask did not change it
+    finally:
+        os.umask(before)
+    assert {path.name: stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()} == {
+        "w.safetensors": mode,
+        "w.json": mode,
+    }
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    weights, text = tmp_path / "w.safetensors", tmp_path / "w.json"
+    sha256 = write_weights(weights, {"a": torch.zeros(1)})
+    write_text(text, "old")
+
+    def die(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", die)
+    with pytest.raises(KeyboardInterrupt):
+        write_weights(weights, {"a": torch.ones(1)})
+    with pytest.raises(KeyboardInterrupt):
+        write_text(text, "new")
+    assert (file_sha256(weights), text.read_text()) == (sha256, "old")
