@@ -217,8 +217,7 @@ class NSVQ(nn.Module):
 
     def __init__(self, config: LAQConfig):
         super().__init__()
-        # Small, as the first latents are: from far-off codes all latents have the same nearest one.
-        self.codebooks = nn.Parameter(0.1 * torch.randn(config.codebook_size, config.quant_dim))
+        self.codebooks = nn.Parameter(torch.randn(config.codebook_size, config.quant_dim))
         self.project_in = nn.Linear(config.dim, config.quant_dim)
         self.project_out = nn.Linear(config.quant_dim, config.dim)
         convs = [
