@@ -1,0 +1,55 @@
+#!/usr/bin/env bash
+# The whole way once, on a CPU: record video and a few demonstrations in Meta-World, train a teacher on the video,
+# train the core on the teacher's latent actions, fine-tune on the demonstrations, and let the policy act.
+# These are the commands for your own data, too, with smaller sizes. About 25 minutes on two cores.
+#
+#   examples/quickstart.sh              # runs/quickstart, seed 0
+#   SEED=1 RUN=runs/seed1 examples/quickstart.sh
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+SEED=${SEED:-0}
+RUN=${RUN:-runs/quickstart}
+TASK=plate-slide-v3
+if [ -e "$RUN" ]; then
+    echo "$RUN exists: remove it, or name another directory with RUN=..." >&2
+    exit 1
+fi
+mkdir -p "$RUN"
+export HF_HUB_OFFLINE=1 MUJOCO_GL="${MUJOCO_GL:-osmesa}" # nothing here needs a hub or a display
+launch() { accelerate launch --config-file configs/accelerate/cpu.yaml "$@"; }
+step() { printf '\n== %s\n' "$1" && echo "$1 $SECONDS" >> "$RUN/steps.txt"; }
+
+step "1 record"
+# Action-free video of several tasks: no action column at all. Then a few labelled demonstrations of the target task.
+python examples/record_metaworld.py --kind video --root "$RUN/data/video" --seed "$SEED" --episodes 25 \
+    --tasks plate-slide-v3 window-open-v3 handle-press-v3 button-press-topdown-v3
+python examples/record_metaworld.py --kind labelled --root "$RUN/data/labelled" --seed "$SEED" --episodes 30 --tasks $TASK
+
+step "2 teacher"
+# A small LAQ learns codes for what happens within 0.05 s (4 frames at 80 fps) of video.
+launch -m smolvla_shared.teacher train --run-dir "$RUN/laq" --data.roots "$RUN/data/video" --seed "$SEED" \
+    --data.frame-gap-s 0.05 --data.num-workers 1 --steps 1500 --batch-size 32 --optim.lr 1e-3 --optim.warmup-steps 100 \
+    --laq.dim 96 --laq.quant-dim 16 --laq.image-size 64 --laq.patch-size 8 --laq.spatial-depth 2 \
+    --laq.temporal-depth 2 --laq.dim-head 24 --laq.heads 4 --save-every 500 --eval-every 500
+
+step "3 stage 2"
+# The core learns to predict the teacher's latent actions from one frame, the task text and the arm's position.
+launch train_stage2.py --run-dir "$RUN/stage2" --laq-ckpt "$RUN/laq/checkpoints/last/pretrained_model/laq.safetensors" \
+    --data.roots "$RUN/data/video" --seed "$SEED" --model.preset tiny --data.frame-gap-s 0.05 --data.num-workers 1 \
+    --steps 700 --batch-size 32 --flow-draws 4 --optim.lr 1e-3 --optim.warmup-steps 100 --save-every 350 --eval-every 350
+
+step "4 stage 3"
+# The action head, and the shared weights with it, learn from the labelled demonstrations.
+launch train_stage3.py --run-dir "$RUN/stage3" \
+    --stage2-artifact "$RUN/stage2/artifacts/smolvla_shared_stage2_artifact.safetensors" \
+    --data.roots "$RUN/data/labelled" --seed "$SEED" --data.num-workers 1 --chunk-size 16 --n-action-steps 8 \
+    --steps 1000 --batch-size 32 --flow-draws 4 --optim.lr 1e-3 --optim.warmup-steps 100 --ema-decay 0.995 \
+    --save-every 500 --eval-every 250
+
+step "5 rollout"
+python rollout.py --policy-path "$RUN/stage3/checkpoints/last/pretrained_model" --env.type metaworld --env.task $TASK \
+    --episodes 20 --num-envs 2 --seed "$SEED" --max-steps 200 --out "$RUN/rollout" --videos
+
+step "end"
+python examples/summarize.py "$RUN"

@@ -1,0 +1,162 @@
+"""Record scripted-expert demonstrations in Meta-World as a LeRobotDataset (v3) with video.
+
+    python examples/record_metaworld.py --kind video --root data/video --tasks window-open-v3 door-open-v3 --episodes 25
+    python examples/record_metaworld.py --kind labelled --root data/labelled --tasks plate-slide-v3 --episodes 30
+
+The environment is the one of the rollouts (smolvla_shared.evaluate.make_metaworld): what is recorded is what a policy
+will see. Object positions come from seeds of FIRST_SEED and above; rollouts count up from small ones, so that their
+positions are unseen.
+"""
+
+import multiprocessing
+import shutil
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+import gymnasium
+import numpy as np
+import tyro
+from tqdm import tqdm
+
+from smolvla_shared.evaluate import make_metaworld, metaworld_tasks, render_headless
+
+FIRST_SEED = 1_000_000
+FPS = 80  # Meta-World's control rate
+MAX_STEPS = 150
+ATTEMPTS = 20  # to get a successful demonstration
+
+
+@dataclass(frozen=True)
+class RecordConfig:
+    """Record demonstrations of one or several tasks."""
+
+    # `labelled`: image, state and action, successful episodes only. `video`: image and state, no action column.
+    kind: Literal["video", "labelled"]
+    # Directory of the new dataset.
+    root: Path
+    # Meta-World tasks, such as plate-slide-v3.
+    tasks: tuple[str, ...]
+    # Episodes of each task.
+    episodes: int
+    seed: int = 0
+    # Side of the recorded image, pixels.
+    image_size: int = 96
+    # Standard deviation of the disturbances that are added to the expert's action (of [-1, 1]) for half of the time.
+    # The *recorded* action is the expert's, so a policy learns to recover (DART, arXiv 1703.09327).
+    noise: float = 0.3
+    # Processes that simulate and render.
+    num_workers: int = 2
+
+
+@dataclass(frozen=True)
+class Job:
+    task: str
+    seed: int  # the first of ATTEMPTS seeds
+    image_size: int
+    noise: float
+    must_succeed: bool
+
+
+@cache
+def environment(task: str, image_size: int) -> gymnasium.Env:
+    """One environment a process and task: building one takes longer than an episode."""
+    return make_metaworld(task, image_size)
+
+
+def attempt(job: Job, seed: int) -> tuple[list[dict[str, Any]], bool]:
+    """One episode of the disturbed expert: its frames and whether it succeeded."""
+    env, rng = environment(job.task, job.image_size), np.random.default_rng(seed)
+    observation, _ = env.reset(seed=seed)
+    frames, disturbance = [], np.zeros(4)
+    for step in range(MAX_STEPS):
+        full_state = env._env.unwrapped._get_obs()  # the expert also sees where the objects are
+        action = np.clip(env.expert_policy.get_action(full_state), -1, 1).astype(np.float32)
+        frames.append(
+            {
+                "observation.image": observation["pixels"],
+                "observation.state": observation["agent_pos"].astype(np.float32),
+                "action": action,
+                "task": env.task_description,
+            }
+        )
+        if step % 10 == 0:  # a disturbance lasts for 10 steps
+            disturbance = rng.normal(0, job.noise, 4) * rng.integers(2)
+        executed = np.clip(action + disturbance, -1, 1).astype(np.float32)
+        observation, _, terminated, _, info = env.step(executed)
+        if terminated:
+            return frames, info["is_success"]
+    return frames, False
+
+
+def demonstrate(job: Job) -> list[dict[str, Any]]:
+    """The frames of an episode; of the first successful one where it must succeed."""
+    for seed in range(job.seed, job.seed + ATTEMPTS):
+        frames, success = attempt(job, seed)
+        if success or not job.must_succeed:
+            return frames
+    raise RuntimeError(f"the expert failed {job.task} {ATTEMPTS} times in a row from seed {job.seed}: lower --noise")
+
+
+def features(config: RecordConfig) -> dict[str, dict[str, Any]]:
+    size, names = config.image_size, ["x", "y", "z", "gripper"]
+    result = {
+        "observation.image": {"dtype": "video", "shape": (size, size, 3), "names": ["height", "width", "channels"]},
+        "observation.state": {"dtype": "float32", "shape": (4,), "names": names},
+    }
+    return result | (
+        {"action": {"dtype": "float32", "shape": (4,), "names": names}} if config.kind == "labelled" else {}
+    )
+
+
+def main(config: RecordConfig) -> None:
+    if config.root.exists():
+        raise ValueError(f"--root {config.root} exists: remove it or name another directory")
+    if unknown := [task for task in config.tasks if task not in metaworld_tasks()]:
+        raise ValueError(f"--tasks {unknown} are no tasks of Meta-World; it has {', '.join(metaworld_tasks())}")
+    from lerobot.configs.video import RGBEncoderConfig
+    from lerobot.datasets.lerobot_dataset import LeRobotDataset
+
+    # Every episode has ATTEMPTS seeds of its own, every kind and seed a range of its own.
+    start = FIRST_SEED + 10_000_000 * (config.kind == "video") + 100_000 * config.seed
+    jobs = [
+        Job(
+            task,
+            start + ATTEMPTS * (config.episodes * t + e),
+            config.image_size,
+            config.noise,
+            config.kind == "labelled",
+        )
+        for t, task in enumerate(config.tasks)
+        for e in range(config.episodes)
+    ]
+    columns = features(config)
+    temporary = config.root.with_name(f".{config.root.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    dataset = LeRobotDataset.create(
+        repo_id=f"metaworld/{config.root.name}",
+        fps=FPS,
+        features=columns,
+        root=temporary,
+        rgb_encoder=RGBEncoderConfig(vcodec="h264", crf=20),
+    )
+    num_frames = 0
+    # A rendering context does not survive a fork.
+    with multiprocessing.get_context("forkserver").Pool(config.num_workers) as pool:
+        for frames in tqdm(pool.imap(demonstrate, jobs), total=len(jobs), desc=f"record {config.kind}", unit="episode"):
+            for frame in frames:
+                dataset.add_frame({key: value for key, value in frame.items() if key in columns or key == "task"})
+            dataset.save_episode()
+            num_frames += len(frames)
+    dataset.finalize()
+    temporary.rename(config.root)
+    print(
+        f"{config.root}: {len(jobs)} episodes of {len(config.tasks)} task(s), {num_frames} frames at {FPS} fps, "
+        + ("with actions" if config.kind == "labelled" else "no actions")
+    )
+
+
+if __name__ == "__main__":
+    render_headless()  # before any process imports mujoco
+    main(tyro.cli(RecordConfig))

@@ -1,0 +1,65 @@
+"""Table and summary.json of what a quickstart run brought.
+
+python examples/summarize.py runs/quickstart
+"""
+
+import itertools
+import json
+import sys
+from pathlib import Path
+
+
+def last_value(run: Path, key: str) -> float:
+    """The newest value of a metric in a run's metrics.jsonl."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line[key] for line in lines if key in line][-1]
+
+
+def summarize(run: Path) -> dict:
+    """Figures of all steps; minutes by step from steps.txt, whose lines are "<name> <second it began>"."""
+    marks = [line.rsplit(" ", 1) for line in (run / "steps.txt").read_text().splitlines()]
+    minutes = {
+        name: round((int(next_start) - int(start)) / 60, 1)
+        for (name, start), (_, next_start) in itertools.pairwise(marks)
+    }
+    rollout = json.loads((run / "rollout" / "results.json").read_text())
+    return {
+        "teacher": {
+            "held_out_reconstruction_error": last_value(run / "laq", "val/reconstruction"),
+            "error_of_repeating_the_first_frame": last_value(run / "laq", "val/copy_first_frame"),
+            "perplexity": last_value(run / "laq", "usage/perplexity"),
+        },
+        "stage2": {
+            "held_out_latent_error": last_value(run / "stage2", "val/latent_error"),
+            "error_of_predicting_the_mean": last_value(run / "stage2", "val/latent_error_of_mean"),
+        },
+        "stage3": {
+            "held_out_action_error": last_value(run / "stage3", "val/action_error"),
+            "error_of_predicting_the_mean": last_value(run / "stage3", "val/action_error_of_mean"),
+        },
+        "rollout": {key: rollout[key] for key in ("success_rate", "successes", "episodes", "wilson_95")},
+        "minutes": minutes | {"total": round(sum(minutes.values()), 1)},
+        "files": {
+            "teacher": str(run / "laq/checkpoints/last/pretrained_model/laq.safetensors"),
+            "artifact": str(run / "stage2/artifacts/smolvla_shared_stage2_artifact.safetensors"),
+            "policy": str(run / "stage3/checkpoints/last/pretrained_model"),
+            "videos": str(run / "rollout"),
+        },
+    }
+
+
+def print_table(summary: dict) -> None:
+    rows = [
+        (f"{part}: {name.replace('_', ' ')}", f"{value:.4g}" if isinstance(value, float) else str(value))
+        for part, values in summary.items()
+        for name, value in values.items()
+    ]
+    width = max(len(name) for name, _ in rows)
+    print("\n".join(f"{name:<{width}}  {value}" for name, value in rows))
+
+
+if __name__ == "__main__":
+    directory = Path(sys.argv[1])
+    result = summarize(directory)
+    (directory / "summary.json").write_text(json.dumps(result, indent=2) + "\n")
+    print_table(result)

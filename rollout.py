@@ -1,0 +1,103 @@
+"""Roll a trained policy out in an environment and say honestly how good it is.
+
+python rollout.py --policy-path runs/s3/checkpoints/last/pretrained_model --env.type metaworld --env.task reach-v3
+"""
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import tyro
+
+
+@dataclass(frozen=True)
+class EnvironmentConfig:
+    # Type of LeRobot environment: metaworld, pusht, aloha, libero, ...
+    type: str = "metaworld"
+    # Task of it, such as plate-slide-v3.
+    task: str = "reach-v3"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutConfig:
+    """Success rate with its 95% Wilson interval, a contact sheet, and (by flag) a video of each episode."""
+
+    # A pretrained_model directory of train_stage3.py.
+    policy_path: Path
+    # Directory for results.json, contact_sheet.png and videos; must be new. Default: beside the policy.
+    out: Path | None = None
+    env: EnvironmentConfig = field(default_factory=EnvironmentConfig)
+    episodes: int = 50
+    # Environments that run side by side, each in a process of its own; does not change the results.
+    num_envs: int = 2
+    # Episode i uses seed + i, for object positions and the policy's noise.
+    seed: int = 0
+    # Environment steps after which an episode counts as failed.
+    max_steps: int = 500
+    # Actions executed of each predicted chunk; default: what the policy was trained with.
+    n_action_steps: int | None = None
+    # Environment key -> policy key, for observations that are named differently.
+    rename: dict[str, str] = field(default_factory=dict)
+    # Write a video of each episode.
+    videos: bool = False
+    # Device the policy runs on; default: a GPU if there is one.
+    device: str | None = None
+
+
+def main(config: RolloutConfig) -> None:
+    if not (config.policy_path / "config.json").is_file():
+        found = sorted(p.name for p in config.policy_path.iterdir()) if config.policy_path.is_dir() else "no directory"
+        raise ValueError(f"--policy-path {config.policy_path} holds no policy: config.json is missing (found: {found})")
+    out = config.out or config.policy_path.parent / f"rollout_{config.env.task}_seed{config.seed}"
+    if out.exists():
+        raise ValueError(f"--out {out} exists: name another directory")
+
+    import torch
+    from lerobot.envs.configs import EnvConfig
+    from lerobot.policies.factory import make_pre_post_processors
+
+    from smolvla_shared import evaluate
+    from smolvla_shared.policy import HLRPSmolVLASharedPolicy
+    from smolvla_shared.training import versions
+
+    evaluate.render_headless()
+    policy = HLRPSmolVLASharedPolicy.from_pretrained(config.policy_path)
+    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    policy.config.device = device
+    policy.to(device)
+    if config.n_action_steps is not None:
+        policy.config = replace(policy.config, n_action_steps=config.n_action_steps)
+    preprocess, postprocess = make_pre_post_processors(
+        policy.config,
+        pretrained_path=str(config.policy_path),
+        preprocessor_overrides={
+            "device_processor": {"device": device},
+            "rename_observations_processor": {"rename_map": config.rename},
+        },
+    )
+    # The environment is rendered at the size that the policy was trained on.
+    image_size = next(f.shape[-1] for f in policy.config.input_features.values() if len(f.shape) == 3)
+    environments = evaluate.make_environments(config.env.type, config.env.task, image_size, config.num_envs)
+    rollout = evaluate.run_episodes(
+        policy, preprocess, postprocess, environments, config.episodes, config.seed, config.max_steps, config.rename
+    )
+    environments.close()
+    provenance = {
+        "policy_path": str(config.policy_path),
+        "environment": {"type": config.env.type, "task": config.env.task, "image_size": image_size},
+        "seed": config.seed,
+        "max_steps": config.max_steps,
+        "n_action_steps": policy.config.n_action_steps,
+        "versions": versions(),
+    }
+    fps = EnvConfig.get_choice_class(config.env.type)().fps
+    evaluate.write_results(rollout, out, fps, config.videos, provenance)
+    low, high = evaluate.wilson_interval(rollout.successes, config.episodes)
+    print(f"results, contact sheet{' and videos' if config.videos else ''}: {out}")
+    print(
+        f"{config.env.task}: {rollout.successes} of {config.episodes} episodes succeeded, "
+        f"{rollout.success_rate:.0%} (95% interval {low:.0%} to {high:.0%})"
+    )
+
+
+if __name__ == "__main__":
+    main(tyro.cli(RolloutConfig))

@@ -1,0 +1,253 @@
+"""Rollouts in vectorised environments: statistics, videos, a contact sheet.
+
+Episode i of a rollout is a function of (policy, environment, seed + i) alone: object positions and the policy's noise
+come from it, however many environments run side by side. Nothing is caught: a crash in a rollout stops it.
+"""
+
+import json
+import math
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from tqdm import tqdm
+
+from smolvla_shared.policy import HLRPSmolVLASharedPolicy
+
+SUCCESS_COLOR, FAILURE_COLOR = (40, 160, 60), (200, 50, 40)
+SHEET_COLUMNS = 8  # frames of an episode in the contact sheet
+
+
+def wilson_interval(successes: int, trials: int, z: float = 1.96) -> tuple[float, float]:
+    """Wilson's score interval of a success rate (JASA 1927); z = 1.96 gives 95%.
+
+    Unlike the normal approximation it is honest near 0 and 1 and for the few trials that robots allow.
+    """
+    rate = successes / trials
+    center = (rate + z**2 / (2 * trials)) / (1 + z**2 / trials)
+    half = z / (1 + z**2 / trials) * math.sqrt(rate * (1 - rate) / trials + z**2 / (4 * trials**2))
+    return max(0.0, center - half), min(1.0, center + half)
+
+
+def render_headless() -> None:
+    """Choose a renderer that needs no display, unless MUJOCO_GL says one; before mujoco is imported."""
+    if "MUJOCO_GL" not in os.environ and "DISPLAY" not in os.environ:
+        os.environ["MUJOCO_GL"] = "egl" if Path("/dev/nvidia0").exists() else "osmesa"
+
+
+def make_metaworld(task: str, image_size: int) -> gymnasium.Env:
+    """LeRobot's Meta-World environment, rendered at `image_size` without shadows, reflections and multisampling.
+
+    LeRobot renders 480 x 480 whatever is asked for. A policy must see in a rollout what was recorded, so recording and
+    rollouts both build their environments here. On a CPU the plain picture costs a fraction of the full one.
+    """
+    from lerobot.envs.metaworld import MetaworldEnv
+
+    env = MetaworldEnv(task, obs_type="pixels_agent_pos", observation_width=image_size, observation_height=image_size)
+    env._ensure_env()  # builds the physics; the renderer is made at the first frame, with these settings
+    model, renderer = env._env.model, env._env.mujoco_renderer
+    model.vis.quality.shadowsize = 0
+    model.vis.quality.offsamples = 4
+    model.light_castshadow[:] = 0
+    model.mat_reflectance[:] = 0
+    renderer.width = renderer.height = image_size
+    return env
+
+
+def metaworld_tasks() -> list[str]:
+    from lerobot.envs.metaworld import TASK_DESCRIPTIONS
+
+    return sorted(TASK_DESCRIPTIONS)
+
+
+def make_environments(env_type: str, task: str, image_size: int, num_envs: int) -> gymnasium.vector.VectorEnv:
+    """`num_envs` environments, each in a process of its own if there are several.
+
+    Raises ValueError for a type or a Meta-World task that LeRobot does not have.
+    """
+    from lerobot.envs.configs import EnvConfig
+    from lerobot.envs.factory import make_env
+
+    types = sorted(EnvConfig.get_known_choices())
+    if env_type not in types:
+        raise ValueError(f"--env.type {env_type} is unknown; LeRobot has {', '.join(types)}")
+    if env_type != "metaworld":
+        config = EnvConfig.get_choice_class(env_type)(task=task)
+        return make_env(config, n_envs=num_envs, use_async_envs=num_envs > 1)[env_type][0]
+    if task not in metaworld_tasks():
+        raise ValueError(f"--env.task {task} is no task of Meta-World; it has {', '.join(metaworld_tasks())}")
+    factories = [partial(make_metaworld, task, image_size)] * num_envs
+    if num_envs == 1:
+        return gymnasium.vector.SyncVectorEnv(factories)
+    # A rendering context does not survive a fork.
+    return gymnasium.vector.AsyncVectorEnv(factories, context="forkserver")
+
+
+@dataclass
+class Episode:
+    """What happened in one episode."""
+
+    seed: int
+    success: bool = False
+    steps: int = 0
+    reward: float = 0.0  # sum over the steps
+
+
+@dataclass(frozen=True)
+class Rollout:
+    episodes: list[Episode]
+    frames: list[list[np.ndarray]]  # by episode, [h, w, 3] uint8 of the first camera
+
+    @property
+    def successes(self) -> int:
+        return sum(episode.success for episode in self.episodes)
+
+    @property
+    def success_rate(self) -> float:
+        return self.successes / len(self.episodes)
+
+
+def episode_noise(seed: int, step: int, shape: tuple[int, ...]) -> torch.Tensor:
+    """The noise that an episode's chunk starts from if it is planned at this step."""
+    return torch.from_numpy(np.random.default_rng([seed, step]).standard_normal(shape, dtype=np.float32))
+
+
+def first_image(observation: dict[str, Any], index: int) -> np.ndarray:
+    pixels = observation["pixels"]
+    return (next(iter(pixels.values())) if isinstance(pixels, dict) else pixels)[index].copy()
+
+
+def success_flags(info: dict[str, Any], num_envs: int) -> np.ndarray:
+    """is_success of each environment, which LeRobot's environments report in the info or, at an end, in final_info."""
+    final = info.get("final_info", {})
+    flags = [np.asarray(source.get("is_success", np.zeros(num_envs)), bool) for source in (info, final)]
+    return flags[0] | flags[1]
+
+
+def check_cameras(policy: HLRPSmolVLASharedPolicy, observation: dict[str, Any], rename: dict[str, str]) -> None:
+    """Raise ValueError unless the environment shows every camera that the policy looks through."""
+    found = [rename.get(key, key) for key in observation if "image" in key]
+    wanted = list(policy.config.core.cameras)
+    if sorted(found) != sorted(wanted):
+        raise ValueError(
+            f"the policy was trained on cameras {wanted}, the environment shows {found}: "
+            "map them with --rename ENVIRONMENT_KEY POLICY_KEY"
+        )
+
+
+@torch.no_grad()
+def run_episodes(
+    policy: HLRPSmolVLASharedPolicy,
+    preprocess: Callable[[dict[str, Any]], dict[str, Any]],
+    postprocess: Callable[[torch.Tensor], torch.Tensor],
+    environments: gymnasium.vector.VectorEnv,
+    num_episodes: int,
+    seed: int,
+    max_steps: int,
+    rename: dict[str, str] | None = None,
+) -> Rollout:
+    """Run episodes `seed`, ..., `seed + num_episodes - 1`, as many at a time as there are environments.
+
+    preprocess, postprocess: the policy's processors (normalisation, tokens; actions in the environment's units)
+    max_steps:               environment steps after which an episode has failed
+    """
+    from lerobot.envs.utils import preprocess_observation
+
+    core = policy.config.core
+    num_envs = environments.num_envs
+    tasks = (
+        [text or "" for text in environments.call("task_description")] if has_task(environments) else [""] * num_envs
+    )
+    episodes, frames = [], []
+    bar = tqdm(total=num_episodes, desc="rollout", unit="episode", dynamic_ncols=True)
+    for first in range(0, num_episodes, num_envs):
+        # The last round may need fewer environments; the others run along and are not counted.
+        round_episodes = [Episode(seed + first + i) for i in range(num_envs)]
+        round_frames: list[list[np.ndarray]] = [[] for _ in range(num_envs)]
+        observation, _ = environments.reset(seed=[episode.seed for episode in round_episodes])
+        policy.reset()
+        running = np.array([first + i < num_episodes for i in range(num_envs)])
+        for step in range(max_steps):
+            for i in np.flatnonzero(running):
+                round_frames[i].append(first_image(observation, i))
+            batch = preprocess_observation(observation) | {"task": tasks}
+            if first == step == 0:
+                check_cameras(policy, batch, rename or {})
+            noise = [episode_noise(e.seed, step, (core.chunk_size, core.max_action_dim)) for e in round_episodes]
+            noise = torch.stack(noise).to(policy.config.device)
+            actions = postprocess(policy.select_action(preprocess(batch), noise=noise)).numpy()
+            space = environments.single_action_space
+            actions = np.clip(actions, space.low, space.high)
+            observation, rewards, terminated, truncated, info = environments.step(actions)
+            success = success_flags(info, num_envs)
+            for i in np.flatnonzero(running):
+                episode = round_episodes[i]
+                episode.steps, episode.reward = step + 1, episode.reward + float(rewards[i])
+                episode.success = bool(success[i])
+            running &= ~(success | terminated | truncated)
+            if not running.any():
+                break
+        counted = min(num_envs, num_episodes - first)
+        episodes += round_episodes[:counted]
+        frames += round_frames[:counted]
+        bar.update(counted)
+        bar.set_postfix_str(f"success {sum(e.success for e in episodes)}/{len(episodes)}")
+    bar.close()
+    return Rollout(episodes, frames)
+
+
+def has_task(environments: gymnasium.vector.VectorEnv) -> bool:
+    """Whether the environments name their task in words. A failing call would kill the workers, so ask one here."""
+    if isinstance(environments, gymnasium.vector.SyncVectorEnv):
+        return hasattr(environments.envs[0].unwrapped, "task_description")
+    return hasattr(environments.dummy_env.unwrapped, "task_description")
+
+
+def contact_sheet(rollout: Rollout, tile: int = 96) -> Image.Image:
+    """A row for each episode, time from left to right; the frame's colour and the text say how it ended."""
+    border, label = 3, 110
+    width = label + SHEET_COLUMNS * (tile + 2 * border)
+    height = len(rollout.episodes) * (tile + 2 * border)
+    sheet = Image.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(sheet)
+    for row, (episode, frames) in enumerate(zip(rollout.episodes, rollout.frames, strict=True)):
+        color = SUCCESS_COLOR if episode.success else FAILURE_COLOR
+        top = row * (tile + 2 * border)
+        outcome = "success" if episode.success else "failure"
+        draw.text((6, top + tile // 2 - 12), f"seed {episode.seed}\n{outcome}\n{episode.steps} steps", fill=color)
+        draw.rectangle((label, top, width, top + tile + 2 * border), fill=color)
+        for column, index in enumerate(np.linspace(0, len(frames) - 1, SHEET_COLUMNS).round().astype(int)):
+            picture = Image.fromarray(frames[index]).resize((tile, tile))
+            sheet.paste(picture, (label + column * (tile + 2 * border) + border, top + border))
+    return sheet
+
+
+def write_results(rollout: Rollout, directory: Path, fps: int, with_videos: bool, provenance: dict[str, Any]) -> None:
+    """results.json, contact_sheet.png and, if asked, a video an episode, named by seed and outcome."""
+    from lerobot.utils.io_utils import write_video
+
+    directory.mkdir(parents=True)
+    results = {
+        "success_rate": rollout.success_rate,
+        "successes": rollout.successes,
+        "episodes": len(rollout.episodes),
+        "wilson_95": wilson_interval(rollout.successes, len(rollout.episodes)),
+        **provenance,
+        "per_episode": [asdict(episode) for episode in rollout.episodes],
+    }
+    (directory / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    contact_sheet(rollout).save(directory / "contact_sheet.png")
+    if with_videos:
+        for episode, frames in zip(rollout.episodes, rollout.frames, strict=True):
+            outcome = "success" if episode.success else "failure"
+            # Small frames are enlarged without smoothing: the video shows what the policy saw.
+            scale = max(1, 288 // frames[0].shape[0])
+            large = [frame.repeat(scale, axis=0).repeat(scale, axis=1) for frame in frames]
+            write_video(directory / f"episode_{episode.seed:05d}_{outcome}.mp4", large, fps)
