@@ -84,4 +84,4 @@ def test_data_config_refuses(options, message):
 @pytest.mark.parametrize("name", ["steps", "batch_size", "accumulation_steps", "save_every", "log_every", "eval_every"])
 def test_run_config_names_the_option_it_refuses(name):
     with pytest.raises(ValueError, match=f"--{name.replace('_', '-')} must be at least 1, got 0"):
-        RunConfig(run_dir=Path("run"), **{name: 0})
+        RunConfig(run_dir=Path("run"), data=DataConfig(roots=(Path("a"),)), **{name: 0})

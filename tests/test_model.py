@@ -482,6 +482,15 @@ def test_autocast_to_bfloat16_stays_near_float32(core, batch, trunk_dtype):
     assert all(p.grad.isfinite().all() for p in low.parameters() if p.grad is not None)
 
 
+def test_a_bfloat16_trunk_serves_a_float32_expert(core, batch):
+    low = SmolVLASharedCore(replace(core.config, torch_dtype="bfloat16"))
+    low.load_state_dict(core.state_dict())
+    errors = low(batch)  # without autocast
+    for name, expected in core(batch).items():
+        assert errors[name].dtype == torch.float32
+        assert 1e-6 < relative_difference(errors[name], expected) < 0.03
+
+
 def test_make_core_config_takes_sizes_from_trunk_and_data(tiny_vlm):
     config = make_config(num_cameras=2)
     assert (config.model_name, config.model_revision, config.cameras) == ("tiny", None, CAMERAS)
