@@ -115,9 +115,13 @@ def main(config: RecordConfig) -> None:
         raise ValueError(f"--root {config.root} exists: remove it or name another directory")
     if unknown := [task for task in config.tasks if task not in metaworld_tasks()]:
         raise ValueError(f"--tasks {unknown} are no tasks of Meta-World; it has {', '.join(metaworld_tasks())}")
+    import av
+    import datasets
     from lerobot.configs.video import RGBEncoderConfig
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
+    av.logging.set_libav_level(av.logging.ERROR)  # one progress bar, not the encoder's notes
+    datasets.disable_progress_bars()
     # Every episode has ATTEMPTS seeds of its own, every kind and seed a range of its own.
     start = FIRST_SEED + 10_000_000 * (config.kind == "video") + 100_000 * config.seed
     jobs = [
