@@ -70,10 +70,14 @@ class Source:
         self.episode_to = np.asarray(self.meta.episodes["dataset_to_index"])
         vectors = [key for key in (STATE_KEY, ACTION_KEY) if key in self.features]
         self.vectors = self.dataset.hf_dataset.select_columns(vectors).with_format("numpy") if vectors else None
-        self.columns = self.dataset.hf_dataset.with_format(None)
+        # A column each, because reading a row decodes every image in it.
+        images = {key: self.dataset.hf_dataset.select_columns([key]) for key in self.meta.image_keys}
+        self.images = {key: column.with_format(None) for key, column in images.items()}
+        self.task_index = np.asarray(self.dataset.hf_dataset.with_format("numpy")["task_index"])
         self.gap = round(config.frame_gap_s * self.fps)
         if self.gap < 1 or abs(self.gap / self.fps - config.frame_gap_s) > 0.1 * config.frame_gap_s:
-            near = ", ".join(f"{max(1, self.gap + i) / self.fps:.4g}" for i in (0, 1))
+            below = max(1, int(config.frame_gap_s * self.fps))
+            near = ", ".join(f"{frames / self.fps:.4g}" for frames in (below, below + 1))
             raise ValueError(
                 f"--data.frame-gap-s {config.frame_gap_s} is not a whole number of frames of {self.name} at {self.fps} "
                 f"fps: take one near {near}"
@@ -96,12 +100,17 @@ class Source:
             return decode_video_frames(path, times, tolerance_s=0.5 / self.fps, return_uint8=True).view(
                 len(frames), *self.frame_shape(camera)
             )
-        images = [np.asarray(self.columns[frame][camera]) for frame in frames]
+        images = [np.asarray(self.images[camera][frame][camera]) for frame in frames]
         return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
 
     def frame_shape(self, camera: str) -> tuple[int, int, int]:
         """(3, h, w) of the recorded frames."""
-        height, width, channels = self.features[camera]["shape"]
+        shape, names = self.features[camera]["shape"], self.features[camera]["names"]
+        # Either order is found in recordings; the names tell which, as in LeRobot itself.
+        if names[2] in ("channel", "channels"):
+            height, width, channels = shape
+        else:
+            channels, height, width = shape
         return channels, height, width
 
 
@@ -171,11 +180,11 @@ class SampleKey:
 
 @dataclass
 class Sample:
-    images: list[Tensor]  # [3, h, w] uint8 a camera
+    images: list[Tensor]  # [3, h, w] a camera, uint8 or (SampleDataset.common_size) float32
     task: str
     state: np.ndarray  # [state_dim]
     has_state: bool
-    pair: Tensor | None  # [2, 3, h, w] uint8
+    pair: Tensor | None  # [2, 3, h, w], likewise
     pair_valid: bool
     actions: np.ndarray  # [T, A]
     action_valid: np.ndarray  # [T]
@@ -189,6 +198,19 @@ class SampleDataset(Dataset):
 
     def __init__(self, sources: list[Source], spec: SampleSpec, seed: int, random_shift: float = 0.0):
         self.sources, self.spec, self.seed, self.random_shift = sources, spec, seed, random_shift
+        # Side of the square that a camera's frames become where the datasets' sizes differ: decided for the run, not
+        # for a batch, so that a frame looks the same whichever others it is read with.
+        self.square_side: dict[str, int] = {}
+        for camera in (*spec.cameras, *([spec.label_camera] if spec.label_camera else [])):
+            sizes = {source.frame_shape(camera)[1:] for source in sources}
+            if len(sizes) > 1:
+                self.square_side[camera] = max(max(size) for size in sizes)
+
+    def common_size(self, camera: str, frames: Tensor) -> Tensor:
+        """uint8 frames [F, 3, h, w] as recorded; as float32 squares in [0, 1] where the datasets' sizes differ."""
+        if camera not in self.square_side:
+            return frames
+        return preprocess.resize_with_pad(frames.float() / 255, self.square_side[camera])
 
     def __getitem__(self, key: SampleKey) -> Sample:
         spec, source = self.spec, self.sources[key.source]
@@ -204,12 +226,12 @@ class SampleDataset(Dataset):
             frames = [key.frame, key.frame + source.gap * pair_valid] if is_label else [key.frame]
             frames = source.read_frames(camera, episode, frames)
             if is_label:
-                pair = frames
+                pair = self.common_size(camera, frames)
             if camera in spec.cameras:
                 image = frames[0]
                 if self.random_shift:
                     image = preprocess.random_shift(image, self.random_shift, rng)
-                images.append(image)
+                images.append(self.common_size(camera, image[None])[0])
 
         state, has_state = np.zeros(spec.state_dim, np.float32), spec.state_dim and STATE_KEY in source.features
         actions = np.zeros((spec.chunk_size, spec.action_dim), np.float32)
@@ -217,9 +239,9 @@ class SampleDataset(Dataset):
         if source.vectors is not None:
             rows = source.vectors[key.frame : min(key.frame + max(spec.chunk_size, 1), end)]
             if has_state:
-                state = rows[STATE_KEY][0].astype(np.float32)
+                state = rows[STATE_KEY][0].astype(np.float32).reshape(-1)  # LeRobot stores width 1 as a scalar
             if spec.chunk_size and ACTION_KEY in source.features:
-                chunk = rows[ACTION_KEY]
+                chunk = rows[ACTION_KEY].reshape(-1, spec.action_dim)
                 actions[: len(chunk)], action_valid[: len(chunk)] = chunk, True
                 actions[len(chunk) :] = chunk[-1]
 
@@ -227,7 +249,7 @@ class SampleDataset(Dataset):
             name: flow.draw_noise_and_time(rng, spec.num_draws, shape, *spec.time_beta)
             for name, shape in spec.draws.items()
         }
-        task = source.meta.tasks.iloc[self.sources[key.source].columns[key.frame]["task_index"]].name
+        task = source.meta.tasks.iloc[source.task_index[key.frame]].name
         return Sample(
             images=images,
             task=task,
@@ -243,31 +265,17 @@ class SampleDataset(Dataset):
         )
 
 
-def stack_frames(frames: list[Tensor]) -> Tensor:
-    """[..., 3, h, w] uint8 frames -> one uint8 tensor; as float32 squares in [0, 1] where their sizes differ."""
-    if len({frame.shape for frame in frames}) == 1:
-        return torch.stack(frames)
-    size = max(max(frame.shape[-2:]) for frame in frames)
-    squares = [
-        preprocess.resize_with_pad(frame.reshape(-1, *frame.shape[-3:]).float() / 255, size).view(
-            *frame.shape[:-2], size, size
-        )
-        for frame in frames
-    ]
-    return torch.stack(squares)
-
-
 def collate(samples: list[Sample]) -> RawBatch:
     def stack(arrays) -> Tensor:
         return torch.from_numpy(np.stack(list(arrays)))
 
     first = samples[0]
     return RawBatch(
-        images=[stack_frames([s.images[i] for s in samples]) for i in range(len(first.images))],
+        images=[torch.stack([s.images[i] for s in samples]) for i in range(len(first.images))],
         tasks=[s.task for s in samples],
         state=stack(s.state for s in samples),
         state_mask=torch.tensor([s.has_state for s in samples]),
-        pairs=None if first.pair is None else stack_frames([s.pair for s in samples]),
+        pairs=None if first.pair is None else torch.stack([s.pair for s in samples]),
         pair_mask=torch.tensor([s.pair_valid for s in samples]),
         actions=stack(s.actions for s in samples),
         action_mask=stack(s.action_valid for s in samples),
@@ -331,6 +339,11 @@ class StepSampler(Sampler[list[SampleKey]]):
         self.group_of_slot = np.searchsorted(bounds / bounds[-1] * batch_size, ranks) - 1
         self.place_in_group = np.array([(self.group_of_slot[:s] == self.group_of_slot[s]).sum() for s in slots])
         self.slots_of_group = np.bincount(self.group_of_slot, minlength=len(groups))
+        if not all(self.slots_of_group):
+            raise ValueError(
+                f"--batch-size {batch_size} is too small for shares of {[group.share for group in groups]}: their "
+                f"samples in a batch are {self.slots_of_group.tolist()}"
+            )
         self._orders: dict[tuple[int, int], np.ndarray] = {}
 
     def __len__(self) -> int:
@@ -420,12 +433,15 @@ def split_sources(sources: list[Source], config: DataConfig, seed: int) -> tuple
 
 
 def valid_pair_share(sources: list[Source], frames: list[tuple[int, np.ndarray]]) -> float:
-    """Share of the frames whose pair does not cross the episode's end."""
+    """Share of the frames whose pair does not cross the episode's end; a ValueError if there is none."""
     valid = total = 0
     for index, rows in frames:
         source = sources[index]
         ends = source.episode_to[np.searchsorted(source.episode_to, rows, side="right")]
         valid, total = valid + int((rows + source.gap < ends).sum()), total + len(rows)
+    if not valid:
+        gaps = {source.name: f"{source.gap / source.fps:.3g} s" for source in sources}
+        raise ValueError(f"no episode is longer than --data.frame-gap-s, there is nothing to label: {gaps}")
     return valid / total
 
 
