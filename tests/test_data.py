@@ -1,0 +1,418 @@
+"""data.py: samples equal what LeRobotDataset itself reads, and their order is a function of the step alone."""
+
+from collections import Counter
+from dataclasses import fields, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from lerobot.datasets.lerobot_dataset import LeRobotDataset
+
+from smolvla_shared import data
+from smolvla_shared.batch import RawBatch
+from smolvla_shared.config import DataConfig, RunConfig
+from smolvla_shared.data import FrameGroup, SampleDataset, SampleKey, SampleSpec, Source, StepSampler
+from smolvla_shared.preprocess import resize_with_pad
+
+CAMERA, WRIST = "observation.image", "observation.images.wrist"
+SPEC = SampleSpec(cameras=(CAMERA,), state_dim=4, label_camera=CAMERA, draws={"latent": (4, 8)}, num_draws=2)
+
+
+def open_sources(*roots: Path, **options) -> list[Source]:
+    return data.open_sources(DataConfig(roots=roots, **options))
+
+
+@pytest.fixture(scope="module")
+def video(video_dataset) -> Source:
+    return open_sources(video_dataset)[0]
+
+
+@pytest.fixture(scope="module")
+def labelled(labelled_dataset) -> Source:
+    return open_sources(labelled_dataset)[0]
+
+
+@pytest.fixture(scope="module")
+def images(image_dataset) -> Source:
+    return open_sources(image_dataset)[0]
+
+
+def lerobot_dataset(source: Source, **options) -> LeRobotDataset:
+    return LeRobotDataset(source.name, root=source.dataset.root, return_uint8=True, **options)
+
+
+def in_bytes(image: torch.Tensor) -> torch.Tensor:
+    """LeRobotDataset gives recorded images, unlike video, as floats."""
+    return image if image.dtype == torch.uint8 else (image * 255).round().to(torch.uint8)
+
+
+def all_frames(source: Source, index: int = 0) -> list[tuple[int, np.ndarray]]:
+    return [(index, np.arange(source.num_frames))]
+
+
+def assert_equal(one: RawBatch, other: RawBatch) -> None:
+    """Equal to the bit, field by field."""
+
+    def check(where: str, a, b) -> None:
+        if isinstance(a, torch.Tensor):
+            assert a.dtype == b.dtype, where
+            assert torch.equal(a, b), where
+        elif isinstance(a, dict):
+            assert a.keys() == b.keys(), where
+            for key in a:
+                check(f"{where}.{key}", a[key], b[key])
+        elif isinstance(a, list):
+            assert len(a) == len(b), where
+            for index, (x, y) in enumerate(zip(a, b)):
+                check(f"{where}[{index}]", x, y)
+        else:
+            assert a == b, where
+
+    for field in fields(RawBatch):
+        check(field.name, getattr(one, field.name), getattr(other, field.name))
+
+
+def join(batches: list[RawBatch]) -> RawBatch:
+    """Several batches as one."""
+
+    def cat(values):
+        if isinstance(values[0], torch.Tensor):
+            return torch.cat(values)
+        if isinstance(values[0], dict):
+            return {key: cat([value[key] for value in values]) for key in values[0]}
+        return [item for value in values for item in value]
+
+    joined = {field.name: cat([getattr(batch, field.name) for batch in batches]) for field in fields(RawBatch)}
+    return RawBatch(**joined | {"images": [cat(list(images)) for images in zip(*(b.images for b in batches))]})
+
+
+# --- samples ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["labelled", "images"])
+def test_a_sample_is_what_lerobot_reads(name, request):
+    source = request.getfixturevalue(name)
+    chunk_size, cameras = 6, tuple(source.meta.camera_keys)
+    deltas = {"action": [i / source.fps for i in range(chunk_size)], CAMERA: [0, source.gap / source.fps]}
+    expected_dataset = lerobot_dataset(source, delta_timestamps=deltas)
+    spec = SampleSpec(
+        cameras=cameras,
+        state_dim=source.vector_dim("observation.state"),
+        chunk_size=chunk_size,
+        action_dim=source.vector_dim("action"),
+        label_camera=CAMERA,
+    )
+    dataset = SampleDataset([source], spec, seed=0)
+    ends = [int(end) for end in source.episode_to]
+    frames = [0, 7, ends[2] - 1, ends[2], ends[4] - source.gap, ends[4] - source.gap - 1, source.num_frames - 1]
+    for frame in frames:
+        sample, expected = dataset[SampleKey(step=3, slot=1, source=0, frame=frame)], expected_dataset[frame]
+        assert torch.equal(sample.images[0], in_bytes(expected[CAMERA][0])), frame
+        if WRIST in cameras:
+            assert torch.equal(sample.images[1], in_bytes(expected[WRIST])), frame
+        assert sample.pair_valid == (not expected[f"{CAMERA}_is_pad"][1]), frame
+        if sample.pair_valid:
+            assert torch.equal(sample.pair, in_bytes(expected[CAMERA])), frame
+        assert sample.task == expected["task"]
+        assert np.array_equal(sample.action_valid, ~expected["action_is_pad"].numpy())
+        assert np.array_equal(sample.actions, expected["action"].numpy())
+        if spec.state_dim:
+            assert np.array_equal(sample.state, expected["observation.state"].numpy())
+        assert sample.has_state == bool(spec.state_dim)
+    valid = [dataset[SampleKey(0, 0, 0, frame)].pair_valid for frame in frames]
+    assert sorted(set(valid)) == [False, True]  # both kinds were among them
+
+
+def test_pairs_are_a_time_apart_whatever_the_frame_rate(video, images):
+    assert (video.fps, video.gap) == (20, 10)
+    assert (images.fps, images.gap) == (10, 5)
+
+
+def test_a_pair_cut_by_the_episodes_end_is_masked_and_not_clamped(video):
+    spec = SampleSpec(cameras=(), label_camera=CAMERA)
+    dataset, start, end = SampleDataset([video], spec, seed=0), int(video.episode_from[5]), int(video.episode_to[5])
+    samples = [dataset[SampleKey(0, 0, 0, frame)] for frame in range(start, end)]
+    assert [sample.pair_valid for sample in samples] == [True] * (end - start - 10) + [False] * 10
+    last = lerobot_dataset(video)[end - 1][CAMERA]
+    for sample in samples[-10:-1]:
+        assert torch.equal(sample.pair[0], sample.pair[1])  # the frame itself: nobody can take it for a motion
+        assert not torch.equal(sample.pair[1], last)
+    assert data.valid_pair_share([video], [(0, np.arange(start, end))]) == 1 - 10 / (end - start)
+
+
+def test_samples_say_where_they_come_from(video):
+    dataset = SampleDataset([video], SPEC, seed=0)
+    assert dataset[SampleKey(0, 0, 0, int(video.episode_from[3]) + 4)].name == f"{video.name} episode 3 frame 4"
+
+
+def test_the_cameras_come_in_the_order_asked_for(images):
+    dataset = SampleDataset([images], SampleSpec(cameras=(WRIST, CAMERA)), seed=0)
+    assert [tuple(image.shape) for image in dataset[SampleKey(0, 0, 0, 3)].images] == [(3, 32, 40), (3, 48, 64)]
+
+
+def test_one_dimensional_vectors_and_channels_first(tmp_path):
+    """Both are found in recordings: LeRobot stores a vector of width 1 as a scalar, and takes shapes in two orders."""
+    features = {
+        CAMERA: {"dtype": "video", "shape": (3, 32, 64), "names": ["channels", "height", "width"]},
+        "observation.state": {"dtype": "float32", "shape": (1,), "names": None},
+        "action": {"dtype": "float32", "shape": (1,), "names": None},
+    }
+    recorded = LeRobotDataset.create(repo_id="thin", fps=10, features=features, root=tmp_path / "thin")
+    for index in range(8):
+        picture = np.zeros((3, 32, 64), np.uint8)
+        picture[0, :, 32:] = 255  # the right half is red
+        vector = np.array([index], np.float32)
+        recorded.add_frame({CAMERA: picture, "observation.state": vector, "action": 10 * vector, "task": "move"})
+    recorded.save_episode()
+    recorded.finalize()
+    (source,) = open_sources(tmp_path / "thin")
+    sample = SampleDataset([source], SampleSpec((CAMERA,), state_dim=1, chunk_size=3, action_dim=1), 0)[
+        SampleKey(0, 0, 0, 6)
+    ]
+    assert (sample.state.tolist(), sample.actions.tolist()) == ([6], [[60], [70], [70]])
+    assert sample.action_valid.tolist() == [True, True, False]
+    assert torch.equal(sample.images[0], lerobot_dataset(source)[6][CAMERA])
+    assert sample.images[0].shape == (3, 32, 64)
+    assert sample.images[0][0, :, 40:].float().mean() > 200
+
+
+def test_a_mixture_of_rates_sizes_and_columns(video, images):
+    """Frames become squares of the largest side, vectors that a dataset does not have are masked out."""
+    spec = replace(SPEC, chunk_size=4, action_dim=2)
+    dataset = SampleDataset([video, images], spec, seed=0)
+    batch = data.collate([dataset[SampleKey(0, slot, slot % 2, 2 + slot)] for slot in range(4)])
+    assert batch.images[0].shape == (4, 3, 96, 96)
+    assert batch.pairs.shape == (4, 2, 3, 96, 96)
+    assert batch.state_mask.tolist() == [True, False, True, False]
+    assert batch.action_mask.any(1).tolist() == [False, True, False, True]
+    assert not batch.state[1].any()
+    assert not batch.actions[0].any()
+    for slot, source in enumerate([video, images] * 2):
+        reference = lerobot_dataset(source)
+        for index, frame in enumerate((2 + slot, 2 + slot + source.gap)):
+            expected = resize_with_pad(in_bytes(reference[frame][CAMERA])[None].float() / 255, 96)[0]
+            assert torch.equal(batch.pairs[slot, index], expected), (slot, index)
+        assert torch.equal(batch.images[0][slot], batch.pairs[slot, 0])
+
+
+def test_a_frame_looks_the_same_whichever_others_are_in_its_batch(video, images):
+    dataset = SampleDataset([video, images], SPEC, seed=0)
+    keys = [SampleKey(0, 0, 0, 11), SampleKey(0, 1, 1, 12)]
+    together = data.collate([dataset[key] for key in keys])
+    assert_equal(join([data.collate([dataset[key]]) for key in keys]), together)
+
+
+def test_statistics_are_those_of_the_frames(video, labelled):
+    for key, sources in {"observation.state": [video, labelled], "action": [video, labelled]}.items():
+        found = data.vector_statistics(sources, key)
+        rows = [s.dataset.hf_dataset.with_format("numpy")[key][:] for s in sources if key in s.features]
+        values = np.concatenate(rows).astype(np.float64)
+        assert np.allclose(found.mean, values.mean(0), atol=1e-5)
+        assert np.allclose(found.std, values.std(0), atol=1e-5)
+
+
+def test_the_split_is_by_whole_episodes(video):
+    train, held_out = data.split_episodes(video, 0.25, seed=0)
+    episodes = [set(np.searchsorted(video.episode_to, frames, side="right")) for frames in (train, held_out)]
+    assert (len(episodes[0]), len(episodes[1])) == (6, 2)
+    assert sorted([*train, *held_out]) == list(range(video.num_frames))
+    assert not episodes[0] & episodes[1]
+    assert [list(x) for x in data.split_episodes(video, 0.25, seed=0)] == [list(train), list(held_out)]
+    assert len({tuple(data.split_episodes(video, 0.25, seed)[1]) for seed in range(5)}) > 1
+    assert len(data.split_episodes(video, 0.0, seed=0)[1]) == 0
+    assert len(data.split_episodes(video, 0.01, seed=0)[1]) > 0  # a share above 0 is at least an episode
+
+
+# --- order ------------------------------------------------------------------------------------------------------------
+
+
+def groups_of(*sizes: int, shares: tuple[float, ...] = (1.0,)) -> list[FrameGroup]:
+    """Groups of frames that can be told apart: group g is source g."""
+    return [FrameGroup(np.stack([np.full(n, g), np.arange(n)], 1), s) for g, (n, s) in enumerate(zip(sizes, shares))]
+
+
+def keys_of(groups, first_step, last_step, seed=0, batch_size=8, **options) -> list[list[SampleKey]]:
+    return list(StepSampler(groups, seed, batch_size, first_step, last_step, **options))
+
+
+def flat(passes: list[list[SampleKey]]) -> list[SampleKey]:
+    return [key for keys in passes for key in keys]
+
+
+def test_every_frame_once_an_epoch():
+    frames = [key.frame for key in flat(keys_of(groups_of(30), 0, 15))]  # 120 samples, 4 epochs, none ends with a step
+    epochs = [frames[start : start + 30] for start in range(0, 120, 30)]
+    for epoch in epochs:
+        assert sorted(epoch) == list(range(30))
+    assert len({tuple(epoch) for epoch in epochs}) == 4  # a new order each time
+    assert epochs[0] != sorted(epochs[0])
+
+
+def test_every_frame_once_an_epoch_when_a_step_spans_several():
+    frames = [key.frame for key in flat(keys_of(groups_of(3), 0, 3))]
+    assert [sorted(frames[start : start + 3]) for start in range(0, 24, 3)] == [[0, 1, 2]] * 8
+
+
+def test_every_group_goes_through_its_own_frames():
+    keys = flat(keys_of(groups_of(30, 7, shares=(0.75, 0.25)), 0, 20))
+    big, small = ([key.frame for key in keys if key.source == source] for source in (0, 1))
+    assert sorted(big[:30]) == list(range(30))
+    assert sorted(small[:7]) == sorted(small[7:14]) == list(range(7))
+
+
+@pytest.mark.parametrize("shares", [(0.5, 0.5), (0.75, 0.25), (0.625, 0.25, 0.125)])
+def test_shares_hold_in_every_batch_and_are_spread_over_its_blocks(shares):
+    groups = groups_of(*[50] * len(shares), shares=shares)
+    for step in keys_of(groups, 0, 10, batch_size=64):
+        counts = Counter(key.source for key in step)
+        assert [counts[group] for group in range(len(shares))] == [64 * share for share in shares]
+    for block in keys_of(groups, 0, 1, batch_size=64, accumulation_steps=4):  # 16 slots each
+        counts = Counter(key.source for key in block)
+        assert all(abs(counts[group] - 16 * share) <= 1.5 for group, share in enumerate(shares)), counts
+
+
+def test_a_run_from_step_k_goes_on_as_the_run_to_it():
+    groups = groups_of(30, 7, shares=(0.75, 0.25))
+    whole = keys_of(groups, 0, 12)
+    assert keys_of(groups, 5, 12) == whole[5:]
+    assert [key.step for key in flat(whole)] == [step for step in range(12) for _ in range(8)]
+    assert [key.slot for key in flat(whole)] == list(range(8)) * 12
+
+
+def test_the_seed_decides_the_order():
+    assert keys_of(groups_of(30), 0, 4) == keys_of(groups_of(30), 0, 4)
+    assert keys_of(groups_of(30), 0, 4) != keys_of(groups_of(30), 0, 4, seed=1)
+
+
+@pytest.mark.parametrize("num_processes, accumulation_steps", [(2, 2), (1, 4), (4, 1), (8, 1)])
+def test_the_slots_of_a_step_are_dealt_to_processes_and_passes(num_processes, accumulation_steps):
+    groups, steps = groups_of(30, 7, shares=(0.75, 0.25)), 6
+    options = {"num_processes": num_processes, "accumulation_steps": accumulation_steps}
+    samplers = [StepSampler(groups, 0, 8, 0, steps, process=process, **options) for process in range(num_processes)]
+    passes = [list(sampler) for sampler in samplers]
+    assert [len(p) for p in passes] == [len(s) for s in samplers] == [steps * accumulation_steps] * num_processes
+    dealt = [keys for of_all_processes in zip(*passes) for keys in of_all_processes]
+    assert flat(dealt) == flat(keys_of(groups, 0, steps))
+
+
+# --- randomness -------------------------------------------------------------------------------------------------------
+
+
+def test_draws_are_a_function_of_seed_step_and_slot(video):
+    def draw(seed: int, step: int, slot: int, frame: int = 9, shift: float = 0.2):
+        return SampleDataset([video], SPEC, seed, random_shift=shift)[SampleKey(step, slot, 0, frame)]
+
+    base = draw(0, 4, 2)
+    assert base.noise["latent"].shape == (2, 4, 8)
+    assert base.time["latent"].shape == (2,)
+    assert_equal(data.collate([base]), data.collate([draw(0, 4, 2)]))
+    assert np.array_equal(base.noise["latent"], draw(0, 4, 2, frame=12).noise["latent"])  # whatever is read
+    for other in (draw(1, 4, 2), draw(0, 5, 2), draw(0, 4, 3)):
+        assert not np.array_equal(base.noise["latent"], other.noise["latent"])
+        assert not np.array_equal(base.time["latent"], other.time["latent"])
+        assert not torch.equal(base.images[0], other.images[0])  # shifted otherwise
+        assert torch.equal(base.pair, other.pair)  # the teacher's frames are as recorded
+    assert torch.equal(draw(0, 4, 2, shift=0).images[0], base.pair[0])
+
+
+@pytest.mark.slow
+def test_worker_processes_change_nothing(video, images):
+    groups = groups_of(60, 60, shares=(0.5, 0.5))
+    dataset = SampleDataset([video, images], SPEC, seed=0, random_shift=0.1)
+    here, there = (
+        list(data.make_loader(dataset, StepSampler(groups, 0, 4, 0, 3), num_workers=workers)) for workers in (0, 2)
+    )
+    assert len(here) == len(there) == 3
+    for one, other in zip(here, there):
+        assert_equal(one, other)
+
+
+def test_two_processes_read_what_one_reads(video, images):
+    """Batches of one sample, so that each holds frames of a single size."""
+    dataset = SampleDataset([video, images], SPEC, seed=0, random_shift=0.1)
+    groups = groups_of(60, 60, shares=(0.5, 0.5))
+    whole = list(data.make_loader(dataset, StepSampler(groups, 0, 4, 0, 2), num_workers=0))
+    shards = [data.make_loader(dataset, StepSampler(groups, 0, 4, 0, 2, p, 2, 2), num_workers=0) for p in range(2)]
+    passes = [batch for pair in zip(*shards) for batch in pair]  # 2 steps x 2 passes x 2 processes
+    for step in range(2):
+        assert_equal(join(passes[4 * step : 4 * step + 4]), whole[step])
+
+
+def test_held_out_batches_are_the_same_every_time(video, tmp_path):
+    config = RunConfig(
+        run_dir=tmp_path, data=DataConfig(roots=("x",), num_workers=0, random_shift=0.3), batch_size=4, eval_samples=8
+    )
+    train, held_out = data.split_sources([video], config.data, seed=0)
+    groups = data.group_frames(train), data.group_frames(held_out)
+    loaders = data.make_loaders([video], *groups, SPEC, config, Accelerator(cpu=True))
+    first, second = list(loaders.held_out()), list(loaders.held_out())
+    assert len(first) == 2
+    for one, other in zip(first, second):
+        assert_equal(one, other)
+        assert torch.equal(one.images[0], one.pairs[:, 0])  # not augmented
+    names = {f"{video.name} episode {e}" for e in np.searchsorted(video.episode_to, held_out[0][1], side="right")}
+    assert {key.rsplit(" frame ", 1)[0] for batch in first for key in batch.keys} <= names
+    assert data.make_loaders([video], groups[0], [], SPEC, config, Accelerator(cpu=True)).held_out is None
+
+
+# --- refused ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_directory_that_is_no_dataset_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"no LeRobotDataset at .*nowhere.*no such directory"):
+        open_sources(tmp_path / "nowhere")
+    (tmp_path / "pictures").mkdir()
+    with pytest.raises(ValueError, match=r"meta/info.json is missing \(found: \['pictures'\]\)"):
+        open_sources(tmp_path)
+    with pytest.raises(ValueError, match=r"no LeRobotDataset at .*nobody/nothing"):
+        data.open_sources(DataConfig(repo_ids=("nobody/nothing",)))
+
+
+def test_cameras_are_those_that_all_datasets_have(video, images):
+    assert data.choose_cameras([images], DataConfig(roots=("x",))) == ((CAMERA, WRIST), CAMERA)
+    assert data.choose_cameras([video, images], DataConfig(roots=("x",))) == ((CAMERA,), CAMERA)
+    chosen = data.choose_cameras([images], DataConfig(roots=("x",), cameras=(WRIST,), label_camera=CAMERA))
+    assert chosen == ((WRIST,), CAMERA)
+    for options in ({"cameras": (CAMERA, WRIST)}, {"cameras": ("observation.images.top",)}, {"label_camera": WRIST}):
+        with pytest.raises(ValueError) as error:
+            data.choose_cameras([video, images], DataConfig(roots=("x",), **options))
+        asked = options.get("label_camera") or options["cameras"][-1]
+        for words in (asked, f"{video.name}: {CAMERA}", f"{images.name}: {CAMERA}, {WRIST}", "--data.cameras"):
+            assert words in str(error.value)
+
+
+@pytest.mark.parametrize("gap, near", [(0.02, "0.05, 0.1"), (0.09, "0.05, 0.1")])
+def test_a_gap_that_is_no_whole_number_of_frames_is_refused(video_dataset, gap, near):
+    with pytest.raises(ValueError, match=rf"frame-gap-s {gap} is not a whole .* at 20 fps: take one near {near}"):
+        open_sources(video_dataset, frame_gap_s=gap)
+
+
+def test_different_widths_are_refused(video, labelled, images):
+    with pytest.raises(ValueError, match=rf"action have different widths.*{labelled.name}': 4.*{images.name}': 2"):
+        data.common_dim([video, labelled, images], "action")
+    assert data.common_dim([video, labelled], "action") == 4
+    assert data.common_dim([video, images], "observation.state") == 4
+    assert data.common_dim([video], "action") == 0
+
+
+def test_too_few_episodes_to_hold_one_out_are_refused(video):
+    with pytest.raises(ValueError, match=r"has 8 episode\(s\), too few to hold out a share of 0.99"):
+        data.split_episodes(video, 0.99, seed=0)
+
+
+def test_a_batch_that_does_not_divide_is_refused():
+    with pytest.raises(ValueError, match=r"--batch-size 8 .* is not divisible by 3 process\(es\) x 2 accumulation"):
+        keys_of(groups_of(30), 0, 1, num_processes=3, accumulation_steps=2)
+
+
+def test_a_share_that_gets_no_sample_is_refused():
+    with pytest.raises(ValueError, match=r"--batch-size 8 is too small for shares of \[0.95, 0.05\].*\[8, 0\]"):
+        keys_of(groups_of(30, 30, shares=(0.95, 0.05)), 0, 1)
+
+
+def test_video_without_a_single_whole_pair_is_refused(video_dataset):
+    (source,) = sources = open_sources(video_dataset, frame_gap_s=5)
+    with pytest.raises(ValueError, match=r"no episode is longer than --data.frame-gap-s.*5 s"):
+        data.valid_pair_share(sources, all_frames(source))
