@@ -7,7 +7,7 @@ the field, what was expected, what was found, and the fix.
 
 import hashlib
 import json
-from dataclasses import MISSING, asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -94,16 +94,18 @@ def _body_sha256(body: dict[str, Any]) -> str:
     return sha256(json.dumps(body, sort_keys=True).encode())
 
 
-def _parse(cls: type, values: Any, where: str) -> Any:
-    """A dataclass from JSON; unknown and missing fields are named."""
+def _check_fields(cls: type, values: Any, where: str) -> None:
+    """Raise a ValueError that names the unknown and the missing fields of an object of the manifest."""
     if not isinstance(values, dict):
         raise ValueError(f"artifact manifest: {where} should be an object, found {values!r}")
     names = {f.name for f in fields(cls)}
-    required = {f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING}
     if unknown := sorted(values.keys() - names):
         raise ValueError(f"artifact manifest: unknown field(s) in {where}: {unknown}; it has {sorted(names)}")
-    if missing := sorted(required - values.keys()):
+    if missing := sorted(names - values.keys()):
         raise ValueError(f"artifact manifest: missing field(s) in {where}: {missing}")
+
+
+def _build(cls: type, values: dict[str, Any]) -> Any:
     return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
 
 
@@ -114,21 +116,23 @@ def from_json(text: str, path: Path) -> Manifest:
     if schema != SCHEMA:
         raise ValueError(f"{path}: schema_version is {schema!r}, this version reads {SCHEMA!r}: export it again")
     written_sha256 = body.pop("manifest_sha256", None)
-    parts = {"core": CoreConfig, "latents": Latents, "source": Origin, "weights": Weights}
-    parsed = {key: _parse(cls, body.get(key), key) for key, cls in parts.items()}
-    normalization = body.get("normalization")
-    if not isinstance(normalization, dict):
-        raise ValueError(f"artifact manifest: normalization should be an object, found {normalization!r}")
-    parsed["normalization"] = {
-        key: _parse(Statistics, value, f"normalization.{key}") for key, value in normalization.items()
-    }
-    manifest = _parse(Manifest, body | parsed, "the manifest")
+    _check_fields(Manifest, body, "the manifest")
+    sections = {"core": CoreConfig, "latents": Latents, "source": Origin, "weights": Weights}
+    for key, cls in sections.items():
+        _check_fields(cls, body[key], key)
+    if not isinstance(body["normalization"], dict):
+        raise ValueError(f"artifact manifest: normalization should be an object, found {body['normalization']!r}")
+    for key, values in body["normalization"].items():
+        _check_fields(Statistics, values, f"normalization.{key}")
+    # After the names, which tell more, and before the values are used.
     if written_sha256 != _body_sha256(body):
         raise ValueError(
             f"{path}: the manifest does not match its own manifest_sha256 ({written_sha256}): a field was edited "
             "after it was written. Export the artifact again from its run"
         )
-    return manifest
+    parsed = {key: _build(cls, body[key]) for key, cls in sections.items()}
+    parsed["normalization"] = {key: _build(Statistics, values) for key, values in body["normalization"].items()}
+    return _build(Manifest, body | parsed)
 
 
 def save_artifact(
