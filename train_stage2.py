@@ -17,9 +17,11 @@ class Stage2Config(RunConfig):
 
     # The teacher: a .safetensors file of `python -m smolvla_shared.teacher train`, or LAPA's .pt file.
     laq_ckpt: Path
-    # Codes of a latent action, and image side in pixels, where a LAPA file does not say (4 and 256 if not given).
+    # Codes of a latent action, where a LAPA file does not say (4 if not given).
     laq_code_seq_len: int | None = None
+    # Side of the teacher's images in pixels, where a LAPA file does not say (256 if not given).
     laq_image_size: int | None = None
+    # The trunk, and what of it trains.
     model: ModelConfig = field(default_factory=ModelConfig)
     # (noise, time) draws that are trained on one prefix pass of a sample.
     flow_draws: int = 1

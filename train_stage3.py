@@ -19,6 +19,7 @@ class Stage3Config(RunConfig):
 
     # The weights file of Stage 2; its manifest decides about the model. None: the scratch arm.
     stage2_artifact: Path | None = None
+    # The trunk of the scratch arm, and what trains in either arm.
     model: ModelConfig = field(default_factory=ModelConfig)
     # Actions in a chunk: what the policy predicts at once.
     chunk_size: int = 50
@@ -32,11 +33,15 @@ class Stage3Config(RunConfig):
     latent_loss_weight: float = 0.0
     # The teacher of Stage 2, for co-training.
     laq_ckpt: Path | None = None
+    # Codes of a latent action, where a LAPA file does not say (4 if not given).
     laq_code_seq_len: int | None = None
+    # Side of the teacher's images in pixels, where a LAPA file does not say (256 if not given).
     laq_image_size: int | None = None
-    # Action-free datasets (local directories, hub ids) to co-train the latent head on, and their share of a batch.
+    # Local directories of action-free datasets to co-train the latent head on.
     video_roots: tuple[Path, ...] = ()
+    # Hub ids of action-free datasets to co-train the latent head on.
     video_repo_ids: tuple[str, ...] = ()
+    # Share of a batch that the action-free datasets get.
     video_share: float = 0.5
 
     def __post_init__(self):

@@ -22,30 +22,30 @@ step() { printf '\n== %s\n' "$1" && echo "$1 $SECONDS" >> "$RUN/steps.txt"; }
 
 step "1 record"
 # Action-free video of several tasks: no action column at all. Then a few labelled demonstrations of the target task.
-python examples/record_metaworld.py --kind video --root "$RUN/data/video" --seed "$SEED" --episodes 25 \
+python examples/record_metaworld.py --kind video --root "$RUN/data/video" --seed "$SEED" --episodes 20 \
     --tasks plate-slide-v3 window-open-v3 handle-press-v3 button-press-topdown-v3
-python examples/record_metaworld.py --kind labelled --root "$RUN/data/labelled" --seed "$SEED" --episodes 30 --tasks $TASK
+python examples/record_metaworld.py --kind labelled --root "$RUN/data/labelled" --seed "$SEED" --episodes 25 --tasks $TASK
 
 step "2 teacher"
 # A small LAQ learns codes for what happens within 0.05 s (4 frames at 80 fps) of video.
 launch -m smolvla_shared.teacher train --run-dir "$RUN/laq" --data.roots "$RUN/data/video" --seed "$SEED" \
-    --data.frame-gap-s 0.05 --data.num-workers 1 --steps 1500 --batch-size 32 --optim.lr 1e-3 --optim.warmup-steps 100 \
-    --laq.dim 96 --laq.quant-dim 16 --laq.image-size 64 --laq.patch-size 8 --laq.spatial-depth 2 \
-    --laq.temporal-depth 2 --laq.dim-head 24 --laq.heads 4 --save-every 500 --eval-every 500
+    --data.frame-gap-s 0.05 --data.num-workers 1 --steps 1000 --batch-size 32 --optim.lr 2e-3 --optim.warmup-steps 100 \
+    --laq.dim 64 --laq.quant-dim 16 --laq.image-size 64 --laq.patch-size 8 --laq.spatial-depth 2 \
+    --laq.temporal-depth 1 --laq.dim-head 16 --laq.heads 4 --save-every 500 --eval-every 250
 
 step "3 stage 2"
 # The core learns to predict the teacher's latent actions from one frame, the task text and the arm's position.
 launch train_stage2.py --run-dir "$RUN/stage2" --laq-ckpt "$RUN/laq/checkpoints/last/pretrained_model/laq.safetensors" \
     --data.roots "$RUN/data/video" --seed "$SEED" --model.preset tiny --data.frame-gap-s 0.05 --data.num-workers 1 \
-    --steps 700 --batch-size 32 --flow-draws 4 --optim.lr 1e-3 --optim.warmup-steps 100 --save-every 350 --eval-every 350
+    --steps 600 --batch-size 32 --flow-draws 4 --optim.lr 1e-3 --optim.warmup-steps 100 --save-every 300 --eval-every 200
 
 step "4 stage 3"
 # The action head, and the shared weights with it, learn from the labelled demonstrations.
 launch train_stage3.py --run-dir "$RUN/stage3" \
     --stage2-artifact "$RUN/stage2/artifacts/smolvla_shared_stage2_artifact.safetensors" \
     --data.roots "$RUN/data/labelled" --seed "$SEED" --data.num-workers 1 --chunk-size 16 --n-action-steps 8 \
-    --steps 1000 --batch-size 32 --flow-draws 4 --optim.lr 1e-3 --optim.warmup-steps 100 --ema-decay 0.995 \
-    --save-every 500 --eval-every 250
+    --steps 700 --batch-size 32 --flow-draws 4 --optim.lr 1e-3 --optim.warmup-steps 100 --ema-decay 0.99 \
+    --save-every 350 --eval-every 175
 
 step "5 rollout"
 python rollout.py --policy-path "$RUN/stage3/checkpoints/last/pretrained_model" --env.type metaworld --env.task $TASK \

@@ -40,6 +40,7 @@ class RecordConfig:
     tasks: tuple[str, ...]
     # Episodes of each task.
     episodes: int
+    # Object positions and disturbances are functions of it.
     seed: int = 0
     # Side of the recorded image, pixels.
     image_size: int = 96

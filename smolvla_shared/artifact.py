@@ -30,7 +30,7 @@ OPTIONAL_PREFIX = "action_head."  # the one part that a latent-only Stage 2 may 
 class Latents:
     """Where the latent targets came from."""
 
-    teacher_id: str  # sha256 of the teacher's weights
+    teacher_id: str  # sha256 of the teacher's configuration and weights (laq.teacher_id)
     frame_gap_s: float
     label_camera: str
     # Share of the sampled pairs that did not cross an episode's end.

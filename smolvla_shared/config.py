@@ -146,7 +146,9 @@ class OptimConfig:
     warmup_steps: int = 500
     # The cosine schedule ends at this share of the peak.
     final_lr_share: float = 0.025
+    # Decay of AdamW's running averages of the gradient and of its square.
     betas: tuple[float, float] = (0.9, 0.95)
+    # Weight decay of AdamW.
     weight_decay: float = 1e-10
     # Largest gradient norm; larger ones are scaled down.
     max_grad_norm: float = 10.0
@@ -158,6 +160,7 @@ class RunConfig:
 
     # Directory of the run: config.json, metrics.jsonl, curves.png, checkpoints/. Must be new, unless --resume.
     run_dir: Path
+    # Which recordings, and how they are read.
     data: DataConfig
     # Optimizer steps of the whole run.
     steps: int = 20_000
@@ -167,9 +170,11 @@ class RunConfig:
     accumulation_steps: int = 1
     # Data order, augmentation, noise and initial weights are functions of it.
     seed: int = 0
-    # Steps between checkpoints, between lines of metrics.jsonl, and between evaluations on held-out episodes.
+    # Steps between checkpoints.
     save_every: int = 2_000
+    # Steps between lines of metrics.jsonl.
     log_every: int = 50
+    # Steps between evaluations on the held-out episodes.
     eval_every: int = 1_000
     # Held-out samples of an evaluation, over all processes.
     eval_samples: int = 256
@@ -179,6 +184,7 @@ class RunConfig:
     ema_decay: float = 0.0
     # Compute type of the trunk and the expert; weights, optimizer, flow matching and loss stay float32.
     precision: Literal["no", "bf16"] = "no"
+    # AdamW with linear warm-up and a cosine schedule.
     optim: OptimConfig = field(default_factory=OptimConfig)
 
     def __post_init__(self):

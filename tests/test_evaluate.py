@@ -1,0 +1,169 @@
+"""evaluate.py: intervals against published values, rollouts in the real environment, results that do not depend on
+how many environments run side by side."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from lerobot.policies.factory import make_pre_post_processors
+from PIL import Image
+
+from smolvla_shared import evaluate
+from smolvla_shared.config import ModelConfig
+from smolvla_shared.evaluate import Episode, Rollout, wilson_interval
+from smolvla_shared.model import SmolVLASharedCore, make_core_config
+from smolvla_shared.policy import HLRPSmolVLASharedPolicy, save_policy
+from smolvla_shared.preprocess import Statistics
+from smolvla_shared.trunk import load_trunk_tokenizer
+
+ROOT = Path(__file__).parents[1]
+TASK = "plate-slide-v3"
+
+
+@pytest.mark.parametrize(
+    ("successes", "trials", "low", "high"),
+    # Newcombe, Statistics in Medicine 17 (1998), table I, method 3; and the two ends.
+    [
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+        (10, 10, 0.7225, 1.0),
+    ],
+)
+def test_wilson_interval(successes, trials, low, high):
+    assert wilson_interval(successes, trials) == pytest.approx((low, high), abs=1e-4)
+
+
+@pytest.fixture(scope="module")
+def policy_path(tmp_path_factory) -> Path:
+    """An untrained policy for 64-pixel pictures of Meta-World."""
+    core_config = make_core_config(
+        ModelConfig(preset="tiny"), ("observation.image",), state_dim=4, action_dim=4, chunk_size=4
+    )
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("policy") / "pretrained_model"
+    ones = Statistics((0.0,) * 4, (1.0,) * 4)
+    save_policy(
+        path,
+        SmolVLASharedCore(core_config),
+        load_trunk_tokenizer("tiny", None),
+        {"state": ones, "action": ones},
+        n_action_steps=4,
+        image_shapes={"observation.image": (3, 64, 64)},
+    )
+    return path
+
+
+def run(policy_path: Path, num_envs: int, num_episodes: int = 3, **options) -> Rollout:
+    policy = HLRPSmolVLASharedPolicy.from_pretrained(policy_path)
+    processors = make_pre_post_processors(policy.config, pretrained_path=str(policy_path))
+    environments = evaluate.make_environments("metaworld", TASK, 64, num_envs)
+    rollout = evaluate.run_episodes(policy, *processors, environments, num_episodes, seed=7, max_steps=9, **options)
+    environments.close()
+    return rollout
+
+
+def test_episodes_do_not_depend_on_the_number_of_environments(policy_path):
+    one, two = run(policy_path, num_envs=1), run(policy_path, num_envs=2)
+    assert [episode.seed for episode in one.episodes] == [7, 8, 9]
+    for a, b in zip(one.episodes, two.episodes, strict=True):
+        assert (a.seed, a.success, a.steps) == (b.seed, b.success, b.steps)
+        # Batches of one and of two take different paths through the matrix library.
+        assert a.reward == pytest.approx(b.reward, rel=1e-3)
+    assert len({round(episode.reward, 6) for episode in one.episodes}) == 3  # seeds do matter
+    for a, b in zip(one.frames, two.frames, strict=True):
+        assert len(a) == len(b) == 9
+        np.testing.assert_array_equal(a[0], b[0])  # the same object positions, rendered the same
+
+
+def test_a_camera_under_another_name_is_refused(policy_path):
+    with pytest.raises(ValueError, match=r"observation\.image.*shows \['observation\.top'\].*--rename"):
+        run(policy_path, num_envs=1, rename={"observation.image": "observation.top"})
+
+
+def test_the_expert_succeeds_and_doing_nothing_fails():
+    """The environment itself: seeds fix the object positions, success is reported, pictures have the size asked for."""
+    env = evaluate.make_metaworld(TASK, 64)
+
+    def episode(act) -> tuple[bool, np.ndarray]:
+        observation, _ = env.reset(seed=3)
+        first = observation["pixels"]
+        for _ in range(100):
+            _, _, terminated, _, info = env.step(act())
+            if terminated:
+                return info["is_success"], first
+        return False, first
+
+    def expert_action() -> np.ndarray:
+        return np.clip(env.expert_policy.get_action(env._env.unwrapped._get_obs()), -1, 1).astype(np.float32)
+
+    success, picture = episode(expert_action)
+    nothing, same_picture = episode(lambda: np.zeros(4, np.float32))
+    assert success
+    assert not nothing
+    assert picture.shape == (64, 64, 3)
+    np.testing.assert_array_equal(picture, same_picture)
+    env.close()
+
+
+@pytest.mark.parametrize(
+    ("env_type", "task", "message"),
+    [("metaword", TASK, "metaworld"), ("metaworld", "slide-the-plate", "plate-slide-v3")],
+)
+def test_unknown_environments_are_refused_with_what_there_is(env_type, task, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate.make_environments(env_type, task, 64, 1)
+
+
+def test_results_and_pictures(tmp_path):
+    def frames(grey: int) -> list[np.ndarray]:
+        return [np.full((64, 64, 3), grey, np.uint8)] * 12
+
+    rollout = Rollout([Episode(5, True, 12, 3.0), Episode(6, False, 12, 0.5)], [frames(80), frames(160)])
+    evaluate.write_results(rollout, tmp_path / "out", fps=20, with_videos=True, provenance={"seed": 5})
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["success_rate"] == 0.5
+    assert results["wilson_95"] == pytest.approx(wilson_interval(1, 2))
+    assert results["per_episode"][1] == {"seed": 6, "success": False, "steps": 12, "reward": 0.5}
+    sheet = np.asarray(Image.open(tmp_path / "out" / "contact_sheet.png"))
+    assert tuple(sheet[1, -1]) == evaluate.SUCCESS_COLOR
+    assert tuple(sheet[-1, -1]) == evaluate.FAILURE_COLOR
+    videos = sorted(path.name for path in (tmp_path / "out").glob("*.mp4"))
+    assert videos == ["episode_00005_success.mp4", "episode_00006_failure.mp4"]
+
+
+@pytest.mark.slow
+def test_the_command(policy_path, tmp_path):
+    command = [sys.executable, "rollout.py", "--policy-path", str(policy_path), "--env.task", TASK, "--max-steps", "6"]
+    command += [
+        "--episodes",
+        "2",
+        "--num-envs",
+        "2",
+        "--n-action-steps",
+        "2",
+        "--videos",
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[-1].startswith(f"{TASK}: 0 of 2 episodes succeeded, 0% (95% interval 0% to 66%)")
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["n_action_steps"] == 2
+    assert len(list((tmp_path / "out").glob("*.mp4"))) == 2
+    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert again.returncode != 0
+    assert "exists: name another directory" in again.stderr
+
+
+def test_a_directory_without_a_policy_is_refused(tmp_path):
+    command = [sys.executable, "rollout.py", "--policy-path", str(tmp_path)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode != 0
+    assert f"{tmp_path} holds no policy: config.json is missing (found: [])" in result.stderr

@@ -1,0 +1,61 @@
+"""examples/record_metaworld.py: the real command records what the environment shows."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from lerobot.datasets.lerobot_dataset import LeRobotDataset
+
+from smolvla_shared.evaluate import make_metaworld
+
+ROOT = Path(__file__).parents[1]
+TASK, SIZE = "plate-slide-v3", 64
+
+
+def record(root: Path, *options: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "examples/record_metaworld.py", "--root", str(root), "--tasks", TASK]
+    command += ["--image-size", str(SIZE), "--episodes", "2", *options]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+@pytest.mark.slow
+def test_recording(tmp_path):
+    results = {kind: record(tmp_path / kind, "--kind", kind, "--noise", "0") for kind in ("labelled", "video")}
+    for result in results.values():
+        assert result.returncode == 0, result.stderr
+    labelled, video = (LeRobotDataset(kind, root=tmp_path / kind) for kind in ("labelled", "video"))
+    assert "action" in labelled.features
+    assert "action" not in video.features
+    assert labelled.meta.total_episodes == video.meta.total_episodes == 2
+    assert labelled.fps == 80
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["labelled", "video"]  # no temporary directory is left
+
+    # Replaying the recorded actions from the recorded seed shows the recorded pictures, and ends in success.
+    env = make_metaworld(TASK, SIZE)
+    observation, _ = env.reset(seed=1_000_000)
+    item = labelled[0]
+    assert item["task"] == env.task_description
+    torch.testing.assert_close(item["observation.state"], torch.tensor(observation["agent_pos"]).float())
+    length = labelled.meta.episodes[0]["length"]
+    for index in range(length):
+        item = labelled[index]
+        recorded = item["observation.image"].permute(1, 2, 0).numpy() * 255
+        assert np.abs(recorded - observation["pixels"]).mean() < 4  # the video codec's error, of 255
+        observation, _, terminated, _, info = env.step(item["action"].numpy())
+    assert terminated
+    assert info["is_success"]
+    env.close()
+
+
+def test_an_existing_directory_and_an_unknown_task_are_refused(tmp_path):
+    (tmp_path / "there").mkdir()
+    result = record(tmp_path / "there", "--kind", "video")
+    assert result.returncode != 0
+    assert "there exists: remove it or name another directory" in result.stderr
+    result = record(tmp_path / "new", "--kind", "video", "--tasks", "slide-the-plate")
+    assert result.returncode != 0
+    assert "['slide-the-plate'] are no tasks of Meta-World" in result.stderr
+    assert not (tmp_path / "new").exists()
