@@ -21,11 +21,15 @@ TEACHER_FILE = "laq.safetensors"
 NOISE = "nsvq"  # the key of the quantiser's noise in a RawBatch
 
 
+def to_float(frames: Tensor) -> Tensor:
+    """Frames as data.py reads them, uint8 or already in [0, 1] -> float32 in [0, 1]."""
+    return frames.float() / 255 if frames.dtype == torch.uint8 else frames
+
+
 @torch.no_grad()
 def latent_vectors(teacher: LAQ, pairs: Tensor) -> Tensor:
     """Online labels: frame pairs [B, 2, 3, h, w], uint8 (or float in [0, 1]) -> quantised latent actions [B, S, D]."""
-    frames = pairs.float() / 255 if pairs.dtype == torch.uint8 else pairs
-    return teacher.encode(frames).vectors
+    return teacher.encode(to_float(pairs)).vectors
 
 
 def latent_statistics(
@@ -88,7 +92,8 @@ def train_teacher(config: TeacherConfig) -> None:
     )
 
     def prepare(raw: RawBatch) -> PairBatch:
-        return PairBatch(raw.pairs, raw.pair_mask, raw.noise[NOISE][:, 0])
+        frames = raw.pairs if raw.pairs.dtype == torch.uint8 else raw.pairs * 255
+        return PairBatch(frames, raw.pair_mask, raw.noise[NOISE][:, 0])
 
     def replace_and_report(step: int) -> dict[str, float]:
         if step % config.replace_every:
@@ -110,14 +115,13 @@ def train_teacher(config: TeacherConfig) -> None:
         """Error of the reconstruction from the codes, beside that of repeating the first frame."""
         sums = torch.zeros(3, device=accelerator.device)
         for raw in loaders.held_out():
-            frames = raw.pairs.to(accelerator.device).float() / 255
+            frames = laq.resize(to_float(raw.pairs.to(accelerator.device)))
             mask = raw.pair_mask.to(accelerator.device)
-            frames = laq.resize(frames)
             predicted = laq.reconstruct(frames)
             errors = [(p - frames[:, 1]).square().mean((1, 2, 3)) * mask for p in (predicted, frames[:, 0])]
             sums += torch.stack([errors[0].sum(), errors[1].sum(), mask.sum()])
         reconstruction, copy, count = accelerator.reduce(sums, "sum").tolist()
-        return {"reconstruction": reconstruction / count, "copy_first_frame": copy / count}
+        return {"reconstruction": reconstruction / max(count, 1), "copy_first_frame": copy / max(count, 1)}
 
     def export(directory: Path) -> None:
         directory.mkdir(parents=True)

@@ -79,7 +79,9 @@ def start_run(config: RunConfig, accelerator: Accelerator) -> Path | None:
         return None
     last = run_dir / "checkpoints" / "last"
     if not last.exists():
-        raise ValueError(f"--resume: there is no checkpoint at {last}; start the run without --resume")
+        raise ValueError(
+            f"--resume: there is no checkpoint at {last}; remove {run_dir} if it exists, and start without --resume"
+        )
     before, now = flat(json.loads((run_dir / "config.json").read_text())), flat(record)
     changed = [
         f"  {key}: was {before.get(key)}, now {now.get(key)}"
@@ -258,7 +260,7 @@ def train(
     loss_weights: weight of each target in the loss; 1 where not given
     evaluate:     held-out metrics, called every eval_every steps and at the end
     export:       writes a directory that can be used without the run, called for every checkpoint
-    after_step:   called with the step after each one; what it returns is logged
+    after_step:   called with the step after each one; what it returned last is logged
 
     A loss is the mean over the valid tokens of the *whole* step: over all processes and accumulation steps.
     """
@@ -287,6 +289,7 @@ def train(
         mininterval=1.0,
     )
     sums: dict[str, Tensor] = {}  # on the device; read back only when they are logged
+    extra: dict[str, float] = {}
     clock, clock_step = time.perf_counter(), state.step
     while state.step < config.steps:
         passes = [prepare(to_device(next(batches), accelerator.device)) for _ in range(config.accumulation_steps)]
@@ -315,16 +318,20 @@ def train(
             with torch.no_grad():
                 torch._foreach_lerp_(list(state.ema.values()), [p.detach() for p in trained], 1 - decay)
         state.step += 1
-        extra = after_step(state.step) if after_step else {}
+        extra |= after_step(state.step) if after_step else {}
         bar.update()
 
         is_end = state.step == config.steps
         evaluates = evaluate is not None and (state.step % config.eval_every == 0 or is_end)
-        if state.step % config.log_every == 0 or evaluates or is_end:
+        saves = state.step % config.save_every == 0 or is_end
+        # Logged before it is saved: a resumed run has nothing to average over, and nothing that is not finite is kept.
+        if state.step % config.log_every == 0 or evaluates or saves:
             span = state.step - clock_step
             metrics = {name: (accelerator.reduce(s, "sum") / span).item() for name, s in sums.items()}
-            if not all(math.isfinite(value) for value in metrics.values()):
-                raise FloatingPointError(f"the loss is not finite at step {state.step}: {metrics}")
+            if not all(math.isfinite(value) for value in (*metrics.values(), float(grad_norm))):
+                raise FloatingPointError(
+                    f"loss or gradients are not finite at step {state.step}: {metrics}, grad_norm {float(grad_norm)}"
+                )
             now = time.perf_counter()
             rate_of_samples = span * config.batch_size / (now - clock)
             bar.set_postfix_str(
@@ -340,8 +347,8 @@ def train(
                 module.train()
             if log:
                 log.write({"step": state.step, **metrics})
-            sums, clock, clock_step = {}, time.perf_counter(), state.step
-        if state.step % config.save_every == 0 or is_end:
+            sums, extra, clock, clock_step = {}, {}, time.perf_counter(), state.step
+        if saves:
             save_checkpoint(config.run_dir, state, accelerator, export)
             accelerator.wait_for_everyone()
             if log:
