@@ -1,0 +1,524 @@
+"""training.py: a step is what its formula says however it is split, and a resumed run is the run it goes on with."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from smolvla_shared import data, teacher, training
+from smolvla_shared.batch import Batch, FlowTarget
+from smolvla_shared.config import LATENT, DataConfig, ModelConfig, OptimConfig, RunConfig
+from smolvla_shared.laq import load_laq
+from smolvla_shared.losses import masked_mean
+from smolvla_shared.model import SmolVLASharedCore, freeze, make_core_config
+from smolvla_shared.preprocess import Preprocessor, Statistics
+from smolvla_shared.trunk import load_trunk_tokenizer
+
+NOT_REPEATABLE = "time/"
+
+
+def make_config(run_dir: Path, **options) -> RunConfig:
+    defaults = {
+        "data": DataConfig(roots=("x",)),
+        "steps": 4,
+        "batch_size": 8,
+        "log_every": 1,
+        "eval_every": 100,
+        "save_every": 100,
+        "optim": OptimConfig(lr=1e-2, warmup_steps=2, weight_decay=0.1, max_grad_norm=0.5),
+    }
+    run_dir.mkdir(exist_ok=True)
+    return RunConfig(run_dir=run_dir, **defaults | options)
+
+
+def make_accelerator() -> Accelerator:
+    return Accelerator(cpu=True, step_scheduler_with_optimizer=False)
+
+
+def metrics_of(run_dir: Path) -> list[dict[str, float]]:
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if not key.startswith(NOT_REPEATABLE)} for line in lines]
+
+
+# --- a module small enough to train by hand ---------------------------------------------------------------------------
+
+
+@dataclass
+class Points:
+    """Two regression targets, of which masks hide many values: [B, 3] -> [B, 5] and [B, 2]."""
+
+    x: Tensor
+    y: dict[str, Tensor]
+    masks: dict[str, Tensor]
+
+
+class Regression(nn.Module):
+    def __init__(self):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.heads = nn.ModuleDict({"a": nn.Linear(3, 5), "b": nn.Linear(3, 2)})
+        self.frozen = nn.Linear(3, 3).requires_grad_(False)
+        for parameter in self.parameters():
+            parameter.data = torch.randn(parameter.shape, generator=generator)
+
+    def forward(self, batch: Points) -> dict[str, Tensor]:
+        return {name: (head(self.frozen(batch.x)) - batch.y[name]).square() for name, head in self.heads.items()}
+
+
+def points(step: int) -> Points:
+    """The 8 samples of a step. The masks are uneven: of "a" a sample has 0 to 5 valid values, of "b" most have none."""
+    generator = torch.Generator().manual_seed(step)
+    x = torch.randn(8, 3, generator=generator)
+    y = {"a": torch.randn(8, 5, generator=generator), "b": torch.randn(8, 2, generator=generator)}
+    masks = {"a": torch.arange(5) < torch.randint(0, 6, (8, 1), generator=generator), "b": torch.zeros(8, 2) > 0}
+    masks["b"][step % 8] = True
+    return Points(x, y, masks)
+
+
+def passes(first_step: int, process: int = 0, num_processes: int = 1, accumulation_steps: int = 1) -> Iterator[Points]:
+    """The forward passes of one process, dealt as StepSampler deals them."""
+    size = 8 // (num_processes * accumulation_steps)
+    step = first_step
+    while True:
+        whole = points(step)
+        for number in range(accumulation_steps):
+            start = (number * num_processes + process) * size
+            part = slice(start, start + size)
+            yield Points(whole.x[part], *({k: v[part] for k, v in d.items()} for d in (whole.y, whole.masks)))
+        step += 1
+
+
+def train_points(config: RunConfig, accelerator: Accelerator | None = None, **options) -> Regression:
+    accelerator = accelerator or make_accelerator()
+    split = accelerator.process_index, accelerator.num_processes, config.accumulation_steps
+    options = {"loss_weights": {"b": 0.3}} | options
+    module = options.pop("module", None) or Regression()
+    training.train(config, accelerator, module, lambda step: passes(step, *split), lambda raw: raw, **options)
+    return module
+
+
+def train_by_hand(config: RunConfig) -> tuple[Regression, list[dict[str, float]]]:
+    """The same run as a plain loop, without accumulation, processes or checkpoints."""
+    module = Regression()
+    trained = [p for p in module.parameters() if p.requires_grad]
+    optim = config.optim
+    optimizer = torch.optim.AdamW(trained, lr=1.0, betas=optim.betas, weight_decay=optim.weight_decay)
+    average, log = [p.detach().clone() for p in trained], []
+    for step in range(config.steps):
+        batch = points(step)
+        errors = module(batch)
+        a, b = (errors[name][batch.masks[name]].mean() for name in ("a", "b"))
+        optimizer.zero_grad()
+        (a + 0.3 * b).backward()
+        norm = torch.nn.utils.clip_grad_norm_(trained, optim.max_grad_norm)
+        progress = max(0.0, (step - optim.warmup_steps) / (config.steps - optim.warmup_steps))
+        low = optim.lr * optim.final_lr_share
+        cosine = low + (optim.lr - low) * (1 + math.cos(math.pi * progress)) / 2
+        rate = min((step + 1) / optim.warmup_steps * optim.lr, cosine)
+        optimizer.param_groups[0]["lr"] = rate
+        optimizer.step()
+        decay = min(config.ema_decay, (1 + step) / (10 + step))
+        average = [decay * old + (1 - decay) * p.detach() for old, p in zip(average, trained)]
+        log.append({"step": step + 1, "loss/a": a.item(), "loss/b": b.item(), "lr": rate, "grad_norm": norm.item()})
+    if config.ema_decay:
+        for parameter, value in zip(trained, average):
+            parameter.data = value
+    return module, log
+
+
+def assert_close(one: nn.Module, other: nn.Module, tolerance: float = 1e-6) -> None:
+    for name, value in one.state_dict().items():
+        torch.testing.assert_close(value, other.state_dict()[name], atol=tolerance, rtol=0, msg=name)
+
+
+@pytest.mark.parametrize("ema_decay", [0.0, 0.9])
+@pytest.mark.parametrize("accumulation_steps", [1, 4])
+def test_a_run_is_the_plain_loop(tmp_path, accumulation_steps, ema_decay):
+    """Masked means over all accumulation steps, loss weights, clipping, schedule and running average, 6 steps."""
+    config = make_config(tmp_path / "run", steps=6, accumulation_steps=accumulation_steps, ema_decay=ema_decay)
+    found = train_points(config)
+    expected, log = train_by_hand(config)
+    assert_close(found, expected)
+    assert torch.equal(found.frozen.weight, Regression().frozen.weight)
+    assert not torch.allclose(found.heads["a"].weight, Regression().heads["a"].weight, atol=1e-3)
+    for line, by_hand in zip(metrics_of(config.run_dir), log, strict=True):
+        for key, value in by_hand.items():
+            assert line[key] == pytest.approx(value, abs=1e-5), key
+        assert line["samples"] == 8 * line["step"]
+    assert max(line["grad_norm"] for line in log) > config.optim.max_grad_norm  # clipping did happen
+
+
+def test_metrics_are_means_since_the_last_line(tmp_path):
+    train_points(make_config(tmp_path / "each", steps=7))
+    train_points(make_config(tmp_path / "third", steps=7, log_every=3), after_step=lambda step: {f"usage/{step}": step})
+    each, third = metrics_of(tmp_path / "each"), metrics_of(tmp_path / "third")
+    assert [line["step"] for line in third] == [3, 6, 7]
+    for line, steps in zip(third, ([0, 1, 2], [3, 4, 5], [6])):
+        assert line["loss/a"] == pytest.approx(sum(each[step]["loss/a"] for step in steps) / len(steps))
+        assert [key for key in line if key.startswith("usage/")] == [f"usage/{step + 1}" for step in steps]
+
+
+@pytest.mark.parametrize("warmup_steps", [0, 5])
+def test_the_learning_rate_is_linear_then_a_cosine(warmup_steps):
+    config = OptimConfig(lr=2e-3, warmup_steps=warmup_steps, final_lr_share=0.1)
+    num_steps = 25
+    found = [training.learning_rate(step, num_steps, config) for step in range(num_steps + 1)]
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=2e-3)
+    reference = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_steps - warmup_steps, eta_min=2e-4)
+    assert found[:warmup_steps] == pytest.approx([2e-3 * (step + 1) / 5 for step in range(warmup_steps)])
+    for rate in found[warmup_steps:]:
+        assert rate == pytest.approx(reference.get_last_lr()[0])
+        optimizer.step()
+        reference.step()
+    assert found[-1] == pytest.approx(2e-4)
+
+
+# --- several processes ------------------------------------------------------------------------------------------------
+
+
+def run_as_one_of_two(directory: Path) -> None:
+    """What each process of test_two_processes_equal_one does."""
+    accelerator = make_accelerator()
+    assert accelerator.num_processes == 2
+    config = make_config(directory / "points", steps=5, accumulation_steps=2, ema_decay=0.9)
+    module = train_points(config, accelerator)
+    torch.save(module.state_dict(), directory / f"points{accelerator.process_index}.pt")
+    core = train_tiny_core(directory / "core", accelerator)
+    torch.save(core.state_dict(), directory / f"core{accelerator.process_index}.pt")
+
+
+def train_tiny_core(run_dir: Path, accelerator: Accelerator) -> SmolVLASharedCore:
+    """Two steps of the real model; of 4 samples one has no valid latent, so the processes' counts differ."""
+    core = make_core()
+    generator = torch.Generator().manual_seed(1)
+    normal = [torch.randn(4, *shape, generator=generator) for shape in ((1, 3, 64, 64), (32,), (4, 8), (2, 4, 8))]
+    pictures, state, value, noise = normal
+    mask = torch.tensor([True, True, False, True])[:, None].expand(4, 4)
+    text = torch.arange(4 * 6).view(4, 6)
+    start, end = accelerator.process_index * 4 // accelerator.num_processes, 4 // accelerator.num_processes
+    part = slice(start, start + end)
+
+    def batches(first_step: int) -> Iterator[Batch]:
+        while True:
+            target = FlowTarget(value[part], mask[part], noise[part], noise[part, :, 0, 0].sigmoid())
+            present, seen = torch.ones(4, 1, dtype=torch.bool)[part], torch.ones(4, 6, dtype=torch.bool)[part]
+            yield Batch(pictures[part], present, text[part], seen, state[part], present[:, 0], {LATENT: target})
+
+    config = make_config(run_dir, steps=2, batch_size=4, optim=OptimConfig(lr=1e-3, warmup_steps=0))
+    training.train(config, accelerator, core, batches, lambda raw: raw)
+    return core
+
+
+def make_core(**dims) -> SmolVLASharedCore:
+    torch.manual_seed(0)
+    dims = {"state_dim": 4, "latent_vector_dim": 32, "code_seq_len": 4} | dims
+    return SmolVLASharedCore(make_core_config(ModelConfig(preset="tiny"), ("observation.image",), **dims))
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one(tmp_path):
+    code = (
+        f"import sys, pathlib; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        f"import test_training; test_training.run_as_one_of_two(pathlib.Path({str(tmp_path)!r}))\n"
+    )
+    (tmp_path / "script.py").write_text(code)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run([*launch, str(tmp_path / "script.py")], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    single = make_accelerator()
+    one = {
+        "points": train_points(make_config(tmp_path / "one", steps=5, ema_decay=0.9), single).state_dict(),
+        "core": train_tiny_core(tmp_path / "one_core", single).state_dict(),
+    }
+    found = {}
+    for name in one:
+        found[name], second = (torch.load(tmp_path / f"{name}{process}.pt") for process in range(2))
+        assert equal(dict(found[name]), dict(second)), name
+    for key, expected in one["points"].items():
+        torch.testing.assert_close(found["points"][key], expected, atol=1e-6, rtol=0, msg=key)
+    # Adam divides by the gradient's size: where it is all rounding, so is the step. As a whole the steps agree.
+    start = make_core().state_dict()
+    moved, apart = (
+        sum((value - other[key]).square().sum().item() for key, value in one["core"].items()) ** 0.5
+        for other in (start, found["core"])
+    )
+    assert moved > 0.1
+    assert apart < 0.01 * moved
+    for run, reference in (("points", "one"), ("core", "one_core")):
+        for line, expected in zip(metrics_of(tmp_path / run), metrics_of(tmp_path / reference), strict=True):
+            assert line == pytest.approx(expected, rel=1e-4)
+
+
+# --- the run directory ------------------------------------------------------------------------------------------------
+
+
+def test_a_new_run_claims_its_directory_and_another_is_refused(tmp_path):
+    config = replace(make_config(tmp_path), run_dir=tmp_path / "runs" / "s2")
+    assert training.start_run(config, make_accelerator()) is None
+    record = json.loads((config.run_dir / "config.json").read_text())
+    assert (record["batch_size"], record["optim"]["lr"], record["data"]["roots"]) == (8, 1e-2, ["x"])
+    with pytest.raises(ValueError, match=r"--run-dir .*s2 exists: pass --resume .* or another directory"):
+        training.start_run(config, make_accelerator())
+
+
+def test_a_resume_without_a_checkpoint_is_refused(tmp_path):
+    config = make_config(tmp_path, resume=True)
+    with pytest.raises(ValueError, match=r"--resume: there is no checkpoint at .*checkpoints/last; remove .*without"):
+        training.start_run(config, make_accelerator())
+
+
+def test_a_resume_with_other_settings_is_refused_and_all_are_listed(tmp_path):
+    config = replace(make_config(tmp_path), run_dir=tmp_path / "run")
+    training.start_run(config, make_accelerator())
+    (config.run_dir / "checkpoints" / "000002").mkdir(parents=True)
+    (config.run_dir / "checkpoints" / "last").symlink_to("000002")
+    resumed = replace(config, resume=True, steps=9, save_every=3, data=replace(config.data, num_workers=1))
+    assert training.start_run(resumed, make_accelerator()) == config.run_dir / "checkpoints" / "000002"
+    other = replace(resumed, seed=1, optim=replace(config.optim, lr=3e-3))
+    with pytest.raises(ValueError) as error:
+        training.start_run(other, make_accelerator())
+    lines = str(error.value).splitlines()
+    assert lines[1:] == ["  optim.lr: was 0.01, now 0.003", "  seed: was 0, now 1"]
+    assert "free to change: data.num_workers, eval_every, log_every, resume, save_every, steps" in lines[0]
+
+
+def names_in(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
+
+
+def test_last_points_at_a_whole_checkpoint_whenever_the_run_dies(tmp_path):
+    config = make_config(tmp_path / "run", steps=6, save_every=2)
+    checkpoints = config.run_dir / "checkpoints"
+
+    def die_at_the_second(directory: Path) -> None:
+        directory.mkdir()
+        (directory / "model").write_text("half")
+        if "000004" in str(directory):
+            raise KeyboardInterrupt
+        (directory / "model").write_text("whole")
+
+    def export(directory: Path) -> None:
+        directory.mkdir()
+        (directory / "model").write_text("whole")
+
+    with pytest.raises(KeyboardInterrupt):
+        train_points(config, export=die_at_the_second)
+    assert (checkpoints / "last").readlink() == Path("000002")
+    assert (checkpoints / "last" / "pretrained_model" / "model").read_text() == "whole"
+    assert not (checkpoints / "000004").exists()
+    train_points(config, export=export, checkpoint=(checkpoints / "last").resolve())
+    assert names_in(checkpoints) == ["000002", "000004", "000006", "last"]  # and no temporary names
+    assert (checkpoints / "last").readlink() == Path("000006")
+    for step in ("000002", "000004", "000006"):
+        assert (checkpoints / step / "pretrained_model" / "model").read_text() == "whole"
+        state = torch.load(checkpoints / step / "training_state" / "state.pt", weights_only=True)
+        assert state["step"] == int(step)
+
+
+def test_the_average_is_exported_and_training_goes_on_from_the_weights(tmp_path):
+    config = make_config(tmp_path / "run", steps=4, save_every=2, ema_decay=0.9)
+    module, exported = Regression(), []
+
+    def export(directory: Path) -> None:
+        exported.append(module.heads["a"].weight.detach().clone())
+
+    train_points(config, module=module, export=export)
+    for step, weights in zip((2, 4), exported, strict=True):
+        record = torch.load(config.run_dir / "checkpoints" / f"{step:06d}" / "training_state" / "state.pt")
+        assert torch.equal(record["ema"]["heads.a.weight"], weights)
+        assert not torch.allclose(record["model"]["heads.a.weight"], weights, atol=1e-4)
+    assert torch.equal(module.heads["a"].weight, exported[-1])  # what a caller goes on with is the average as well
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_numbers_that_are_not_finite_stop_the_run_and_are_not_saved(tmp_path, what):
+    config = make_config(tmp_path / "run", steps=8, save_every=2, log_every=100)
+
+    class Breaks(Regression):
+        def forward(self, batch: Points) -> dict[str, Tensor]:
+            errors = super().forward(batch)
+            if torch.equal(batch.x, points(3).x):  # the fourth step
+                weight = self.heads["a"].weight
+                # The root of 0 is 0, its slope is not finite.
+                bad = torch.log(-weight.square().sum()) if what == "loss" else (weight - weight.detach()).sum().sqrt()
+                errors["a"] = errors["a"] + bad
+            return errors
+
+    with pytest.raises(FloatingPointError, match="not finite at step 4"):
+        train_points(config, module=Breaks())
+    assert names_in(config.run_dir / "checkpoints") == ["000002", "last"]
+    assert [line["step"] for line in metrics_of(config.run_dir)] == [2]
+
+
+def test_a_log_is_cut_at_the_step_of_the_checkpoint(tmp_path):
+    log = training.MetricsLog(tmp_path / "metrics.jsonl", 0)
+    for step in (1, 2, 3, 4):
+        log.write({"step": step, "loss/a": 0.5})
+    assert [line["step"] for line in log.read()] == [1, 2, 3, 4]
+    assert [line["step"] for line in training.MetricsLog(log.path, 2).read()] == [1, 2]
+    assert training.MetricsLog(log.path, 0).read() == []
+
+
+def test_curves_are_drawn(tmp_path):
+    metrics = [{"step": 1, "loss/a": 1.0}, {"step": 2, "loss/a": 0.5, "val/a": 0.7, "lr": 1e-3}]
+    training.plot_curves(metrics, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    training.plot_curves([{"step": 1, "lr": 1.0}], tmp_path / "nothing.png")
+    assert not (tmp_path / "nothing.png").exists()
+
+
+# --- the real model on recorded video ---------------------------------------------------------------------------------
+
+
+class Stop(Exception):
+    pass
+
+
+def train_core(
+    run_dir: Path, video: Path, laq_checkpoint: Path, resume: bool = False, stop_after: int | None = None, **options
+) -> SmolVLASharedCore:
+    """Six steps of Stage 2 on real video, with augmentation, running average and held-out evaluation."""
+    config = make_config(
+        run_dir,
+        data=DataConfig(roots=(video,), num_workers=0, random_shift=0.1, val_fraction=0.2),
+        **{"steps": 6, "batch_size": 4, "accumulation_steps": 2, "ema_decay": 0.9, "eval_samples": 4} | options,
+    )
+    accelerator = make_accelerator()
+    sources = data.open_sources(config.data)
+    groups = [data.group_frames(frames) for frames in data.split_sources(sources, config.data, config.seed)]
+    laq = load_laq(laq_checkpoint)
+    core = make_core()
+    freeze(core, ["vision tower", "connector"])
+    camera = "observation.image"
+    spec = data.SampleSpec((camera,), state_dim=4, label_camera=camera, draws={LATENT: (4, 8)})
+    loaders = data.make_loaders(sources, *groups, spec, config, accelerator)
+    statistics = {
+        LATENT: Statistics((0.0,) * 32, (1.0,) * 32),
+        "state": data.vector_statistics(sources, data.STATE_KEY),
+    }
+    preprocessor = Preprocessor(core.config, load_trunk_tokenizer("tiny", None), statistics)
+
+    def prepare(raw) -> Batch:
+        return preprocessor(raw, teacher.latent_vectors(laq, raw.pairs))
+
+    def stop(step: int) -> dict[str, float]:
+        if step == stop_after:
+            raise Stop
+        return {}
+
+    def evaluate() -> dict[str, float]:
+        return training.held_out_errors(core, loaders.held_out(), prepare, accelerator)
+
+    checkpoint = (run_dir / "checkpoints" / "last").resolve() if resume else None
+    training.train(
+        config,
+        accelerator,
+        core,
+        loaders.train,
+        prepare,
+        evaluate=evaluate if config.eval_every < 100 else None,
+        after_step=stop,
+        checkpoint=checkpoint,
+    )
+    return core
+
+
+def equal(one, other) -> bool:
+    """Equal to the bit, through dictionaries and lists; a saved tuple comes back as a list."""
+    if isinstance(one, Tensor):
+        return one.dtype == other.dtype and torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(equal(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(equal(a, b) for a, b in zip(one, other))
+    return one == other
+
+
+def test_a_stopped_and_resumed_run_is_the_uninterrupted_one(tmp_path, video_dataset, laq_checkpoint):
+    """Weights, running average, optimizer and metrics, to the bit; stopped a step after the checkpoint."""
+    options = {"save_every": 3, "eval_every": 2, "log_every": 2}  # a line of metrics.jsonl spans the checkpoint
+    whole = train_core(tmp_path / "whole", video_dataset, laq_checkpoint, **options)
+    with pytest.raises(Stop):
+        train_core(tmp_path / "cut", video_dataset, laq_checkpoint, stop_after=5, **options)
+    assert (tmp_path / "cut" / "checkpoints" / "last").readlink() == Path("000003")
+    assert [line["step"] for line in metrics_of(tmp_path / "cut")] == [2, 3, 4]
+    resumed = train_core(tmp_path / "cut", video_dataset, laq_checkpoint, resume=True, **options)
+    assert equal(dict(whole.state_dict()), dict(resumed.state_dict()))
+    records = [
+        torch.load(tmp_path / run / "checkpoints" / "last" / "training_state" / "state.pt", weights_only=True)
+        for run in ("whole", "cut")
+    ]
+    assert records[0].keys() == {"step", "model", "optimizer", "ema"}
+    assert records[0]["step"] == 6
+    for key, value in records[0].items():
+        assert equal(value, records[1][key]), key
+    metrics = metrics_of(tmp_path / "whole")
+    assert [line["step"] for line in metrics] == [2, 3, 4, 6]
+    assert {"loss/latent", "val/latent", "val/latent_error", "val/latent_error_of_mean"} <= metrics[0].keys()
+    assert metrics == metrics_of(tmp_path / "cut")
+
+
+def test_evaluation_leaves_no_trace_in_training(tmp_path, video_dataset, laq_checkpoint):
+    often = train_core(tmp_path / "often", video_dataset, laq_checkpoint, steps=3, eval_every=1)
+    never = train_core(tmp_path / "never", video_dataset, laq_checkpoint, steps=3)
+    assert equal(dict(often.state_dict()), dict(never.state_dict()))
+    start = make_core().state_dict()
+    changed = [key for key, value in often.state_dict().items() if not torch.equal(value, start[key])]
+    assert any(key.startswith("trunk.vlm.text_model.") for key in changed)
+    assert not any(key.startswith(("trunk.vlm.vision_model.", "trunk.vlm.connector.")) for key in changed)
+
+
+def test_held_out_errors_are_what_they_say():
+    core = make_core(action_dim=3, chunk_size=6).eval()
+    generator = torch.Generator().manual_seed(0)
+    batches = []
+    for size in (3, 2):  # of two batches, so that a mean of means would differ
+
+        def normal(*shape: int, size: int = size) -> Tensor:
+            return torch.randn(size, *shape, generator=generator)
+
+        value = normal(6, 3)
+        mask = torch.rand(size, 6, generator=generator) < 0.6
+        targets = {
+            "latent": FlowTarget(normal(4, 8), mask[:, :4], normal(2, 4, 8), normal(2).sigmoid()),
+            "action": FlowTarget(nn.functional.pad(value, (0, 29)), mask, normal(2, 6, 32), normal(2).sigmoid()),
+        }
+        present = torch.ones(size, 1, dtype=torch.bool)
+        text = torch.arange(5).expand(size, 5)
+        batches.append(Batch(normal(1, 3, 64, 64), present, text, text >= 0, normal(32), present[:, 0], targets))
+    before = {key: value.clone() for key, value in core.state_dict().items()}
+    found = training.held_out_errors(core, batches, lambda raw: raw, make_accelerator())
+    assert equal(before, dict(core.state_dict()))
+    assert found.keys() == {f"{t}{kind}" for t in ("latent", "action") for kind in ("", "_error", "_error_of_mean")}
+    for name, width in (("latent", 8), ("action", 3)):
+        tokens = [
+            batch.targets[name].value[row, token, :width]
+            for batch in batches
+            for row, token in batch.targets[name].mask.nonzero().tolist()
+        ]
+        of_mean = sum((token**2).mean().item() for token in tokens) / len(tokens)
+        assert found[f"{name}_error_of_mean"] == pytest.approx(of_mean, rel=1e-5)
+
+        def loss(change, name: str = name) -> float:
+            """The flow-matching error of all tokens after a change of the target's draws."""
+            errors, masks = [], []
+            for batch in batches:
+                changed = replace(batch, targets={name: change(batch.targets[name])})
+                errors.append(core(changed)[name].flatten())
+                masks.append(batch.targets[name].mask.flatten())
+            return masked_mean(torch.cat(errors), torch.cat(masks)).item()
+
+        assert found[name] == pytest.approx(loss(lambda target: target), rel=1e-5)
+        # At t = 1 the velocity's error is that of the predicted mean: (noise - mean) - (noise - target).
+        at_one = loss(lambda target: replace(target, noise=target.noise[:, :1], time=torch.ones(len(target.noise), 1)))
+        assert found[f"{name}_error"] == pytest.approx(at_one, rel=1e-4)
