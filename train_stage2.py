@@ -39,6 +39,7 @@ def main(config: Stage2Config) -> None:
     sources = data.open_sources(config.data)
     cameras, label_camera = data.choose_cameras(sources, config.data)
     frames, held_out_frames = data.split_sources(sources, config.data, config.seed)
+    pair_share = data.valid_pair_share(sources, frames)
     state_dim = data.common_dim(sources, data.STATE_KEY) if config.model.use_state else 0
     core_config = model.make_core_config(
         config.model,
@@ -60,7 +61,6 @@ def main(config: Stage2Config) -> None:
     statistics = {LATENT: teacher.latent_statistics(laq, sources, frames, label_camera, config.seed)}
     if state_dim:
         statistics["state"] = data.vector_statistics(sources, data.STATE_KEY)
-    pair_share = data.valid_pair_share(sources, frames)
     accelerator.print(data.describe(sources))
     accelerator.print(model.parameter_table(core))
     accelerator.print(

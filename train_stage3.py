@@ -97,6 +97,11 @@ def main(config: Stage3Config) -> None:
             f"--laq-ckpt {config.laq_ckpt} is teacher {teacher_id(laq)}, the artifact was trained with "
             f"{manifest.latents.teacher_id}: its latent head speaks another language"
         )
+    if laq and stage2 and config.data.frame_gap_s != manifest.latents.frame_gap_s:
+        raise ValueError(
+            f"--data.frame-gap-s is {config.data.frame_gap_s} s, the artifact's latent actions are "
+            f"{manifest.latents.frame_gap_s} s long: pass --data.frame-gap-s {manifest.latents.frame_gap_s}"
+        )
     accelerator = training.make_accelerator(config)
     checkpoint = training.start_run(config, accelerator)
 

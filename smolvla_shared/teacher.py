@@ -73,13 +73,14 @@ def train_teacher(config: TeacherConfig) -> None:
     sources = data.open_sources(config.data)
     _, label_camera = data.choose_cameras(sources, config.data)
     frames, held_out_frames = data.split_sources(sources, config.data, config.seed)
+    pair_share = data.valid_pair_share(sources, frames)
     checkpoint = start_run(config, accelerator)
     laq = LAQ(config.laq)
     accelerator.print(data.describe(sources))
     accelerator.print(
         f"LAQ: {sum(p.numel() for p in laq.parameters()):,} parameters; a latent action is {config.laq.code_seq_len} "
         f"codes out of {config.laq.codebook_size}; pairs of {label_camera}, "
-        f"{data.valid_pair_share(sources, frames):.1%} of the frames have one"
+        f"{pair_share:.1%} of the frames have one"
     )
 
     spec = data.SampleSpec(
