@@ -102,7 +102,10 @@ def image_dataset(datasets) -> Path:
 
 @pytest.fixture(scope="session")
 def laq_checkpoint(tmp_path_factory) -> Path:
-    """A teacher with random weights: 4 codes of 8 dimensions out of 8, for frames of 64 pixels."""
+    """A teacher with random weights: 4 codes of 8 dimensions out of 8, for frames of 64 pixels.
+
+    Its codes are latents of a square that moves, so that the recorded pairs do not all get the same one.
+    """
     import torch
 
     from smolvla_shared.laq import LAQ, LAQConfig, save_laq
@@ -110,6 +113,10 @@ def laq_checkpoint(tmp_path_factory) -> Path:
     torch.manual_seed(0)
     sizes = {"dim": 32, "quant_dim": 8, "codebook_size": 8, "image_size": 64, "patch_size": 8}
     laq = LAQ(LAQConfig(**sizes, spatial_depth=1, temporal_depth=1, dim_head=16, heads=2, code_seq_len=4))
+    frames = torch.full((2, 2, 3, 64, 64), 0.16)
+    for frame, (y, x) in zip(frames.flatten(0, 1), [(8, 8), (40, 20), (30, 50), (28, 10)], strict=True):
+        frame[:2, y : y + 11, x : x + 11] = 0.9
+    laq.vq.codebooks.data = laq.encode(frames).continuous.flatten(0, 1).detach().clone()
     path = tmp_path_factory.mktemp("teacher") / "laq.safetensors"
     save_laq(laq, path)
     return path
