@@ -1,0 +1,192 @@
+"""teacher.py: labels are LAQ's own, statistics are those of the pairs, and a short training learns."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from smolvla_shared import data, training
+from smolvla_shared.config import DataConfig, OptimConfig
+from smolvla_shared.laq import LAQ, LAQConfig, load_laq, teacher_id
+from smolvla_shared.preprocess import resize_with_pad
+from smolvla_shared.teacher import TeacherConfig, latent_statistics, latent_vectors, main, train_teacher
+
+CAMERA = "observation.image"
+SMALL = LAQConfig(
+    dim=32,
+    quant_dim=8,
+    codebook_size=8,
+    image_size=64,
+    patch_size=8,
+    spatial_depth=1,
+    temporal_depth=1,
+    dim_head=16,
+    heads=2,
+    code_seq_len=4,
+)
+
+
+@pytest.fixture
+def laq(laq_checkpoint) -> LAQ:
+    return load_laq(laq_checkpoint)
+
+
+@pytest.fixture(scope="module")
+def source(video_dataset) -> data.Source:
+    return data.open_sources(DataConfig(roots=(video_dataset,)))[0]
+
+
+def make_config(run_dir: Path, *roots: Path, **options) -> TeacherConfig:
+    defaults = {
+        "steps": 80,
+        "batch_size": 8,
+        "log_every": 5,
+        "eval_every": 20,
+        "save_every": 40,
+        "eval_samples": 16,
+        "optim": OptimConfig(lr=2e-3, warmup_steps=5),
+        "replace_every": 20,
+        "laq": SMALL,
+    }
+    data_config = DataConfig(roots=roots, num_workers=0, val_fraction=0.2)
+    return TeacherConfig(run_dir=run_dir, data=data_config, **defaults | options)
+
+
+def test_online_labels_are_what_laq_encodes(laq):
+    generator = torch.Generator().manual_seed(0)
+    pairs = torch.randint(0, 256, (5, 2, 3, 48, 80), dtype=torch.uint8, generator=generator)
+    expected = laq.encode(pairs / 255).vectors
+    assert expected.shape == (5, 4, 8)
+    assert torch.equal(latent_vectors(laq, pairs), expected)
+    squares = resize_with_pad(pairs.flatten(0, 1) / 255, 96).view(5, 2, 3, 96, 96)  # as data.py mixes sizes
+    assert torch.equal(latent_vectors(laq, squares), laq.encode(squares).vectors)
+    assert not latent_vectors(laq, pairs).requires_grad
+
+
+def test_statistics_are_those_of_the_valid_pairs(laq, source):
+    frames = np.arange(8, 72)  # 64 frames of four episodes: the 512 samples are each of them eight times
+    found = latent_statistics(laq, [source], [(0, frames)], CAMERA, seed=0)
+    ends = source.episode_to[np.searchsorted(source.episode_to, frames, side="right")]
+    valid = frames[frames + source.gap < ends]
+    assert 0 < len(valid) < len(frames)
+    recorded = source.dataset
+    pairs = torch.stack([torch.stack([recorded[f][CAMERA], recorded[f + source.gap][CAMERA]]) for f in valid.tolist()])
+    vectors = laq.encode(pairs).vectors.flatten(1).double()
+    assert np.allclose(found.mean, vectors.mean(0), atol=1e-6)
+    std = vectors.std(0, correction=0)
+    assert np.allclose(found.std, std.clamp(min=1e-3 * std.max()), atol=1e-6)
+
+
+def test_a_dimension_without_variance_gets_a_floor(laq, source):
+    with torch.no_grad():
+        laq.vq.codebooks[:, 3] = 0.25
+    found = latent_statistics(laq, [source], [(0, np.arange(source.num_frames))], CAMERA, seed=0)
+    constant = [3, 11, 19, 27]  # in each of the four slots
+    assert [found.mean[i] for i in constant] == [0.25] * 4
+    assert [found.std[i] for i in constant] == [1e-3 * max(found.std)] * 4
+
+
+def test_a_collapsed_teacher_is_refused(laq, source):
+    with torch.no_grad():
+        laq.vq.codebooks[:] = laq.vq.codebooks[0].clone()
+    with pytest.raises(ValueError, match="same latent action: its codebook has collapsed, or the pairs do not move"):
+        latent_statistics(laq, [source], [(0, np.arange(source.num_frames))], CAMERA, seed=0)
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory, video_dataset) -> Path:
+    """A short training."""
+    run_dir = tmp_path_factory.mktemp("teacher_run") / "laq"
+    train_teacher(make_config(run_dir, video_dataset))
+    return run_dir
+
+
+def test_a_short_training_learns(run_dir):
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    errors = [line["val/reconstruction"] for line in lines if "val/reconstruction" in line]
+    assert len(errors) == 4
+    assert errors[-1] < 0.5 * errors[0]
+    assert lines[-1]["loss/reconstruction"] < 0.5 * lines[0]["loss/reconstruction"]
+    copies = {line["val/copy_first_frame"] for line in lines if "val/copy_first_frame" in line}
+    assert len(copies) == 1  # the same held-out pairs every time
+    usage = [line for line in lines if "usage/perplexity" in line]
+    assert [line["step"] for line in usage] == [20, 40, 60, 80]
+    for line in usage:
+        assert 1 <= line["usage/lowest_slot_perplexity"] <= line["usage/perplexity"] <= SMALL.codebook_size
+    assert usage[-1]["usage/replaced_codes"] == 0  # settled in the last fifth
+
+
+def test_its_checkpoints_are_loadable_teachers(run_dir, video_dataset):
+    ids = []
+    for step in ("000040", "000080"):
+        path = run_dir / "checkpoints" / step / "pretrained_model" / "laq.safetensors"
+        teacher = load_laq(path)
+        assert teacher.config == SMALL
+        manifest = json.loads(path.with_suffix(".json").read_text())
+        assert manifest["source"] == {
+            "run": "laq",
+            "datasets": [str(video_dataset)],
+            "frame_gap_s": 0.5,
+            "label_camera": CAMERA,
+        }
+        state = torch.load(run_dir / "checkpoints" / step / "training_state" / "state.pt", weights_only=True)["model"]
+        assert all(torch.equal(value, state[key]) for key, value in teacher.state_dict().items() if "._" not in key)
+        assert "vq._usage" in state  # a resumed run replaces the same dead codes
+        ids.append(teacher_id(teacher))
+    assert ids[0] != ids[1]
+
+
+def test_held_out_errors_are_of_the_exported_teacher(run_dir, video_dataset):
+    """The logged errors again, from the file and from frames that LeRobot reads."""
+    teacher = load_laq(run_dir / "checkpoints" / "last" / "pretrained_model" / "laq.safetensors")
+    config = make_config(run_dir, video_dataset)
+    sources = data.open_sources(config.data)
+    _, held_out = data.split_sources(sources, config.data, config.seed)
+    sampler = data.StepSampler(data.group_frames(held_out), config.seed, 8, 0, 2)
+    keys = [key for keys in sampler for key in keys]
+    source, errors, copies = sources[0], [], []
+    for key in keys:
+        end = source.episode_to[np.searchsorted(source.episode_to, key.frame, side="right")]
+        if key.frame + source.gap < end:
+            frames = torch.stack([source.dataset[f][CAMERA] for f in (key.frame, key.frame + source.gap)])[None]
+            frames = teacher.resize(frames)
+            errors.append((teacher.reconstruct(frames)[0] - frames[0, 1]).square().mean().item())
+            copies.append((frames[0, 0] - frames[0, 1]).square().mean().item())
+    last = json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["val/reconstruction"] == pytest.approx(np.mean(errors), rel=1e-4)
+    assert last["val/copy_first_frame"] == pytest.approx(np.mean(copies), rel=1e-4)
+
+
+def test_frames_of_several_sizes_have_the_range_that_laq_expects(tmp_path, video_dataset, image_dataset, monkeypatch):
+    wiring = {}
+
+    def keep(config, accelerator, module, make_batches, prepare, **_):
+        wiring.update(make_batches=make_batches, prepare=prepare)
+
+    monkeypatch.setattr(training, "train", keep)
+    for name, roots in {"one": [video_dataset], "two": [video_dataset, image_dataset]}.items():
+        train_teacher(make_config(tmp_path / name, *roots))
+        raw = next(iter(wiring["make_batches"](0)))
+        frames = wiring["prepare"](raw).frames
+        assert frames.shape == (8, 2, 3, 96, 96)
+        assert 200 < frames.max() <= 255  # the square is bright; LAQ divides by 255
+
+
+def test_wrong_inputs_leave_no_run_directory(tmp_path, video_dataset):
+    config = make_config(tmp_path / "run", video_dataset)
+    gap = replace(config, data=replace(config.data, frame_gap_s=5))
+    with pytest.raises(ValueError, match=r"no episode is longer than --data.frame-gap-s"):
+        train_teacher(gap)
+    batch = replace(config, data=replace(config.data, cameras=("observation.images.top",)))
+    with pytest.raises(ValueError, match="every dataset must have every camera"):
+        train_teacher(batch)
+    assert not config.run_dir.exists()
+
+
+def test_an_unknown_command_names_the_known_ones(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["teacher.py", "trian"])
+    with pytest.raises(SystemExit, match=r"smolvla_shared.teacher \{.*train.*\} \[--help\]; got trian"):
+        main()
