@@ -320,11 +320,7 @@ class StepSampler(Sampler[list[SampleKey]]):
         num_processes: int = 1,
         accumulation_steps: int = 1,
     ):
-        if batch_size % (num_processes * accumulation_steps):
-            raise ValueError(
-                f"--batch-size {batch_size} (all processes together) is not divisible by {num_processes} process(es) "
-                f"x {accumulation_steps} accumulation step(s)"
-            )
+        assert batch_size % (num_processes * accumulation_steps) == 0  # training.start_run tells the user
         for group in groups:
             if not len(group.frames):
                 raise ValueError("a group of training data has no frames")

@@ -26,7 +26,7 @@ from smolvla_shared.config import OptimConfig, RunConfig
 from smolvla_shared.model import SmolVLASharedCore
 
 # What a resumed run may do differently without becoming another run.
-FREE_ON_RESUME = {"resume", "steps", "save_every", "log_every", "eval_every", "data.num_workers"}
+FREE_ON_RESUME = {"resume", "run_dir", "steps", "save_every", "log_every", "eval_every", "data.num_workers"}
 FULL_STATE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
@@ -66,9 +66,15 @@ def config_json(config: RunConfig) -> dict[str, Any]:
 def start_run(config: RunConfig, accelerator: Accelerator) -> Path | None:
     """Claim the run directory; with --resume return the checkpoint to go on from.
 
-    Raises ValueError where a new run would overwrite another, or a resumed one would be another run.
+    Raises ValueError where a new run would overwrite another, a resumed one would be another run, or a batch does not
+    divide.
     """
     run_dir, record = config.run_dir, config_json(config)
+    if config.batch_size % (accelerator.num_processes * config.accumulation_steps):
+        raise ValueError(
+            f"--batch-size {config.batch_size} (all processes together) is not divisible by "
+            f"{accelerator.num_processes} process(es) x {config.accumulation_steps} accumulation step(s)"
+        )
     if not config.resume:
         if run_dir.exists():
             raise ValueError(f"--run-dir {run_dir} exists: pass --resume to go on with it, or another directory")

@@ -402,11 +402,6 @@ def test_too_few_episodes_to_hold_one_out_are_refused(video):
         data.split_episodes(video, 0.99, seed=0)
 
 
-def test_a_batch_that_does_not_divide_is_refused():
-    with pytest.raises(ValueError, match=r"--batch-size 8 .* is not divisible by 3 process\(es\) x 2 accumulation"):
-        keys_of(groups_of(30), 0, 1, num_processes=3, accumulation_steps=2)
-
-
 def test_a_share_that_gets_no_sample_is_refused():
     with pytest.raises(ValueError, match=r"--batch-size 8 is too small for shares of \[0.95, 0.05\].*\[8, 0\]"):
         keys_of(groups_of(30, 30, shares=(0.95, 0.05)), 0, 1)

@@ -271,6 +271,13 @@ def test_a_new_run_claims_its_directory_and_another_is_refused(tmp_path):
         training.start_run(config, make_accelerator())
 
 
+def test_a_batch_that_does_not_divide_is_refused(tmp_path):
+    config = replace(make_config(tmp_path), run_dir=tmp_path / "run", accumulation_steps=3)
+    with pytest.raises(ValueError, match=r"--batch-size 8 .* is not divisible by 1 process\(es\) x 3 accumulation"):
+        training.start_run(config, make_accelerator())
+    assert not config.run_dir.exists()
+
+
 def test_a_resume_without_a_checkpoint_is_refused(tmp_path):
     config = make_config(tmp_path, resume=True)
     with pytest.raises(ValueError, match=r"--resume: there is no checkpoint at .*checkpoints/last; remove .*without"):
@@ -289,7 +296,7 @@ def test_a_resume_with_other_settings_is_refused_and_all_are_listed(tmp_path):
         training.start_run(other, make_accelerator())
     lines = str(error.value).splitlines()
     assert lines[1:] == ["  optim.lr: was 0.01, now 0.003", "  seed: was 0, now 1"]
-    assert "free to change: data.num_workers, eval_every, log_every, resume, save_every, steps" in lines[0]
+    assert "free to change: data.num_workers, eval_every, log_every, resume, run_dir, save_every, steps" in lines[0]
 
 
 def names_in(directory: Path) -> list[str]:
