@@ -11,9 +11,9 @@ import tyro
 
 @dataclass(frozen=True)
 class EnvironmentConfig:
-    # Type of LeRobot environment: metaworld, pusht, aloha, libero, ...
+    # Type of LeRobot environment: metaworld or pusht.
     type: str = "metaworld"
-    # Task of it, such as plate-slide-v3.
+    # Task of Meta-World, such as plate-slide-v3; pusht has only one.
     task: str = "reach-v3"
 
 
@@ -62,6 +62,8 @@ def main(config: RolloutConfig) -> None:
     from smolvla_shared.training import versions
 
     evaluate.render_headless()
+    seeds = range(config.seed, config.seed + config.episodes)
+    evaluate.check_environment(config.env.type, config.env.task, seeds)
     policy = HLRPSmolVLASharedPolicy.from_pretrained(config.policy_path)
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
     policy.config.device = device
@@ -79,10 +81,9 @@ def main(config: RolloutConfig) -> None:
     # The environment is rendered at the size that the policy was trained on.
     image_size = next(f.shape[-1] for f in policy.config.input_features.values() if len(f.shape) == 3)
     environments = evaluate.make_environments(config.env.type, config.env.task, image_size, config.num_envs)
-    rollout = evaluate.run_episodes(
-        policy, preprocess, postprocess, environments, config.episodes, config.seed, config.max_steps, config.rename
+    episodes = evaluate.run_episodes(
+        policy, preprocess, postprocess, environments, seeds, config.max_steps, config.rename
     )
-    environments.close()
     provenance = {
         "policy_path": str(config.policy_path),
         "environment": {"type": config.env.type, "task": config.env.task, "image_size": image_size},
@@ -92,12 +93,13 @@ def main(config: RolloutConfig) -> None:
         "versions": versions(),
     }
     fps = EnvConfig.get_choice_class(config.env.type)().fps
-    evaluate.write_results(rollout, out, fps, config.videos, provenance)
-    low, high = evaluate.wilson_interval(rollout.successes, config.episodes)
+    results = evaluate.write_results(episodes, out, fps, config.videos, provenance)
+    environments.close()
+    low, high = results["wilson_95"]
     print(f"results, contact sheet{' and videos' if config.videos else ''}: {out}")
     print(
-        f"{config.env.task}: {rollout.successes} of {config.episodes} episodes succeeded, "
-        f"{rollout.success_rate:.0%} (95% interval {low:.0%} to {high:.0%})"
+        f"{config.env.task}: {results['successes']} of {config.episodes} episodes succeeded, "
+        f"{results['success_rate']:.0%} (95% interval {low:.0%} to {high:.0%})"
     )
 
 

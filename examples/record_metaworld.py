@@ -4,14 +4,14 @@
     python examples/record_metaworld.py --kind labelled --root data/labelled --tasks plate-slide-v3 --episodes 30
 
 The environment is the one of the rollouts (smolvla_shared.evaluate.make_metaworld): what is recorded is what a policy
-will see. Object positions come from seeds of FIRST_SEED and above; rollouts count up from small ones, so that their
-positions are unseen.
+will see. Object positions come from seeds that rollouts refuse to use, so that theirs are unseen.
 """
 
 import multiprocessing
 import shutil
+import warnings
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,9 +20,9 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from smolvla_shared.evaluate import make_metaworld, metaworld_tasks, render_headless
+from smolvla_shared.evaluate import FIRST_RECORDING_SEED, make_metaworld, metaworld_tasks, render_headless
 
-FIRST_SEED = 1_000_000
+SEEDS_PER_RECORDING = 10_000_000
 FPS = 80  # Meta-World's control rate
 MAX_STEPS = 150
 ATTEMPTS = 20  # to get a successful demonstration
@@ -60,9 +60,13 @@ class Job:
     must_succeed: bool
 
 
-@cache
+@lru_cache(maxsize=1)
 def environment(task: str, image_size: int) -> gymnasium.Env:
-    """One environment a process and task: building one takes longer than an episode."""
+    """The process's environment, kept as long as the task does not change: building one takes longer than an episode.
+
+    Only one at a time: gymnasium's renderer draws into the context that was created last, whichever it belongs to.
+    """
+    warnings.filterwarnings("ignore", category=UserWarning)  # Meta-World's experts warn at every start
     return make_metaworld(task, image_size)
 
 
@@ -124,7 +128,7 @@ def main(config: RecordConfig) -> None:
     av.logging.set_libav_level(av.logging.ERROR)  # one progress bar, not the encoder's notes
     datasets.disable_progress_bars()
     # Every episode has ATTEMPTS seeds of its own, every kind and seed a range of its own.
-    start = FIRST_SEED + 10_000_000 * (config.kind == "video") + 100_000 * config.seed
+    start = FIRST_RECORDING_SEED + SEEDS_PER_RECORDING * (2 * config.seed + (config.kind == "video"))
     jobs = [
         Job(
             task,

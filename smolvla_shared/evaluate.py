@@ -1,13 +1,13 @@
 """Rollouts in vectorised environments: statistics, videos, a contact sheet.
 
-Episode i of a rollout is a function of (policy, environment, seed + i) alone: object positions and the policy's noise
+An episode of a rollout is a function of (policy, environment, seed) alone: object positions and the policy's noise
 come from it, however many environments run side by side. Nothing is caught: a crash in a rollout stops it.
 """
 
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -23,6 +23,9 @@ from smolvla_shared.policy import HLRPSmolVLASharedPolicy
 
 SUCCESS_COLOR, FAILURE_COLOR = (40, 160, 60), (200, 50, 40)
 SHEET_COLUMNS = 8  # frames of an episode in the contact sheet
+ENVIRONMENTS = ("metaworld", "pusht")  # the types that are tested with this loop; LeRobot's own lerobot-eval has more
+# Recordings use seeds from here on, rollouts those below: a policy is judged on object positions it has not seen.
+FIRST_RECORDING_SEED = 1_000_000
 
 
 def wilson_interval(successes: int, trials: int, z: float = 1.96) -> tuple[float, float]:
@@ -67,22 +70,27 @@ def metaworld_tasks() -> list[str]:
     return sorted(TASK_DESCRIPTIONS)
 
 
-def make_environments(env_type: str, task: str, image_size: int, num_envs: int) -> gymnasium.vector.VectorEnv:
-    """`num_envs` environments, each in a process of its own if there are several.
+def check_environment(env_type: str, task: str, seeds: range) -> None:
+    """Raise ValueError for a type or task that there is not, and for seeds that recordings use."""
+    if env_type not in ENVIRONMENTS:
+        raise ValueError(f"--env.type {env_type} is not one of {', '.join(ENVIRONMENTS)}; lerobot-eval has more types")
+    if env_type == "metaworld" and task not in metaworld_tasks():
+        raise ValueError(f"--env.task {task} is no task of Meta-World; it has {', '.join(metaworld_tasks())}")
+    if seeds.stop > FIRST_RECORDING_SEED:
+        raise ValueError(
+            f"--seed {seeds.start} with {len(seeds)} episodes reaches the seeds of recordings ({FIRST_RECORDING_SEED} "
+            "and up), whose object positions the policy may have been trained on: take a smaller one"
+        )
 
-    Raises ValueError for a type or a Meta-World task that LeRobot does not have.
-    """
+
+def make_environments(env_type: str, task: str, image_size: int, num_envs: int) -> gymnasium.vector.VectorEnv:
+    """`num_envs` environments, each in a process of its own if there are several."""
     from lerobot.envs.configs import EnvConfig
     from lerobot.envs.factory import make_env
 
-    types = sorted(EnvConfig.get_known_choices())
-    if env_type not in types:
-        raise ValueError(f"--env.type {env_type} is unknown; LeRobot has {', '.join(types)}")
-    if env_type != "metaworld":
-        config = EnvConfig.get_choice_class(env_type)(task=task)
+    if env_type == "pusht":
+        config = EnvConfig.get_choice_class(env_type)()
         return make_env(config, n_envs=num_envs, use_async_envs=num_envs > 1)[env_type][0]
-    if task not in metaworld_tasks():
-        raise ValueError(f"--env.task {task} is no task of Meta-World; it has {', '.join(metaworld_tasks())}")
     factories = [partial(make_metaworld, task, image_size)] * num_envs
     if num_envs == 1:
         return gymnasium.vector.SyncVectorEnv(factories)
@@ -99,19 +107,9 @@ class Episode:
     steps: int = 0
     reward: float = 0.0  # sum over the steps
 
-
-@dataclass(frozen=True)
-class Rollout:
-    episodes: list[Episode]
-    frames: list[list[np.ndarray]]  # by episode, [h, w, 3] uint8 of the first camera
-
     @property
-    def successes(self) -> int:
-        return sum(episode.success for episode in self.episodes)
-
-    @property
-    def success_rate(self) -> float:
-        return self.successes / len(self.episodes)
+    def outcome(self) -> str:
+        return "success" if self.success else "failure"
 
 
 def episode_noise(seed: int, step: int, shape: tuple[int, ...]) -> torch.Tensor:
@@ -148,12 +146,13 @@ def run_episodes(
     preprocess: Callable[[dict[str, Any]], dict[str, Any]],
     postprocess: Callable[[torch.Tensor], torch.Tensor],
     environments: gymnasium.vector.VectorEnv,
-    num_episodes: int,
-    seed: int,
+    seeds: range,
     max_steps: int,
     rename: dict[str, str] | None = None,
-) -> Rollout:
-    """Run episodes `seed`, ..., `seed + num_episodes - 1`, as many at a time as there are environments.
+) -> Iterator[tuple[Episode, list[np.ndarray]]]:
+    """Run an episode for each seed, as many at a time as there are environments.
+
+    Yields each with its frames, [h, w, 3] uint8 of the first camera, from the start to what the last action led to.
 
     preprocess, postprocess: the policy's processors (normalisation, tokens; actions in the environment's units)
     max_steps:               environment steps after which an episode has failed
@@ -165,18 +164,16 @@ def run_episodes(
     tasks = (
         [text or "" for text in environments.call("task_description")] if has_task(environments) else [""] * num_envs
     )
-    episodes, frames = [], []
-    bar = tqdm(total=num_episodes, desc="rollout", unit="episode", dynamic_ncols=True)
-    for first in range(0, num_episodes, num_envs):
+    num_run = num_successes = 0
+    bar = tqdm(total=len(seeds), desc="rollout", unit="episode", dynamic_ncols=True)
+    for first in range(0, len(seeds), num_envs):
         # The last round may need fewer environments; the others run along and are not counted.
-        round_episodes = [Episode(seed + first + i) for i in range(num_envs)]
-        round_frames: list[list[np.ndarray]] = [[] for _ in range(num_envs)]
+        round_episodes = [Episode(seeds.start + first + i) for i in range(num_envs)]
         observation, _ = environments.reset(seed=[episode.seed for episode in round_episodes])
+        frames = [[first_image(observation, i)] for i in range(num_envs)]
         policy.reset()
-        running = np.array([first + i < num_episodes for i in range(num_envs)])
+        running = np.array([first + i < len(seeds) for i in range(num_envs)])
         for step in range(max_steps):
-            for i in np.flatnonzero(running):
-                round_frames[i].append(first_image(observation, i))
             batch = preprocess_observation(observation) | {"task": tasks}
             if first == step == 0:
                 check_cameras(policy, batch, rename or {})
@@ -191,16 +188,16 @@ def run_episodes(
                 episode = round_episodes[i]
                 episode.steps, episode.reward = step + 1, episode.reward + float(rewards[i])
                 episode.success = bool(success[i])
+                frames[i].append(first_image(observation, i))
             running &= ~(success | terminated | truncated)
             if not running.any():
                 break
-        counted = min(num_envs, num_episodes - first)
-        episodes += round_episodes[:counted]
-        frames += round_frames[:counted]
-        bar.update(counted)
-        bar.set_postfix_str(f"success {sum(e.success for e in episodes)}/{len(episodes)}")
+        for episode, episode_frames in list(zip(round_episodes, frames, strict=True))[: len(seeds) - first]:
+            num_run, num_successes = num_run + 1, num_successes + episode.success
+            bar.update()
+            bar.set_postfix_str(f"success {num_successes}/{num_run}")
+            yield episode, episode_frames
     bar.close()
-    return Rollout(episodes, frames)
 
 
 def has_task(environments: gymnasium.vector.VectorEnv) -> bool:
@@ -210,44 +207,56 @@ def has_task(environments: gymnasium.vector.VectorEnv) -> bool:
     return hasattr(environments.dummy_env.unwrapped, "task_description")
 
 
-def contact_sheet(rollout: Rollout, tile: int = 96) -> Image.Image:
-    """A row for each episode, time from left to right; the frame's colour and the text say how it ended."""
+def film_strip(episode: Episode, frames: list[np.ndarray], tile: int = 96) -> Image.Image:
+    """A row of the contact sheet, time from left to right; the frame's colour and the text say how it ended."""
     border, label = 3, 110
-    width = label + SHEET_COLUMNS * (tile + 2 * border)
-    height = len(rollout.episodes) * (tile + 2 * border)
-    sheet = Image.new("RGB", (width, height), "white")
-    draw = ImageDraw.Draw(sheet)
-    for row, (episode, frames) in enumerate(zip(rollout.episodes, rollout.frames, strict=True)):
-        color = SUCCESS_COLOR if episode.success else FAILURE_COLOR
-        top = row * (tile + 2 * border)
-        outcome = "success" if episode.success else "failure"
-        draw.text((6, top + tile // 2 - 12), f"seed {episode.seed}\n{outcome}\n{episode.steps} steps", fill=color)
-        draw.rectangle((label, top, width, top + tile + 2 * border), fill=color)
-        for column, index in enumerate(np.linspace(0, len(frames) - 1, SHEET_COLUMNS).round().astype(int)):
-            picture = Image.fromarray(frames[index]).resize((tile, tile))
-            sheet.paste(picture, (label + column * (tile + 2 * border) + border, top + border))
-    return sheet
+    color = SUCCESS_COLOR if episode.success else FAILURE_COLOR
+    strip = Image.new("RGB", (label + SHEET_COLUMNS * (tile + 2 * border), tile + 2 * border), "white")
+    draw = ImageDraw.Draw(strip)
+    text = f"seed {episode.seed}\n{episode.outcome}\n{episode.steps} steps"
+    draw.text((6, tile // 2 - 12), text, fill=color)
+    draw.rectangle((label, 0, strip.width, strip.height), fill=color)
+    for column, index in enumerate(np.linspace(0, len(frames) - 1, SHEET_COLUMNS).round().astype(int)):
+        picture = Image.fromarray(frames[index]).resize((tile, tile))
+        strip.paste(picture, (label + column * (tile + 2 * border) + border, border))
+    return strip
 
 
-def write_results(rollout: Rollout, directory: Path, fps: int, with_videos: bool, provenance: dict[str, Any]) -> None:
-    """results.json, contact_sheet.png and, if asked, a video an episode, named by seed and outcome."""
+def write_results(
+    episodes: Iterable[tuple[Episode, list[np.ndarray]]],
+    directory: Path,
+    fps: int,
+    with_videos: bool,
+    provenance: dict[str, Any],
+) -> dict[str, Any]:
+    """Write results.json, contact_sheet.png and, if asked, a video an episode, named by seed and outcome.
+
+    Takes the episodes as they come and keeps no frames of them. Returns what results.json holds.
+    """
     from lerobot.utils.io_utils import write_video
 
     directory.mkdir(parents=True)
-    results = {
-        "success_rate": rollout.success_rate,
-        "successes": rollout.successes,
-        "episodes": len(rollout.episodes),
-        "wilson_95": wilson_interval(rollout.successes, len(rollout.episodes)),
-        **provenance,
-        "per_episode": [asdict(episode) for episode in rollout.episodes],
-    }
-    (directory / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-    contact_sheet(rollout).save(directory / "contact_sheet.png")
-    if with_videos:
-        for episode, frames in zip(rollout.episodes, rollout.frames, strict=True):
-            outcome = "success" if episode.success else "failure"
+    rows, strips = [], []
+    for episode, frames in episodes:
+        rows.append(episode)
+        strips.append(film_strip(episode, frames))
+        if with_videos:
             # Small frames are enlarged without smoothing: the video shows what the policy saw.
             scale = max(1, 288 // frames[0].shape[0])
             large = [frame.repeat(scale, axis=0).repeat(scale, axis=1) for frame in frames]
-            write_video(directory / f"episode_{episode.seed:05d}_{outcome}.mp4", large, fps)
+            write_video(directory / f"episode_{episode.seed:05d}_{episode.outcome}.mp4", large, fps)
+    successes = sum(episode.success for episode in rows)
+    results = {
+        "success_rate": successes / len(rows),
+        "successes": successes,
+        "episodes": len(rows),
+        "wilson_95": wilson_interval(successes, len(rows)),
+        **provenance,
+        "per_episode": [asdict(episode) for episode in rows],
+    }
+    (directory / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    sheet = Image.new("RGB", (strips[0].width, sum(strip.height for strip in strips)))
+    for row, strip in enumerate(strips):
+        sheet.paste(strip, (0, row * strip.height))
+    sheet.save(directory / "contact_sheet.png")
+    return results

@@ -14,7 +14,7 @@ from PIL import Image
 
 from smolvla_shared import evaluate
 from smolvla_shared.config import ModelConfig
-from smolvla_shared.evaluate import Episode, Rollout, wilson_interval
+from smolvla_shared.evaluate import Episode, wilson_interval
 from smolvla_shared.model import SmolVLASharedCore, make_core_config
 from smolvla_shared.policy import HLRPSmolVLASharedPolicy, save_policy
 from smolvla_shared.preprocess import Statistics
@@ -59,26 +59,25 @@ def policy_path(tmp_path_factory) -> Path:
     return path
 
 
-def run(policy_path: Path, num_envs: int, num_episodes: int = 3, **options) -> Rollout:
+def run(policy_path: Path, num_envs: int, **options) -> list[tuple[Episode, list[np.ndarray]]]:
     policy = HLRPSmolVLASharedPolicy.from_pretrained(policy_path)
     processors = make_pre_post_processors(policy.config, pretrained_path=str(policy_path))
     environments = evaluate.make_environments("metaworld", TASK, 64, num_envs)
-    rollout = evaluate.run_episodes(policy, *processors, environments, num_episodes, seed=7, max_steps=9, **options)
+    episodes = list(evaluate.run_episodes(policy, *processors, environments, range(7, 10), max_steps=9, **options))
     environments.close()
-    return rollout
+    return episodes
 
 
 def test_episodes_do_not_depend_on_the_number_of_environments(policy_path):
     one, two = run(policy_path, num_envs=1), run(policy_path, num_envs=2)
-    assert [episode.seed for episode in one.episodes] == [7, 8, 9]
-    for a, b in zip(one.episodes, two.episodes, strict=True):
+    assert [episode.seed for episode, _ in one] == [7, 8, 9]
+    for (a, a_frames), (b, b_frames) in zip(one, two, strict=True):
         assert (a.seed, a.success, a.steps) == (b.seed, b.success, b.steps)
         # Batches of one and of two take different paths through the matrix library.
         assert a.reward == pytest.approx(b.reward, rel=1e-3)
-    assert len({round(episode.reward, 6) for episode in one.episodes}) == 3  # seeds do matter
-    for a, b in zip(one.frames, two.frames, strict=True):
-        assert len(a) == len(b) == 9
-        np.testing.assert_array_equal(a[0], b[0])  # the same object positions, rendered the same
+        assert len(a_frames) == len(b_frames) == 10  # the start, and what each of 9 actions led to
+        np.testing.assert_array_equal(a_frames[0], b_frames[0])  # the same object positions, rendered the same
+    assert len({round(episode.reward, 6) for episode, _ in one}) == 3  # seeds do matter
 
 
 def test_a_camera_under_another_name_is_refused(policy_path):
@@ -112,20 +111,24 @@ def test_the_expert_succeeds_and_doing_nothing_fails():
 
 
 @pytest.mark.parametrize(
-    ("env_type", "task", "message"),
-    [("metaword", TASK, "metaworld"), ("metaworld", "slide-the-plate", "plate-slide-v3")],
+    ("env_type", "task", "seeds", "message"),
+    [
+        ("metaword", TASK, range(5), "metaworld"),
+        ("metaworld", "slide-the-plate", range(5), "plate-slide-v3"),
+        ("metaworld", TASK, range(999_999, 1_000_001), "the seeds of recordings"),
+    ],
 )
-def test_unknown_environments_are_refused_with_what_there_is(env_type, task, message):
+def test_unknown_environments_and_training_seeds_are_refused(env_type, task, seeds, message):
     with pytest.raises(ValueError, match=message):
-        evaluate.make_environments(env_type, task, 64, 1)
+        evaluate.check_environment(env_type, task, seeds)
 
 
 def test_results_and_pictures(tmp_path):
     def frames(grey: int) -> list[np.ndarray]:
         return [np.full((64, 64, 3), grey, np.uint8)] * 12
 
-    rollout = Rollout([Episode(5, True, 12, 3.0), Episode(6, False, 12, 0.5)], [frames(80), frames(160)])
-    evaluate.write_results(rollout, tmp_path / "out", fps=20, with_videos=True, provenance={"seed": 5})
+    episodes = [(Episode(5, True, 12, 3.0), frames(80)), (Episode(6, False, 12, 0.5), frames(160))]
+    evaluate.write_results(iter(episodes), tmp_path / "out", fps=20, with_videos=True, provenance={"seed": 5})
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["success_rate"] == 0.5
     assert results["wilson_95"] == pytest.approx(wilson_interval(1, 2))
