@@ -1,0 +1,305 @@
+"""The real commands, tiny: teacher, Stage 2, Stage 3, as examples/quickstart.sh chains them, and what they refuse."""
+
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+import torch
+import tyro
+from safetensors.torch import load_file
+
+import train_stage2
+import train_stage3
+from smolvla_shared.artifact import load_artifact
+from smolvla_shared.laq import load_laq, teacher_id
+from smolvla_shared.model import PARTS, SmolVLASharedCore
+
+ROOT = Path(__file__).parent.parent
+LAUNCH = ["-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/cpu.yaml"]
+# Two checkpoints and two evaluations each.
+SIZES = "--steps 4 --save-every 2 --eval-every 2 --log-every 1 --batch-size 4 --eval-samples 4".split()
+SIZES += "--data.val-fraction 0.2 --optim.lr 1e-3 --optim.warmup-steps 1".split()
+TINY_LAQ = "--laq.dim 32 --laq.quant-dim 8 --laq.image-size 64 --laq.patch-size 8 --laq.spatial-depth 1".split()
+TINY_LAQ += "--laq.temporal-depth 1 --laq.dim-head 16 --laq.heads 2".split()
+# Long enough that the codes do not all collapse into one.
+TINY_LAQ += "--steps 20 --save-every 10 --eval-every 10 --optim.lr 5e-3 --replace-every 4".split()
+ARTIFACT = Path("artifacts") / "smolvla_shared_stage2_artifact.safetensors"
+TEACHER = Path("checkpoints") / "last" / "pretrained_model" / "laq.safetensors"
+POLICY = Path("checkpoints") / "last" / "pretrained_model"
+
+
+def run(*command: str | Path) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, cwd=ROOT)
+
+
+def run_well(*command: str | Path) -> str:
+    done = run(*command)
+    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory, video_dataset, labelled_dataset) -> Path:
+    """The chain, once: a directory with the runs, and what each command printed in <run>.txt."""
+    runs = tmp_path_factory.mktemp("runs")
+
+    def train(name: str, *command: str | Path) -> None:
+        (runs / f"{name}.txt").write_text(run_well(*command, "--run-dir", runs / name))
+
+    on_video = [*SIZES, "--data.roots", video_dataset, "--data.num-workers", "1"]
+    labelled = [*SIZES, "--data.roots", labelled_dataset, "--data.num-workers", "0"]
+    labelled += ["--chunk-size", "6", "--n-action-steps", "3"]
+    teacher = ["--laq-ckpt", runs / "laq" / TEACHER]
+    from_artifact = ["--stage2-artifact", runs / "s2" / ARTIFACT]
+    train("laq", *LAUNCH, "-m", "smolvla_shared.teacher", "train", *on_video, *TINY_LAQ)
+    freeze = ["--model.freeze-trunk", "True"]
+    train("s2", *LAUNCH, "train_stage2.py", *on_video, *teacher, "--model.preset", "tiny", *freeze)
+    train("s3", *LAUNCH, "train_stage3.py", *labelled, *from_artifact, "--ema-decay", "0.5")
+    train("scratch", "train_stage3.py", *labelled, "--model.preset", "tiny")
+    cotrain = ["--latent-loss-weight", "0.1", "--video-roots", video_dataset]
+    train("cotrain", "train_stage3.py", *labelled, *from_artifact, *teacher, *cotrain)
+    return runs
+
+
+def metrics_of(run_dir: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name, targets, every",
+    [
+        ("laq", ["reconstruction"], 10),
+        ("s2", ["latent"], 2),
+        ("s3", ["action"], 2),
+        ("scratch", ["action"], 2),
+        ("cotrain", ["action", "latent"], 2),
+    ],
+)
+def test_every_run_leaves_the_same_directory(runs, name, targets, every):
+    run_dir = runs / name
+    assert {"config.json", "metrics.jsonl", "curves.png", "checkpoints"} <= {path.name for path in run_dir.iterdir()}
+    assert json.loads((run_dir / "config.json").read_text())["batch_size"] == 4
+    assert (run_dir / "curves.png").read_bytes().startswith(b"\x89PNG")
+    checkpoints = sorted(path.name for path in (run_dir / "checkpoints").iterdir())
+    assert checkpoints == [f"{every:06d}", f"{2 * every:06d}", "last"]
+    assert (run_dir / "checkpoints" / "last").readlink() == Path(f"{2 * every:06d}")
+    metrics = metrics_of(run_dir)
+    assert [line["step"] for line in metrics] == list(range(1, 2 * every + 1))
+    for line in metrics:
+        assert sorted(key for key in line if key.startswith("loss/")) == [f"loss/{target}" for target in targets]
+        assert all(line[f"loss/{target}"] > 0 for target in targets)
+        assert line["grad_norm"] > 0
+        assert line["time/samples_per_s"] > 0
+        assert line["samples"] == 4 * line["step"]
+    evaluated = [line for line in metrics if any(key.startswith("val/") for key in line)]
+    assert [line["step"] for line in evaluated] == [every, 2 * every]
+    for target in targets:
+        assert f"val/{target}" in evaluated[0]
+
+
+@pytest.mark.slow
+def test_stage_2_writes_an_artifact_that_says_where_it_is_from(runs, video_dataset):
+    artifact = load_artifact(runs / "s2" / ARTIFACT)
+    manifest = artifact.manifest
+    assert manifest.core.cameras == ("observation.image",)
+    assert (manifest.core.model_name, manifest.core.state_dim, manifest.core.action_dim) == ("tiny", 4, 0)
+    assert (manifest.core.latent_vector_dim, manifest.core.code_seq_len) == (32, 4)
+    assert not any(key.startswith("action_head.") for key in artifact.state_dict)
+    assert manifest.normalization.keys() == {"state", "latent"}
+    assert len(manifest.normalization["latent"].mean) == 32
+    assert manifest.latents.teacher_id == teacher_id(load_laq(runs / "laq" / TEACHER))
+    assert (manifest.latents.frame_gap_s, manifest.latents.label_camera) == (0.5, "observation.image")
+    assert 0 < manifest.latents.valid_pair_share < 1
+    assert (manifest.source.run, manifest.source.global_step) == ("s2", 4)
+    assert manifest.source.datasets == (str(video_dataset),)
+    assert manifest.source.versions["torch"] == version("torch")
+
+
+@pytest.mark.slow
+def test_stage_2_with_a_frozen_trunk_changes_what_it_should_and_nothing_else(runs):
+    artifact = load_artifact(runs / "s2" / ARTIFACT)
+    assert artifact.manifest.source.changed_parts == ("expert", "state projection", "latent head")
+    torch.manual_seed(0)  # the run's --seed: its initial weights
+    before = SmolVLASharedCore(artifact.manifest.core).state_dict()
+    assert before.keys() == artifact.state_dict.keys()
+    changed = {key for key in before if not torch.equal(before[key], artifact.state_dict[key])}
+    for part, prefix in PARTS.items():
+        of_part = {key for key in before if key.startswith(prefix)}
+        if part in artifact.manifest.source.changed_parts:
+            assert of_part & changed, part
+        else:
+            assert not of_part & changed, part
+    printed = (runs / "s2.txt").read_text()
+    for part in ("vision tower", "connector", "language layers"):
+        assert any(line.split()[-2] == "0" for line in printed.splitlines() if line.startswith(part)), part
+
+
+@pytest.mark.slow
+def test_stage_2_stopped_and_resumed_is_the_uninterrupted_run(runs, video_dataset, tmp_path):
+    """The run as it is when it is killed between its two checkpoints, in another place."""
+    cut = tmp_path / "s2"
+    shutil.copytree(runs / "s2", cut, symlinks=True)
+    shutil.rmtree(cut / "artifacts")
+    shutil.rmtree(cut / "checkpoints" / "000004")
+    (cut / "checkpoints" / "last").unlink()
+    (cut / "checkpoints" / "last").symlink_to("000002")
+    command = ["train_stage2.py", "--run-dir", cut, "--laq-ckpt", runs / "laq" / TEACHER, "--model.preset", "tiny"]
+    command += ["--model.freeze-trunk", "True", "--data.roots", video_dataset, "--data.num-workers", "0", *SIZES]
+    run_well(*command, "--resume")
+    found, expected = load_artifact(cut / ARTIFACT).manifest, load_artifact(runs / "s2" / ARTIFACT).manifest
+    assert found.weights.sha256 == expected.weights.sha256
+    assert asdict(found) == asdict(expected)
+    assert len(metrics_of(cut)) == 4
+    for one, other in zip(metrics_of(cut), metrics_of(runs / "s2"), strict=True):
+        assert all(one[key] == other[key] for key in other if not key.startswith("time/"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, has_latent_head", [("s3", True), ("scratch", False), ("cotrain", True)])
+def test_stage_3_writes_a_policy_that_acts(runs, labelled_dataset, name, has_latent_head):
+    from lerobot.datasets.lerobot_dataset import LeRobotDataset
+    from lerobot.policies.factory import make_pre_post_processors
+
+    from smolvla_shared.policy import HLRPSmolVLASharedPolicy
+
+    policy = HLRPSmolVLASharedPolicy.from_pretrained(runs / name / POLICY)
+    core = policy.config.core
+    assert (core.chunk_size, core.action_dim, core.state_dim, policy.config.n_action_steps) == (6, 4, 4, 3)
+    assert bool(core.latent_vector_dim) == has_latent_head
+    preprocessor, postprocessor = make_pre_post_processors(policy.config, runs / name / POLICY)
+    dataset = LeRobotDataset(labelled_dataset.name, root=labelled_dataset)
+    item = {key: value for key, value in dataset[10].items() if key.startswith("observation") or key == "task"}
+    actions = torch.cat([postprocessor(policy.select_action(preprocessor(item))) for _ in range(3)])
+    assert actions.shape == (3, 4)
+    mean, std = (torch.as_tensor(dataset.meta.stats["action"][key]) for key in ("mean", "std"))
+    assert ((actions - mean).abs() < 10 * std).all()  # in the units of the recording
+
+
+@pytest.mark.slow
+def test_stage_3_starts_from_the_artifact(runs):
+    """What Stage 3 leaves alone is still the artifact's; the average over its few steps is near it, scratch is not."""
+    artifact = load_artifact(runs / "s2" / ARTIFACT).state_dict
+    s3 = load_file(runs / "s3" / POLICY / "model.safetensors")
+    scratch = load_file(runs / "scratch" / POLICY / "model.safetensors")
+    for key, value in artifact.items():
+        if key.startswith("latent_head."):
+            assert torch.equal(s3[f"model.{key}"], value), key  # nobody trains it here
+            assert f"model.{key}" not in scratch
+    key = "expert.layers.0.mlp.down_proj.weight"
+    s2_moved = (artifact[key] - scratch[f"model.{key}"]).norm()
+    assert (s3[f"model.{key}"] - artifact[key]).norm() < s2_moved
+    printed = (runs / "s3.txt").read_text()
+    assert "s2 step 4, action head freshly initialised" in printed
+    assert "standard deviations from the artifact's; using those of the data" in printed
+    assert "scratch arm" in (runs / "scratch.txt").read_text()
+
+
+@pytest.mark.slow
+def test_co_training_moves_the_latent_head(runs):
+    artifact = load_artifact(runs / "s2" / ARTIFACT).state_dict
+    cotrain = load_file(runs / "cotrain" / POLICY / "model.safetensors")
+    assert not torch.equal(cotrain["model.latent_head.out_proj.weight"], artifact["latent_head.out_proj.weight"])
+    assert "co-training the latent head with weight 0.1" in (runs / "cotrain.txt").read_text()
+
+
+# --- refused ----------------------------------------------------------------------------------------------------------
+
+
+STAGES = {
+    "2": (train_stage2.Stage2Config, train_stage2.main),
+    "3": (train_stage3.Stage3Config, train_stage3.main),
+}
+
+
+@pytest.mark.parametrize(
+    "stage, arguments, message",
+    [
+        ("2", "--data.roots {video} --laq-ckpt nowhere.safetensors", "nowhere.safetensors: no such file"),
+        ("2", "--data.roots nowhere --laq-ckpt {laq}", "no LeRobotDataset at nowhere"),
+        (
+            "2",
+            "--data.roots {video} --laq-ckpt {laq} --data.cameras top",
+            "asked for .'top'.*found .*observation.image",
+        ),
+        ("2", "--data.roots {video} --laq-ckpt {laq} --data.frame-gap-s 0.02", "not a whole number of frames"),
+        ("2", "--data.roots {video} --laq-ckpt {laq} --data.frame-gap-s 5", "no episode is longer"),
+        ("2", "--data.roots {video} --laq-ckpt {laq} --data.val-fraction 0.99", "too few to hold out"),
+        ("2", "--data.roots {video} --laq-ckpt {laq} --accumulation-steps 3", "--batch-size 64 .* not divisible"),
+        ("2", "--data.roots {video} --laq-ckpt {laq} --resume", "--resume: there is no checkpoint"),
+        ("3", "--data.roots {video}", "has no 'action' column.*action-free video goes into --video-roots"),
+        ("3", "--data.roots {labelled} {images}", "action have different widths"),
+        ("3", "--data.roots {labelled} --stage2-artifact nowhere.safetensors", "nowhere.safetensors does not exist"),
+    ],
+)
+def test_wrong_inputs_are_named_and_leave_no_run_directory(
+    stage, arguments, message, tmp_path, video_dataset, labelled_dataset, image_dataset, laq_checkpoint
+):
+    places = {"video": video_dataset, "labelled": labelled_dataset, "images": image_dataset, "laq": laq_checkpoint}
+    config_class, main = STAGES[stage]
+    given = arguments.format(**places).split()
+    config = tyro.cli(config_class, args=[*given, "--run-dir", str(tmp_path / "run"), "--model.preset", "tiny"])
+    with pytest.raises(ValueError, match=message):
+        main(config)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "stage, arguments, message",
+    [
+        ("2", "", "--laq-ckpt"),
+        ("2", "--laq-ckpt x", "no dataset given: pass --data.repo-ids"),
+        ("2", "--laq-ckpt x --data.roots x --steps 0", "--steps must be at least 1"),
+        ("3", "--data.roots x --chunk-size 4", "--n-action-steps 10 must be between 1 and --chunk-size 4"),
+        ("3", "--data.roots x --latent-loss-weight 0.1", "co-training needs both"),
+        ("3", "--data.roots x --laq-ckpt x", "co-training needs both"),
+        ("3", "--data.roots x --video-roots x", "only teach the latent head: pass --latent-loss-weight"),
+        ("3", "--data.roots x --model.preset tiny --model.name x", "both name a trunk"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused_at_once(stage, arguments, message, tmp_path, capsys):
+    with pytest.raises((SystemExit, ValueError)) as error:
+        tyro.cli(STAGES[stage][0], args=[*arguments.split(), "--run-dir", str(tmp_path / "run")])
+    written = " ".join((capsys.readouterr().err + str(error.value)).replace("│", " ").split())
+    assert message in written
+
+
+@pytest.mark.slow
+def test_what_contradicts_the_artifact_is_refused(runs, tmp_path, labelled_dataset, laq_checkpoint):
+    given = ["--data.roots", str(labelled_dataset), "--stage2-artifact", str(runs / "s2" / ARTIFACT)]
+    cotrain = ["--latent-loss-weight", "0.1", "--laq-ckpt"]
+    own_teacher = str(runs / "laq" / TEACHER)
+    for arguments, message in [
+        (["--model.name", "my/trunk", "--data.cameras", "top"], r"(?s)model_name: .*my/trunk.*cameras: .*'top'"),
+        ([*cotrain, str(laq_checkpoint)], "is teacher .* the artifact was trained with"),
+        (
+            [*cotrain, own_teacher, "--data.frame-gap-s", "0.25"],
+            r"0.25 s, .* 0.5 s long: pass --data.frame-gap-s 0.5",
+        ),
+    ]:
+        args = [*given, *arguments, "--run-dir", str(tmp_path / "run")]
+        with pytest.raises(ValueError, match=message):
+            train_stage3.main(tyro.cli(train_stage3.Stage3Config, args=args))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_refused_command_fails_and_says_why_last(tmp_path, video_dataset):
+    done = run("train_stage3.py", "--data.roots", video_dataset, "--run-dir", tmp_path / "run")
+    assert done.returncode != 0
+    assert done.stderr.splitlines()[-1].startswith("ValueError: ")
+    assert "has no 'action' column" in done.stderr.splitlines()[-1]
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["train_stage2.py", "train_stage3.py"])
+def test_help_is_worth_reading(command):
+    text = run_well(command, "--help")
+    for words in ("--run-dir", "--data.roots", "--data.frame-gap-s", "--optim.lr", "seconds"):
+        assert words in text
