@@ -81,8 +81,9 @@ def main(config: RolloutConfig) -> None:
     # The environment is rendered at the size that the policy was trained on.
     image_size = next(f.shape[-1] for f in policy.config.input_features.values() if len(f.shape) == 3)
     environments = evaluate.make_environments(config.env.type, config.env.task, image_size, config.num_envs)
+    task = evaluate.task_text(config.env.type, config.env.task)
     episodes = evaluate.run_episodes(
-        policy, preprocess, postprocess, environments, seeds, config.max_steps, config.rename
+        policy, preprocess, postprocess, environments, task, seeds, config.max_steps, config.rename
     )
     provenance = {
         "policy_path": str(config.policy_path),

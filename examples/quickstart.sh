@@ -29,23 +29,23 @@ python examples/record_metaworld.py --kind labelled --root "$RUN/data/labelled" 
 step "2 teacher"
 # A small LAQ learns codes for what happens within 0.05 s (4 frames at 80 fps) of video.
 launch -m smolvla_shared.teacher train --run-dir "$RUN/laq" --data.roots "$RUN/data/video" --seed "$SEED" \
-    --data.frame-gap-s 0.05 --data.num-workers 1 --steps 1000 --batch-size 32 --optim.lr 2e-3 --optim.warmup-steps 100 \
+    --data.frame-gap-s 0.05 --data.num-workers 1 --steps 700 --batch-size 32 --optim.lr 2e-3 --optim.warmup-steps 100 \
     --laq.dim 64 --laq.quant-dim 16 --laq.image-size 64 --laq.patch-size 8 --laq.spatial-depth 2 \
-    --laq.temporal-depth 1 --laq.dim-head 16 --laq.heads 4 --save-every 500 --eval-every 250
+    --laq.temporal-depth 1 --laq.dim-head 16 --laq.heads 4 --save-every 350 --eval-every 350
 
 step "3 stage 2"
 # The core learns to predict the teacher's latent actions from one frame, the task text and the arm's position.
 launch train_stage2.py --run-dir "$RUN/stage2" --laq-ckpt "$RUN/laq/checkpoints/last/pretrained_model/laq.safetensors" \
     --data.roots "$RUN/data/video" --seed "$SEED" --model.preset tiny --data.frame-gap-s 0.05 --data.num-workers 1 \
-    --steps 600 --batch-size 32 --flow-draws 4 --optim.lr 1e-3 --optim.warmup-steps 100 --save-every 300 --eval-every 200
+    --steps 500 --batch-size 32 --flow-draws 4 --optim.lr 1e-3 --optim.warmup-steps 100 --save-every 250 --eval-every 250
 
 step "4 stage 3"
 # The action head, and the shared weights with it, learn from the labelled demonstrations.
 launch train_stage3.py --run-dir "$RUN/stage3" \
     --stage2-artifact "$RUN/stage2/artifacts/smolvla_shared_stage2_artifact.safetensors" \
     --data.roots "$RUN/data/labelled" --seed "$SEED" --data.num-workers 1 --chunk-size 16 --n-action-steps 8 \
-    --steps 700 --batch-size 32 --flow-draws 4 --optim.lr 1e-3 --optim.warmup-steps 100 --ema-decay 0.99 \
-    --save-every 350 --eval-every 175
+    --steps 600 --batch-size 32 --flow-draws 4 --optim.lr 1e-3 --optim.warmup-steps 100 --ema-decay 0.99 \
+    --save-every 300 --eval-every 200
 
 step "5 rollout"
 python rollout.py --policy-path "$RUN/stage3/checkpoints/last/pretrained_model" --env.type metaworld --env.task $TASK \

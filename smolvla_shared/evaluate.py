@@ -70,6 +70,15 @@ def metaworld_tasks() -> list[str]:
     return sorted(TASK_DESCRIPTIONS)
 
 
+def task_text(env_type: str, task: str) -> str:
+    """The task in words, as recordings have it; PushT has none."""
+    if env_type != "metaworld":
+        return ""
+    from lerobot.envs.metaworld import TASK_DESCRIPTIONS
+
+    return TASK_DESCRIPTIONS[task]
+
+
 def check_environment(env_type: str, task: str, seeds: range) -> None:
     """Raise ValueError for a type or task that there is not, and for seeds that recordings use."""
     if env_type not in ENVIRONMENTS:
@@ -146,6 +155,7 @@ def run_episodes(
     preprocess: Callable[[dict[str, Any]], dict[str, Any]],
     postprocess: Callable[[torch.Tensor], torch.Tensor],
     environments: gymnasium.vector.VectorEnv,
+    task: str,
     seeds: range,
     max_steps: int,
     rename: dict[str, str] | None = None,
@@ -155,15 +165,13 @@ def run_episodes(
     Yields each with its frames, [h, w, 3] uint8 of the first camera, from the start to what the last action led to.
 
     preprocess, postprocess: the policy's processors (normalisation, tokens; actions in the environment's units)
+    task:                    the instruction, in words
     max_steps:               environment steps after which an episode has failed
     """
     from lerobot.envs.utils import preprocess_observation
 
     core = policy.config.core
     num_envs = environments.num_envs
-    tasks = (
-        [text or "" for text in environments.call("task_description")] if has_task(environments) else [""] * num_envs
-    )
     num_run = num_successes = 0
     bar = tqdm(total=len(seeds), desc="rollout", unit="episode", dynamic_ncols=True)
     for first in range(0, len(seeds), num_envs):
@@ -174,7 +182,7 @@ def run_episodes(
         policy.reset()
         running = np.array([first + i < len(seeds) for i in range(num_envs)])
         for step in range(max_steps):
-            batch = preprocess_observation(observation) | {"task": tasks}
+            batch = preprocess_observation(observation) | {"task": [task] * num_envs}
             if first == step == 0:
                 check_cameras(policy, batch, rename or {})
             noise = [episode_noise(e.seed, step, (core.chunk_size, core.max_action_dim)) for e in round_episodes]
@@ -198,13 +206,6 @@ def run_episodes(
             bar.set_postfix_str(f"success {num_successes}/{num_run}")
             yield episode, episode_frames
     bar.close()
-
-
-def has_task(environments: gymnasium.vector.VectorEnv) -> bool:
-    """Whether the environments name their task in words. A failing call would kill the workers, so ask one here."""
-    if isinstance(environments, gymnasium.vector.SyncVectorEnv):
-        return hasattr(environments.envs[0].unwrapped, "task_description")
-    return hasattr(environments.dummy_env.unwrapped, "task_description")
 
 
 def film_strip(episode: Episode, frames: list[np.ndarray], tile: int = 96) -> Image.Image:

@@ -163,20 +163,24 @@ class MetricsLog:
 
 
 def plot_curves(metrics: list[dict[str, float]], path: Path) -> None:
-    """A panel for each loss and held-out metric in metrics.jsonl, over steps."""
+    """Losses and held-out metrics over steps; a panel shows what belongs together, such as an error and its baseline."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    names = sorted({key for line in metrics for key in line if key.startswith(("loss/", "val/", "usage/"))})
-    if not names:
+    panels: dict[str, list[str]] = {}
+    for name in sorted({key for line in metrics for key in line if key.startswith(("loss/", "val/", "usage/"))}):
+        panels.setdefault(name.split("/")[1].removesuffix("_of_mean"), []).append(name)
+    if not panels:
         return
-    figure, axes = plt.subplots(1, len(names), figsize=(4 * len(names), 3), squeeze=False)
-    for axis, name in zip(axes[0], names, strict=True):
-        points = [(line["step"], line[name]) for line in metrics if name in line]
-        axis.plot(*zip(*points, strict=True), marker="." if len(points) < 30 else "")
-        axis.set(title=name, xlabel="step")
+    figure, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 3), squeeze=False)
+    for axis, (title, names) in zip(axes[0], panels.items(), strict=True):
+        for name in names:
+            points = [(line["step"], line[name]) for line in metrics if name in line]
+            axis.plot(*zip(*points, strict=True), marker="." if len(points) < 30 else "", label=name)
+        axis.set(title=title, xlabel="step")
+        axis.legend(fontsize="small")
         axis.grid(alpha=0.3)
     figure.tight_layout()
     figure.savefig(path, dpi=100)

@@ -63,7 +63,9 @@ def run(policy_path: Path, num_envs: int, **options) -> list[tuple[Episode, list
     policy = HLRPSmolVLASharedPolicy.from_pretrained(policy_path)
     processors = make_pre_post_processors(policy.config, pretrained_path=str(policy_path))
     environments = evaluate.make_environments("metaworld", TASK, 64, num_envs)
-    episodes = list(evaluate.run_episodes(policy, *processors, environments, range(7, 10), max_steps=9, **options))
+    episodes = list(
+        evaluate.run_episodes(policy, *processors, environments, "slide", range(7, 10), max_steps=9, **options)
+    )
     environments.close()
     return episodes
 
@@ -138,6 +140,27 @@ def test_results_and_pictures(tmp_path):
     assert tuple(sheet[-1, -1]) == evaluate.FAILURE_COLOR
     videos = sorted(path.name for path in (tmp_path / "out").glob("*.mp4"))
     assert videos == ["episode_00005_success.mp4", "episode_00006_failure.mp4"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_envs", [1, 2])
+def test_an_environment_without_task_text(num_envs, tmp_path):
+    """PushT: another state and action width, no task in words, rewards instead of an early end."""
+    core_config = make_core_config(
+        ModelConfig(preset="tiny"), ("observation.image",), state_dim=2, action_dim=2, chunk_size=4
+    )
+    torch.manual_seed(0)
+    pixels = Statistics((256.0,) * 2, (100.0,) * 2)
+    tokenizer, shapes = load_trunk_tokenizer("tiny", None), {"observation.image": (3, 96, 96)}
+    statistics = {"state": pixels, "action": pixels}
+    save_policy(tmp_path, SmolVLASharedCore(core_config), tokenizer, statistics, n_action_steps=4, image_shapes=shapes)
+    policy = HLRPSmolVLASharedPolicy.from_pretrained(tmp_path)
+    processors = make_pre_post_processors(policy.config, pretrained_path=str(tmp_path))
+    environments = evaluate.make_environments("pusht", "", 96, num_envs)
+    episodes = list(evaluate.run_episodes(policy, *processors, environments, "", range(2), max_steps=5))
+    environments.close()
+    assert [(episode.steps, episode.success) for episode, _ in episodes] == [(5, False)] * 2
+    assert episodes[0][1][0].shape == (96, 96, 3)
 
 
 @pytest.mark.slow
