@@ -26,7 +26,7 @@ def summarize(run: Path) -> dict:
     return {
         "teacher": {
             "held_out_reconstruction_error": last_value(run / "laq", "val/reconstruction"),
-            "error_of_repeating_the_first_frame": last_value(run / "laq", "val/copy_first_frame"),
+            "error_of_repeating_the_first_frame": last_value(run / "laq", "val/reconstruction_of_first_frame"),
             "perplexity": last_value(run / "laq", "usage/perplexity"),
         },
         "stage2": {

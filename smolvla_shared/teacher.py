@@ -122,7 +122,7 @@ def train_teacher(config: TeacherConfig) -> None:
             errors = [(p - frames[:, 1]).square().mean((1, 2, 3)) * mask for p in (predicted, frames[:, 0])]
             sums += torch.stack([errors[0].sum(), errors[1].sum(), mask.sum()])
         reconstruction, copy, count = accelerator.reduce(sums, "sum").tolist()
-        return {"reconstruction": reconstruction / max(count, 1), "copy_first_frame": copy / max(count, 1)}
+        return {"reconstruction": reconstruction / max(count, 1), "reconstruction_of_first_frame": copy / max(count, 1)}
 
     def export(directory: Path) -> None:
         directory.mkdir(parents=True)

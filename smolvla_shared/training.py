@@ -163,7 +163,7 @@ class MetricsLog:
 
 
 def plot_curves(metrics: list[dict[str, float]], path: Path) -> None:
-    """Losses and held-out metrics over steps; a panel shows what belongs together, such as an error and its baseline."""
+    """Losses and held-out metrics over steps; what belongs together, an error and its baseline, shares a panel."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -171,7 +171,7 @@ def plot_curves(metrics: list[dict[str, float]], path: Path) -> None:
 
     panels: dict[str, list[str]] = {}
     for name in sorted({key for line in metrics for key in line if key.startswith(("loss/", "val/", "usage/"))}):
-        panels.setdefault(name.split("/")[1].removesuffix("_of_mean"), []).append(name)
+        panels.setdefault(name.split("/")[1].split("_of_")[0], []).append(name)
     if not panels:
         return
     figure, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 3), squeeze=False)
@@ -180,6 +180,8 @@ def plot_curves(metrics: list[dict[str, float]], path: Path) -> None:
             points = [(line["step"], line[name]) for line in metrics if name in line]
             axis.plot(*zip(*points, strict=True), marker="." if len(points) < 30 else "", label=name)
         axis.set(title=title, xlabel="step")
+        if any(name.startswith("loss/") for name in names):
+            axis.set_yscale("log")
         axis.legend(fontsize="small")
         axis.grid(alpha=0.3)
     figure.tight_layout()

@@ -110,7 +110,9 @@ def test_a_short_training_learns(run_dir):
     assert len(errors) == 4
     assert errors[-1] < 0.5 * errors[0]
     assert lines[-1]["loss/reconstruction"] < 0.5 * lines[0]["loss/reconstruction"]
-    copies = {line["val/copy_first_frame"] for line in lines if "val/copy_first_frame" in line}
+    copies = {
+        line["val/reconstruction_of_first_frame"] for line in lines if "val/reconstruction_of_first_frame" in line
+    }
     assert len(copies) == 1  # the same held-out pairs every time
     usage = [line for line in lines if "usage/perplexity" in line]
     assert [line["step"] for line in usage] == [20, 40, 60, 80]
@@ -157,7 +159,7 @@ def test_held_out_errors_are_of_the_exported_teacher(run_dir, video_dataset):
             copies.append((frames[0, 0] - frames[0, 1]).square().mean().item())
     last = json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["val/reconstruction"] == pytest.approx(np.mean(errors), rel=1e-4)
-    assert last["val/copy_first_frame"] == pytest.approx(np.mean(copies), rel=1e-4)
+    assert last["val/reconstruction_of_first_frame"] == pytest.approx(np.mean(copies), rel=1e-4)
 
 
 def test_frames_of_several_sizes_have_the_range_that_laq_expects(tmp_path, video_dataset, image_dataset, monkeypatch):
