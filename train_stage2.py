@@ -34,7 +34,7 @@ def main(config: Stage2Config) -> None:
     from smolvla_shared.laq import load_laq, teacher_id
     from smolvla_shared.preprocess import Preprocessor
 
-    # Everything a user can get wrong is checked before the run directory exists.
+    # What a user can get wrong is found out before train() makes the run directory.
     laq = load_laq(config.laq_ckpt, config.laq_code_seq_len, config.laq_image_size)
     sources = data.open_sources(config.data)
     cameras, label_camera = data.choose_cameras(sources, config.data)
@@ -50,7 +50,7 @@ def main(config: Stage2Config) -> None:
     )
     tokenizer = trunk.load_trunk_tokenizer(core_config.model_name, core_config.model_revision)
     accelerator = training.make_accelerator(config)
-    checkpoint = training.start_run(config, accelerator)
+    checkpoint = training.check_run(config, accelerator)
 
     core = model.SmolVLASharedCore(core_config)
     if core_config.has_pretrained_trunk:
@@ -61,7 +61,7 @@ def main(config: Stage2Config) -> None:
     statistics = {LATENT: teacher.latent_statistics(laq, sources, frames, label_camera, config.seed)}
     if state_dim:
         statistics["state"] = data.vector_statistics(sources, data.STATE_KEY)
-    accelerator.print(data.describe(sources))
+    accelerator.print(data.describe(sources, with_pairs=True))
     accelerator.print(model.parameter_table(core))
     accelerator.print(
         f"Stage 2: {config.steps} steps of {config.batch_size} samples; cameras {', '.join(cameras)}; teacher "

@@ -66,7 +66,7 @@ def main(config: Stage3Config) -> None:
     from smolvla_shared.laq import load_laq, teacher_id
     from smolvla_shared.preprocess import Preprocessor
 
-    # Everything a user can get wrong is checked before the run directory exists.
+    # What a user can get wrong is found out before train() makes the run directory.
     stage2 = artifact.load_artifact(config.stage2_artifact) if config.stage2_artifact else None
     data_config = config.data
     if stage2:
@@ -92,18 +92,16 @@ def main(config: Stage3Config) -> None:
         "chunk_size": config.chunk_size,
     }
     laq = load_laq(config.laq_ckpt, config.laq_code_seq_len, config.laq_image_size) if config.laq_ckpt else None
-    if laq and stage2 and teacher_id(laq) != manifest.latents.teacher_id:
+    if laq and stage2:
+        artifact.check_teacher(manifest, teacher_id(laq), config.data)
+    recorded_state = manifest.normalization.get("state") if stage2 else None
+    if config.normalization == "artifact" and (not recorded_state or len(recorded_state.mean) != dims["state_dim"]):
         raise ValueError(
-            f"--laq-ckpt {config.laq_ckpt} is teacher {teacher_id(laq)}, the artifact was trained with "
-            f"{manifest.latents.teacher_id}: its latent head speaks another language"
-        )
-    if laq and stage2 and config.data.frame_gap_s != manifest.latents.frame_gap_s:
-        raise ValueError(
-            f"--data.frame-gap-s is {config.data.frame_gap_s} s, the artifact's latent actions are "
-            f"{manifest.latents.frame_gap_s} s long: pass --data.frame-gap-s {manifest.latents.frame_gap_s}"
+            f"--normalization artifact: the data's state has {dims['state_dim']} dimensions, the artifact's statistics "
+            f"have {len(recorded_state.mean) if recorded_state else 'none'}: use --normalization data"
         )
     accelerator = training.make_accelerator(config)
-    checkpoint = training.start_run(config, accelerator)
+    checkpoint = training.check_run(config, accelerator)
 
     if stage2:
         core, has_fresh_head = artifact.build_core(stage2, **dims)
@@ -132,14 +130,11 @@ def main(config: Stage3Config) -> None:
     statistics = {ACTION: data.vector_statistics(labelled, data.ACTION_KEY)}
     if core_config.state_dim:
         statistics["state"] = data.vector_statistics(labelled, data.STATE_KEY)
-        if stage2 and "state" in manifest.normalization:
-            recorded = manifest.normalization["state"]
-            accelerator.print(
-                f"state statistics: the data's mean is up to {statistics['state'].shift_from(recorded):.2f} standard "
-                f"deviations from the artifact's; using those of the {config.normalization}"
-            )
-            if config.normalization == "artifact":
-                statistics["state"] = recorded
+        if recorded_state:
+            difference = statistics["state"].difference(recorded_state)
+            accelerator.print(f"state statistics: {difference}; using those of the {config.normalization}")
+        if config.normalization == "artifact":
+            statistics["state"] = recorded_state
     if laq:
         laq.to(accelerator.device)
         statistics[LATENT] = (
@@ -147,7 +142,7 @@ def main(config: Stage3Config) -> None:
             if stage2
             else teacher.latent_statistics(laq, sources, frames, label_camera, config.seed)
         )
-    accelerator.print(data.describe(sources))
+    accelerator.print(data.describe(sources, with_pairs=laq is not None))
     accelerator.print(model.parameter_table(core))
     accelerator.print(
         f"Stage 3: {config.steps} steps of {config.batch_size} samples; cameras {', '.join(cameras)}; chunks of "

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from smolvla_shared.config import CoreConfig
+from smolvla_shared.config import CoreConfig, DataConfig
 from smolvla_shared.model import SmolVLASharedCore
 from smolvla_shared.preprocess import Statistics, pack_tokenizer, unpack_tokenizer
 from smolvla_shared.weights import check_weights, file_sha256, public_state, write_text, write_weights
@@ -200,6 +200,22 @@ def check_agreement(manifest: Manifest, stated: dict[str, Any]) -> None:
         )
 
 
+def check_teacher(manifest: Manifest, teacher_id: str, data: DataConfig) -> None:
+    """Raise ValueError unless Stage 3 would co-train on the latent actions that Stage 2 learned."""
+    latents = manifest.latents
+    rows = [
+        f"  {what}: command line {stated}, artifact {recorded}"
+        for what, stated, recorded in (
+            ("teacher (--laq-ckpt)", teacher_id, latents.teacher_id),
+            ("--data.frame-gap-s", data.frame_gap_s, latents.frame_gap_s),
+            ("--data.label-camera", data.label_camera or latents.label_camera, latents.label_camera),
+        )
+        if stated != recorded
+    ]
+    if rows:
+        raise ValueError("co-training needs the latent actions of the artifact's Stage 2:\n" + "\n".join(rows))
+
+
 def build_core(artifact: Artifact, **changes: Any) -> tuple[SmolVLASharedCore, bool]:
     """The artifact's core, with `changes` to its CoreConfig (the action head's sizes, say), weights loaded strictly.
 
@@ -207,9 +223,10 @@ def build_core(artifact: Artifact, **changes: Any) -> tuple[SmolVLASharedCore, b
     """
     core = SmolVLASharedCore(replace(artifact.manifest.core, **changes))
     expected, found = public_state(core), artifact.state_dict
-    has_fresh_head = not any(key.startswith(OPTIONAL_PREFIX) for key in found)
+    head = {key for key in expected if key.startswith(OPTIONAL_PREFIX)}
+    has_fresh_head = bool(head) and not head & found.keys()
     if has_fresh_head:
-        expected = {key: tensor for key, tensor in expected.items() if not key.startswith(OPTIONAL_PREFIX)}
+        expected = {key: tensor for key, tensor in expected.items() if key not in head}
     check_weights("the artifact", expected, found)
     core.load_state_dict(found, strict=not has_fresh_head)
     return core, has_fresh_head

@@ -9,6 +9,7 @@ import multiprocessing
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -74,14 +75,20 @@ class Source:
         images = {key: self.dataset.hf_dataset.select_columns([key]) for key in self.meta.image_keys}
         self.images = {key: column.with_format(None) for key, column in images.items()}
         self.task_index = np.asarray(self.dataset.hf_dataset.with_format("numpy")["task_index"])
-        self.gap = round(config.frame_gap_s * self.fps)
-        if self.gap < 1 or abs(self.gap / self.fps - config.frame_gap_s) > 0.1 * config.frame_gap_s:
-            below = max(1, int(config.frame_gap_s * self.fps))
+        self.frame_gap_s = config.frame_gap_s
+
+    @cached_property
+    def gap(self) -> int:
+        """Frames between the two of a pair; asked for only where there are pairs."""
+        gap = round(self.frame_gap_s * self.fps)
+        if gap < 1 or abs(gap / self.fps - self.frame_gap_s) > 0.1 * self.frame_gap_s:
+            below = max(1, int(self.frame_gap_s * self.fps))
             near = ", ".join(f"{frames / self.fps:.4g}" for frames in (below, below + 1))
             raise ValueError(
-                f"--data.frame-gap-s {config.frame_gap_s} is not a whole number of frames of {self.name} at {self.fps} "
+                f"--data.frame-gap-s {self.frame_gap_s} is not a whole number of frames of {self.name} at {self.fps} "
                 f"fps: take one near {near}"
             )
+        return gap
 
     @property
     def num_frames(self) -> int:
@@ -219,11 +226,12 @@ class SampleDataset(Dataset):
         end = int(source.episode_to[episode])
 
         images, pair = [], None
-        pair_valid = key.frame + source.gap < end
+        gap = source.gap if spec.label_camera else 0
+        pair_valid = key.frame + gap < end
         for camera in dict.fromkeys((*spec.cameras, *([spec.label_camera] if spec.label_camera else []))):
             is_label = camera == spec.label_camera
             # A pair cut by the episode's end is masked; the frame itself stands in, so that shapes agree.
-            frames = [key.frame, key.frame + source.gap * pair_valid] if is_label else [key.frame]
+            frames = [key.frame, key.frame + gap * pair_valid] if is_label else [key.frame]
             frames = source.read_frames(camera, episode, frames)
             if is_label:
                 pair = self.common_size(camera, frames)
@@ -320,7 +328,7 @@ class StepSampler(Sampler[list[SampleKey]]):
         num_processes: int = 1,
         accumulation_steps: int = 1,
     ):
-        assert batch_size % (num_processes * accumulation_steps) == 0  # training.start_run tells the user
+        assert batch_size % (num_processes * accumulation_steps) == 0  # training.check_run tells the user
         for group in groups:
             if not len(group.frames):
                 raise ValueError("a group of training data has no frames")
@@ -441,10 +449,11 @@ def valid_pair_share(sources: list[Source], frames: list[tuple[int, np.ndarray]]
     return valid / total
 
 
-def describe(sources: list[Source]) -> str:
+def describe(sources: list[Source], with_pairs: bool) -> str:
     """A line for each dataset, for the first lines of a run."""
     return "\n".join(
         f"{s.name}: {s.num_frames:,} frames, {len(s.episode_from):,} episodes, "
-        f"{s.num_frames / s.fps / 3600:.2f} h at {s.fps} fps, pairs {s.gap} frames = {s.gap / s.fps:.3g} s apart"
+        f"{s.num_frames / s.fps / 3600:.2f} h at {s.fps} fps"
+        + (f", pairs {s.gap} frames = {s.gap / s.fps:.3g} s apart" if with_pairs else "")
         for s in sources
     )

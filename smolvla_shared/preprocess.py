@@ -76,10 +76,13 @@ class Statistics:
         values = values.double()
         return cls(tuple(values.mean(0).tolist()), tuple(values.std(0, correction=0).tolist()))
 
-    def shift_from(self, other: "Statistics") -> float:
-        """Largest distance of the means, in the other's standard deviations."""
-        rows = zip(self.mean, other.mean, other.std, strict=True)
-        return max(abs(mean - other_mean) / (other_std + EPS) for mean, other_mean, other_std in rows)
+    def difference(self, artifact: "Statistics") -> str:
+        """In words, how far the data's statistics are from an artifact's."""
+        if len(self.mean) != len(artifact.mean):
+            return f"the data has {len(self.mean)} dimensions, the artifact {len(artifact.mean)}"
+        rows = zip(self.mean, artifact.mean, artifact.std, strict=True)
+        shift = max(abs(mean - other_mean) / (other_std + EPS) for mean, other_mean, other_std in rows)
+        return f"the data's mean is up to {shift:.2f} standard deviations from the artifact's"
 
     def tensors(self, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
         return torch.tensor(self.mean, device=device), torch.tensor(self.std, device=device)

@@ -67,16 +67,16 @@ class TeacherConfig(RunConfig):
 
 
 def train_teacher(config: TeacherConfig) -> None:
-    from smolvla_shared.training import make_accelerator, start_run, train
+    from smolvla_shared.training import check_run, make_accelerator, train
 
     accelerator = make_accelerator(config)
     sources = data.open_sources(config.data)
     _, label_camera = data.choose_cameras(sources, config.data)
     frames, held_out_frames = data.split_sources(sources, config.data, config.seed)
     pair_share = data.valid_pair_share(sources, frames)
-    checkpoint = start_run(config, accelerator)
+    checkpoint = check_run(config, accelerator)
     laq = LAQ(config.laq)
-    accelerator.print(data.describe(sources))
+    accelerator.print(data.describe(sources, with_pairs=True))
     accelerator.print(
         f"LAQ: {sum(p.numel() for p in laq.parameters()):,} parameters; a latent action is {config.laq.code_seq_len} "
         f"codes out of {config.laq.codebook_size}; pairs of {label_camera}, "

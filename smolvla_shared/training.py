@@ -63,13 +63,13 @@ def config_json(config: RunConfig) -> dict[str, Any]:
     return json.loads(json.dumps(asdict(config), default=str))
 
 
-def start_run(config: RunConfig, accelerator: Accelerator) -> Path | None:
-    """Claim the run directory; with --resume return the checkpoint to go on from.
+def check_run(config: RunConfig, accelerator: Accelerator) -> Path | None:
+    """What can be told of a run before its data and model are there; with --resume, the checkpoint to go on from.
 
     Raises ValueError where a new run would overwrite another, a resumed one would be another run, or a batch does not
     divide.
     """
-    run_dir, record = config.run_dir, config_json(config)
+    run_dir = config.run_dir
     if config.batch_size % (accelerator.num_processes * config.accumulation_steps):
         raise ValueError(
             f"--batch-size {config.batch_size} (all processes together) is not divisible by "
@@ -78,17 +78,13 @@ def start_run(config: RunConfig, accelerator: Accelerator) -> Path | None:
     if not config.resume:
         if run_dir.exists():
             raise ValueError(f"--run-dir {run_dir} exists: pass --resume to go on with it, or another directory")
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            run_dir.mkdir(parents=True)
-            (run_dir / "config.json").write_text(json.dumps(record, indent=2) + "\n")
         return None
     last = run_dir / "checkpoints" / "last"
     if not last.exists():
         raise ValueError(
             f"--resume: there is no checkpoint at {last}; remove {run_dir} if it exists, and start without --resume"
         )
-    before, now = flat(json.loads((run_dir / "config.json").read_text())), flat(record)
+    before, now = flat(json.loads((run_dir / "config.json").read_text())), flat(config_json(config))
     changed = [
         f"  {key}: was {before.get(key)}, now {now.get(key)}"
         for key in sorted(before.keys() | now.keys())
@@ -100,6 +96,14 @@ def start_run(config: RunConfig, accelerator: Accelerator) -> Path | None:
             f"(free to change: {', '.join(sorted(FREE_ON_RESUME))}):\n" + "\n".join(changed)
         )
     return last.resolve()
+
+
+def claim_run(config: RunConfig, accelerator: Accelerator) -> None:
+    """Make the directory of a new run, once every process has found it free."""
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process and not config.resume:
+        config.run_dir.mkdir(parents=True, exist_ok=True)
+        (config.run_dir / "config.json").write_text(json.dumps(config_json(config), indent=2) + "\n")
 
 
 def save_checkpoint(
@@ -276,6 +280,7 @@ def train(
 
     A loss is the mean over the valid tokens of the *whole* step: over all processes and accumulation steps.
     """
+    claim_run(config, accelerator)
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     optim = config.optim
     optimizer = torch.optim.AdamW(trained, lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay)

@@ -278,10 +278,18 @@ def trunk_location(name: str) -> str:
 
 def load_trunk_config(name: str, revision: str | None) -> dict[str, Any]:
     """The configuration of a SmolVLM by hub id, local directory or `tiny`, for CoreConfig.vlm."""
-    vlm_config = AutoConfig.from_pretrained(trunk_location(name), revision=revision)
+    try:
+        vlm_config = AutoConfig.from_pretrained(trunk_location(name), revision=revision)
+    except OSError as error:
+        raise ValueError(
+            f"--model.name {name}: neither a local directory with a config.json nor a model that the hub gave: {error}"
+        ) from error
     if not isinstance(vlm_config, SmolVLMConfig):
         raise ValueError(f"--model.name {name} is a {vlm_config.model_type}, the trunk must be a smolvlm")
-    return json.loads(vlm_config.to_json_string(use_diff=False))  # equal before and after a manifest
+    fields = json.loads(vlm_config.to_json_string(use_diff=False))  # equal before and after a manifest
+    for part in (fields, fields["vision_config"], fields["text_config"]):
+        part.pop("_name_or_path", None)  # where this machine found it, no part of the model
+    return fields
 
 
 def load_trunk_tokenizer(name: str, revision: str | None) -> PreTrainedTokenizerFast:

@@ -38,6 +38,7 @@ def record_dataset(root: Path, fps: int, cameras: dict[str, tuple[int, int]], us
              action with its velocity, which changes within an episode; both as shares of the picture
     """
     import numpy as np
+    from lerobot.configs.video import RGBEncoderConfig
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
     names = {"state": "observation.state", "action": "action"}
@@ -50,7 +51,15 @@ def record_dataset(root: Path, fps: int, cameras: dict[str, tuple[int, int]], us
         for key, size in cameras.items()
     }
     features |= {names[name]: {"dtype": "float32", "shape": (dim,), "names": None} for name, dim in dims.items()}
-    dataset = LeRobotDataset.create(repo_id=root.name, fps=fps, features=features, root=root, use_videos=use_videos)
+    dataset = LeRobotDataset.create(
+        repo_id=root.name,
+        fps=fps,
+        features=features,
+        root=root,
+        use_videos=use_videos,
+        # LeRobot's default, SVT-AV1, makes the whole process a real-time one when root runs it.
+        rgb_encoder=RGBEncoderConfig(vcodec="h264"),
+    )
     rng = np.random.default_rng(0)
     for episode in range(8):
         position, velocity = rng.uniform(0.2, 0.8, 2), rng.uniform(-0.05, 0.05, 2)

@@ -20,12 +20,13 @@ from smolvla_shared.artifact import (
     _body_sha256,
     build_core,
     check_agreement,
+    check_teacher,
     fingerprints,
     load_artifact,
     save_artifact,
 )
 from smolvla_shared.batch import Batch, FlowTarget
-from smolvla_shared.config import ModelConfig
+from smolvla_shared.config import DataConfig, ModelConfig
 from smolvla_shared.model import PARTS, SmolVLASharedCore, make_core_config, parameters_by_part
 from smolvla_shared.preprocess import Statistics, TextTokenizer
 from smolvla_shared.trunk import load_trunk_tokenizer
@@ -335,3 +336,15 @@ def test_all_disagreements_are_listed_at_once(artifact):
         f"  cameras: command line {CAMERAS[::-1]}, artifact {CAMERAS}",
     ]
     check_agreement(artifact.manifest, {"model_name": "nobody/nothing", "cameras": CAMERAS, "image_size": None})
+
+
+def test_co_training_on_other_latent_actions_is_refused(artifact):
+    data = DataConfig(roots=(Path("x"),), frame_gap_s=0.25, label_camera=CAMERAS[1])
+    with pytest.raises(ValueError) as error:
+        check_teacher(artifact.manifest, "1" * 64, data)
+    assert str(error.value).splitlines()[1:] == [
+        f"  teacher (--laq-ckpt): command line {'1' * 64}, artifact {'0' * 64}",
+        "  --data.frame-gap-s: command line 0.25, artifact 0.5",
+        f"  --data.label-camera: command line {CAMERAS[1]}, artifact {CAMERAS[0]}",
+    ]
+    check_teacher(artifact.manifest, "0" * 64, DataConfig(roots=(Path("x"),), frame_gap_s=0.5))

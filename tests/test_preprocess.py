@@ -225,3 +225,9 @@ def test_a_model_without_state_gets_zeros(tokenizer):
     batch = Preprocessor(replace(CONFIG, state_dim=0), tokenizer, {})(raw)
     assert torch.equal(batch.state, torch.zeros(2, 5))
     assert not batch.state_mask.any()
+
+
+def test_statistics_say_how_far_they_are_from_the_artifacts():
+    data, artifact = Statistics((1.0, 2.0), (1.0, 1.0)), Statistics((1.0, 5.0), (1.0, 2.0))
+    assert "up to 1.50 standard deviations" in data.difference(artifact)
+    assert "the data has 2 dimensions, the artifact 1" in data.difference(Statistics((0.0,), (1.0,)))

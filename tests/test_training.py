@@ -264,36 +264,37 @@ def test_two_processes_equal_one(tmp_path):
 
 def test_a_new_run_claims_its_directory_and_another_is_refused(tmp_path):
     config = replace(make_config(tmp_path), run_dir=tmp_path / "runs" / "s2")
-    assert training.start_run(config, make_accelerator()) is None
+    assert training.check_run(config, make_accelerator()) is None
+    training.claim_run(config, make_accelerator())
     record = json.loads((config.run_dir / "config.json").read_text())
     assert (record["batch_size"], record["optim"]["lr"], record["data"]["roots"]) == (8, 1e-2, ["x"])
     with pytest.raises(ValueError, match=r"--run-dir .*s2 exists: pass --resume .* or another directory"):
-        training.start_run(config, make_accelerator())
+        training.check_run(config, make_accelerator())
 
 
 def test_a_batch_that_does_not_divide_is_refused(tmp_path):
     config = replace(make_config(tmp_path), run_dir=tmp_path / "run", accumulation_steps=3)
     with pytest.raises(ValueError, match=r"--batch-size 8 .* is not divisible by 1 process\(es\) x 3 accumulation"):
-        training.start_run(config, make_accelerator())
+        training.check_run(config, make_accelerator())
     assert not config.run_dir.exists()
 
 
 def test_a_resume_without_a_checkpoint_is_refused(tmp_path):
     config = make_config(tmp_path, resume=True)
     with pytest.raises(ValueError, match=r"--resume: there is no checkpoint at .*checkpoints/last; remove .*without"):
-        training.start_run(config, make_accelerator())
+        training.check_run(config, make_accelerator())
 
 
 def test_a_resume_with_other_settings_is_refused_and_all_are_listed(tmp_path):
     config = replace(make_config(tmp_path), run_dir=tmp_path / "run")
-    training.start_run(config, make_accelerator())
+    training.claim_run(config, make_accelerator())
     (config.run_dir / "checkpoints" / "000002").mkdir(parents=True)
     (config.run_dir / "checkpoints" / "last").symlink_to("000002")
     resumed = replace(config, resume=True, steps=9, save_every=3, data=replace(config.data, num_workers=1))
-    assert training.start_run(resumed, make_accelerator()) == config.run_dir / "checkpoints" / "000002"
+    assert training.check_run(resumed, make_accelerator()) == config.run_dir / "checkpoints" / "000002"
     other = replace(resumed, seed=1, optim=replace(config.optim, lr=3e-3))
     with pytest.raises(ValueError) as error:
-        training.start_run(other, make_accelerator())
+        training.check_run(other, make_accelerator())
     lines = str(error.value).splitlines()
     assert lines[1:] == ["  optim.lr: was 0.01, now 0.003", "  seed: was 0, now 1"]
     assert "free to change: data.num_workers, eval_every, log_every, resume, run_dir, save_every, steps" in lines[0]
