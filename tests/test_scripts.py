@@ -63,6 +63,9 @@ def runs(tmp_path_factory, video_dataset, labelled_dataset) -> Path:
     train("scratch", "train_stage3.py", *labelled, "--model.preset", "tiny")
     cotrain = ["--latent-loss-weight", "0.1", "--video-roots", video_dataset]
     train("cotrain", "train_stage3.py", *labelled, *from_artifact, *teacher, *cotrain)
+    task = ["--env.type", "metaworld", "--env.task", "plate-slide-v3", "--episodes", "1", "--max-steps", "4"]
+    out = ["--out", runs / "rollout", "--num-envs", "1"]
+    (runs / "rollout.txt").write_text(run_well("rollout.py", "--policy-path", runs / "s3" / POLICY, *task, *out))
     return runs
 
 
@@ -101,6 +104,21 @@ def test_every_run_leaves_the_same_directory(runs, name, targets, every):
     assert [line["step"] for line in evaluated] == [every, 2 * every]
     for target in targets:
         assert f"val/{target}" in evaluated[0]
+
+
+@pytest.mark.slow
+def test_the_policy_acts_and_the_chain_is_summed_up(runs):
+    """4 training steps teach nothing: the episode fails, and the summary says so beside the runs' own figures."""
+    assert (runs / "rollout.txt").read_text().splitlines()[-1].startswith("plate-slide-v3: 0 of 1 episodes succeeded")
+    (runs / "steps.txt").write_text("1 teacher 0\n2 stage 2 90\nend 120\n")
+    for name in ("stage2", "stage3"):
+        (runs / name).symlink_to(runs / name.replace("tage", ""))
+    printed = run_well("examples/summarize.py", runs)
+    summary = json.loads((runs / "summary.json").read_text())
+    assert summary["rollout"]["success_rate"] == 0.0
+    assert summary["minutes"] == {"1 teacher": 1.5, "2 stage 2": 0.5, "total": 2.0}
+    assert summary["stage2"]["held_out_latent_error"] == metrics_of(runs / "s2")[-1]["val/latent_error"]
+    assert "held out action error" in printed
 
 
 @pytest.mark.slow
