@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The whole way once, on a CPU: record video and a few demonstrations in Meta-World, train a teacher on the video,
 # train the core on the teacher's latent actions, fine-tune on the demonstrations, and let the policy act.
-# These are the commands for your own data, too, with smaller sizes. About 25 minutes on two cores.
+# These are the commands for your own data, too, with smaller sizes. About 20 minutes on two cores.
 #
 #   examples/quickstart.sh              # runs/quickstart, seed 0
 #   SEED=1 RUN=runs/seed1 examples/quickstart.sh
@@ -17,6 +17,7 @@ if [ -e "$RUN" ]; then
 fi
 mkdir -p "$RUN"
 export HF_HUB_OFFLINE=1 MUJOCO_GL="${MUJOCO_GL:-osmesa}" # nothing here needs a hub or a display
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(nproc)}"
 launch() { accelerate launch --config-file configs/accelerate/cpu.yaml "$@"; }
 step() { printf '\n== %s\n' "$1" && echo "$1 $SECONDS" >> "$RUN/steps.txt"; }
 
@@ -49,7 +50,7 @@ launch train_stage3.py --run-dir "$RUN/stage3" \
 
 step "5 rollout"
 python rollout.py --policy-path "$RUN/stage3/checkpoints/last/pretrained_model" --env.type metaworld --env.task $TASK \
-    --episodes 20 --num-envs 2 --seed "$SEED" --max-steps 200 --out "$RUN/rollout" --videos
+    --episodes 20 --num-envs 2 --seed $((100 * SEED)) --max-steps 200 --out "$RUN/rollout" --videos
 
 step "end"
 python examples/summarize.py "$RUN"
