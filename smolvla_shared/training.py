@@ -255,6 +255,58 @@ class ema_weights:
         self._swap()
 
 
+def accumulate_gradients(
+    accelerator: Accelerator, module: nn.Module, passes: list[Any], weights: dict[str, float]
+) -> dict[str, Tensor]:
+    """Backward through one step's batches; returns this process's part of each target's loss.
+
+    A loss is the mean over the valid tokens of the *whole* step, over all processes and accumulation steps: the parts
+    add up to it.
+    """
+    counts = {name: sum(batch.masks[name].sum() for batch in passes) for name in passes[0].masks}
+    counts = {name: accelerator.reduce(count.float(), "sum") for name, count in counts.items()}
+    totals: dict[str, Tensor] = {}
+    for index, batch in enumerate(passes):
+        is_last = index == len(passes) - 1
+        with nullcontext() if is_last else accelerator.no_sync(module):
+            with accelerator.autocast():
+                errors = module(batch)
+            parts = {name: losses.masked_mean(e, batch.masks[name], counts[name]) for name, e in errors.items()}
+            loss = sum(weights.get(name, 1.0) * part for name, part in parts.items())
+            # DDP averages gradients over processes; the loss is a part of a sum over them.
+            accelerator.backward(loss * accelerator.num_processes)
+        totals = {name: totals.get(name, 0) + part.detach() for name, part in parts.items()}
+    return totals
+
+
+@torch.no_grad()
+def update_average(state: TrainingState, decay: float) -> None:
+    """Move the running average towards the weights. It forgets its start as fast as it can: early on it is a mean."""
+    decay = min(decay, (1 + state.step) / (10 + state.step))
+    trained = [parameter for parameter in state.module.parameters() if parameter.requires_grad]
+    torch._foreach_lerp_(list(state.ema.values()), trained, 1 - decay)
+
+
+class Window:
+    """What has happened since the last line of metrics.jsonl; losses stay on the device until they are read."""
+
+    def __init__(self, first_step: int):
+        self.first_step, self.start = first_step, time.perf_counter()
+        self.losses: dict[str, Tensor] = {}
+        self.extra: dict[str, float] = {}
+
+    def add(self, parts: dict[str, Tensor], extra: dict[str, float]) -> None:
+        self.losses = {name: self.losses.get(name, 0) + part for name, part in parts.items()}
+        self.extra |= extra
+
+    def read(self, accelerator: Accelerator, step: int, batch_size: int) -> dict[str, float]:
+        """Mean losses over the window's steps, the newest extra metrics, and the speed."""
+        span = step - self.first_step
+        means = {f"loss/{name}": (accelerator.reduce(s, "sum") / span).item() for name, s in self.losses.items()}
+        samples_per_s = span * batch_size / (time.perf_counter() - self.start)
+        return means | self.extra | {"samples": step * batch_size, "time/samples_per_s": samples_per_s}
+
+
 def train(
     config: RunConfig,
     accelerator: Accelerator,
@@ -265,10 +317,10 @@ def train(
     loss_weights: dict[str, float] | None = None,
     evaluate: Callable[[], dict[str, float]] | None = None,
     export: Callable[[Path], None] | None = None,
-    after_step: Callable[[int], dict[str, float]] | None = None,
+    after_step: Callable[[int], dict[str, float]] = lambda step: {},
     checkpoint: Path | None = None,
 ) -> None:
-    """Train `module` in place for config.steps optimizer steps.
+    """Train `module` in place for config.steps optimizer steps; with --ema-decay it ends as the running average.
 
     module:       module(batch) returns the error of each token, {target: [B, T]}; batch.masks says which count
     make_batches: the loader of this process from a given step on, accumulation_steps raw batches a step
@@ -277,65 +329,38 @@ def train(
     evaluate:     held-out metrics, called every eval_every steps and at the end
     export:       writes a directory that can be used without the run, called for every checkpoint
     after_step:   called with the step after each one; what it returned last is logged
-
-    A loss is the mean over the valid tokens of the *whole* step: over all processes and accumulation steps.
+    checkpoint:   what to go on from (check_run)
     """
     claim_run(config, accelerator)
-    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     optim = config.optim
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay)
-    bare_module = module
-    module, optimizer = accelerator.prepare(module, optimizer)
-    state = TrainingState(bare_module, optimizer.optimizer)
+    prepared, prepared_optimizer = accelerator.prepare(module, optimizer)
+    state = TrainingState(module, optimizer)
     if config.ema_decay:
-        state.ema = {n: p.detach().clone() for n, p in bare_module.named_parameters() if p.requires_grad}
+        state.ema = {n: p.detach().clone() for n, p in module.named_parameters() if p.requires_grad}
     if checkpoint:
         load_checkpoint(checkpoint, state)
-    log = MetricsLog(config.run_dir / "metrics.jsonl", state.step) if accelerator.is_main_process else None
-    weights = loss_weights or {}
+    is_main = accelerator.is_main_process
+    log = MetricsLog(config.run_dir / "metrics.jsonl", state.step) if is_main else None
 
     module.train()
     batches = iter(make_batches(state.step))
-    bar = tqdm(
-        initial=state.step,
-        total=config.steps,
-        desc=config.run_dir.name,
-        unit="step",
-        disable=not accelerator.is_main_process,
-        dynamic_ncols=True,
-        mininterval=1.0,
-    )
-    sums: dict[str, Tensor] = {}  # on the device; read back only when they are logged
-    extra: dict[str, float] = {}
-    clock, clock_step = time.perf_counter(), state.step
+    bar = tqdm(initial=state.step, total=config.steps, desc=config.run_dir.name, unit="step", disable=not is_main)
+    window = Window(state.step)
     while state.step < config.steps:
         passes = [prepare(to_device(next(batches), accelerator.device)) for _ in range(config.accumulation_steps)]
-        counts = {name: sum(p.masks[name].sum() for p in passes) for name in passes[0].masks}
-        counts = {name: accelerator.reduce(count.float(), "sum") for name, count in counts.items()}
-        for index, batch in enumerate(passes):
-            is_last = index == len(passes) - 1
-            with nullcontext() if is_last else accelerator.no_sync(module):
-                with accelerator.autocast():
-                    errors = module(batch)
-                parts = {name: losses.masked_mean(e, batch.masks[name], counts[name]) for name, e in errors.items()}
-                loss = sum(weights.get(name, 1.0) * part for name, part in parts.items())
-                # DDP averages gradients over processes; the loss is a part of a sum over them.
-                accelerator.backward(loss * accelerator.num_processes)
-            for name, part in parts.items():
-                sums[f"loss/{name}"] = sums.get(f"loss/{name}", 0) + part.detach()
+        parts = accumulate_gradients(accelerator, prepared, passes, loss_weights or {})
         grad_norm = accelerator.clip_grad_norm_(trained, optim.max_grad_norm)
         rate = learning_rate(state.step, config.steps, optim)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        optimizer.step()
-        optimizer.zero_grad()
-        if state.ema:
-            # The average forgets its start as fast as it can: early on it is a plain mean.
-            decay = min(config.ema_decay, (1 + state.step) / (10 + state.step))
-            with torch.no_grad():
-                torch._foreach_lerp_(list(state.ema.values()), [p.detach() for p in trained], 1 - decay)
+        prepared_optimizer.step()
+        prepared_optimizer.zero_grad()
+        if config.ema_decay:
+            update_average(state, config.ema_decay)
         state.step += 1
-        extra |= after_step(state.step) if after_step else {}
+        window.add(parts, after_step(state.step))
         bar.update()
 
         is_end = state.step == config.steps
@@ -343,20 +368,12 @@ def train(
         saves = state.step % config.save_every == 0 or is_end
         # Logged before it is saved: a resumed run has nothing to average over, and nothing that is not finite is kept.
         if state.step % config.log_every == 0 or evaluates or saves:
-            span = state.step - clock_step
-            metrics = {name: (accelerator.reduce(s, "sum") / span).item() for name, s in sums.items()}
-            if not all(math.isfinite(value) for value in (*metrics.values(), float(grad_norm))):
-                raise FloatingPointError(
-                    f"loss or gradients are not finite at step {state.step}: {metrics}, grad_norm {float(grad_norm)}"
-                )
-            now = time.perf_counter()
-            rate_of_samples = span * config.batch_size / (now - clock)
-            bar.set_postfix_str(
-                " ".join(f"{name.removeprefix('loss/')} {v:.4f}" for name, v in metrics.items())
-                + f" {rate_of_samples:.0f} samples/s"
-            )
-            metrics |= {"lr": rate, "grad_norm": float(grad_norm), "samples": state.step * config.batch_size}
-            metrics |= extra | {"time/samples_per_s": rate_of_samples}
+            metrics = window.read(accelerator, state.step, config.batch_size)
+            metrics |= {"lr": rate, "grad_norm": float(grad_norm)}
+            if not all(math.isfinite(value) for value in metrics.values()):
+                raise FloatingPointError(f"loss or gradients are not finite at step {state.step}: {metrics}")
+            shown = {name.removeprefix("loss/"): f"{v:.4f}" for name, v in metrics.items() if name.startswith("loss/")}
+            bar.set_postfix(shown | {"samples/s": f"{metrics['time/samples_per_s']:.0f}"})
             if evaluates:
                 module.eval()
                 with ema_weights(state):
@@ -364,15 +381,15 @@ def train(
                 module.train()
             if log:
                 log.write({"step": state.step, **metrics})
-            sums, extra, clock, clock_step = {}, {}, time.perf_counter(), state.step
+            window = Window(state.step)
         if saves:
             save_checkpoint(config.run_dir, state, accelerator, export)
             accelerator.wait_for_everyone()
             if log:
                 plot_curves(log.read(), config.run_dir / "curves.png")
     bar.close()
-    if state.ema:
-        for (_, average), parameter in zip(state.ema.items(), trained, strict=True):
+    if config.ema_decay:
+        for parameter, average in zip(trained, state.ema.values(), strict=True):
             parameter.data.copy_(average)
 
 
