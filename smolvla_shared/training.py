@@ -388,6 +388,7 @@ def train(
             if log:
                 plot_curves(log.read(), config.run_dir / "curves.png")
     bar.close()
+    del batches  # ends the loader's workers
     if config.ema_decay:
         for parameter, average in zip(trained, state.ema.values(), strict=True):
             parameter.data.copy_(average)
