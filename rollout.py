@@ -29,7 +29,7 @@ class RolloutConfig:
     env: EnvironmentConfig = field(default_factory=EnvironmentConfig)
     # Episodes to run; 50 leave an interval of about +-13 points.
     episodes: int = 50
-    # Environments that run side by side, each in a process of its own; does not change the results.
+    # Environments that run side by side (Meta-World: in a process each); does not change the results.
     num_envs: int = 2
     # Episode i uses seed + i, for object positions and the policy's noise.
     seed: int = 0

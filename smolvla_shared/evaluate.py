@@ -93,13 +93,13 @@ def check_environment(env_type: str, task: str, seeds: range) -> None:
 
 
 def make_environments(env_type: str, task: str, image_size: int, num_envs: int) -> gymnasium.vector.VectorEnv:
-    """`num_envs` environments, each in a process of its own if there are several."""
+    """`num_envs` environments; several of Meta-World run in a process each."""
     from lerobot.envs.configs import EnvConfig
     from lerobot.envs.factory import make_env
 
     if env_type == "pusht":
-        config = EnvConfig.get_choice_class(env_type)()
-        return make_env(config, n_envs=num_envs, use_async_envs=num_envs > 1)[env_type][0]
+        # In one process: LeRobot's worker processes do not import gym_pusht.
+        return make_env(EnvConfig.get_choice_class(env_type)(), n_envs=num_envs, use_async_envs=False)[env_type][0]
     factories = [partial(make_metaworld, task, image_size)] * num_envs
     if num_envs == 1:
         return gymnasium.vector.SyncVectorEnv(factories)
