@@ -72,6 +72,7 @@ def main(config: Stage2Config) -> None:
         cameras=cameras,
         state_dim=state_dim,
         label_camera=label_camera,
+        pair_size=laq.config.image_size,
         draws={LATENT: (core_config.code_seq_len, core_config.latent_dim)},
         num_draws=config.flow_draws,
         time_beta=(core_config.time_beta_alpha, core_config.time_beta_beta),

@@ -159,6 +159,7 @@ def main(config: Stage3Config) -> None:
         chunk_size=config.chunk_size,
         action_dim=core_config.action_dim,
         label_camera=label_camera if laq else None,
+        pair_size=laq.config.image_size if laq else 0,
         draws=draws,
         num_draws=config.flow_draws,
         time_beta=(core_config.time_beta_alpha, core_config.time_beta_beta),

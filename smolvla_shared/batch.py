@@ -21,12 +21,16 @@ class RawBatch:
     tasks: list[str]  # B task texts
     state: Tensor  # [B, state_dim] float32; zeros where a dataset has none
     state_mask: Tensor  # [B] bool
-    pairs: Tensor | None  # [B, 2, 3, h, w] the label camera's frames t and t + gap; None if nobody labels
+    # [B, 2, 3, h, w] the label camera's frames t and t + gap, likewise uint8 (the teacher's float32 squares in [0, 1]
+    # where recorded sizes differ); None if nobody labels or a cache has the labels
+    pairs: Tensor | None
     pair_mask: Tensor  # [B] bool: False where the episode ends before t + gap
     actions: Tensor  # [B, T, A] float32; zeros where a dataset has none
     action_mask: Tensor  # [B, T] bool: False past the episode's end and where a dataset has no actions
     noise: dict[str, Tensor]  # by target, [B, K, tokens, width] float32
     time: dict[str, Tensor]  # by target, [B, K] float32
+    source: Tensor  # [B] int64, which dataset of the run each sample is from
+    frame: Tensor  # [B] int64, which row of it: with `source`, the place of what a cache holds for the sample
     keys: list[str]  # B names of the samples: dataset, episode and frame
 
     def __len__(self) -> int:

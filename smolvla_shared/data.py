@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from smolvla_shared import flow, preprocess
 from smolvla_shared.batch import RawBatch
-from smolvla_shared.config import DataConfig, RunConfig
+from smolvla_shared.config import LATENT, DataConfig, RunConfig
 from smolvla_shared.preprocess import Statistics
 
 STATE_KEY, ACTION_KEY = "observation.state", "action"
@@ -42,6 +42,9 @@ class SampleSpec:
     action_dim: int = 0
     # Camera whose frame pairs are read for the teacher; None reads single frames.
     label_camera: str | None = None
+    # Side of the teacher's square: what pairs become where the datasets' sizes differ, so that a label does not depend
+    # on what else is in the mixture.
+    pair_size: int = 0
     # Shape [tokens, width] of the noise of each flow target, and how many draws of it a sample gets.
     draws: dict[str, tuple[int, int]] = field(default_factory=dict)
     num_draws: int = 1
@@ -191,12 +194,13 @@ class Sample:
     task: str
     state: np.ndarray  # [state_dim]
     has_state: bool
-    pair: Tensor | None  # [2, 3, h, w], likewise
+    pair: Tensor | None  # [2, 3, h, w], uint8 or (SampleSpec.pair_size) float32
     pair_valid: bool
     actions: np.ndarray  # [T, A]
     action_valid: np.ndarray  # [T]
     noise: dict[str, np.ndarray]
     time: dict[str, np.ndarray]
+    key: SampleKey
     name: str
 
 
@@ -205,13 +209,16 @@ class SampleDataset(Dataset):
 
     def __init__(self, sources: list[Source], spec: SampleSpec, seed: int, random_shift: float = 0.0):
         self.sources, self.spec, self.seed, self.random_shift = sources, spec, seed, random_shift
-        # Side of the square that a camera's frames become where the datasets' sizes differ: decided for the run, not
-        # for a batch, so that a frame looks the same whichever others it is read with.
-        self.square_side: dict[str, int] = {}
-        for camera in (*spec.cameras, *([spec.label_camera] if spec.label_camera else [])):
-            sizes = {source.frame_shape(camera)[1:] for source in sources}
-            if len(sizes) > 1:
-                self.square_side[camera] = max(max(size) for size in sizes)
+        # Decided for the run, not for a batch, so that a frame looks the same whichever others it is read with.
+        self.label_cameras = (spec.label_camera,) if spec.label_camera else ()
+        sizes = {
+            camera: {source.frame_shape(camera)[1:] for source in sources}
+            for camera in (*spec.cameras, *self.label_cameras)
+        }
+        # Side of the square that the images of a camera become whose size is not the same everywhere.
+        self.square_side = {
+            camera: max(max(size) for size in found) for camera, found in sizes.items() if len(found) > 1
+        }
 
     def common_size(self, camera: str, frames: Tensor) -> Tensor:
         """uint8 frames [F, 3, h, w] as recorded; as float32 squares in [0, 1] where the datasets' sizes differ."""
@@ -226,15 +233,18 @@ class SampleDataset(Dataset):
         end = int(source.episode_to[episode])
 
         images, pair = [], None
-        gap = source.gap if spec.label_camera else 0
+        # Latents that come from a cache need to know, too, where the episode is too short for a pair.
+        gap = source.gap if spec.label_camera or LATENT in spec.draws else 0
         pair_valid = key.frame + gap < end
-        for camera in dict.fromkeys((*spec.cameras, *([spec.label_camera] if spec.label_camera else []))):
+        for camera in dict.fromkeys((*spec.cameras, *self.label_cameras)):
             is_label = camera == spec.label_camera
             # A pair cut by the episode's end is masked; the frame itself stands in, so that shapes agree.
             frames = [key.frame, key.frame + gap * pair_valid] if is_label else [key.frame]
             frames = source.read_frames(camera, episode, frames)
             if is_label:
-                pair = self.common_size(camera, frames)
+                pair = frames
+                if camera in self.square_side:
+                    pair = preprocess.stretch(frames.float() / 255, spec.pair_size)
             if camera in spec.cameras:
                 image = frames[0]
                 if self.random_shift:
@@ -269,6 +279,7 @@ class SampleDataset(Dataset):
             action_valid=action_valid,
             noise={name: noise for name, (noise, _) in draws.items()},
             time={name: time for name, (_, time) in draws.items()},
+            key=key,
             name=f"{source.name} episode {episode} frame {key.frame - int(source.episode_from[episode])}",
         )
 
@@ -289,6 +300,8 @@ def collate(samples: list[Sample]) -> RawBatch:
         action_mask=stack(s.action_valid for s in samples),
         noise={name: stack(s.noise[name] for s in samples) for name in first.noise},
         time={name: stack(s.time[name] for s in samples) for name in first.time},
+        source=torch.tensor([s.key.source for s in samples]),
+        frame=torch.tensor([s.key.frame for s in samples]),
         keys=[s.name for s in samples],
     )
 

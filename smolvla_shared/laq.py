@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from smolvla_shared.preprocess import stretch
 from smolvla_shared.weights import check_weights, file_sha256, public_state, write_text, write_weights
 
 SCHEMA = "smolvla_shared.laq.v1"
@@ -184,12 +185,7 @@ class LAQ(nn.Module):
 
     def resize(self, frames: Tensor) -> Tensor:  # [B, F, 3, H, W]
         """Frames of the size that the model sees, [B, F, 3, image_size, image_size]."""
-        size = (self.config.image_size, self.config.image_size)
-        if frames.shape[-2:] == size:
-            return frames
-        # Antialiased like the PIL resize of LAPA's own pipeline: a plain bilinear one aliases when it shrinks.
-        resized = F.interpolate(frames.flatten(0, 1), size, mode="bilinear", antialias=True)
-        return resized.unflatten(0, frames.shape[:2])
+        return stretch(frames, self.config.image_size)
 
     def _position_bias(self) -> Tensor:  # [M, h * w, h * w]
         return self.spatial_rel_pos_bias(self.config.grid)

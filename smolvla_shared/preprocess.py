@@ -33,6 +33,18 @@ def resize_with_pad(images: Tensor, size: int) -> Tensor:
     return F.pad(images, (size - new_width, 0, size - new_height, 0))
 
 
+def stretch(frames: Tensor, size: int) -> Tensor:
+    """Bilinear resize to a square, aspect ratio not kept: [..., 3, h, w] float in [0, 1] -> [..., 3, size, size].
+
+    A teacher's view of a frame. Antialiased like the PIL resize of LAPA's own pipeline: without, shrinking aliases.
+    """
+    if frames.shape[-2:] == (size, size):
+        return frames
+    batch = frames.shape[:-3]
+    resized = F.interpolate(frames.flatten(0, -4), (size, size), mode="bilinear", antialias=True)
+    return resized.unflatten(0, batch)
+
+
 def prepare_images(images: Tensor, size: int) -> Tensor:
     """uint8 in [0, 255] or float in [0, 1], [B, 3, h, w] -> the model's float32 squares in [-1, 1]."""
     if images.dtype == torch.uint8:

@@ -36,7 +36,7 @@ def latent_statistics(
     teacher: LAQ, sources: list[data.Source], frames: list[tuple[int, data.np.ndarray]], camera: str, seed: int
 ) -> Statistics:
     """Mean and standard deviation of the latent targets over up to 512 valid training pairs, drawn with the seed."""
-    spec = data.SampleSpec(cameras=(), label_camera=camera)
+    spec = data.SampleSpec(cameras=(), label_camera=camera, pair_size=teacher.config.image_size)
     sampler = data.StepSampler(data.group_frames(frames), seed, batch_size=32, first_step=0, last_step=16)
     loader = data.make_loader(data.SampleDataset(sources, spec, seed), sampler, num_workers=0)
     device = next(teacher.parameters()).device
@@ -86,6 +86,7 @@ def train_teacher(config: TeacherConfig) -> None:
     spec = data.SampleSpec(
         cameras=(),
         label_camera=label_camera,
+        pair_size=config.laq.image_size,
         draws={NOISE: (config.laq.code_seq_len, config.laq.quant_dim)},
     )
     loaders = data.make_loaders(

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
@@ -179,12 +180,13 @@ def test_one_dimensional_vectors_and_channels_first(tmp_path):
 
 
 def test_a_mixture_of_rates_sizes_and_columns(video, images):
-    """Frames become squares of the largest side, vectors that a dataset does not have are masked out."""
-    spec = replace(SPEC, chunk_size=4, action_dim=2)
+    """Images become squares of the largest side, pairs the teacher's; vectors that a dataset lacks are masked out."""
+    spec = replace(SPEC, chunk_size=4, action_dim=2, pair_size=40)
     dataset = SampleDataset([video, images], spec, seed=0)
     batch = data.collate([dataset[SampleKey(0, slot, slot % 2, 2 + slot)] for slot in range(4)])
     assert batch.images[0].shape == (4, 3, 96, 96)
-    assert batch.pairs.shape == (4, 2, 3, 96, 96)
+    assert batch.pairs.shape == (4, 2, 3, 40, 40)
+    assert (batch.source.tolist(), batch.frame.tolist()) == ([0, 1, 0, 1], [2, 3, 4, 5])
     assert batch.state_mask.tolist() == [True, False, True, False]
     assert batch.action_mask.any(1).tolist() == [False, True, False, True]
     assert not batch.state[1].any()
@@ -192,13 +194,15 @@ def test_a_mixture_of_rates_sizes_and_columns(video, images):
     for slot, source in enumerate([video, images] * 2):
         reference = lerobot_dataset(source)
         for index, frame in enumerate((2 + slot, 2 + slot + source.gap)):
-            expected = resize_with_pad(in_bytes(reference[frame][CAMERA])[None].float() / 255, 96)[0]
+            picture = in_bytes(reference[frame][CAMERA])[None].float() / 255
+            expected = F.interpolate(picture, (40, 40), mode="bilinear", antialias=True)[0]
             assert torch.equal(batch.pairs[slot, index], expected), (slot, index)
-        assert torch.equal(batch.images[0][slot], batch.pairs[slot, 0])
+        picture = in_bytes(reference[2 + slot][CAMERA])[None].float() / 255
+        assert torch.equal(batch.images[0][slot], resize_with_pad(picture, 96)[0])
 
 
 def test_a_frame_looks_the_same_whichever_others_are_in_its_batch(video, images):
-    dataset = SampleDataset([video, images], SPEC, seed=0)
+    dataset = SampleDataset([video, images], replace(SPEC, pair_size=40), seed=0)
     keys = [SampleKey(0, 0, 0, 11), SampleKey(0, 1, 1, 12)]
     together = data.collate([dataset[key] for key in keys])
     assert_equal(join([data.collate([dataset[key]]) for key in keys]), together)
@@ -331,7 +335,7 @@ def test_worker_processes_change_nothing(video, images):
 
 def test_two_processes_read_what_one_reads(video, images):
     """Batches of one sample, so that each holds frames of a single size."""
-    dataset = SampleDataset([video, images], SPEC, seed=0, random_shift=0.1)
+    dataset = SampleDataset([video, images], replace(SPEC, pair_size=40), seed=0, random_shift=0.1)
     groups = groups_of(60, 60, shares=(0.5, 0.5))
     whole = list(data.make_loader(dataset, StepSampler(groups, 0, 4, 0, 2), num_workers=0))
     shards = [data.make_loader(dataset, StepSampler(groups, 0, 4, 0, 2, p, 2, 2), num_workers=0) for p in range(2)]
