@@ -29,8 +29,10 @@ class RawBatch:
     action_mask: Tensor  # [B, T] bool: False past the episode's end and where a dataset has no actions
     noise: dict[str, Tensor]  # by target, [B, K, tokens, width] float32
     time: dict[str, Tensor]  # by target, [B, K] float32
-    source: Tensor  # [B] int64, which dataset of the run each sample is from
-    frame: Tensor  # [B] int64, which row of it: with `source`, the place of what a cache holds for the sample
+    # B, which dataset of the run a sample is from and which row of it: its place in a cache. Not tensors: they stay on
+    # the host, where caches are read.
+    source: list[int]
+    frame: list[int]
     keys: list[str]  # B names of the samples: dataset, episode and frame
 
     def __len__(self) -> int:

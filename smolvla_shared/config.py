@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+# Which of a teacher's latents are the labels: the codebook's rows, or the latent before it is quantised.
+TeacherKind = Literal["quantized", "continuous"]
 LATENT, ACTION = "latent", "action"  # the names of the two flow-matching targets, wherever they are dictionary keys
 
 
@@ -111,7 +113,9 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
-class DataConfig:
+class SourceConfig:
+    """Which recordings, and which pairs of their frames."""
+
     # Hub ids of LeRobotDatasets (v3); looked up in the local LeRobot cache first.
     repo_ids: tuple[str, ...] = ()
     # Local directories of LeRobotDatasets (v3), instead of or beside repo_ids.
@@ -122,20 +126,29 @@ class DataConfig:
     label_camera: str | None = None
     # Time between the two frames of a pair, seconds.
     frame_gap_s: float = 0.5
-    # Share of the episodes held out for evaluation; at least one episode when above 0.
-    val_fraction: float = 0.05
     # Loader processes a training process; 0 loads in the training process itself.
     num_workers: int = 4
-    # Shift the policy's images at random by up to this share of their side (training only; the teacher's are kept).
-    random_shift: float = 0.0
 
     def __post_init__(self):
         if not self.repo_ids and not self.roots:
             raise ValueError("no dataset given: pass --data.repo-ids (hub ids) or --data.roots (local directories)")
-        if not 0 <= self.val_fraction < 1:
-            raise ValueError(f"--data.val-fraction is a share of the episodes in [0, 1), got {self.val_fraction}")
         if self.frame_gap_s <= 0:
             raise ValueError(f"--data.frame-gap-s must be a positive number of seconds, got {self.frame_gap_s}")
+
+
+@dataclass(frozen=True)
+class DataConfig(SourceConfig):
+    """Which recordings, and how a run trains on them."""
+
+    # Share of the episodes held out for evaluation; at least one episode when above 0.
+    val_fraction: float = 0.05
+    # Shift the policy's images at random by up to this share of their side (training only; the teacher's are kept).
+    random_shift: float = 0.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 <= self.val_fraction < 1:
+            raise ValueError(f"--data.val-fraction is a share of the episodes in [0, 1), got {self.val_fraction}")
 
 
 @dataclass(frozen=True)
@@ -191,6 +204,33 @@ class RunConfig:
         for name in ("steps", "batch_size", "accumulation_steps", "save_every", "log_every", "eval_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentConfig(RunConfig):
+    """The options of the scripts that learn latent actions: whose, and where the labels come from."""
+
+    # The teacher: a .safetensors file of `python -m smolvla_shared.teacher train`, or LAPA's .pt file. With --labels
+    # cache it may be left out: the cache says whose labels it holds.
+    laq_ckpt: Path | None = None
+    # Codes of a latent action, where a LAPA file does not say (4 if not given).
+    laq_code_seq_len: int | None = None
+    # Side of the teacher's images in pixels, where a LAPA file does not say (256 if not given).
+    laq_image_size: int | None = None
+    # Which of its latents to learn: `quantized`, the codebook's rows, or `continuous`, those before quantisation.
+    teacher_kind: TeacherKind = "quantized"
+    # Run the teacher in every step, or read what `python -m smolvla_shared.teacher label` has written.
+    labels: Literal["online", "cache"] = "online"
+    # Directory of the label cache.
+    label_cache: Path | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        if (self.labels == "cache") != (self.label_cache is not None):
+            raise ValueError(
+                f"--labels cache and --label-cache <directory> belong together, got --labels {self.labels} and "
+                f"--label-cache {self.label_cache}"
+            )
 
 
 def expert_mlp_width(hidden: int, multiple_of: int = 256) -> int:

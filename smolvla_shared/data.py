@@ -300,8 +300,8 @@ def collate(samples: list[Sample]) -> RawBatch:
         action_mask=stack(s.action_valid for s in samples),
         noise={name: stack(s.noise[name] for s in samples) for name in first.noise},
         time={name: stack(s.time[name] for s in samples) for name in first.time},
-        source=torch.tensor([s.key.source for s in samples]),
-        frame=torch.tensor([s.key.frame for s in samples]),
+        source=[s.key.source for s in samples],
+        frame=[s.key.frame for s in samples],
         keys=[s.name for s in samples],
     )
 

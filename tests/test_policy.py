@@ -88,8 +88,8 @@ def raw_batch(sizes, tasks=TASKS):
         action_mask=torch.arange(T) < torch.tensor([T, 5, 1])[:num, None],
         noise={ACTION: torch.randn(num, 1, T, 32, generator=rng)},
         time={ACTION: torch.tensor([[0.9], [0.2], [0.5]])[:num]},
-        source=torch.zeros(num, dtype=torch.int64),
-        frame=torch.arange(num),
+        source=[0] * num,
+        frame=list(range(num)),
         keys=["sample"] * num,
     )
 
