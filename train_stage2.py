@@ -4,23 +4,16 @@ accelerate launch train_stage2.py --laq-ckpt laq_openx.pt --data.repo-ids my/vid
 """
 
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import tyro
 
-from smolvla_shared.config import LATENT, ModelConfig, RunConfig
+from smolvla_shared.config import LATENT, LatentConfig, ModelConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stage2Config(RunConfig):
+class Stage2Config(LatentConfig):
     """Train the SmolVLM trunk and the shared expert on the latent actions of a frozen LAQ teacher."""
 
-    # The teacher: a .safetensors file of `python -m smolvla_shared.teacher train`, or LAPA's .pt file.
-    laq_ckpt: Path
-    # Codes of a latent action, where a LAPA file does not say (4 if not given).
-    laq_code_seq_len: int | None = None
-    # Side of the teacher's images in pixels, where a LAPA file does not say (256 if not given).
-    laq_image_size: int | None = None
     # The trunk, and what of it trains.
     model: ModelConfig = field(default_factory=ModelConfig)
     # (noise, time) draws that are trained on one prefix pass of a sample.
@@ -31,22 +24,22 @@ def main(config: Stage2Config) -> None:
     import torch
 
     from smolvla_shared import artifact, data, model, teacher, training, trunk
-    from smolvla_shared.laq import load_laq, teacher_id
     from smolvla_shared.preprocess import Preprocessor
 
     # What a user can get wrong is found out before train() makes the run directory.
-    laq = load_laq(config.laq_ckpt, config.laq_code_seq_len, config.laq_image_size)
     sources = data.open_sources(config.data)
     cameras, label_camera = data.choose_cameras(sources, config.data)
     frames, held_out_frames = data.split_sources(sources, config.data, config.seed)
     pair_share = data.valid_pair_share(sources, frames)
+    labels = teacher.open_labels(config, sources, label_camera)
+    code_seq_len, latent_dim = labels.shape
     state_dim = data.common_dim(sources, data.STATE_KEY) if config.model.use_state else 0
     core_config = model.make_core_config(
         config.model,
         cameras,
         state_dim=state_dim,
-        latent_vector_dim=laq.config.latent_vector_dim,
-        code_seq_len=laq.config.code_seq_len,
+        latent_vector_dim=code_seq_len * latent_dim,
+        code_seq_len=code_seq_len,
     )
     tokenizer = trunk.load_trunk_tokenizer(core_config.model_name, core_config.model_revision)
     accelerator = training.make_accelerator(config)
@@ -57,23 +50,24 @@ def main(config: Stage2Config) -> None:
         trunk.load_trunk_weights(core.trunk, core_config.model_name, core_config.model_revision)
     model.freeze(core, model.frozen_parts(config.model, core_config))
     before = artifact.fingerprints(model.parameters_by_part(core))
-    laq.to(accelerator.device)
-    statistics = {LATENT: teacher.latent_statistics(laq, sources, frames, label_camera, config.seed)}
+    labels.to(accelerator.device)
+    statistics = {LATENT: teacher.latent_statistics(labels, sources, frames, config.seed, accelerator.device)}
     if state_dim:
         statistics["state"] = data.vector_statistics(sources, data.STATE_KEY)
     accelerator.print(data.describe(sources, with_pairs=True))
     accelerator.print(model.parameter_table(core))
     accelerator.print(
-        f"Stage 2: {config.steps} steps of {config.batch_size} samples; cameras {', '.join(cameras)}; teacher "
-        f"{teacher_id(laq)[:12]} on {label_camera}, {pair_share:.1%} of the frames have a pair"
+        f"Stage 2: {config.steps} steps of {config.batch_size} samples; cameras {', '.join(cameras)}; {labels.kind} "
+        f"latents of teacher {labels.teacher_id[:12]} ({config.labels}) on {label_camera}, {pair_share:.1%} of the "
+        "frames have a pair"
     )
 
     spec = data.SampleSpec(
         cameras=cameras,
         state_dim=state_dim,
-        label_camera=label_camera,
-        pair_size=laq.config.image_size,
-        draws={LATENT: (core_config.code_seq_len, core_config.latent_dim)},
+        label_camera=labels.camera,
+        pair_size=labels.pair_size,
+        draws={LATENT: labels.shape},
         num_draws=config.flow_draws,
         time_beta=(core_config.time_beta_alpha, core_config.time_beta_beta),
     )
@@ -83,7 +77,7 @@ def main(config: Stage2Config) -> None:
     preprocessor = Preprocessor(core_config, tokenizer, statistics)
 
     def prepare(raw):
-        return preprocessor(raw, teacher.latent_vectors(laq, raw.pairs))
+        return preprocessor(raw, labels(raw))
 
     def evaluate() -> dict[str, float]:
         return training.held_out_errors(core, loaders.held_out(), prepare, accelerator)
@@ -104,7 +98,7 @@ def main(config: Stage2Config) -> None:
             core.to(torch.device("cpu")),
             tokenizer,
             statistics,
-            artifact.Latents(teacher_id(laq), config.data.frame_gap_s, label_camera, pair_share),
+            artifact.Latents(labels.teacher_id, labels.kind, config.data.frame_gap_s, label_camera, pair_share),
             artifact.Origin(
                 run=config.run_dir.name,
                 global_step=config.steps,

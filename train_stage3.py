@@ -10,11 +10,11 @@ from typing import Literal
 
 import tyro
 
-from smolvla_shared.config import ACTION, LATENT, ModelConfig, RunConfig
+from smolvla_shared.config import ACTION, LATENT, LatentConfig, ModelConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stage3Config(RunConfig):
+class Stage3Config(LatentConfig):
     """Train the policy on action chunks, from a Stage 2 artifact or (without one) from the trunk's own weights."""
 
     # The weights file of Stage 2; its manifest decides about the model. None: the scratch arm.
@@ -29,14 +29,8 @@ class Stage3Config(RunConfig):
     normalization: Literal["data", "artifact"] = "data"
     # (noise, time) draws that are trained on one prefix pass of a sample.
     flow_draws: int = 1
-    # Weight of the latent loss beside the action loss; above 0 it co-trains the latent head and needs --laq-ckpt.
+    # Weight of the latent loss beside the action loss; above 0 it co-trains the latent head, on Stage 2's labels.
     latent_loss_weight: float = 0.0
-    # The teacher of Stage 2, for co-training.
-    laq_ckpt: Path | None = None
-    # Codes of a latent action, where a LAPA file does not say (4 if not given).
-    laq_code_seq_len: int | None = None
-    # Side of the teacher's images in pixels, where a LAPA file does not say (256 if not given).
-    laq_image_size: int | None = None
     # Local directories of action-free datasets to co-train the latent head on.
     video_roots: tuple[Path, ...] = ()
     # Hub ids of action-free datasets to co-train the latent head on.
@@ -50,10 +44,10 @@ class Stage3Config(RunConfig):
             raise ValueError(
                 f"--n-action-steps {self.n_action_steps} must be between 1 and --chunk-size {self.chunk_size}"
             )
-        if (self.latent_loss_weight > 0) != (self.laq_ckpt is not None):
+        if (self.latent_loss_weight > 0) != (self.laq_ckpt is not None or self.labels == "cache"):
             raise ValueError(
-                f"co-training needs both --latent-loss-weight > 0 (got {self.latent_loss_weight}) and --laq-ckpt "
-                f"(got {self.laq_ckpt})"
+                f"co-training needs --latent-loss-weight > 0 (got {self.latent_loss_weight}) and labels: --laq-ckpt "
+                f"(got {self.laq_ckpt}) or --labels cache (got {self.labels})"
             )
         if (self.video_roots or self.video_repo_ids) and not self.latent_loss_weight:
             raise ValueError("--video-roots and --video-repo-ids only teach the latent head: pass --latent-loss-weight")
@@ -63,7 +57,6 @@ class Stage3Config(RunConfig):
 
 def main(config: Stage3Config) -> None:
     from smolvla_shared import artifact, data, model, policy, teacher, training, trunk
-    from smolvla_shared.laq import load_laq, teacher_id
     from smolvla_shared.preprocess import Preprocessor
 
     # What a user can get wrong is found out before train() makes the run directory.
@@ -73,7 +66,7 @@ def main(config: Stage3Config) -> None:
         manifest = stage2.manifest
         stated = {"model_name": config.model.stated_name, "model_revision": config.model.revision}
         artifact.check_agreement(manifest, stated | {"cameras": config.data.cameras or None})
-        label_camera = manifest.latents.label_camera if config.laq_ckpt else None
+        label_camera = manifest.latents.label_camera if config.latent_loss_weight else None
         data_config = replace(config.data, cameras=manifest.core.cameras, label_camera=label_camera)
     labelled = data.open_sources(data_config)
     for source in labelled:
@@ -91,9 +84,9 @@ def main(config: Stage3Config) -> None:
         "action_dim": data.common_dim(labelled, data.ACTION_KEY),
         "chunk_size": config.chunk_size,
     }
-    laq = load_laq(config.laq_ckpt, config.laq_code_seq_len, config.laq_image_size) if config.laq_ckpt else None
-    if laq and stage2:
-        artifact.check_teacher(manifest, teacher_id(laq), config.data)
+    labels = teacher.open_labels(config, sources, label_camera) if config.latent_loss_weight else None
+    if labels and stage2:
+        artifact.check_teacher(manifest, labels.teacher_id, labels.kind, config.data)
     recorded_state = manifest.normalization.get("state") if stage2 else None
     if config.normalization == "artifact" and (not recorded_state or len(recorded_state.mean) != dims["state_dim"]):
         raise ValueError(
@@ -111,15 +104,15 @@ def main(config: Stage3Config) -> None:
             + ("freshly initialised" if has_fresh_head else "from the artifact")
         )
     else:
-        if laq:
-            dims |= {"latent_vector_dim": laq.config.latent_vector_dim, "code_seq_len": laq.config.code_seq_len}
+        if labels:
+            dims |= {"latent_vector_dim": labels.shape[0] * labels.shape[1], "code_seq_len": labels.shape[0]}
         core = model.SmolVLASharedCore(model.make_core_config(config.model, cameras, **dims))
         if core.config.has_pretrained_trunk:
             trunk.load_trunk_weights(core.trunk, core.config.model_name, core.config.model_revision)
         tokenizer = trunk.load_trunk_tokenizer(core.config.model_name, core.config.model_revision)
         accelerator.print("scratch arm: no Stage 2 artifact, the trunk's own weights")
     core_config = core.config
-    unused_head = ["latent head"] if core_config.latent_vector_dim and not laq else []
+    unused_head = ["latent head"] if core_config.latent_vector_dim and not labels else []
     model.freeze(core, model.frozen_parts(config.model, core_config) + unused_head)
 
     frames, held_out = data.split_sources(sources, config.data, config.seed)
@@ -135,31 +128,31 @@ def main(config: Stage3Config) -> None:
             accelerator.print(f"state statistics: {difference}; using those of the {config.normalization}")
         if config.normalization == "artifact":
             statistics["state"] = recorded_state
-    if laq:
-        laq.to(accelerator.device)
+    if labels:
+        labels.to(accelerator.device)
         statistics[LATENT] = (
             manifest.normalization[LATENT]
             if stage2
-            else teacher.latent_statistics(laq, sources, frames, label_camera, config.seed)
+            else teacher.latent_statistics(labels, sources, frames, config.seed, accelerator.device)
         )
-    accelerator.print(data.describe(sources, with_pairs=laq is not None))
+    accelerator.print(data.describe(sources, with_pairs=labels is not None))
     accelerator.print(model.parameter_table(core))
     accelerator.print(
         f"Stage 3: {config.steps} steps of {config.batch_size} samples; cameras {', '.join(cameras)}; chunks of "
         f"{config.chunk_size} actions of {core_config.action_dim}"
-        + (f"; co-training the latent head with weight {config.latent_loss_weight}" if laq else "")
+        + (f"; co-training the latent head with weight {config.latent_loss_weight}" if labels else "")
     )
 
     draws = {ACTION: (config.chunk_size, core_config.max_action_dim)}
-    if laq:
-        draws[LATENT] = (core_config.code_seq_len, core_config.latent_dim)
+    if labels:
+        draws[LATENT] = labels.shape
     spec = data.SampleSpec(
         cameras=cameras,
         state_dim=core_config.state_dim,
         chunk_size=config.chunk_size,
         action_dim=core_config.action_dim,
-        label_camera=label_camera if laq else None,
-        pair_size=laq.config.image_size if laq else 0,
+        label_camera=labels.camera if labels else None,
+        pair_size=labels.pair_size if labels else 0,
         draws=draws,
         num_draws=config.flow_draws,
         time_beta=(core_config.time_beta_alpha, core_config.time_beta_beta),
@@ -168,7 +161,7 @@ def main(config: Stage3Config) -> None:
     preprocessor = Preprocessor(core_config, tokenizer, statistics)
 
     def prepare(raw):
-        return preprocessor(raw, teacher.latent_vectors(laq, raw.pairs) if laq else None)
+        return preprocessor(raw, labels(raw) if labels else None)
 
     def evaluate() -> dict[str, float]:
         return training.held_out_errors(core, loaders.held_out(), prepare, accelerator)

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from smolvla_shared.config import CoreConfig, DataConfig
+from smolvla_shared.config import CoreConfig, DataConfig, TeacherKind
 from smolvla_shared.model import SmolVLASharedCore
 from smolvla_shared.preprocess import Statistics, pack_tokenizer, unpack_tokenizer
 from smolvla_shared.weights import check_weights, file_sha256, public_state, write_text, write_weights
@@ -31,6 +31,7 @@ class Latents:
     """Where the latent targets came from."""
 
     teacher_id: str  # sha256 of the teacher's configuration and weights (laq.teacher_id)
+    teacher_kind: TeacherKind
     frame_gap_s: float
     label_camera: str
     # Share of the sampled pairs that did not cross an episode's end.
@@ -200,13 +201,14 @@ def check_agreement(manifest: Manifest, stated: dict[str, Any]) -> None:
         )
 
 
-def check_teacher(manifest: Manifest, teacher_id: str, data: DataConfig) -> None:
+def check_teacher(manifest: Manifest, teacher_id: str, kind: TeacherKind, data: DataConfig) -> None:
     """Raise ValueError unless Stage 3 would co-train on the latent actions that Stage 2 learned."""
     latents = manifest.latents
     rows = [
         f"  {what}: command line {stated}, artifact {recorded}"
         for what, stated, recorded in (
             ("teacher (--laq-ckpt)", teacher_id, latents.teacher_id),
+            ("--teacher-kind", kind, latents.teacher_kind),
             ("--data.frame-gap-s", data.frame_gap_s, latents.frame_gap_s),
             ("--data.label-camera", data.label_camera or latents.label_camera, latents.label_camera),
         )

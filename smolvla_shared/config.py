@@ -207,8 +207,8 @@ class RunConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LatentConfig(RunConfig):
-    """The options of the scripts that learn latent actions: whose, and where the labels come from."""
+class TeacherOptions:
+    """Which teacher, and which of its latents."""
 
     # The teacher: a .safetensors file of `python -m smolvla_shared.teacher train`, or LAPA's .pt file. With --labels
     # cache it may be left out: the cache says whose labels it holds.
@@ -217,8 +217,14 @@ class LatentConfig(RunConfig):
     laq_code_seq_len: int | None = None
     # Side of the teacher's images in pixels, where a LAPA file does not say (256 if not given).
     laq_image_size: int | None = None
-    # Which of its latents to learn: `quantized`, the codebook's rows, or `continuous`, those before quantisation.
+    # The latents that are the labels: `quantized`, the codebook's rows, or `continuous`, those before quantisation.
     teacher_kind: TeacherKind = "quantized"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentConfig(RunConfig, TeacherOptions):
+    """The options of the scripts that learn latent actions: whose, and where the labels come from."""
+
     # Run the teacher in every step, or read what `python -m smolvla_shared.teacher label` has written.
     labels: Literal["online", "cache"] = "online"
     # Directory of the label cache.

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,12 +20,13 @@ from lerobot.datasets.compute_stats import aggregate_stats
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.datasets.video_utils import decode_video_frames
 from lerobot.utils.constants import HF_LEROBOT_HOME
+from lerobot.utils.import_utils import get_safe_default_video_backend
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from smolvla_shared import flow, preprocess
 from smolvla_shared.batch import RawBatch
-from smolvla_shared.config import LATENT, DataConfig, RunConfig
+from smolvla_shared.config import LATENT, DataConfig, RunConfig, SourceConfig
 from smolvla_shared.preprocess import Statistics
 
 STATE_KEY, ACTION_KEY = "observation.state", "action"
@@ -57,7 +59,7 @@ class Source:
     Raises ValueError where the dataset does not have what the configuration asks for.
     """
 
-    def __init__(self, repo_id: str, root: Path, config: DataConfig):
+    def __init__(self, repo_id: str, root: Path, config: SourceConfig):
         # LeRobot takes a local directory without its metadata for a dataset to download.
         if not (root / "meta" / "info.json").is_file() and (
             repo_id == str(root) or os.environ.get("HF_HUB_OFFLINE") == "1"
@@ -97,6 +99,11 @@ class Source:
     def num_frames(self) -> int:
         return self.meta.total_frames
 
+    def rows_with_pairs(self, rows: np.ndarray) -> np.ndarray:
+        """Those of the rows whose pair does not cross the episode's end."""
+        ends = self.episode_to[np.searchsorted(self.episode_to, rows, side="right")]
+        return rows[rows + self.gap < ends]
+
     def vector_dim(self, key: str) -> int:
         return self.features[key]["shape"][0] if key in self.features else 0
 
@@ -124,13 +131,18 @@ class Source:
         return channels, height, width
 
 
-def open_sources(config: DataConfig) -> list[Source]:
+def video_decoder() -> str:
+    """The distribution that LeRobot decodes videos with on this machine."""
+    return {"torchcodec": "torchcodec", "pyav": "av"}[get_safe_default_video_backend()]
+
+
+def open_sources(config: SourceConfig) -> list[Source]:
     """The datasets of a configuration, in its order: repo ids (the local cache before the hub), then roots."""
     sources = [Source(repo_id, HF_LEROBOT_HOME / repo_id, config) for repo_id in config.repo_ids]
     return sources + [Source(str(root), Path(root), config) for root in config.roots]
 
 
-def choose_cameras(sources: list[Source], config: DataConfig) -> tuple[tuple[str, ...], str]:
+def choose_cameras(sources: list[Source], config: SourceConfig) -> tuple[tuple[str, ...], str]:
     """The model's cameras and the label camera; refuses a key that a dataset does not have."""
     found = {source.name: source.meta.camera_keys for source in sources}
     common = [key for key in sources[0].meta.camera_keys if all(key in keys for keys in found.values())]
@@ -389,23 +401,19 @@ class StepSampler(Sampler[list[SampleKey]]):
                 yield [self.key(step, slot) for slot in range(start, start + block)]
 
 
-def make_loader(dataset: SampleDataset, sampler: StepSampler, num_workers: int, pin_memory: bool = False) -> DataLoader:
-    """Batches in the sampler's order.
+def make_loader(dataset: SampleDataset, sampler: StepSampler, num_workers: int) -> DataLoader:
+    """Batches in the sampler's order."""
+    return _loader(dataset, num_workers, batch_sampler=sampler, collate_fn=collate)
 
-    Workers are forked from a clean server process: video decoders do not survive a fork of the training process, and
-    imports are paid once, not once a worker.
+
+def _loader(dataset: Dataset, num_workers: int, **options: Any) -> DataLoader:
+    """Workers are forked from a clean server process: video decoders do not survive a fork of the training process,
+    and imports are paid once, not once a worker.
     """
     if num_workers:
         multiprocessing.set_forkserver_preload(["smolvla_shared.data"])
-    return DataLoader(
-        dataset,
-        batch_sampler=sampler,
-        num_workers=num_workers,
-        collate_fn=collate,
-        multiprocessing_context="forkserver" if num_workers else None,
-        prefetch_factor=4 if num_workers else None,
-        pin_memory=pin_memory,
-    )
+        options |= {"multiprocessing_context": "forkserver", "prefetch_factor": 4}
+    return DataLoader(dataset, num_workers=num_workers, pin_memory=torch.cuda.is_available(), **options)
 
 
 @dataclass(frozen=True)
@@ -441,6 +449,45 @@ def make_loaders(
     return Loaders(train, validate if held_out else None)
 
 
+class FrameBlocks(Dataset):
+    """Reads the frames of one camera at several offsets from each row of a block, every frame once and in order.
+
+    blocks:  rows of one dataset that lie in one episode, for each block
+    offsets: frames from a row, such as (0, gap) for pairs
+    """
+
+    def __init__(self, source: Source, camera: str, blocks: list[np.ndarray], offsets: tuple[int, ...]):
+        self.source, self.camera, self.blocks, self.offsets = source, camera, blocks, np.array(offsets)
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Frames [F, 3, h, w] uint8; which of them each row wants, [n, offsets]; whether the episode has it, likewise.
+
+        Where it has not, the row's own frame stands in.
+        """
+        rows = self.blocks[index]
+        episode = int(np.searchsorted(self.source.episode_to, rows[0], side="right"))
+        wanted = rows[:, None] + self.offsets
+        valid = (wanted >= self.source.episode_from[episode]) & (wanted < self.source.episode_to[episode])
+        frames, place = np.unique(np.where(valid, wanted, rows[:, None]), return_inverse=True)
+        pictures = self.source.read_frames(self.camera, episode, frames.tolist())
+        return pictures, torch.from_numpy(place.reshape(wanted.shape)), torch.from_numpy(valid)
+
+
+def episode_blocks(source: Source, rows: np.ndarray, size: int) -> list[np.ndarray]:
+    """Sorted rows in blocks of at most `size`, none of which spans two episodes."""
+    episodes = np.searchsorted(source.episode_to, rows, side="right")
+    by_episode = np.split(rows, np.flatnonzero(np.diff(episodes)) + 1) if len(rows) else []
+    return [block[start : start + size] for block in by_episode for start in range(0, len(block), size)]
+
+
+def block_loader(blocks: FrameBlocks, num_workers: int) -> DataLoader:
+    """The blocks in their order, unbatched."""
+    return _loader(blocks, num_workers, batch_size=None)
+
+
 def split_sources(sources: list[Source], config: DataConfig, seed: int) -> tuple[list, list]:
     """(source index, frames) of every source, for training and held out."""
     splits = [split_episodes(source, config.val_fraction, seed) for source in sources]
@@ -453,9 +500,7 @@ def valid_pair_share(sources: list[Source], frames: list[tuple[int, np.ndarray]]
     """Share of the frames whose pair does not cross the episode's end; a ValueError if there is none."""
     valid = total = 0
     for index, rows in frames:
-        source = sources[index]
-        ends = source.episode_to[np.searchsorted(source.episode_to, rows, side="right")]
-        valid, total = valid + int((rows + source.gap < ends).sum()), total + len(rows)
+        valid, total = valid + len(sources[index].rows_with_pairs(rows)), total + len(rows)
     if not valid:
         gaps = {source.name: f"{source.gap / source.fps:.3g} s" for source in sources}
         raise ValueError(f"no episode is longer than --data.frame-gap-s, there is nothing to label: {gaps}")

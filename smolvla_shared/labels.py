@@ -38,6 +38,9 @@ class Labels(Protocol):
     camera: str | None
     pair_size: int
 
+    def to(self, device: torch.device) -> None:
+        """Where the batches will be."""
+
     def __call__(self, raw: RawBatch) -> Tensor:
         """[B, S, D] float32; without meaning where raw.pair_mask is False."""
 
@@ -94,8 +97,11 @@ class CachedLabels:
         self.rows = [a["continuous" if self.kind == "continuous" else "indices"] for a in arrays]
         self.shape = (arrays[0]["indices"].shape[1], self.codebook.shape[1])
 
+    def to(self, device: torch.device) -> None:
+        self.codebook = self.codebook.to(device)
+
     def __call__(self, raw: RawBatch) -> Tensor:  # [B, S, D]
         places = zip(raw.source, raw.frame, strict=True)
         rows = torch.from_numpy(np.stack([self.rows[source][frame] for source, frame in places]))
-        labels = rows if self.kind == "continuous" else self.codebook[rows.long()]
-        return labels.to(raw.state.device, non_blocking=True)
+        rows = rows.to(self.codebook.device, non_blocking=True)
+        return rows if self.kind == "continuous" else self.codebook[rows.long()]

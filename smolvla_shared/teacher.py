@@ -1,20 +1,35 @@
-"""The LAQ teacher: training one, and its labels.
+"""The LAQ teacher's commands: train one, write its labels into a cache, check whether its labels are any good.
 
 accelerate launch -m smolvla_shared.teacher train --data.roots my/videos --run-dir runs/laq
+accelerate launch -m smolvla_shared.teacher label --laq-ckpt laq.safetensors --data.roots my/videos --label-cache labels
+python -m smolvla_shared.teacher check --laq-ckpt laq.safetensors --data.roots my/videos --out runs/check
 """
 
 import sys
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 
+import numpy as np
 import torch
 import tyro
+from accelerate import Accelerator
 from torch import Tensor
+from tqdm import tqdm
 
 from smolvla_shared import data
-from smolvla_shared.batch import RawBatch
-from smolvla_shared.config import RunConfig
-from smolvla_shared.laq import LAQ, LAQConfig, PairBatch, perplexity, replace_dead_codes, save_laq
+from smolvla_shared.batch import RawBatch, to_device
+from smolvla_shared.cache import RowCache, dataset_fingerprint
+from smolvla_shared.config import LATENT, LatentConfig, RunConfig, SourceConfig, TeacherKind, TeacherOptions
+from smolvla_shared.labels import (
+    CachedLabels,
+    LabelKey,
+    Labels,
+    cached_teacher_id,
+    label_directories,
+    label_store,
+)
+from smolvla_shared.laq import LAQ, LAQConfig, PairBatch, load_laq, perplexity, replace_dead_codes, save_laq, teacher_id
 from smolvla_shared.preprocess import Statistics
 
 TEACHER_FILE = "laq.safetensors"
@@ -26,21 +41,68 @@ def to_float(frames: Tensor) -> Tensor:
     return frames.float() / 255 if frames.dtype == torch.uint8 else frames
 
 
-@torch.no_grad()
-def latent_vectors(teacher: LAQ, pairs: Tensor) -> Tensor:
-    """Online labels: frame pairs [B, 2, 3, h, w], uint8 (or float in [0, 1]) -> quantised latent actions [B, S, D]."""
-    return teacher.encode(to_float(pairs)).vectors
+# --- labels -----------------------------------------------------------------------------------------------------------
+
+
+class OnlineLabels:
+    """labels.Labels from the teacher itself, on the device that it is on."""
+
+    def __init__(self, laq: LAQ, kind: TeacherKind, camera: str):
+        self.laq, self.kind, self.camera = laq, kind, camera
+        self.teacher_id = teacher_id(laq)
+        self.shape = laq.config.code_seq_len, laq.config.quant_dim
+        self.pair_size = laq.config.image_size
+
+    def to(self, device: torch.device) -> None:
+        self.laq.to(device)
+
+    @torch.no_grad()
+    def __call__(self, raw: RawBatch) -> Tensor:  # [B, S, D]
+        latents = self.laq.encode(to_float(raw.pairs))
+        return latents.continuous if self.kind == "continuous" else latents.vectors
+
+
+def open_labels(config: LatentConfig, sources: list[data.Source], camera: str) -> Labels:
+    """The latent targets that the options name; an online teacher is on the CPU still.
+
+    Raises ValueError for a teacher that cannot be loaded, and for a cache that is not complete or whose key differs.
+    """
+    laq = load_laq(config.laq_ckpt, config.laq_code_seq_len, config.laq_image_size) if config.laq_ckpt else None
+    if config.labels == "online":
+        if laq is None:
+            raise ValueError("whose labels? Pass --laq-ckpt, or --labels cache with --label-cache")
+        return OnlineLabels(laq, config.teacher_kind, camera)
+    directories = label_directories(config.label_cache, [source.name for source in sources])
+    teacher = teacher_id(laq) if laq else cached_teacher_id(directories[0])
+    keys = [label_key(source, teacher, config.teacher_kind, camera) for source in sources]
+    return CachedLabels([label_store(*x) for x in zip(directories, keys, [s.num_frames for s in sources])])
+
+
+def label_key(source: data.Source, teacher: str, kind: TeacherKind, camera: str) -> LabelKey:
+    return LabelKey(
+        teacher_id=teacher,
+        teacher_kind=kind,
+        frame_gap_s=source.gap / source.fps,
+        camera=camera,
+        dataset=dataset_fingerprint(source.dataset.root),
+        versions={name: metadata.version(name) for name in ("torch", "lerobot", data.video_decoder())},
+    )
 
 
 def latent_statistics(
-    teacher: LAQ, sources: list[data.Source], frames: list[tuple[int, data.np.ndarray]], camera: str, seed: int
+    labels: Labels,
+    sources: list[data.Source],
+    frames: list[tuple[int, np.ndarray]],
+    seed: int,
+    device: torch.device | str = "cpu",
 ) -> Statistics:
     """Mean and standard deviation of the latent targets over up to 512 valid training pairs, drawn with the seed."""
-    spec = data.SampleSpec(cameras=(), label_camera=camera, pair_size=teacher.config.image_size)
+    spec = data.SampleSpec(
+        cameras=(), label_camera=labels.camera, pair_size=labels.pair_size, draws={LATENT: labels.shape}
+    )
     sampler = data.StepSampler(data.group_frames(frames), seed, batch_size=32, first_step=0, last_step=16)
     loader = data.make_loader(data.SampleDataset(sources, spec, seed), sampler, num_workers=0)
-    device = next(teacher.parameters()).device
-    vectors = [latent_vectors(teacher, raw.pairs.to(device)).flatten(1).cpu()[raw.pair_mask] for raw in loader]
+    vectors = [labels(to_device(raw, device)).flatten(1).cpu()[raw.pair_mask] for raw in loader]
     statistics = Statistics.of(torch.cat(vectors))
     if max(statistics.std) == 0:
         raise ValueError(
@@ -50,6 +112,89 @@ def latent_statistics(
     # A dimension that never changes carries nothing; a floor keeps rounding from being blown up to a target.
     floor = 1e-3 * max(statistics.std)
     return Statistics(statistics.mean, tuple(max(std, floor) for std in statistics.std))
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelConfig(TeacherOptions):
+    """Write the latent actions of every frame of the datasets into a cache, for --labels cache of the scripts. A
+    command that was killed goes on where it stopped when it is run again."""
+
+    # Directory of the label cache; each dataset gets one of its own in it.
+    label_cache: Path
+    # Which recordings, and which pairs of their frames.
+    data: SourceConfig
+    # Pairs that the teacher sees at once.
+    batch_size: int = 64
+
+
+def label(config: LabelConfig) -> None:
+    accelerator = Accelerator()
+    laq = load_laq(config.laq_ckpt, config.laq_code_seq_len, config.laq_image_size)
+    sources = data.open_sources(config.data)
+    _, camera = data.choose_cameras(sources, config.data)
+    data.valid_pair_share(sources, [(i, np.arange(source.num_frames)) for i, source in enumerate(sources)])
+    directories = label_directories(config.label_cache, [source.name for source in sources])
+    stores = [
+        label_store(directory, label_key(source, teacher_id(laq), config.teacher_kind, camera), source.num_frames)
+        for directory, source in zip(directories, sources)
+    ]
+    unfinished = [not store.is_complete() for store in stores]  # all keys are compared before any work
+    laq.to(accelerator.device)
+    for source, store, todo in zip(sources, stores, unfinished):
+        if todo:
+            label_dataset(laq, source, camera, store, config, accelerator)
+        accelerator.print(f"{store.directory}: {source.num_frames:,} frames {'labelled' if todo else 'were labelled'}")
+
+
+@torch.no_grad()
+def label_dataset(
+    laq: LAQ, source: data.Source, camera: str, store: RowCache, config: LabelConfig, accelerator: Accelerator
+) -> None:
+    """Fill the label cache of a dataset; every process does its share of the shards."""
+    if accelerator.is_main_process:
+        store.claim()
+        np.save(store.directory / "codebook.npy", laq.vq.codebooks.numpy(force=True))
+    accelerator.wait_for_everyone()
+    missing = {rows.start for rows in store.missing()}
+    mine = store.shards()[accelerator.process_index :: accelerator.num_processes]
+    plan = [(rows, source.rows_with_pairs(np.array(rows))) for rows in mine if rows.start in missing]
+    plan = [(rows, data.episode_blocks(source, valid, config.batch_size)) for rows, valid in plan]
+    blocks = data.FrameBlocks(source, camera, [block for _, parts in plan for block in parts], (0, source.gap))
+    batches = iter(data.block_loader(blocks, config.data.num_workers))
+    progress = tqdm(
+        initial=source.num_frames - sum(len(rows) for rows, _ in plan) * accelerator.num_processes,
+        total=source.num_frames,
+        desc=store.directory.name,
+        unit="frame",
+        disable=not accelerator.is_main_process,
+    )
+    slots, width = laq.config.code_seq_len, laq.config.quant_dim
+    for rows, parts in plan:
+        arrays = {
+            "indices": np.zeros((len(rows), slots), np.min_scalar_type(laq.config.codebook_size - 1)),
+            "mask": np.zeros(len(rows), bool),
+        }
+        if config.teacher_kind == "continuous":
+            arrays["continuous"] = np.zeros((len(rows), slots, width), np.float32)
+        for block in parts:
+            pictures, places, _ = next(batches)
+            frames = laq.resize(to_float(pictures.to(accelerator.device)))
+            latents = laq.encode(frames[places.to(accelerator.device)])
+            at = block - rows.start
+            arrays["mask"][at] = True
+            arrays["indices"][at] = latents.indices.numpy(force=True)
+            if config.teacher_kind == "continuous":
+                arrays["continuous"][at] = latents.continuous.numpy(force=True)
+        store.write(rows, arrays)
+        progress.update(len(rows) * accelerator.num_processes)
+    progress.close()
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        store.finish()
+    accelerator.wait_for_everyone()
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,7 +294,7 @@ def train_teacher(config: TeacherConfig) -> None:
     accelerator.print(f"teacher: {config.run_dir / 'checkpoints' / 'last' / 'pretrained_model' / TEACHER_FILE}")
 
 
-COMMANDS = {"train": (TeacherConfig, train_teacher)}
+COMMANDS = {"train": (TeacherConfig, train_teacher), "label": (LabelConfig, label)}
 
 
 def main() -> None:

@@ -36,7 +36,7 @@ STATISTICS = {
     "state": Statistics((0.1, 0.2, 1 / 3, 0.4), (1.0, 2.0, 3.0, 0.5)),
     "latent": Statistics(tuple(i / 7 for i in range(32)), (1.0,) * 32),
 }
-LATENTS = Latents("0" * 64, 0.5, CAMERAS[0], 2 / 3)
+LATENTS = Latents("0" * 64, "quantized", 0.5, CAMERAS[0], 2 / 3)
 ORIGIN = Origin("s2", 500, ("my/videos", "other"), ("expert", "latent head"), "last step", {"torch": "2", "numpy": "1"})
 
 
@@ -341,10 +341,10 @@ def test_all_disagreements_are_listed_at_once(artifact):
 def test_co_training_on_other_latent_actions_is_refused(artifact):
     data = DataConfig(roots=(Path("x"),), frame_gap_s=0.25, label_camera=CAMERAS[1])
     with pytest.raises(ValueError) as error:
-        check_teacher(artifact.manifest, "1" * 64, data)
+        check_teacher(artifact.manifest, "1" * 64, "continuous", data)
     assert str(error.value).splitlines()[1:] == [
         f"  teacher (--laq-ckpt): command line {'1' * 64}, artifact {'0' * 64}",
         "  --data.frame-gap-s: command line 0.25, artifact 0.5",
         f"  --data.label-camera: command line {CAMERAS[1]}, artifact {CAMERAS[0]}",
     ]
-    check_teacher(artifact.manifest, "0" * 64, DataConfig(roots=(Path("x"),), frame_gap_s=0.5))
+    check_teacher(artifact.manifest, "0" * 64, "quantized", DataConfig(roots=(Path("x"),), frame_gap_s=0.5))

@@ -11,8 +11,7 @@ import torch
 from smolvla_shared import data, training
 from smolvla_shared.config import DataConfig, OptimConfig
 from smolvla_shared.laq import LAQ, LAQConfig, load_laq, teacher_id
-from smolvla_shared.preprocess import stretch
-from smolvla_shared.teacher import TeacherConfig, latent_statistics, latent_vectors, main, train_teacher
+from smolvla_shared.teacher import OnlineLabels, TeacherConfig, latent_statistics, main, train_teacher
 
 CAMERA = "observation.image"
 SMALL = LAQConfig(
@@ -39,6 +38,11 @@ def source(video_dataset) -> data.Source:
     return data.open_sources(DataConfig(roots=(video_dataset,)))[0]
 
 
+@pytest.fixture(scope="module")
+def image_source(image_dataset) -> data.Source:
+    return data.open_sources(DataConfig(roots=(image_dataset,)))[0]
+
+
 def make_config(run_dir: Path, *roots: Path, **options) -> TeacherConfig:
     defaults = {
         "steps": 80,
@@ -55,20 +59,27 @@ def make_config(run_dir: Path, *roots: Path, **options) -> TeacherConfig:
     return TeacherConfig(run_dir=run_dir, data=data_config, **defaults | options)
 
 
-def test_online_labels_are_what_laq_encodes(laq):
-    generator = torch.Generator().manual_seed(0)
-    pairs = torch.randint(0, 256, (5, 2, 3, 48, 80), dtype=torch.uint8, generator=generator)
-    expected = laq.encode(pairs / 255).vectors
-    assert expected.shape == (5, 4, 8)
-    assert torch.equal(latent_vectors(laq, pairs), expected)
-    squares = stretch(pairs / 255, laq.config.image_size)  # as data.py reads them where sizes are mixed
-    assert torch.equal(latent_vectors(laq, squares), expected)
-    assert not latent_vectors(laq, pairs).requires_grad
+@pytest.mark.parametrize("kind", ["quantized", "continuous"])
+def test_online_labels_are_what_laq_encodes(laq, source, image_source, kind):
+    """Also in a mixture of sizes: a label does not depend on what else is in it."""
+    labels = OnlineLabels(laq, kind, CAMERA)
+    assert (labels.kind, labels.shape, labels.teacher_id) == (kind, (4, 8), teacher_id(laq))
+    spec = data.SampleSpec(cameras=(), label_camera=labels.camera, pair_size=labels.pair_size)
+    for sources in [source], [source, image_source]:
+        dataset = data.SampleDataset(sources, spec, seed=0)
+        raw = data.collate([dataset[data.SampleKey(0, slot, slot % len(sources), 3 + slot)] for slot in range(4)])
+        found = labels(raw)
+        assert not found.requires_grad
+        for slot in range(0, 4, len(sources)):  # the video's
+            frames = [source.dataset[3 + slot + gap][CAMERA] for gap in (0, source.gap)]
+            latents = laq.encode(torch.stack(frames)[None])
+            expected = latents.vectors if kind == "quantized" else latents.continuous
+            torch.testing.assert_close(found[slot : slot + 1], expected, rtol=1e-5, atol=1e-6)
 
 
 def test_statistics_are_those_of_the_valid_pairs(laq, source):
     frames = np.arange(8, 72)  # 64 frames of four episodes: the 512 samples are each of them eight times
-    found = latent_statistics(laq, [source], [(0, frames)], CAMERA, seed=0)
+    found = latent_statistics(OnlineLabels(laq, "quantized", CAMERA), [source], [(0, frames)], seed=0)
     ends = source.episode_to[np.searchsorted(source.episode_to, frames, side="right")]
     valid = frames[frames + source.gap < ends]
     assert 0 < len(valid) < len(frames)
@@ -83,7 +94,7 @@ def test_statistics_are_those_of_the_valid_pairs(laq, source):
 def test_a_dimension_without_variance_gets_a_floor(laq, source):
     with torch.no_grad():
         laq.vq.codebooks[:, 3] = 0.25
-    found = latent_statistics(laq, [source], [(0, np.arange(source.num_frames))], CAMERA, seed=0)
+    found = latent_statistics(OnlineLabels(laq, "quantized", CAMERA), [source], [(0, np.arange(source.num_frames))], 0)
     constant = [3, 11, 19, 27]  # in each of the four slots
     assert [found.mean[i] for i in constant] == [0.25] * 4
     assert [found.std[i] for i in constant] == [1e-3 * max(found.std)] * 4
@@ -93,7 +104,7 @@ def test_a_collapsed_teacher_is_refused(laq, source):
     with torch.no_grad():
         laq.vq.codebooks[:] = laq.vq.codebooks[0].clone()
     with pytest.raises(ValueError, match="same latent action: its codebook has collapsed, or the pairs do not move"):
-        latent_statistics(laq, [source], [(0, np.arange(source.num_frames))], CAMERA, seed=0)
+        latent_statistics(OnlineLabels(laq, "quantized", CAMERA), [source], [(0, np.arange(source.num_frames))], 0)
 
 
 @pytest.fixture(scope="module")

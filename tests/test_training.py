@@ -404,10 +404,10 @@ def train_core(
     accelerator = make_accelerator()
     sources = data.open_sources(config.data)
     groups = [data.group_frames(frames) for frames in data.split_sources(sources, config.data, config.seed)]
-    laq = load_laq(laq_checkpoint)
+    camera = "observation.image"
+    labels = teacher.OnlineLabels(load_laq(laq_checkpoint), "quantized", camera)
     core = make_core()
     freeze(core, ["vision tower", "connector"])
-    camera = "observation.image"
     spec = data.SampleSpec((camera,), state_dim=4, label_camera=camera, draws={LATENT: (4, 8)})
     loaders = data.make_loaders(sources, *groups, spec, config, accelerator)
     statistics = {
@@ -417,7 +417,7 @@ def train_core(
     preprocessor = Preprocessor(core.config, load_trunk_tokenizer("tiny", None), statistics)
 
     def prepare(raw) -> Batch:
-        return preprocessor(raw, teacher.latent_vectors(laq, raw.pairs))
+        return preprocessor(raw, labels(raw))
 
     def stop(step: int) -> dict[str, float]:
         if step == stop_after:
