@@ -30,7 +30,7 @@ class Stage2Config(RunConfig):
 def main(config: Stage2Config) -> None:
     import torch
 
-    from smolvla_shared import artifact, data, model, teacher, training, trunk
+    from smolvla_shared import artifact, checkpoint, data, model, teacher, training, trunk
     from smolvla_shared.laq import load_laq, teacher_id
     from smolvla_shared.preprocess import Preprocessor
 
@@ -50,7 +50,7 @@ def main(config: Stage2Config) -> None:
     )
     tokenizer = trunk.load_trunk_tokenizer(core_config.model_name, core_config.model_revision)
     accelerator = training.make_accelerator(config)
-    checkpoint = training.check_run(config, accelerator)
+    resume_from = checkpoint.check_run(config, accelerator)
 
     core = model.SmolVLASharedCore(core_config)
     if core_config.has_pretrained_trunk:
@@ -94,7 +94,7 @@ def main(config: Stage2Config) -> None:
         loaders.train,
         prepare,
         evaluate=evaluate if loaders.held_out else None,
-        checkpoint=checkpoint,
+        resume_from=resume_from,
     )
     after = artifact.fingerprints(model.parameters_by_part(core))
     if accelerator.is_main_process:
