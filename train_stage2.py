@@ -23,7 +23,7 @@ class Stage2Config(LatentConfig):
 def main(config: Stage2Config) -> None:
     import torch
 
-    from smolvla_shared import artifact, data, model, teacher, training, trunk
+    from smolvla_shared import artifact, checkpoint, data, model, teacher, training, trunk
     from smolvla_shared.preprocess import Preprocessor
 
     # What a user can get wrong is found out before train() makes the run directory.
@@ -43,7 +43,7 @@ def main(config: Stage2Config) -> None:
     )
     tokenizer = trunk.load_trunk_tokenizer(core_config.model_name, core_config.model_revision)
     accelerator = training.make_accelerator(config)
-    checkpoint = training.check_run(config, accelerator)
+    resume_from = checkpoint.check_run(config, accelerator)
 
     core = model.SmolVLASharedCore(core_config)
     if core_config.has_pretrained_trunk:
@@ -89,7 +89,7 @@ def main(config: Stage2Config) -> None:
         loaders.train,
         prepare,
         evaluate=evaluate if loaders.held_out else None,
-        checkpoint=checkpoint,
+        resume_from=resume_from,
     )
     after = artifact.fingerprints(model.parameters_by_part(core))
     if accelerator.is_main_process:

@@ -56,7 +56,7 @@ class Stage3Config(LatentConfig):
 
 
 def main(config: Stage3Config) -> None:
-    from smolvla_shared import artifact, data, model, policy, teacher, training, trunk
+    from smolvla_shared import artifact, checkpoint, data, model, policy, teacher, training, trunk
     from smolvla_shared.preprocess import Preprocessor
 
     # What a user can get wrong is found out before train() makes the run directory.
@@ -94,7 +94,7 @@ def main(config: Stage3Config) -> None:
             f"have {len(recorded_state.mean) if recorded_state else 'none'}: use --normalization data"
         )
     accelerator = training.make_accelerator(config)
-    checkpoint = training.check_run(config, accelerator)
+    resume_from = checkpoint.check_run(config, accelerator)
 
     if stage2:
         core, has_fresh_head = artifact.build_core(stage2, **dims)
@@ -179,7 +179,7 @@ def main(config: Stage3Config) -> None:
         loss_weights={LATENT: config.latent_loss_weight},
         evaluate=evaluate if loaders.held_out else None,
         export=export,
-        checkpoint=checkpoint,
+        resume_from=resume_from,
     )
     accelerator.print(f"policy: {config.run_dir / 'checkpoints' / 'last' / 'pretrained_model'}")
 

@@ -353,7 +353,7 @@ class StepSampler(Sampler[list[SampleKey]]):
         num_processes: int = 1,
         accumulation_steps: int = 1,
     ):
-        assert batch_size % (num_processes * accumulation_steps) == 0  # training.check_run tells the user
+        assert batch_size % (num_processes * accumulation_steps) == 0  # checkpoint.check_run tells the user
         for group in groups:
             if not len(group.frames):
                 raise ValueError("a group of training data has no frames")

@@ -212,14 +212,15 @@ class TeacherConfig(RunConfig):
 
 
 def train_teacher(config: TeacherConfig) -> None:
-    from smolvla_shared.training import check_run, make_accelerator, train
+    from smolvla_shared.checkpoint import check_run
+    from smolvla_shared.training import make_accelerator, train
 
     accelerator = make_accelerator(config)
     sources = data.open_sources(config.data)
     _, label_camera = data.choose_cameras(sources, config.data)
     frames, held_out_frames = data.split_sources(sources, config.data, config.seed)
     pair_share = data.valid_pair_share(sources, frames)
-    checkpoint = check_run(config, accelerator)
+    resume_from = check_run(config, accelerator)
     laq = LAQ(config.laq)
     accelerator.print(data.describe(sources, with_pairs=True))
     accelerator.print(
@@ -289,7 +290,7 @@ def train_teacher(config: TeacherConfig) -> None:
         evaluate=torch.no_grad()(evaluate) if loaders.held_out else None,
         export=export,
         after_step=replace_and_report,
-        checkpoint=checkpoint,
+        resume_from=resume_from,
     )
     accelerator.print(f"teacher: {config.run_dir / 'checkpoints' / 'last' / 'pretrained_model' / TEACHER_FILE}")
 

@@ -344,6 +344,7 @@ def test_co_training_on_other_latent_actions_is_refused(artifact):
         check_teacher(artifact.manifest, "1" * 64, "continuous", data)
     assert str(error.value).splitlines()[1:] == [
         f"  teacher (--laq-ckpt): command line {'1' * 64}, artifact {'0' * 64}",
+        "  --teacher-kind: command line continuous, artifact quantized",
         "  --data.frame-gap-s: command line 0.25, artifact 0.5",
         f"  --data.label-camera: command line {CAMERAS[1]}, artifact {CAMERAS[0]}",
     ]

@@ -16,9 +16,11 @@ from torch import Tensor, nn
 
 from smolvla_shared import data, teacher, training
 from smolvla_shared.batch import Batch, FlowTarget
+from smolvla_shared.checkpoint import check_run, claim_run
 from smolvla_shared.config import LATENT, DataConfig, ModelConfig, OptimConfig, RunConfig
 from smolvla_shared.laq import load_laq
 from smolvla_shared.losses import masked_mean
+from smolvla_shared.metrics import MetricsLog, plot_curves
 from smolvla_shared.model import SmolVLASharedCore, freeze, make_core_config
 from smolvla_shared.preprocess import Preprocessor, Statistics
 from smolvla_shared.trunk import load_trunk_tokenizer
@@ -264,37 +266,37 @@ def test_two_processes_equal_one(tmp_path):
 
 def test_a_new_run_claims_its_directory_and_another_is_refused(tmp_path):
     config = replace(make_config(tmp_path), run_dir=tmp_path / "runs" / "s2")
-    assert training.check_run(config, make_accelerator()) is None
-    training.claim_run(config, make_accelerator())
+    assert check_run(config, make_accelerator()) is None
+    claim_run(config, make_accelerator())
     record = json.loads((config.run_dir / "config.json").read_text())
     assert (record["batch_size"], record["optim"]["lr"], record["data"]["roots"]) == (8, 1e-2, ["x"])
     with pytest.raises(ValueError, match=r"--run-dir .*s2 exists: pass --resume .* or another directory"):
-        training.check_run(config, make_accelerator())
+        check_run(config, make_accelerator())
 
 
 def test_a_batch_that_does_not_divide_is_refused(tmp_path):
     config = replace(make_config(tmp_path), run_dir=tmp_path / "run", accumulation_steps=3)
     with pytest.raises(ValueError, match=r"--batch-size 8 .* is not divisible by 1 process\(es\) x 3 accumulation"):
-        training.check_run(config, make_accelerator())
+        check_run(config, make_accelerator())
     assert not config.run_dir.exists()
 
 
 def test_a_resume_without_a_checkpoint_is_refused(tmp_path):
     config = make_config(tmp_path, resume=True)
     with pytest.raises(ValueError, match=r"--resume: there is no checkpoint at .*checkpoints/last; remove .*without"):
-        training.check_run(config, make_accelerator())
+        check_run(config, make_accelerator())
 
 
 def test_a_resume_with_other_settings_is_refused_and_all_are_listed(tmp_path):
     config = replace(make_config(tmp_path), run_dir=tmp_path / "run")
-    training.claim_run(config, make_accelerator())
+    claim_run(config, make_accelerator())
     (config.run_dir / "checkpoints" / "000002").mkdir(parents=True)
     (config.run_dir / "checkpoints" / "last").symlink_to("000002")
     resumed = replace(config, resume=True, steps=9, save_every=3, data=replace(config.data, num_workers=1))
-    assert training.check_run(resumed, make_accelerator()) == config.run_dir / "checkpoints" / "000002"
+    assert check_run(resumed, make_accelerator()) == config.run_dir / "checkpoints" / "000002"
     other = replace(resumed, seed=1, optim=replace(config.optim, lr=3e-3))
     with pytest.raises(ValueError) as error:
-        training.check_run(other, make_accelerator())
+        check_run(other, make_accelerator())
     lines = str(error.value).splitlines()
     assert lines[1:] == ["  optim.lr: was 0.01, now 0.003", "  seed: was 0, now 1"]
     assert "free to change: data.num_workers, eval_every, log_every, resume, run_dir, save_every, steps" in lines[0]
@@ -324,7 +326,7 @@ def test_last_points_at_a_whole_checkpoint_whenever_the_run_dies(tmp_path):
     assert (checkpoints / "last").readlink() == Path("000002")
     assert (checkpoints / "last" / "pretrained_model" / "model").read_text() == "whole"
     assert not (checkpoints / "000004").exists()
-    train_points(config, export=export, checkpoint=(checkpoints / "last").resolve())
+    train_points(config, export=export, resume_from=(checkpoints / "last").resolve())
     assert names_in(checkpoints) == ["000002", "000004", "000006", "last"]  # and no temporary names
     assert (checkpoints / "last").readlink() == Path("000006")
     for step in ("000002", "000004", "000006"):
@@ -369,19 +371,19 @@ def test_numbers_that_are_not_finite_stop_the_run_and_are_not_saved(tmp_path, wh
 
 
 def test_a_log_is_cut_at_the_step_of_the_checkpoint(tmp_path):
-    log = training.MetricsLog(tmp_path / "metrics.jsonl", 0)
+    log = MetricsLog(tmp_path / "metrics.jsonl", 0)
     for step in (1, 2, 3, 4):
         log.write({"step": step, "loss/a": 0.5})
     assert [line["step"] for line in log.read()] == [1, 2, 3, 4]
-    assert [line["step"] for line in training.MetricsLog(log.path, 2).read()] == [1, 2]
-    assert training.MetricsLog(log.path, 0).read() == []
+    assert [line["step"] for line in MetricsLog(log.path, 2).read()] == [1, 2]
+    assert MetricsLog(log.path, 0).read() == []
 
 
 def test_curves_are_drawn(tmp_path):
     metrics = [{"step": 1, "loss/a": 1.0}, {"step": 2, "loss/a": 0.5, "val/a": 0.7, "lr": 1e-3}]
-    training.plot_curves(metrics, tmp_path / "curves.png")
+    plot_curves(metrics, tmp_path / "curves.png")
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
-    training.plot_curves([{"step": 1, "lr": 1.0}], tmp_path / "nothing.png")
+    plot_curves([{"step": 1, "lr": 1.0}], tmp_path / "nothing.png")
     assert not (tmp_path / "nothing.png").exists()
 
 
@@ -427,7 +429,7 @@ def train_core(
     def evaluate() -> dict[str, float]:
         return training.held_out_errors(core, loaders.held_out(), prepare, accelerator)
 
-    checkpoint = (run_dir / "checkpoints" / "last").resolve() if resume else None
+    resume_from = (run_dir / "checkpoints" / "last").resolve() if resume else None
     training.train(
         config,
         accelerator,
@@ -436,7 +438,7 @@ def train_core(
         prepare,
         evaluate=evaluate if config.eval_every < 100 else None,
         after_step=stop,
-        checkpoint=checkpoint,
+        resume_from=resume_from,
     )
     return core
 
