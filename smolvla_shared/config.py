@@ -34,6 +34,9 @@ class CoreConfig:
     torch_dtype: Literal["float32", "bfloat16"] = "float32"
     # Text is padded to the longest of the batch and truncated here, tokens.
     max_text_tokens: int = 48
+    # Ids of the tokenizer's (fake image, global image) tokens, where they enclose each camera's tokens; empty: nothing
+    # does, as in the released SmolVLA.
+    image_special_tokens: tuple[int, ...] = ()
     # Real dimensions of the proprioceptive state (0: there is none) and what they are zero-padded to.
     state_dim: int = 0
     max_state_dim: int = 32
@@ -56,6 +59,7 @@ class CoreConfig:
 
     def __post_init__(self):
         object.__setattr__(self, "cameras", tuple(self.cameras))  # JSON has lists
+        object.__setattr__(self, "image_special_tokens", tuple(self.image_special_tokens))
         if self.code_seq_len and self.latent_vector_dim % self.code_seq_len:
             raise ValueError(
                 f"latent_vector_dim {self.latent_vector_dim} is not a multiple of code_seq_len {self.code_seq_len}"

@@ -132,12 +132,24 @@ class Trunk(nn.Module):
         del self.vlm.text_model.norm  # would only act on the last layer's output, which nothing reads
         self.hidden_size = text.hidden_size
         self.head_dim = text.head_dim
+        self.has_image_special_tokens = bool(config.image_special_tokens)
+        if self.has_image_special_tokens:
+            fake, whole = config.image_special_tokens
+            self.register_buffer("image_special_tokens", torch.tensor([fake, whole, fake]), persistent=False)
 
     def embed_images(self, images: Tensor) -> Tensor:
         """[B, N, 3, H, W] in [-1, 1] -> image tokens [B, N, tokens, hidden]."""
         pixels = images.flatten(0, 1).to(self.vlm.vision_model.dtype)
         patches = self.vlm.vision_model(pixel_values=pixels).last_hidden_state
         return self.vlm.connector(patches).unflatten(0, images.shape[:2])
+
+    def enclose_images(self, tokens: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+        """Two special tokens before each camera's image tokens [B, N, tokens, hidden] and one behind; and the mask.
+
+        As in SmolVLA they are not scaled, and those around a missing camera are not masked.
+        """
+        special = self.vlm.text_model.embed_tokens(self.image_special_tokens).expand(*tokens.shape[:2], -1, -1)
+        return torch.cat([special[:, :, :2], tokens, special[:, :, 2:]], dim=2), F.pad(valid, (2, 1), value=True)
 
     def forward(
         self,
@@ -148,18 +160,20 @@ class Trunk(nn.Module):
         state_token: Tensor,  # [B, hidden]
         state_mask: Tensor,  # [B]
     ) -> Prefix:
-        image_tokens = self.embed_images(images)
         # Image and text tokens are scaled as in Gemma-style language models; the state token is not.
         scale = math.sqrt(self.hidden_size)
+        image_tokens = self.embed_images(images) * scale
+        image_valid = image_mask[:, :, None].expand(image_tokens.shape[:3])
+        if self.has_image_special_tokens:
+            image_tokens, image_valid = self.enclose_images(image_tokens, image_valid)
         embedded_text = self.vlm.text_model.embed_tokens(text)
         parts = [
-            image_tokens.flatten(1, 2) * scale,
+            image_tokens.flatten(1, 2),
             embedded_text * scale,
             state_token[:, None].to(embedded_text.dtype),
         ]
         hidden = torch.cat(parts, dim=1)  # [B, P, hidden]
-        image_valid = image_mask[:, :, None].expand(-1, -1, image_tokens.shape[2]).flatten(1)
-        valid = torch.cat([image_valid, text_mask, state_mask[:, None]], dim=1)  # [B, P]
+        valid = torch.cat([image_valid.flatten(1), text_mask, state_mask[:, None]], dim=1)  # [B, P]
 
         mask = prefix_attention_mask(valid)
         angles = rotation(valid.cumsum(1) - 1, self.head_dim)  # padding takes no position

@@ -24,7 +24,7 @@ from smolvla_shared.model import (
     parameter_table,
     parameters_by_part,
 )
-from smolvla_shared.preprocess import TextTokenizer, pad_width
+from smolvla_shared.preprocess import TextTokenizer, pad_width, prepare_images, stack_cameras
 from smolvla_shared.trunk import trunk_location
 
 TASKS = ["slide the plate into the cabinet", "open the door", "push the small red button, then wait."]
@@ -116,6 +116,10 @@ def batch(core) -> Batch:
 # --- equal to LeRobot's SmolVLA ---------------------------------------------------------------------------------------
 
 
+EMPTY_CAMERA = "observation.images.empty_camera_0"  # LeRobot's name for a camera that batches lack
+FAKE_IMAGE, GLOBAL_IMAGE = 3, 5  # ids in the tiny tokenizer
+
+
 def make_lerobot_policy(directory: Path, config: CoreConfig) -> SmolVLAPolicy:
     features = {camera: PolicyFeature(FeatureType.VISUAL, (3, 64, 64)) for camera in config.cameras}
     policy = SmolVLAPolicy(
@@ -123,6 +127,10 @@ def make_lerobot_policy(directory: Path, config: CoreConfig) -> SmolVLAPolicy:
             vlm_model_name=str(directory),
             load_vlm_weights=False,
             num_vlm_layers=config.num_trunk_layers,
+            expert_width_multiplier=config.expert_width_multiplier,
+            self_attn_every_n_layers=config.self_attn_every_n_layers,
+            add_image_special_tokens=bool(config.image_special_tokens),
+            empty_cameras=int(EMPTY_CAMERA in config.cameras),
             chunk_size=config.chunk_size,
             n_action_steps=config.chunk_size,
             resize_imgs_with_padding=(64, 64),
@@ -153,45 +161,71 @@ def our_name(name: str) -> str | None:
     raise AssertionError(name)
 
 
-def for_lerobot(config: CoreConfig, batch: Batch) -> dict[str, Tensor]:
-    """The same batch as LeRobot's policy takes it."""
+def for_lerobot(batch: Batch, images: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same batch as LeRobot's policy takes it, with these images [B, 3, h, w] in [0, 1] as recorded."""
     action = batch.targets["action"]
-    images = {camera: (batch.images[:, i] + 1) / 2 for i, camera in enumerate(config.cameras)}
-    masks = {f"{camera}_padding_mask": batch.image_mask[:, i] for i, camera in enumerate(config.cameras)}
-    return (
-        images
-        | masks
-        | {
-            "observation.state": batch.state[:, :STATE_DIM],
-            "observation.language.tokens": batch.text,
-            "observation.language.attention_mask": batch.text_mask,
-            "action": action.value[..., :ACTION_DIM],
-            "action_is_pad": ~action.mask,
-        }
-    )
+    return images | {
+        "observation.state": batch.state[:, :STATE_DIM],
+        "observation.language.tokens": batch.text,
+        "observation.language.attention_mask": batch.text_mask,
+        "action": action.value[..., :ACTION_DIM],
+        "action_is_pad": ~action.mask,
+    }
 
 
 def relative_difference(a: Tensor, b: Tensor) -> float:
     return ((a - b).norm() / b.norm()).item()
 
 
-@pytest.mark.parametrize(("num_cameras", "hide_a_camera"), [(1, False), (2, False), (2, True)])
-def test_equals_lerobots_smolvla(tiny_vlm, num_cameras, hide_a_camera):
-    config = make_config(num_cameras, latent_vector_dim=0, code_seq_len=0)
+ONE_CAMERA = {CAMERAS[0]: (64, 64)}  # (height, width) as recorded
+THREE_CAMERAS = {CAMERAS[0]: (48, 80), "observation.images.left": (100, 75), CAMERAS[1]: (64, 64)}
+MISSING_CAMERA = {CAMERAS[0]: (48, 80), EMPTY_CAMERA: None}
+SPECIAL = {"image_special_tokens": (FAKE_IMAGE, GLOBAL_IMAGE)}
+
+
+@pytest.mark.parametrize(
+    ("cameras", "dims"),
+    [
+        pytest.param(ONE_CAMERA, {}, id="one camera"),
+        pytest.param(THREE_CAMERAS, {}, id="three cameras of different shapes"),
+        pytest.param(MISSING_CAMERA, {}, id="a missing camera"),
+        pytest.param(THREE_CAMERAS, SPECIAL, id="image special tokens"),
+        pytest.param(MISSING_CAMERA, SPECIAL, id="image special tokens around a missing camera"),
+        pytest.param(ONE_CAMERA, {"chunk_size": 1}, id="chunks of 1"),
+        pytest.param(ONE_CAMERA, {"chunk_size": 50}, id="chunks of 50"),
+        pytest.param(ONE_CAMERA, {"expert_width_multiplier": 0.5}, id="expert of half the width"),
+        pytest.param(ONE_CAMERA, {"expert_width_multiplier": 1.0}, id="expert of the same width"),
+        pytest.param(ONE_CAMERA, {"self_attn_every_n_layers": 1}, id="self-attention only"),
+        pytest.param(ONE_CAMERA, {"self_attn_every_n_layers": 3}, id="self-attention every 3 layers"),
+        pytest.param(ONE_CAMERA, {"self_attn_every_n_layers": 4}, id="self-attention every 4 layers"),
+    ],
+)
+def test_equals_lerobots_smolvla(tiny_vlm, cameras, dims):
+    """Same weights, inputs, noise and time: same loss, gradients and sampled chunk. Texts differ in length, chunks end
+    in padding; 3 and 4 layers between self-attention leave the last of 4 layers with and without it.
+    """
+    config = replace(make_config(latent_vector_dim=0, code_seq_len=0, **dims), cameras=tuple(cameras))
     policy, core = make_lerobot_policy(tiny_vlm, config), SmolVLASharedCore(config)
     core.load_state_dict({our_name(name): tensor for name, tensor in policy.state_dict().items() if our_name(name)})
-    batch = make_batch(config)
-    batch.image_mask[0, -1] = not hide_a_camera
-    action = batch.targets["action"]
-    assert batch.text_mask.sum(1).unique().numel() == 3  # unequal texts
 
-    expected, _ = policy(for_lerobot(config, batch), noise=action.noise[:, 0], time=action.time[:, 0])
+    generator = torch.Generator().manual_seed(2)
+    recorded = {key: torch.rand(3, 3, *size, generator=generator) for key, size in cameras.items() if size}
+    images, image_mask = stack_cameras(
+        [prepare_images(recorded[key], config.image_size) if key in recorded else None for key in cameras]
+    )
+    batch = replace(make_batch(config), images=images, image_mask=image_mask)
+    action = batch.targets["action"]
+    assert batch.text_mask.sum(1).unique().numel() == 3
+
+    expected, _ = policy(for_lerobot(batch, recorded), noise=action.noise[:, 0], time=action.time[:, 0])
     expected.backward()
     loss = total_loss(core, batch)
     loss.backward()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
     theirs = {our_name(name): p.grad for name, p in policy.named_parameters() if p.grad is not None}
+    # Where the last layer attends to itself, LeRobot computes the trunk's queries, reads none, and their gradient is 0.
+    theirs = {name: grad for name, grad in theirs.items() if grad.any()}
     ours = {name: p.grad for name, p in core.named_parameters() if p.grad is not None}
     assert set(ours) == set(theirs)
     differences = {name: relative_difference(ours[name], theirs[name]) for name in ours}
@@ -202,8 +236,8 @@ def test_equals_lerobots_smolvla(tiny_vlm, num_cameras, hide_a_camera):
             del differences[name]
     assert max(differences.values()) < 1e-5, {name: d for name, d in differences.items() if d >= 1e-5}
 
-    chunk = policy.predict_action_chunk(for_lerobot(config, batch), noise=action.noise[:, 0])
-    assert chunk.shape == (3, CHUNK_SIZE, ACTION_DIM)
+    chunk = policy.predict_action_chunk(for_lerobot(batch, recorded), noise=action.noise[:, 0])
+    assert chunk.shape == (3, config.chunk_size, ACTION_DIM)
     assert relative_difference(core.sample(batch, "action", action.noise[:, 0]), chunk) < 1e-5
 
 
