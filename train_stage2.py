@@ -4,6 +4,7 @@ accelerate launch train_stage2.py --laq-ckpt laq_openx.pt --data.repo-ids my/vid
 """
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import tyro
 
@@ -16,6 +17,10 @@ class Stage2Config(LatentConfig):
 
     # The trunk, and what of it trains.
     model: ModelConfig = field(default_factory=ModelConfig)
+    # The report of `python -m smolvla_shared.teacher check` on these labels; its verdict travels in the artifact.
+    label_health: Path | None = None
+    # Learn labels that failed the check all the same, as for a control arm.
+    accept_label_health: bool = False
     # (noise, time) draws that are trained on one prefix pass of a sample.
     flow_draws: int = 1
 
@@ -32,6 +37,7 @@ def main(config: Stage2Config) -> None:
     frames, held_out_frames = data.split_sources(sources, config.data, config.seed)
     pair_share = data.valid_pair_share(sources, frames)
     labels = teacher.open_labels(config, sources, label_camera)
+    health = teacher.accepted_health(config.label_health, config.accept_label_health, labels, config.data, label_camera)
     code_seq_len, latent_dim = labels.shape
     state_dim = data.common_dim(sources, data.STATE_KEY) if config.model.use_state else 0
     core_config = model.make_core_config(
@@ -59,7 +65,7 @@ def main(config: Stage2Config) -> None:
     accelerator.print(
         f"Stage 2: {config.steps} steps of {config.batch_size} samples; cameras {', '.join(cameras)}; {labels.kind} "
         f"latents of teacher {labels.teacher_id[:12]} ({config.labels}) on {label_camera}, {pair_share:.1%} of the "
-        "frames have a pair"
+        f"frames have a pair; label health: {health.get('health', 'not measured (teacher check, --label-health)')}"
     )
 
     spec = data.SampleSpec(
@@ -98,7 +104,9 @@ def main(config: Stage2Config) -> None:
             core.to(torch.device("cpu")),
             tokenizer,
             statistics,
-            artifact.Latents(labels.teacher_id, labels.kind, config.data.frame_gap_s, label_camera, pair_share),
+            artifact.Latents(
+                labels.teacher_id, labels.kind, config.data.frame_gap_s, label_camera, pair_share, **health
+            ),
             artifact.Origin(
                 run=config.run_dir.name,
                 global_step=config.steps,

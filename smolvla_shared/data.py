@@ -99,6 +99,14 @@ class Source:
     def num_frames(self) -> int:
         return self.meta.total_frames
 
+    @property
+    def gap_s(self) -> float:
+        """Time between the frames of a pair, seconds: --data.frame-gap-s in whole frames."""
+        return self.gap / self.fps
+
+    def episode_of(self, row: int) -> int:
+        return int(np.searchsorted(self.episode_to, row, side="right"))
+
     def rows_with_pairs(self, rows: np.ndarray) -> np.ndarray:
         """Those of the rows whose pair does not cross the episode's end."""
         ends = self.episode_to[np.searchsorted(self.episode_to, rows, side="right")]
@@ -241,7 +249,7 @@ class SampleDataset(Dataset):
     def __getitem__(self, key: SampleKey) -> Sample:
         spec, source = self.spec, self.sources[key.source]
         rng = np.random.default_rng([self.seed, key.step, key.slot])
-        episode = int(np.searchsorted(source.episode_to, key.frame, side="right"))
+        episode = source.episode_of(key.frame)
         end = int(source.episode_to[episode])
 
         images, pair = [], None
@@ -468,7 +476,7 @@ class FrameBlocks(Dataset):
         Where it has not, the row's own frame stands in.
         """
         rows = self.blocks[index]
-        episode = int(np.searchsorted(self.source.episode_to, rows[0], side="right"))
+        episode = self.source.episode_of(rows[0])
         wanted = rows[:, None] + self.offsets
         valid = (wanted >= self.source.episode_from[episode]) & (wanted < self.source.episode_to[episode])
         frames, place = np.unique(np.where(valid, wanted, rows[:, None]), return_inverse=True)
@@ -502,7 +510,7 @@ def valid_pair_share(sources: list[Source], frames: list[tuple[int, np.ndarray]]
     for index, rows in frames:
         valid, total = valid + len(sources[index].rows_with_pairs(rows)), total + len(rows)
     if not valid:
-        gaps = {source.name: f"{source.gap / source.fps:.3g} s" for source in sources}
+        gaps = {source.name: f"{source.gap_s:.3g} s" for source in sources}
         raise ValueError(f"no episode is longer than --data.frame-gap-s, there is nothing to label: {gaps}")
     return valid / total
 
@@ -512,6 +520,6 @@ def describe(sources: list[Source], with_pairs: bool) -> str:
     return "\n".join(
         f"{s.name}: {s.num_frames:,} frames, {len(s.episode_from):,} episodes, "
         f"{s.num_frames / s.fps / 3600:.2f} h at {s.fps} fps"
-        + (f", pairs {s.gap} frames = {s.gap / s.fps:.3g} s apart" if with_pairs else "")
+        + (f", pairs {s.gap} frames = {s.gap_s:.3g} s apart" if with_pairs else "")
         for s in sources
     )

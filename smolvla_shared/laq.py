@@ -157,15 +157,16 @@ class LAQ(nn.Module):
         indices = self.vq.nearest(latent)
         return LatentActions(indices, self.vq.codebooks[indices], latent)
 
-    def reconstruct(self, frames: Tensor, indices: Tensor | None = None) -> Tensor:  # [B, 2, 3, H, W], [B, S]
+    def reconstruct(self, frames: Tensor, latents: Tensor | None = None) -> Tensor:  # [B, 2, 3, H, W], [B, S, D]
         """The second frames [B, 3, image_size, image_size], predicted from the first ones and the latent actions.
 
-        With `indices` the codes come from elsewhere, such as other pairs: does the same code mean the same motion?
+        Given `latents` come from elsewhere, such as other pairs: does the same latent mean the same motion? They may be
+        continuous: in training the decoder sees latents that are as far from their codes (NSVQ).
         """
-        if indices is None:
-            indices = self.encode(frames).indices
+        if latents is None:
+            latents = self.encode(frames).vectors
         tokens = self.to_patch_emb_first_frame(self.resize(frames[:, :1]))
-        return self._decode(tokens, self.vq.codebooks[indices], self._position_bias())
+        return self._decode(tokens, latents, self._position_bias())
 
     def forward(self, batch: PairBatch) -> dict[str, Tensor]:
         """Mean squared pixel error of each pair, `{"reconstruction": [B]}`; the caller masks and averages.

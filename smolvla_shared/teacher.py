@@ -5,19 +5,22 @@ accelerate launch -m smolvla_shared.teacher label --laq-ckpt laq.safetensors --d
 python -m smolvla_shared.teacher check --laq-ckpt laq.safetensors --data.roots my/videos --out runs/check
 """
 
+import collections
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 import tyro
 from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
-from smolvla_shared import data
+from smolvla_shared import data, health
 from smolvla_shared.batch import RawBatch, to_device
 from smolvla_shared.cache import RowCache, dataset_fingerprint
 from smolvla_shared.config import LATENT, LatentConfig, RunConfig, SourceConfig, TeacherKind, TeacherOptions
@@ -29,7 +32,17 @@ from smolvla_shared.labels import (
     label_directories,
     label_store,
 )
-from smolvla_shared.laq import LAQ, LAQConfig, PairBatch, load_laq, perplexity, replace_dead_codes, save_laq, teacher_id
+from smolvla_shared.laq import (
+    LAQ,
+    LAQConfig,
+    LatentActions,
+    PairBatch,
+    load_laq,
+    perplexity,
+    replace_dead_codes,
+    save_laq,
+    teacher_id,
+)
 from smolvla_shared.preprocess import Statistics
 
 TEACHER_FILE = "laq.safetensors"
@@ -56,10 +69,13 @@ class OnlineLabels:
     def to(self, device: torch.device) -> None:
         self.laq.to(device)
 
+    def choose(self, latents: LatentActions) -> Tensor:  # [B, S, D]
+        """Those of its latents that are the labels."""
+        return latents.continuous if self.kind == "continuous" else latents.vectors
+
     @torch.no_grad()
     def __call__(self, raw: RawBatch) -> Tensor:  # [B, S, D]
-        latents = self.laq.encode(to_float(raw.pairs))
-        return latents.continuous if self.kind == "continuous" else latents.vectors
+        return self.choose(self.laq.encode(to_float(raw.pairs)))
 
 
 def open_labels(config: LatentConfig, sources: list[data.Source], camera: str) -> Labels:
@@ -82,7 +98,7 @@ def label_key(source: data.Source, teacher: str, kind: TeacherKind, camera: str)
     return LabelKey(
         teacher_id=teacher,
         teacher_kind=kind,
-        frame_gap_s=source.gap / source.fps,
+        frame_gap_s=source.gap_s,
         camera=camera,
         dataset=dataset_fingerprint(source.dataset.root),
         versions={name: metadata.version(name) for name in ("torch", "lerobot", data.video_decoder())},
@@ -194,6 +210,229 @@ def label_dataset(
     accelerator.wait_for_everyone()
 
 
+# --- health -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckConfig(TeacherOptions):
+    """Measure whether a teacher's latent actions are worth learning: writes label_health.json and pictures, prints a
+    verdict with reasons, and exits with code 1 if it fails."""
+
+    # New directory for the report and its pictures.
+    out: Path
+    # Recordings to measure on. Where they have actions, probes tell how much of them is in the latents.
+    data: SourceConfig
+    # Frame pairs to look at, drawn from all datasets.
+    pairs: int = 5000
+    # Pairs of them that get the costlier measurements: still pairs, past and future, reconstruction.
+    detailed_pairs: int = 500
+    # Frame gaps, in seconds, to compare by the probe.
+    gaps: tuple[float, ...] = ()
+    # How the actions of a gap add up: their `sum` (velocities, deltas) or their `change` (absolute positions).
+    actions: Literal["sum", "change"] = "sum"
+    # Which pairs are drawn, and the random teacher's weights.
+    seed: int = 0
+
+
+@torch.no_grad()
+def random_teacher(laq: LAQ, frames: Tensor, seed: int) -> LAQ:  # [B, 2, 3, H, W]
+    """A teacher of the same shape with random weights. Its codes are latents of `frames`: a codebook that never meets
+    its latents would make all pairs alike, and too easy a control.
+    """
+    torch.manual_seed(seed)
+    with frames.device:
+        control = LAQ(laq.config).requires_grad_(False).eval()
+    latents = control.encode(frames).continuous.flatten(0, 1)
+    control.vq.codebooks[:] = latents[torch.randint(len(latents), (laq.config.codebook_size,))]
+    return control
+
+
+def summed_actions(source: data.Source, rows: np.ndarray, mode: str, dim: int) -> Tensor:  # [n, A]
+    """What the actions did between the frames of each pair; NaN where the dataset has none."""
+    if data.ACTION_KEY not in source.features:
+        return torch.full((len(rows), dim), float("nan"))
+    actions = torch.from_numpy(np.asarray(source.vectors[:][data.ACTION_KEY], np.float64)).view(-1, dim)
+    if mode == "change":
+        return actions[rows + source.gap] - actions[rows]
+    total = F.pad(actions.cumsum(0), (0, 0, 1, 0))
+    return total[rows + source.gap] - total[rows]
+
+
+@torch.no_grad()
+def observe(
+    teacher: OnlineLabels, sources: list[data.Source], config: CheckConfig, num_pairs: int, num_detailed: int
+) -> tuple[health.Observations, Tensor, Tensor]:
+    """What health.py judges, of pairs drawn from the sources; and (past, present, future) frames [M, 3, 3, H, W] of the
+    detailed ones with their latents [M, S, D].
+    """
+    rng, laq = np.random.default_rng(config.seed), teacher.laq
+    device = laq.vq.codebooks.device
+    valid = [source.rows_with_pairs(np.arange(source.num_frames)) for source in sources]
+    share = min(1.0, num_pairs / sum(map(len, valid)))
+    dim = data.common_dim(sources, data.ACTION_KEY)
+    columns = collections.defaultdict(list)
+    triples, triple_latents = [], []
+    control = None
+    first_episode = 0
+    progress = tqdm(total=round(share * sum(map(len, valid))), desc=f"pairs, gap {config.data.frame_gap_s} s")
+    for source, rows in zip(sources, valid):
+        drawn = np.sort(rng.choice(rows, round(share * len(rows)), replace=False))
+        columns["actions"].append(summed_actions(source, drawn, config.actions, dim))
+        parts = data.episode_blocks(source, drawn, size=64)
+        blocks = data.FrameBlocks(source, teacher.camera, parts, (-source.gap, 0, source.gap))
+        for part, (pictures, places, has) in zip(parts, data.block_loader(blocks, config.data.num_workers)):
+            frames = laq.resize(to_float(pictures.to(device)))[places.to(device)]  # [n, 3, 3, H, W]
+            now, future = frames[:, 1], frames[:, 2]
+            if control is None:
+                control = OnlineLabels(random_teacher(laq, frames[:, 1:], config.seed), teacher.kind, teacher.camera)
+            codes = laq.encode(frames[:, 1:])
+            latents = teacher.choose(codes)
+            detailed = has[:, 0] & torch.from_numpy(rng.random(len(part)) < num_detailed / num_pairs)
+            triples.append(frames[detailed.to(device)].cpu())
+            triple_latents.append(latents[detailed.to(device)].cpu())
+            new = {
+                "episodes": torch.full((len(part),), first_episode + source.episode_of(part[0])),
+                "indices": codes.indices,
+                "latents": latents.flatten(1),
+                "random_latents": control.choose(control.laq.encode(frames[:, 1:])).flatten(1),
+                "change": health.cell_change(now, future).amax(1),
+                "shift": health.image_shift(now.cpu(), future.cpu()),
+            }
+            for name, values in new.items():
+                columns[name].append(values.cpu())
+            progress.update(len(part))
+        first_episode += len(source.episode_from)
+    progress.close()
+    frames, latents = torch.cat(triples), torch.cat(triple_latents)
+    detail = observe_details(teacher, frames, latents)
+    return health.Observations(**{name: torch.cat(v) for name, v in columns.items()}, **detail), frames, latents
+
+
+@torch.no_grad()
+def observe_details(teacher: OnlineLabels, triples: Tensor, latents: Tensor) -> dict[str, Tensor]:
+    """The costlier measurements: still pairs, the present from either side, reconstruction."""
+    laq = teacher.laq
+    device = laq.vq.codebooks.device
+    columns = collections.defaultdict(list)
+    # Another pair's latent: the next of a random order, so that it is not that of the frame after.
+    order = torch.randperm(len(latents), generator=torch.Generator().manual_seed(0))
+    others = torch.empty_like(latents)
+    others[order] = latents[order.roll(1)]
+    for frames, own, other in zip(triples.split(64), latents.split(64), others.split(64)):
+        frames = frames.to(device)
+        past, now, future = frames.unbind(1)
+        still = laq.encode(torch.stack([now, now], dim=1))
+        new = {
+            "still_indices": still.indices,
+            "still_latents": teacher.choose(still).flatten(1),
+            "past_to_now": teacher.choose(laq.encode(torch.stack([past, now], dim=1))).flatten(1),
+            "future_to_now": teacher.choose(laq.encode(torch.stack([future, now], dim=1))).flatten(1),
+            "own_error": (laq.reconstruct(frames[:, 1:], own.to(device)) - future).square().mean((1, 2, 3)),
+            "other_error": (laq.reconstruct(frames[:, 1:], other.to(device)) - future).square().mean((1, 2, 3)),
+            "copy_error": (now - future).square().mean((1, 2, 3)),
+        }
+        for name, values in new.items():
+            columns[name].append(values.cpu())
+    return {name: torch.cat(values) for name, values in columns.items()}
+
+
+@torch.no_grad()
+def draw_transfer(path: Path, laq: LAQ, triples: Tensor, latents: Tensor) -> None:
+    """The latent transfer test on six pairs: what the decoder makes of a frame with another pair's latent."""
+    device = laq.vq.codebooks.device
+    rows = torch.linspace(0, len(triples) - 1, 6).round().long()
+    pairs, own = triples[rows, 1:].to(device), latents[rows].to(device)
+    from_own, from_other = laq.reconstruct(pairs, own), laq.reconstruct(pairs, own.roll(1, 0))
+    columns = {
+        "t": pairs[:, 0],
+        "t + gap": pairs[:, 1],
+        "from its latent": from_own,
+        "from the row above's": from_other,
+        "their difference x 4": 0.5 + 4 * (from_own - from_other),
+    }
+    health.draw_transfer(path, {title: images.cpu() for title, images in columns.items()})
+
+
+def sources_with_actions(config: SourceConfig) -> list[data.Source]:
+    """The datasets that a probe can use, with the pairs of this frame gap. Raises ValueError if there are none."""
+    sources = [source for source in data.open_sources(config) if data.ACTION_KEY in source.features]
+    if not sources:
+        raise ValueError("--gaps compares frame gaps by the probe, but none of the datasets has actions: leave it out")
+    data.valid_pair_share(sources, [(i, np.arange(source.num_frames)) for i, source in enumerate(sources)])
+    return sources
+
+
+def check(config: CheckConfig) -> None:
+    if config.out.exists():
+        raise ValueError(f"--out {config.out} exists: name a new directory")
+    laq = load_laq(config.laq_ckpt, config.laq_code_seq_len, config.laq_image_size)
+    sources = data.open_sources(config.data)
+    _, camera = data.choose_cameras(sources, config.data)
+    all_frames = [(index, np.arange(source.num_frames)) for index, source in enumerate(sources)]
+    valid_share = data.valid_pair_share(sources, all_frames)
+    by_gap = {gap: sources_with_actions(replace(config.data, frame_gap_s=gap)) for gap in sorted(config.gaps)}
+    print(data.describe(sources, with_pairs=True))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    teacher = OnlineLabels(laq.to(device), config.teacher_kind, camera)
+
+    seen, triples, latents = observe(teacher, sources, config, config.pairs, config.detailed_pairs)
+    found = health.measure(seen, laq.config.codebook_size) | {"invalid_share": 1 - valid_share}
+    sweep = {}
+    for gap, others in by_gap.items():
+        at_gap = replace(config, data=replace(config.data, frame_gap_s=gap))
+        seen_there, _, _ = observe(teacher, others, at_gap, config.pairs, num_detailed=1)
+        sweep[gap] = health.probe(seen_there.latents, seen_there.actions, seen_there.episodes)
+    found["probe_by_gap"] = sweep
+    failures, warnings = health.judge(found, config.teacher_kind)
+    verdict = health.Verdict(
+        verdict="fail" if failures else "pass",
+        reasons=tuple(failures),
+        teacher_id=teacher.teacher_id,
+        teacher_kind=teacher.kind,
+        frame_gap_s=config.data.frame_gap_s,
+        camera=camera,
+    )
+
+    config.out.mkdir(parents=True)
+    health.draw_usage(config.out / "codes.png", found["codes"]["counts"])
+    draw_transfer(config.out / "transfer.png", laq, triples, latents)
+    if found["probe"]["latents"]:
+        health.draw_probe(config.out / "probe.png", found["probe"], sweep)
+    health.write_report(config.out / "label_health.json", verdict, found, warnings)
+    print(health.summary(found, verdict, warnings))
+    print(f"report and pictures: {config.out}")
+    raise SystemExit(int(verdict.verdict == "fail"))
+
+
+def accepted_health(path: Path | None, accept: bool, labels: Labels, data_config: SourceConfig, camera: str) -> dict:
+    """The fields of artifact.Latents about label health. Raises ValueError for a report on other labels, or a failed
+    verdict that was not accepted.
+    """
+    if path is None:
+        return {}
+    verdict = health.read_verdict(path)
+    rows = [
+        f"  {what}: this run {here}, {path.name} {there}"
+        for what, here, there in (
+            ("teacher", labels.teacher_id, verdict.teacher_id),
+            ("--teacher-kind", labels.kind, verdict.teacher_kind),
+            ("--data.frame-gap-s", data_config.frame_gap_s, verdict.frame_gap_s),
+            ("label camera", camera, verdict.camera),
+        )
+        if here != there
+    ]
+    if rows:
+        raise ValueError("--label-health is about other labels, check these:\n" + "\n".join(rows))
+    if verdict.verdict == "fail" and not accept:
+        raise ValueError(
+            f"{path}: these labels failed the check:\n  " + "\n  ".join(verdict.reasons) + "\nStage 2 would learn "
+            "them well, and its own losses would not show that they are worth nothing: a constant, the camera or the "
+            "scene instead of the motion. Stage 3 would then gain nothing over its scratch arm. Mend the teacher, or "
+            "pass --accept-label-health for a control arm"
+        )
+    return {"health": verdict.verdict, "health_reasons": verdict.reasons}
+
+
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
@@ -295,7 +534,7 @@ def train_teacher(config: TeacherConfig) -> None:
     accelerator.print(f"teacher: {config.run_dir / 'checkpoints' / 'last' / 'pretrained_model' / TEACHER_FILE}")
 
 
-COMMANDS = {"train": (TeacherConfig, train_teacher), "label": (LabelConfig, label)}
+COMMANDS = {"train": (TeacherConfig, train_teacher), "label": (LabelConfig, label), "check": (CheckConfig, check)}
 
 
 def main() -> None:

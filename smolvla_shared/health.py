@@ -1,0 +1,400 @@
+"""Label health: are a teacher's latent actions worth learning? Measurements on frame pairs, a verdict, pictures.
+
+What can go wrong, and what shows it, is listed with `Thresholds`. teacher.py reads the frames and
+runs the teacher; everything here is arithmetic on what came out.
+"""
+
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from smolvla_shared.config import TeacherKind
+from smolvla_shared.laq import perplexity
+from smolvla_shared.weights import write_text
+
+SCHEMA = "smolvla_shared.label_health.v1"
+FOLDS = 5
+# Of the standardised features' Gram matrix per sample: enough that 128 collinear dimensions do not fit noise.
+RIDGE = 1e-2
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """Where a measurement fails the labels or, where it says so, only warns."""
+
+    # Fail below: codes effectively used, mean over slots. At 1 a slot is a constant.
+    perplexity: float = 1.5
+    # Fail above: share of the pairs that have the most common code sequence. A target that is mostly one constant is
+    # learned without looking at the frame.
+    most_common_share: float = 0.5
+    # Fail below: by how much a pair's own latent predicts its second frame better than another pair's, as a share of
+    # the error. At 0 the latents say nothing about what happened; a teacher with random weights is there.
+    reconstruction_gain: float = 0.05
+    # Fail below: mean R² of the true actions over that of a randomly initialised teacher, whose features tell something
+    # about motion, too.
+    probe_gain: float = 0.05
+    # Fail above: share of the latents' variance that a shift of the whole picture explains. Beyond it the teacher
+    # encodes the camera first of all.
+    camera_share: float = 0.5
+    # Fail above: cosine of the latents (past -> now) and (future -> now). They share only the present frame: motion
+    # makes them opposite, appearance alike.
+    leakage: float = 0.5
+    # Warn above: variance of the latents of still pairs (x, x) over that of the pairs. What varies there is appearance.
+    still_variance: float = 0.5
+    # Warn above: share of pairs in which nothing moves. They teach to do nothing.
+    static_share: float = 0.5
+    # Warn above: share of frames whose episode ends before the second frame of the pair.
+    invalid_share: float = 0.3
+    # Warn below: R² of one action dimension. Small motions (gripper, rotation) are missed first.
+    probe_dimension: float = 0.05
+
+
+THRESHOLDS = Thresholds()
+
+
+# --- measurements -----------------------------------------------------------------------------------------------------
+
+
+def code_usage(indices: Tensor, codebook_size: int) -> dict[str, Any]:  # [N, S]
+    """How many codes each slot uses, and how many sequences of codes there are."""
+    counts = torch.stack([torch.bincount(slot, minlength=codebook_size) for slot in indices.T])  # [S, C]
+    sequences, repeats = torch.unique(indices, dim=0, return_counts=True)
+    return {
+        "perplexity": perplexity(counts.double()).tolist(),
+        "used_codes": (counts > 0).sum(1).tolist(),
+        "counts": counts.tolist(),
+        "distinct_sequences": len(sequences),
+        "most_common_share": repeats.max().item() / len(indices),
+    }
+
+
+def out_of_fold(features: Tensor, targets: Tensor, episodes: Tensor) -> Tensor | None:
+    """Ridge predictions of `targets` [N, A] from `features` [N, F], each by a fit that saw nothing of its episode.
+
+    None with fewer than two episodes.
+    """
+    names = episodes.unique()
+    if len(names) < 2:
+        return None
+    fold_of = torch.randperm(len(names), generator=torch.Generator().manual_seed(0)) % FOLDS
+    fold = fold_of[torch.searchsorted(names, episodes)]
+    x, y = features.double(), targets.double()
+    x = (x - x.mean(0)) / x.std(0).clamp(min=1e-9)
+    predicted = torch.empty_like(y)
+    for held_out in fold.unique():
+        train, test = fold != held_out, fold == held_out
+        mean_x, mean_y = x[train].mean(0), y[train].mean(0)
+        centred = x[train] - mean_x
+        gram = centred.T @ centred + RIDGE * train.sum() * torch.eye(x.shape[1], dtype=x.dtype)
+        weights = torch.linalg.solve(gram, centred.T @ (y[train] - mean_y))
+        predicted[test] = (x[test] - mean_x) @ weights + mean_y
+    return predicted
+
+
+def r2(predicted: Tensor, targets: Tensor) -> list[float | None]:  # [N, A] -> A
+    """Share of each dimension's variance that is predicted; None for a dimension that does not vary."""
+    targets = targets.double()
+    error, total = (predicted - targets).square().sum(0), (targets - targets.mean(0)).square().sum(0)
+    return [1 - (e / t).item() if t > 1e-12 * len(targets) else None for e, t in zip(error, total)]
+
+
+def image_shift(first: Tensor, second: Tensor) -> Tensor:  # [B, 3, H, W] -> [B, 2]
+    """How far the whole picture moved, (down, right) in pixels; 0 where only a part of it moved.
+
+    Phase correlation (Kuglin and Hines, 1975) finds the strongest common shift; it counts as the picture's where
+    undoing it makes more cells of the picture alike than unlike.
+    """
+    height, width = first.shape[-2:]
+    window = torch.hann_window(height)[:, None] * torch.hann_window(width)  # the borders are no feature
+
+    def spectrum(frames: Tensor) -> Tensor:
+        gray = frames.mean(1)
+        return torch.fft.rfft2((gray - gray.mean((1, 2), keepdim=True)) * window)
+
+    cross = spectrum(second) * spectrum(first).conj()
+    correlation = torch.fft.irfft2(cross / cross.abs().clamp(min=1e-9), s=(height, width))
+    peak = correlation.flatten(1).argmax(1)
+    down = (peak // width + height // 2) % height - height // 2
+    right = (peak % width + width // 2) % width - width // 2
+    moved = torch.stack([f.roll((y, x), (1, 2)) for f, y, x in zip(first, down.tolist(), right.tolist())])
+    better = cell_change(moved, second) < cell_change(first, second)
+    worse = cell_change(moved, second) > cell_change(first, second)
+    is_whole = better.sum(1) > worse.sum(1)
+    return torch.stack([down, right], 1) * is_whole[:, None]
+
+
+def cell_change(first: Tensor, second: Tensor) -> Tensor:  # [B, 3, H, W] -> [B, 64]
+    """Mean absolute change of each of 8 x 8 cells of the picture."""
+    return F.adaptive_avg_pool2d((second - first).abs().mean(1, keepdim=True), 8).flatten(1)
+
+
+def shift_features(shift: Tensor) -> Tensor:  # [N, 2] -> [N, 7]
+    """What a latent that encodes a shift could depend on: direction, size, and their squares."""
+    y, x = shift.double().unbind(1)
+    return torch.stack([y, x, y * y, x * x, x * y, y.abs(), x.abs()], 1)
+
+
+def explained_share(features: Tensor, targets: Tensor, episodes: Tensor) -> float | None:
+    """Share of the targets' variance, over all dimensions together, that a linear fit predicts out of fold.
+
+    None where there is nothing to explain or only one episode.
+    """
+    predicted = out_of_fold(features, targets, episodes)
+    total = (targets - targets.mean(0)).double().square().sum().item()
+    if predicted is None or total < 1e-9 * targets.double().square().sum().item():
+        return None
+    return max(0.0, 1 - (predicted - targets).square().sum().item() / total)
+
+
+def centred_cosine(one: Tensor, other: Tensor) -> float | None:  # [N, F]
+    """Mean cosine of the rows of two sets, each around its own mean; None where a set does not vary."""
+    centred = [rows - rows.mean(0) for rows in (one, other)]
+    if any(c.norm() < 1e-5 * rows.norm() for c, rows in zip(centred, (one, other))):
+        return None
+    return F.cosine_similarity(*centred, dim=1).mean().item()
+
+
+# Video compression changes a cell of a still picture by less, as a share of the range of values.
+STATIC_CHANGE = 2 / 255
+
+
+@dataclass
+class Observations:
+    """What was seen of N pairs; latents are of the kind that is to be learned, flattened."""
+
+    episodes: Tensor  # [N] int64, a number of its own for each episode of each dataset
+    indices: Tensor  # [N, S]
+    latents: Tensor  # [N, S * D]
+    random_latents: Tensor  # [N, S * D], of a randomly initialised teacher of the same shape
+    change: Tensor  # [N], the largest change of a cell
+    shift: Tensor  # [N, 2], of the whole picture
+    actions: Tensor  # [N, A], summed over the gap; NaN where a dataset has none
+    still_indices: Tensor  # [M, S], of (x, x)
+    still_latents: Tensor  # [M, S * D]
+    past_to_now: Tensor  # [M, S * D]
+    future_to_now: Tensor  # [M, S * D]
+    own_error: Tensor  # [M], squared error of the second frame's reconstruction from the pair's own latent
+    other_error: Tensor  # [M], from another pair's
+    copy_error: Tensor  # [M], of the first frame as a prediction
+
+
+def probe(latents: Tensor, actions: Tensor, episodes: Tensor) -> list[float | None] | None:
+    """R² of each action dimension from the latents, out of fold; None with fewer than two episodes of actions."""
+    known = ~actions.isnan().any(1)
+    predicted = out_of_fold(latents[known], actions[known], episodes[known]) if known.any() else None
+    return None if predicted is None else r2(predicted, actions[known])
+
+
+def measure(seen: Observations, codebook_size: int) -> dict[str, Any]:
+    """All measurements, as JSON values; None is "not measured"."""
+    still_sequence, _ = seen.still_indices.mode(dim=0)
+    shuffled = seen.actions[torch.randperm(len(seen.actions), generator=torch.Generator().manual_seed(0))]
+    total = (seen.latents - seen.latents.mean(0)).square().sum(1).mean()
+    still = (seen.still_latents - seen.still_latents.mean(0)).square().sum(1).mean()
+    return {
+        "pairs": len(seen.latents),
+        "episodes": len(seen.episodes.unique()),
+        "codes": code_usage(seen.indices, codebook_size),
+        "static_share": (seen.change < STATIC_CHANGE).double().mean().item(),
+        "still_pairs": {
+            "variance": (still / total).item() if total > 0 else None,
+            "distinct_sequences": len(seen.still_indices.unique(dim=0)),
+            "share_with_the_usual_sequence": (seen.still_indices == still_sequence).all(1).double().mean().item(),
+            "moving_pairs_with_it": (seen.indices == still_sequence).all(1).double().mean().item(),
+        },
+        "probe": {
+            "latents": probe(seen.latents, seen.actions, seen.episodes),
+            "random_teacher": probe(seen.random_latents, seen.actions, seen.episodes),
+            "shuffled_actions": probe(seen.latents, shuffled, seen.episodes),
+        },
+        "leakage": centred_cosine(seen.past_to_now, seen.future_to_now),
+        "camera_share": explained_share(shift_features(seen.shift), seen.latents, seen.episodes),
+        "shifted_share": (seen.shift != 0).any(1).double().mean().item(),
+        "reconstruction": {
+            "own_latent": seen.own_error.mean().item(),
+            "another_pairs_latent": seen.other_error.mean().item(),
+            "first_frame": seen.copy_error.mean().item(),
+            "gain": 1 - (seen.own_error.mean() / seen.other_error.mean()).item(),
+        },
+    }
+
+
+# --- verdict ----------------------------------------------------------------------------------------------------------
+
+
+def judge(found: dict[str, Any], kind: TeacherKind, limits: Thresholds = THRESHOLDS) -> tuple[list[str], list[str]]:
+    """Reasons to fail the labels, and warnings, in words; what was not measured gives neither."""
+    failures, warnings = [], []
+    codes, gain = found["codes"], found["reconstruction"]["gain"]
+    mean_perplexity = float(np.mean(codes["perplexity"]))
+    is_quantized = kind == "quantized"  # continuous latents do not depend on the codebook
+    if is_quantized and mean_perplexity < limits.perplexity:
+        failures.append(
+            f"collapsed: a slot effectively uses {mean_perplexity:.2f} codes (at least {limits.perplexity}); fine-tune "
+            "from a healthy teacher, lower the learning rate or replace dead codes more often"
+        )
+    if is_quantized and codes["most_common_share"] > limits.most_common_share:
+        failures.append(
+            f"one code sequence is the label of {codes['most_common_share']:.0%} of the pairs (at most "
+            f"{limits.most_common_share:.0%}): a constant would predict it"
+        )
+    if gain < limits.reconstruction_gain:
+        failures.append(
+            f"the latents tell nothing about the second frame: another pair's predict it as well (error lower by "
+            f"{gain:.1%} with the pair's own, at least {limits.reconstruction_gain:.0%}), as with a random teacher"
+        )
+    latents, random = found["probe"]["latents"], found["probe"]["random_teacher"]
+    if latents is not None:
+        pairs = [(a, b) for a, b in zip(latents, random) if a is not None]
+        probe_gain = float(np.mean([a - b for a, b in pairs])) if pairs else None
+        if probe_gain is not None and probe_gain < limits.probe_gain:
+            failures.append(
+                f"the latents tell no more about the true actions than those of a random teacher (mean R² "
+                f"{np.mean([a for a, _ in pairs]):.2f} against {np.mean([b for _, b in pairs]):.2f}): try another "
+                "--data.frame-gap-s (--gaps compares them), or train the teacher longer"
+            )
+        missed = [dim for dim, value in enumerate(latents) if value is not None and value < limits.probe_dimension]
+        if missed:
+            warnings.append(f"action dimensions {missed} are not in the latents (R² below {limits.probe_dimension})")
+    if (share := found["camera_share"]) is not None and share > limits.camera_share:
+        failures.append(
+            f"camera motion: a shift of the whole picture explains {share:.0%} of the latents (at most "
+            f"{limits.camera_share:.0%}); steady the video or label another camera"
+        )
+    if (leakage := found["leakage"]) is not None and leakage > limits.leakage:
+        failures.append(
+            f"appearance, not motion: latents towards the same frame from its past and from its future agree (cosine "
+            f"{leakage:.2f}, at most {limits.leakage})"
+        )
+    if (still := found["still_pairs"]["variance"]) is not None and still > limits.still_variance:
+        warnings.append(f"pairs (x, x) without motion vary {still:.0%} as much as the others: appearance leaks in")
+    if found["static_share"] > limits.static_share:
+        warnings.append(f"nothing moves in {found['static_share']:.0%} of the pairs: cut idle parts or raise the gap")
+    if found["invalid_share"] > limits.invalid_share:
+        warnings.append(f"{found['invalid_share']:.0%} of the frames have no pair within their episode: lower the gap")
+    return failures, warnings
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What travels on: from label_health.json to Stage 2 and its artifact."""
+
+    verdict: Literal["pass", "fail"]
+    reasons: tuple[str, ...]
+    # Whose labels, and of what.
+    teacher_id: str
+    teacher_kind: TeacherKind
+    frame_gap_s: float
+    camera: str
+
+
+def write_report(path: Path, verdict: Verdict, found: dict[str, Any], warnings: list[str]) -> None:
+    """label_health.json: the verdict first, then what it rests on."""
+    report = {"schema_version": SCHEMA} | asdict(verdict)
+    report |= {"warnings": warnings, "measured": found, "thresholds": asdict(THRESHOLDS)}
+    write_text(path, json.dumps(report, indent=2) + "\n")
+
+
+def read_verdict(path: Path) -> Verdict:
+    """The verdict of a label_health.json. Raises ValueError if there is none."""
+    if not path.is_file():
+        raise ValueError(f"--label-health {path}: no such file; `python -m smolvla_shared.teacher check` writes it")
+    report = json.loads(path.read_text())
+    if report.get("schema_version") != SCHEMA:
+        raise ValueError(f"{path}: schema_version {report.get('schema_version')!r}, expected {SCHEMA!r}")
+    values = {name: report[name] for name in (f.name for f in fields(Verdict))}
+    return Verdict(**values | {"reasons": tuple(report["reasons"])})
+
+
+def summary(found: dict[str, Any], verdict: Verdict, warnings: list[str]) -> str:
+    """The report for the terminal: figures in a table, then the verdict with its reasons."""
+
+    def listed(values: list[float | None] | None) -> str:
+        return "not measured" if values is None else " ".join("  - " if v is None else f"{v:.2f}" for v in values)
+
+    codes, probe, still = found["codes"], found["probe"], found["still_pairs"]["variance"]
+    rows = {
+        "pairs, episodes": f"{found['pairs']:,}, {found['episodes']:,}",
+        "codes effectively used, by slot": listed(codes["perplexity"]),
+        "code sequences; most common one": f"{codes['distinct_sequences']}; {codes['most_common_share']:.0%}",
+        "static pairs; frames without a pair": f"{found['static_share']:.1%}; {found['invalid_share']:.1%}",
+        "gain of the own latent in reconstruction": f"{found['reconstruction']['gain']:.1%}",
+        "R² of the true actions": listed(probe["latents"]),
+        "  random teacher": listed(probe["random_teacher"]),
+        "  shuffled actions": listed(probe["shuffled_actions"]),
+        **{f"  gap {gap} s": listed(values) for gap, values in found["probe_by_gap"].items()},
+        "past/future cosine": listed([found["leakage"]]),
+        "share explained by camera motion": listed([found["camera_share"]]),
+        "variance of still pairs": listed([still]),
+    }
+    lines = [f"{name:<42}{value}" for name, value in rows.items()]
+    lines += [f"warning: {text}" for text in warnings]
+    lines += [f"label health: {verdict.verdict.upper()}", *(f"  {reason}" for reason in verdict.reasons)]
+    return "\n".join(lines)
+
+
+# --- pictures ---------------------------------------------------------------------------------------------------------
+
+
+def draw_transfer(path: Path, columns: dict[str, Tensor]) -> None:  # title -> [N, 3, H, W] in [0, 1]
+    """A row for each pair: its frames, and what the decoder makes of its own and of another pair's codes."""
+    figure, axes = _figure(len(next(iter(columns.values()))), len(columns), 1.6, 1.6)
+    for column, (title, frames) in enumerate(columns.items()):
+        axes[0][column].set_title(title, fontsize=8)
+        for row, frame in enumerate(frames):
+            axes[row][column].imshow(frame.clamp(0, 1).permute(1, 2, 0).numpy())
+            axes[row][column].axis("off")
+    _save(figure, path)
+
+
+def draw_usage(path: Path, counts: list[list[int]]) -> None:  # [S][C]
+    """How often each slot uses each code."""
+    shares = np.array(counts, float) / np.maximum(np.sum(counts, axis=1, keepdims=True), 1)
+    figure, axes = _figure(len(shares), 1, 4, 1.1)
+    for slot, (row,) in enumerate(axes):
+        row.bar(range(shares.shape[1]), shares[slot])
+        row.set(ylim=(0, 1), ylabel=f"slot {slot}", xticks=range(shares.shape[1]) if slot == len(shares) - 1 else [])
+    axes[-1][0].set_xlabel("code; share of the pairs")
+    _save(figure, path)
+
+
+def draw_probe(path: Path, probes: dict[str, list[float | None]], sweep: dict[float, list[float | None]]) -> None:
+    """R² of each action dimension, beside its controls and, where it was asked for, over frame gaps."""
+    figure, axes = _figure(1, 2 if sweep else 1, 5, 3)
+    width = 0.8 / len(probes)
+    for place, (name, values) in enumerate(probes.items()):
+        heights = [0.0 if value is None else value for value in values]
+        axes[0][0].bar(np.arange(len(heights)) + width * place, heights, width, label=name.replace("_", " "))
+    axes[0][0].set(xlabel="action dimension", ylabel="R² out of fold", xticks=range(len(values)), ylim=(None, 1))
+    axes[0][0].axhline(0, color="black", linewidth=0.5)
+    axes[0][0].legend(fontsize=7)
+    for dimension in range(len(values) if sweep else 0):
+        line = [by_gap[dimension] for by_gap in sweep.values()]
+        axes[0][1].plot(list(sweep), [np.nan if v is None else v for v in line], marker="o", label=str(dimension))
+    if sweep:
+        axes[0][1].set(xlabel="frame gap, s", ylim=(None, 1), title="by frame gap")
+        axes[0][1].legend(fontsize=7, title="dimension")
+    _save(figure, path)
+
+
+def _figure(rows: int, columns: int, width: float, height: float):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot.subplots(rows, columns, figsize=(width * columns, height * rows), squeeze=False)
+
+
+def _save(figure, path: Path) -> None:
+    from matplotlib import pyplot
+
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
