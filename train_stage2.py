@@ -55,6 +55,7 @@ def main(config: Stage2Config) -> None:
     if core_config.has_pretrained_trunk:
         trunk.load_trunk_weights(core.trunk, core_config.model_name, core_config.model_revision)
     model.freeze(core, model.frozen_parts(config.model, core_config))
+    model.configure_layers(core, config.model)
     before = artifact.fingerprints(model.parameters_by_part(core))
     labels.to(accelerator.device)
     statistics = {LATENT: teacher.latent_statistics(labels, sources, frames, config.seed, accelerator.device)}

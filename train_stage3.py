@@ -114,6 +114,7 @@ def main(config: Stage3Config) -> None:
     core_config = core.config
     unused_head = ["latent head"] if core_config.latent_vector_dim and not labels else []
     model.freeze(core, model.frozen_parts(config.model, core_config) + unused_head)
+    model.configure_layers(core, config.model)
 
     frames, held_out = data.split_sources(sources, config.data, config.seed)
     held_out = [(index, rows) for index, rows in held_out if index < len(labelled)]

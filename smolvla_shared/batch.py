@@ -7,6 +7,7 @@ Shape legend, used in every comment of this package:
     T action chunk   A action dims   K flow draws, (noise, time) pairs trained on one prefix pass
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass, replace
 
 import torch
@@ -37,6 +38,10 @@ class RawBatch:
 
     def __len__(self) -> int:
         return len(self.keys)
+
+    def pin_memory(self) -> "RawBatch":
+        """Called by DataLoader(pin_memory=True): a copy from pinned memory does not make the host wait."""
+        return map_tensors(Tensor.pin_memory, self)
 
 
 @dataclass
@@ -73,14 +78,19 @@ class Batch:
         return len(self.images)
 
 
-def to_device(value, device: torch.device):
-    """`value` with every tensor in it moved to `device`; goes into dataclasses, dictionaries and lists."""
+def map_tensors(function: Callable[[Tensor], Tensor], value):
+    """`value` with every tensor in it replaced by its function; goes into dataclasses, dictionaries and lists."""
     if isinstance(value, Tensor):
-        return value.to(device, non_blocking=True)
+        return function(value)
     if isinstance(value, dict):
-        return {key: to_device(item, device) for key, item in value.items()}
+        return {key: map_tensors(function, item) for key, item in value.items()}
     if isinstance(value, list):
-        return [to_device(item, device) for item in value]
+        return [map_tensors(function, item) for item in value]
     if is_dataclass(value):
-        return replace(value, **{f.name: to_device(vars(value)[f.name], device) for f in fields(value)})
+        return replace(value, **{f.name: map_tensors(function, vars(value)[f.name]) for f in fields(value)})
     return value
+
+
+def to_device(value, device: torch.device):
+    """`value` with every tensor in it moved to `device`; the host goes on meanwhile where the memory is pinned."""
+    return map_tensors(lambda tensor: tensor.to(device, non_blocking=True), value)

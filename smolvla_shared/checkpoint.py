@@ -16,7 +16,10 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 from smolvla_shared.config import RunConfig
 
 # What a resumed run may do differently without becoming another run.
-FREE_ON_RESUME = {"resume", "run_dir", "steps", "save_every", "log_every", "eval_every", "data.num_workers"}
+FREE_ON_RESUME = {
+    *("resume", "run_dir", "steps", "save_every", "log_every", "eval_every"),
+    *("data.num_workers", "model.activation_checkpointing"),
+}
 FULL_STATE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 

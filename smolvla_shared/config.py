@@ -105,6 +105,10 @@ class ModelConfig:
     freeze_state_projection: bool = False
     # Show the proprioceptive state to the model where the dataset has one.
     use_state: bool = True
+    # Recompute each layer's activations in the backward pass instead of keeping them: less memory, more time.
+    activation_checkpointing: bool = False
+    # Compile each layer (torch.compile); the first steps take minutes. Results change by rounding.
+    compile: bool = False
 
     def __post_init__(self):
         if self.preset and self.name:

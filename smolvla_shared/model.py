@@ -1,8 +1,14 @@
 """SmolVLASharedCore: one prefix pass, then one pass of the shared expert for each head."""
 
+import os
+import shutil
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from smolvla_shared import flow, losses
 from smolvla_shared.batch import Batch, FlowTarget
@@ -122,6 +128,36 @@ def make_core_config(model: ModelConfig, cameras: tuple[str, ...], **dims) -> Co
         num_trunk_layers=min(NUM_TRUNK_LAYERS, vlm["text_config"]["num_hidden_layers"]),
         **dims,
     )
+
+
+def layers(core: SmolVLASharedCore) -> list[GradientCheckpointingLayer]:
+    """The transformer layers of vision tower, trunk and expert: checkpointed, compiled and sharded one by one."""
+    vlm = core.trunk.vlm
+    return [*vlm.vision_model.encoder.layers, *vlm.text_model.layers, *core.expert.layers]
+
+
+def configure_layers(core: SmolVLASharedCore, model: ModelConfig) -> None:
+    """Checkpoint and compile every layer as the --model options say; parameters keep their names and values.
+
+    Raises ValueError where there is no compiler to compile with.
+    """
+    if model.activation_checkpointing:
+        for layer in layers(core):
+            layer.gradient_checkpointing = True
+            # There is no dropout whose random state would have to be kept.
+            layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+    if model.compile:
+        compiler = os.environ.get("CXX", "g++")
+        if not shutil.which(compiler):
+            raise ValueError(
+                f"--model.compile needs a C++ compiler, there is no {compiler}: install one (apt-get install g++), "
+                "name yours in the environment variable CXX, or leave --model.compile out"
+            )
+        # Layers of a kind share their compiled code. A kind has some for each head and each way it is called, in
+        # training and in sampling: more than the 8 that PyTorch allows before it gives up and runs uncompiled.
+        torch._dynamo.config.recompile_limit = 64
+        for layer in layers(core):
+            layer.compile()
 
 
 def parameters_by_part(core: SmolVLASharedCore) -> dict[str, dict[str, nn.Parameter]]:

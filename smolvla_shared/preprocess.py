@@ -5,6 +5,7 @@ Images -> [-1, 1] padded squares, text -> tokens, vectors -> normalised and zero
 
 import json
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from smolvla_shared.batch import Batch, FlowTarget, RawBatch
+from smolvla_shared.batch import Batch, FlowTarget, RawBatch, to_device
 from smolvla_shared.config import ACTION, LATENT, CoreConfig
 
 EPS = 1e-8  # added to standard deviations; LeRobot's normaliser uses the same
@@ -61,13 +62,19 @@ def stack_cameras(images: list[Tensor | None]) -> tuple[Tensor, Tensor]:
     present = next(image for image in images if image is not None)
     blank = torch.full_like(present, -1.0)
     stacked = torch.stack([blank if image is None else image for image in images], dim=1)
-    mask = torch.tensor([image is not None for image in images], device=present.device)
-    return stacked, mask.expand(len(present), -1)
+    mask = [torch.full((len(present),), image is not None, device=present.device) for image in images]
+    return stacked, torch.stack(mask, dim=1)
 
 
 def pad_width(values: Tensor, width: int) -> Tensor:
     """Zeros on the right of the last dimension, up to `width`."""
     return F.pad(values, (0, width - values.shape[-1]))
+
+
+@lru_cache
+def _copied_once(values: tuple[float, ...], device: torch.device | str) -> Tensor:
+    """The host waits for a copy to the device: not at every step."""
+    return torch.tensor(values, device=device)
 
 
 @dataclass(frozen=True)
@@ -97,7 +104,7 @@ class Statistics:
         return f"the data's mean is up to {shift:.2f} standard deviations from the artifact's"
 
     def tensors(self, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
-        return torch.tensor(self.mean, device=device), torch.tensor(self.std, device=device)
+        return _copied_once(self.mean, device), _copied_once(self.std, device)
 
     def normalize(self, values: Tensor) -> Tensor:
         mean, std = self.tensors(values.device)
@@ -158,7 +165,7 @@ class Preprocessor:
         """Adds targets for what the raw batch has noise for; latent targets come from `latents` [B, S, D]."""
         config, device = self.config, raw.state.device
         images, image_mask = stack_cameras([prepare_images(i, config.image_size) for i in raw.images])
-        text, text_mask = (x.to(device) for x in self.tokenize(raw.tasks))
+        text, text_mask = to_device(list(self.tokenize(raw.tasks)), device)
         state, state_mask = torch.zeros(len(raw), config.max_state_dim, device=device), raw.state_mask
         if config.state_dim:
             # Zero is the mean state after normalisation: samples without a state add nothing even where unmasked.

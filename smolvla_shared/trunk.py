@@ -130,6 +130,13 @@ class Trunk(nn.Module):
         self.vlm.text_model.layers = nn.ModuleList(PrefixLayer(text, index) for index in range(text.num_hidden_layers))
         self.vlm.to(text.dtype)  # the new layers, and the connector, which follows no config
         del self.vlm.text_model.norm  # would only act on the last layer's output, which nothing reads
+        # Each patch takes the nearest of the tower's learned positions; counted once: to ask a mask, as transformers
+        # does at every call, makes the host wait for the device.
+        vision = vlm_config.vision_config
+        side, learned_side = (size // vision.patch_size for size in (config.image_size, vision.image_size))
+        nearest = torch.arange(side) * learned_side // side
+        patch_positions = (nearest[:, None] * learned_side + nearest).flatten()  # [patches]
+        self.register_buffer("patch_positions", patch_positions, persistent=False)
         self.hidden_size = text.hidden_size
         self.head_dim = text.head_dim
         self.has_image_special_tokens = bool(config.image_special_tokens)
@@ -139,9 +146,13 @@ class Trunk(nn.Module):
 
     def embed_images(self, images: Tensor) -> Tensor:
         """[B, N, 3, H, W] in [-1, 1] -> image tokens [B, N, tokens, hidden]."""
-        pixels = images.flatten(0, 1).to(self.vlm.vision_model.dtype)
-        patches = self.vlm.vision_model(pixel_values=pixels).last_hidden_state
-        return self.vlm.connector(patches).unflatten(0, images.shape[:2])
+        vision = self.vlm.vision_model
+        pixels = images.flatten(0, 1).to(vision.dtype)
+        patches = vision.embeddings.patch_embedding(pixels).flatten(2).transpose(1, 2)
+        patches = patches + vision.embeddings.position_embedding(self.patch_positions)
+        for layer in vision.encoder.layers:
+            patches = layer(patches, None)
+        return self.vlm.connector(vision.post_layernorm(patches)).unflatten(0, images.shape[:2])
 
     def enclose_images(self, tokens: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
         """Two special tokens before each camera's image tokens [B, N, tokens, hidden] and one behind; and the mask.

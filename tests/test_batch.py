@@ -56,6 +56,14 @@ def test_to_device_moves_every_tensor_and_keeps_the_rest():
     assert (moved_raw.tasks, moved_raw.keys, moved_raw.pairs) == (raw.tasks, raw.keys, None)
 
 
+def test_a_raw_batch_pins_every_tensor(monkeypatch):
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor) or tensor)
+    raw = make_raw_batch()
+    assert raw.pin_memory().keys == raw.keys
+    assert len(pinned) == len(tensors(raw))
+
+
 def test_length_is_the_number_of_samples():
     assert len(make_raw_batch()) == len(make_batch()) == 2
 

@@ -18,8 +18,10 @@ from smolvla_shared.config import CoreConfig, ModelConfig
 from smolvla_shared.losses import masked_mean
 from smolvla_shared.model import (
     SmolVLASharedCore,
+    configure_layers,
     freeze,
     frozen_parts,
+    layers,
     make_core_config,
     parameter_table,
     parameters_by_part,
@@ -523,6 +525,75 @@ def test_a_bfloat16_trunk_serves_a_float32_expert(core, batch):
     for name, expected in core(batch).items():
         assert errors[name].dtype == torch.float32
         assert 1e-6 < relative_difference(errors[name], expected) < 0.03
+
+
+# --- layer by layer ---------------------------------------------------------------------------------------------------
+
+
+def test_activation_checkpointing_changes_nothing_but_what_is_kept():
+    config = make_config()
+    core, batch = make_core(config), make_batch(config, num_draws=2)
+    calls = dict.fromkeys(layers(core), 0)
+    for layer in calls:
+        layer.register_forward_pre_hook(lambda layer, *_: calls.update({layer: calls[layer] + 1}))
+    names = list(core.state_dict())
+    core.train()
+
+    def step() -> tuple[dict[str, Tensor], dict[str, Tensor], set[int], float]:
+        calls.update(dict.fromkeys(calls, 0))
+        kept = 0
+
+        def count(tensor: Tensor) -> Tensor:
+            nonlocal kept
+            kept += tensor.nbytes
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            errors = core(batch)
+        core.zero_grad()
+        sum(masked_mean(e, batch.masks[name]) for name, e in errors.items()).backward()
+        grads = {name: p.grad for name, p in core.named_parameters() if p.grad is not None}
+        return errors, grads, set(calls.values()), kept
+
+    errors, grads, plain_calls, plain_kept = step()
+    configure_layers(core, ModelConfig(activation_checkpointing=True))
+    errors_again, grads_again, checkpointed_calls, kept = step()
+    assert list(core.state_dict()) == names
+    torch.testing.assert_close(errors_again, errors, rtol=0, atol=0)
+    torch.testing.assert_close(grads_again, grads, rtol=0, atol=0)
+    assert plain_calls == {1, 2}  # an expert layer serves two heads
+    assert checkpointed_calls == {2, 4}  # each layer is run again in the backward pass
+    assert kept < 0.2 * plain_kept
+
+
+@pytest.mark.slow
+def test_compiled_layers_equal_plain_ones():
+    config = replace(make_config(latent_vector_dim=0, code_seq_len=0), num_trunk_layers=2)
+    core, batch = make_core(config), make_batch(config, num_draws=2)
+    freeze(core, ["vision tower", "connector"])
+    errors, grads, names = core(batch), gradients(core, batch), list(core.state_dict())
+
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    configure_layers(core, ModelConfig(compile=True, activation_checkpointing=True))
+    core.train()
+    assert relative_difference(core(batch)["action"], errors["action"]) < 1e-5
+    differences = {name: relative_difference(grad, grads[name]) for name, grad in gradients(core, batch).items()}
+    assert differences.keys() == grads.keys()
+    assert max(differences.values()) < 1e-4
+    assert list(core.state_dict()) == names
+    # Layers of a kind share their code: one of vision, the trunk's first and last, the expert's two. All are whole.
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 5
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
+def test_compiling_without_a_compiler_is_refused(core, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(ValueError, match=r"--model\.compile.*no-such-compiler.*apt-get install g\+\+"):
+        configure_layers(core, ModelConfig(compile=True))
+
+
+# --- its configuration ------------------------------------------------------------------------------------------------
 
 
 def test_make_core_config_takes_sizes_from_trunk_and_data(tiny_vlm):

@@ -5,14 +5,18 @@ import math
 import os
 import subprocess
 import sys
+import traceback
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from smolvla_shared import data, teacher, training
 from smolvla_shared.batch import Batch, FlowTarget
@@ -299,7 +303,8 @@ def test_a_resume_with_other_settings_is_refused_and_all_are_listed(tmp_path):
         check_run(other, make_accelerator())
     lines = str(error.value).splitlines()
     assert lines[1:] == ["  optim.lr: was 0.01, now 0.003", "  seed: was 0, now 1"]
-    assert "free to change: data.num_workers, eval_every, log_every, resume, run_dir, save_every, steps" in lines[0]
+    free = "data.num_workers, eval_every, log_every, model.activation_checkpointing, resume, run_dir, save_every, steps"
+    assert f"free to change: {free}" in lines[0]
 
 
 def names_in(directory: Path) -> list[str]:
@@ -395,7 +400,13 @@ class Stop(Exception):
 
 
 def train_core(
-    run_dir: Path, video: Path, laq_checkpoint: Path, resume: bool = False, stop_after: int | None = None, **options
+    run_dir: Path,
+    video: Path,
+    laq_checkpoint: Path,
+    resume: bool = False,
+    stop_after: int | None = None,
+    device: str = "cpu",
+    **options,
 ) -> SmolVLASharedCore:
     """Six steps of Stage 2 on real video, with augmentation, running average and held-out evaluation."""
     config = make_config(
@@ -408,7 +419,8 @@ def train_core(
     groups = [data.group_frames(frames) for frames in data.split_sources(sources, config.data, config.seed)]
     camera = "observation.image"
     labels = teacher.OnlineLabels(load_laq(laq_checkpoint), "quantized", camera)
-    core = make_core()
+    labels.laq.to(device)
+    core = make_core().to(device)
     freeze(core, ["vision tower", "connector"])
     spec = data.SampleSpec((camera,), state_dim=4, label_camera=camera, draws={LATENT: (4, 8)})
     loaders = data.make_loaders(sources, *groups, spec, config, accelerator)
@@ -486,6 +498,39 @@ def test_evaluation_leaves_no_trace_in_training(tmp_path, video_dataset, laq_che
     changed = [key for key, value in often.state_dict().items() if not torch.equal(value, start[key])]
     assert any(key.startswith("trunk.vlm.text_model.") for key in changed)
     assert not any(key.startswith(("trunk.vlm.vision_model.", "trunk.vlm.connector.")) for key in changed)
+
+
+class BlockingCopies(TorchFunctionMode):
+    """Notes every copy from the host to another device that the host waits for."""
+
+    def __init__(self):
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        result = function(*args, **kwargs)
+        if isinstance(result, Tensor) and result.device.type != "cpu":
+            is_copy = function is Tensor.to and args[0].device.type == "cpu" and not kwargs.get("non_blocking")
+            if is_copy or function in (torch.tensor, torch.as_tensor):
+                package = str(Path(training.__file__).parent)
+                self.found += [line for line in traceback.format_stack() if package in line][-1:]
+        return result
+
+
+def test_between_two_log_steps_the_host_never_waits_for_the_device(
+    tmp_path, video_dataset, laq_checkpoint, monkeypatch
+):
+    """On the device `meta` tensors have no values: whoever reads one (.item(), .cpu(), bool(), nonzero) raises."""
+    monkeypatch.setattr(Accelerator, "device", torch.device("meta"))
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # does not know the device
+    options = {"save_every": 100, "log_every": 100}
+    run = partial(train_core, video=video_dataset, laq_checkpoint=laq_checkpoint, device="meta", **options)
+    with pytest.raises(Stop):
+        run(tmp_path / "warm", stop_after=1)  # what is copied once need not be counted
+    with BlockingCopies() as copies, pytest.raises(Stop):
+        run(tmp_path / "run", stop_after=3)
+    assert not copies.found, "".join(copies.found)
 
 
 def test_held_out_errors_are_what_they_say():

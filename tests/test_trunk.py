@@ -34,6 +34,19 @@ def config() -> CoreConfig:
     return make_core_config(ModelConfig(preset="tiny"), ("top",), action_dim=4)
 
 
+# --- vision -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [64, 32, 48])
+def test_image_tokens_equal_transformers_own(config, size):
+    torch.manual_seed(0)
+    trunk = Trunk(replace(config, image_size=size))
+    images = torch.rand(2, 3, size, size) * 2 - 1
+    patches = trunk.vlm.vision_model(images).last_hidden_state
+    expected = trunk.vlm.connector(patches)
+    torch.testing.assert_close(trunk.embed_images(images[:, None])[:, 0], expected, rtol=1e-5, atol=1e-6)
+
+
 # --- masks ------------------------------------------------------------------------------------------------------------
 
 

@@ -1,0 +1,442 @@
+"""Our model beside LeRobot's own SmolVLA: the same weights in one process, taking turns.
+
+python benchmarks/compare_smolvla.py           # the 500M shape, 10 to 15 minutes on two calm cores
+python benchmarks/compare_smolvla.py --quick   # a tiny shape, a minute: does it run? Its times say nothing
+
+Weights are random, since no time depends on them, and nothing is downloaded. Before anything is timed both models must
+give the same loss. A time is a median over --repeats rounds, each of which runs every candidate once.
+"""
+
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import tyro
+from lerobot.configs import FeatureType, PolicyFeature
+from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
+from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+from smolvla_shared.batch import Batch, FlowTarget
+from smolvla_shared.config import ACTION, LATENT, ModelConfig, OptimConfig
+from smolvla_shared.losses import masked_mean
+from smolvla_shared.model import SmolVLASharedCore, configure_layers, freeze, frozen_parts, make_core_config
+from smolvla_shared.policy import to_batch
+from smolvla_shared.preprocess import pad_width
+from smolvla_shared.trunk import trunk_location
+
+# HuggingFaceTB/SmolVLM2-500M-Video-Instruct with the 16 of its 32 language layers that SmolVLA keeps.
+SMOLVLM2_500M: dict[str, Any] = {
+    "model_type": "smolvlm",
+    "architectures": ["SmolVLMForConditionalGeneration"],
+    "dtype": "float32",
+    "scale_factor": 4,
+    "image_token_id": 49190,
+    "tie_word_embeddings": False,
+    "text_config": {
+        "model_type": "llama",
+        "dtype": "float32",
+        "vocab_size": 49280,
+        "hidden_size": 960,
+        "intermediate_size": 2560,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 15,
+        "num_key_value_heads": 5,
+        "head_dim": 64,
+        "max_position_embeddings": 8192,
+        "rms_norm_eps": 1e-5,
+        "pad_token_id": 2,
+        "tie_word_embeddings": False,
+    },
+    "vision_config": {
+        "model_type": "smolvlm_vision",
+        "dtype": "float32",
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "image_size": 512,
+        "patch_size": 16,
+    },
+}
+LEROBOT_PARAMETERS = 450_046_176  # of lerobot/smolvla_base
+CAMERA, STATE_DIM, ACTION_DIM, TEXT_TOKENS = "observation.images.top", 6, 6, 12
+CODE_SEQ_LEN, LATENT_DIM = 4, 32  # of LAPA's released teacher
+
+
+@dataclass(frozen=True)
+class Options:
+    """Time and memory of training and inference, ours beside LeRobot's SmolVLA."""
+
+    # A tiny shape instead of the 500M one, and two rounds.
+    quick: bool = False
+    # Rounds that a median is taken over.
+    repeats: int = 5
+    # Threads of PyTorch's operators.
+    threads: int = os.cpu_count() or 1
+    # Write all figures here as JSON.
+    out: Path | None = None
+    # Only print the memory of a training step of one of the two; the benchmark starts itself with this.
+    memory_of: Literal["ours", "lerobot"] | None = None
+    memory_batch_size: int = 4
+    memory_checkpointing: bool = False
+
+
+# --- the two models ---------------------------------------------------------------------------------------------------
+
+
+def write_trunk(directory: Path, quick: bool) -> None:
+    """A directory that both take for a SmolVLM's: configuration, tokenizer and processor, no weights."""
+    shutil.copytree(trunk_location("tiny"), directory, dirs_exist_ok=True)
+    if not quick:
+        (directory / "config.json").write_text(json.dumps(SMOLVLM2_500M))
+
+
+def make_lerobot(trunk: Path) -> SmolVLAPolicy:
+    side = json.loads((trunk / "config.json").read_text())["vision_config"]["image_size"]
+    config = SmolVLAConfig(
+        vlm_model_name=str(trunk),
+        load_vlm_weights=False,
+        resize_imgs_with_padding=(side, side),
+        input_features={
+            CAMERA: PolicyFeature(FeatureType.VISUAL, (3, side, side)),
+            "observation.state": PolicyFeature(FeatureType.STATE, (STATE_DIM,)),
+        },
+        output_features={"action": PolicyFeature(FeatureType.ACTION, (ACTION_DIM,))},
+        device="cpu",
+    )
+    return SmolVLAPolicy(config).train()
+
+
+def make_ours(trunk: Path, checkpointing: bool = False) -> SmolVLASharedCore:
+    """With both heads, and frozen as a pretrained trunk is: the expert, the heads and the state projection train."""
+    model = ModelConfig(name=str(trunk), activation_checkpointing=checkpointing)
+    core = SmolVLASharedCore(
+        make_core_config(
+            model,
+            (CAMERA,),
+            state_dim=STATE_DIM,
+            action_dim=ACTION_DIM,
+            latent_vector_dim=CODE_SEQ_LEN * LATENT_DIM,
+            code_seq_len=CODE_SEQ_LEN,
+        )
+    )
+    freeze(core, frozen_parts(model, core.config))
+    configure_layers(core, model)
+    return core.train()
+
+
+def copy_weights(core: SmolVLASharedCore, policy: SmolVLAPolicy) -> None:
+    """Give our core LeRobot's weights."""
+    theirs = policy.state_dict()
+    names = {
+        "trunk.vlm.": "model.vlm_with_expert.vlm.model.",
+        "expert.": "model.vlm_with_expert.lm_expert.",
+        "state_proj.": "model.state_proj.",
+        "action_head.": "model.action_",
+    }
+    for ours, their in names.items():
+        for name, parameter in core.named_parameters():
+            if name.startswith(ours):
+                parameter.data.copy_(theirs[their + name.removeprefix(ours)])
+
+
+def observe(batch_size: int, side: int) -> dict[str, Tensor]:
+    """A preprocessed LeRobot batch of random values."""
+    generator = torch.Generator().manual_seed(0)
+    return {
+        CAMERA: torch.rand(batch_size, 3, side, side, generator=generator),
+        "observation.state": torch.randn(batch_size, STATE_DIM, generator=generator),
+        "observation.language.tokens": torch.randint(5, 1000, (batch_size, TEXT_TOKENS), generator=generator),
+        "observation.language.attention_mask": torch.ones(batch_size, TEXT_TOKENS, dtype=torch.bool),
+        "action": torch.randn(batch_size, 50, ACTION_DIM, generator=generator),
+        "action_is_pad": torch.zeros(batch_size, 50, dtype=torch.bool),
+    }
+
+
+def draw(core: SmolVLASharedCore, name: str, batch_size: int, num_draws: int) -> tuple[Tensor, Tensor]:
+    """Noise [B, K, T, A] and times [B, K] of a head."""
+    generator = torch.Generator().manual_seed(1)
+    head = core.head(name)
+    noise = torch.randn(batch_size, num_draws, head.num_tokens, head.token_dim, generator=generator)
+    return noise, 0.999 * torch.rand(batch_size, num_draws, generator=generator) + 0.001
+
+
+def our_batch(core: SmolVLASharedCore, observation: dict[str, Tensor], num_draws: int, heads: tuple[str, ...]) -> Batch:
+    """The observation as our core takes it, with targets for its heads."""
+    batch, size = to_batch(observation, core.config), len(observation["action"])
+    values = {
+        ACTION: pad_width(observation["action"], core.config.max_action_dim),
+        LATENT: torch.ones(size, CODE_SEQ_LEN, LATENT_DIM),
+    }
+    for name in heads:
+        mask = torch.ones(values[name].shape[:2], dtype=torch.bool)
+        batch.targets[name] = FlowTarget(values[name], mask, *draw(core, name, size, num_draws))
+    return batch
+
+
+def our_loss(core: SmolVLASharedCore, batch: Batch) -> Tensor:
+    return sum(masked_mean(errors, batch.masks[name]) for name, errors in core(batch).items())
+
+
+class Trainer:
+    """Training steps of a model: forward, backward, clipping, AdamW."""
+
+    def __init__(self, module: nn.Module):
+        self.parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        optim = OptimConfig()
+        self.max_norm = optim.max_grad_norm
+        self.optimizer = torch.optim.AdamW(self.parameters, 1e-6, optim.betas, weight_decay=optim.weight_decay)
+
+    def step(self, loss: Tensor) -> None:
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.parameters, self.max_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+# --- measuring --------------------------------------------------------------------------------------------------------
+
+
+def medians(candidates: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
+    """Seconds of each, by turns: what else the machine does falls on all of them. The first round is warm-up."""
+    seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    for _ in range(1 + repeats):
+        for name, run in candidates.items():
+            start = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values[1:]) for name, values in seconds.items()}
+
+
+def gflop(run: Callable[[], Any]) -> float:
+    """Billions of operations, two for each multiply and add; the CPU's attention is not in PyTorch's own list."""
+    attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+    with FlopCounterMode(
+        display=False, custom_mapping={attention: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)}
+    ) as counter:
+        run()
+    return counter.get_total_flops() / 1e9
+
+
+def resident(field: str) -> float:
+    """VmRSS, this process's memory now, or VmHWM, the most since the last reset: GB."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(lines[field].split()[0]) * 1024 / 1e9
+
+
+def measure_memory(options: Options) -> dict[str, float]:
+    """Peak of the second training step, with what was there before the model was built taken off, and what stays
+    between steps of it: weights, gradients and optimizer.
+    """
+    imports = resident("VmRSS")
+    with tempfile.TemporaryDirectory() as directory:
+        write_trunk(Path(directory), options.quick)
+        if options.memory_of == "lerobot":
+            model = make_lerobot(Path(directory))
+            side = model.config.resize_imgs_with_padding[0]
+        else:
+            model = make_ours(Path(directory), options.memory_checkpointing)
+            side = model.config.image_size
+    observation = observe(options.memory_batch_size, side)
+    trainer = Trainer(model)
+
+    def step() -> None:
+        if options.memory_of == "lerobot":
+            trainer.step(model(observation)[0])
+        else:
+            trainer.step(our_loss(model, our_batch(model, observation, 1, (ACTION,))))
+
+    step()
+    between = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+    step()
+    return {"peak": resident("VmHWM") - imports, "between steps": between - imports}
+
+
+def child_memory(options: Options, memory_of: str, batch_size: int, checkpointing: bool = False) -> dict[str, float]:
+    """measure_memory in a process of its own."""
+    command = [sys.executable, __file__, "--memory-of", memory_of, "--memory-batch-size", str(batch_size)]
+    command += ["--threads", str(options.threads)]
+    command += ["--quick"] * options.quick + ["--memory-checkpointing"] * checkpointing
+    # Large blocks go back to the system when they are freed, so that the system's count is the program's.
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+# --- the table --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Row:
+    what: str
+    lerobot: float | None
+    ours: float
+    unit: str
+    # What `ours` is compared with, where not LeRobot; and the ratio that was aimed at.
+    against: float | None = None
+    goal: float | None = None
+
+    @property
+    def ratio(self) -> float:
+        return self.ours / (self.against or self.lerobot)
+
+    def __str__(self) -> str:
+        theirs = f"{self.lerobot:10.3f}" if self.lerobot else f"{'':>10}"
+        verdict = "" if self.goal is None else f"<= {self.goal:.2f} " + ("yes" if self.ratio <= self.goal else "NO")
+        return f"{self.what:<58}{theirs}{self.ours:10.3f} {self.unit:<3}{self.ratio:8.3f}  {verdict}"
+
+
+@dataclass(frozen=True)
+class Models:
+    """The two, with equal weights."""
+
+    policy: SmolVLAPolicy
+    core: SmolVLASharedCore
+
+    @property
+    def side(self) -> int:
+        return self.core.config.image_size
+
+
+def make_models(options: Options) -> Models:
+    """Stops the benchmark where the two do not give the same loss."""
+    with tempfile.TemporaryDirectory() as directory:
+        write_trunk(Path(directory), options.quick)
+        models = Models(make_lerobot(Path(directory)), make_ours(Path(directory)))
+    copy_weights(models.core, models.policy)
+    theirs, ours = (sum(p.numel() for p in model.parameters()) for model in (models.policy, models.core))
+    assert options.quick or theirs == LEROBOT_PARAMETERS, theirs
+    print(
+        f"{theirs:,} parameters in LeRobot's model; {ours:,} in ours, which has a latent head, but neither the output "
+        "layer nor the final norm of the trunk, which no action depends on"
+    )
+    observation, (noise, times) = observe(2, models.side), draw(models.core, ACTION, 2, 1)
+    with torch.no_grad():
+        loss = models.policy(observation, noise=noise[:, 0], time=times[:, 0])[0].item()
+        our = our_loss(models.core, our_batch(models.core, observation, 1, (ACTION,))).item()
+    print(f"loss with the same noise and times: {loss:.6f} and {our:.6f}")
+    if abs(our / loss - 1) > 1e-5:
+        raise SystemExit("the two models are not equal: there is nothing to compare")
+    return models
+
+
+def training_rows(models: Models, options: Options) -> Iterator[Row]:
+    theirs, ours = Trainer(models.policy), Trainer(models.core)
+    for size in (1, 4):
+        observation = observe(size, models.side)
+
+        def train_theirs(observation=observation) -> None:
+            theirs.step(models.policy(observation)[0])
+
+        def train_ours(observation=observation, num_draws: int = 1, heads: tuple[str, ...] = (ACTION,)) -> None:
+            ours.step(our_loss(models.core, our_batch(models.core, observation, num_draws, heads)))
+
+        candidates = {"lerobot": train_theirs, "ours": train_ours}
+        if size == 4:
+            candidates |= {str(k): partial(train_ours, num_draws=k) for k in (2, 4, 8)}
+            candidates["both heads"] = partial(train_ours, heads=(ACTION, LATENT))
+        seconds = medians(candidates, options.repeats)
+        yield Row(f"training step, frozen trunk, B = {size}", seconds["lerobot"], seconds["ours"], "s", goal=0.95)
+        if size == 4:
+            for k, goal in ((2, None), (4, 0.40), (8, None)):
+                yield Row(
+                    f"  a draw of it with {k} flow draws", seconds["lerobot"], seconds[str(k)] / k, "s", goal=goal
+                )
+            yield Row(
+                "  co-training both heads; against ours on actions alone",
+                None,
+                seconds["both heads"],
+                "s",
+                against=seconds["ours"],
+                goal=1.25,
+            )
+
+
+def latency_rows(models: Models, options: Options) -> Iterator[Row]:
+    observation, noise = observe(1, models.side), draw(models.core, ACTION, 1, 1)[0][:, 0]
+    for steps in (10, 5):
+
+        def theirs(steps: int = steps) -> None:
+            models.policy.config.num_steps = steps
+            models.policy.predict_action_chunk(observation, noise=noise)
+
+        def ours(steps: int = steps) -> None:
+            models.core.sample(to_batch(observation, models.core.config), ACTION, noise, steps)
+
+        seconds = medians({"lerobot": theirs, "ours": ours}, options.repeats)
+        yield Row(f"action chunk, B = 1, {steps} Euler steps", seconds["lerobot"], seconds["ours"], "s", goal=1.00)
+
+
+def memory_rows(options: Options) -> Iterator[Row]:
+    theirs, ours = (child_memory(options, name, 4)["peak"] for name in ("lerobot", "ours"))
+    yield Row("peak memory of a training step, B = 4", theirs, ours, "GB", goal=1.00)
+    plain, checkpointed = (child_memory(options, "ours", 16, flag) for flag in (False, True))
+    what = "  ours with checkpointing, B = 16; against without"
+    yield Row(what, None, checkpointed["peak"], "GB", against=plain["peak"], goal=0.60)
+    kept = [memory["peak"] - memory["between steps"] for memory in (plain, checkpointed)]
+    yield Row("    of it activations", None, kept[1], "GB", against=kept[0])
+
+
+@torch.no_grad()
+def break_down(models: Models, options: Options) -> str:
+    """How near each part's forward pass comes to the machine's speed of plain matrix products."""
+    core = models.core
+    batch = our_batch(core, observe(1, models.side), 1, (ACTION,))
+    prefix, target = core.encode(batch), batch.targets[ACTION]
+    tokens, square = core.action_head.embed(target.noise, target.time), torch.randn(2048, 2048)
+    product, vision, both = "matrix product, 2048 x 2048", "vision tower and connector, an image", "vision and prefix"
+    parts = {
+        product: lambda: square @ square,
+        vision: lambda: core.trunk.embed_images(batch.images),
+        both: lambda: core.encode(batch),
+        "expert, a draw": lambda: core.expert(tokens, prefix),
+    }
+    seconds = medians(parts, options.repeats)
+    work = {name: gflop(run) for name, run in parts.items()}
+    for figures in (seconds, work):
+        figures["prefix of it"] = figures.pop(both) - figures[vision]
+    lines = [f"{'forward, B = 1':<40}{'GFLOP':>8}{'s':>8}{'GFLOP/s':>10}{'of the matrix product':>24}"]
+    for name, amount in work.items():
+        rate = amount / seconds[name]
+        share = rate * seconds[product] / work[product]
+        lines.append(f"{name:<40}{amount:8.1f}{seconds[name]:8.3f}{rate:10.1f}{share:24.0%}")
+    return "\n".join(lines)
+
+
+def main(options: Options) -> None:
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    if options.memory_of:
+        print(json.dumps(measure_memory(options)))
+        return
+    load = os.getloadavg()[0]
+    print(f"torch {torch.__version__}, {options.threads} threads; load before the start {load:.1f}")
+    start, rows = time.perf_counter(), []
+    models = make_models(options)
+    print(f"\n{'':<58}{'LeRobot':>10}{'ours':>10} {'':<3}{'ratio':>8}  goal")
+    for row in chain(training_rows(models, options), latency_rows(models, options), memory_rows(options)):
+        rows.append(vars(row) | {"ratio": row.ratio})
+        print(row, flush=True)
+    breakdown = break_down(models, options)
+    print(f"\n{breakdown}\n\n{(time.perf_counter() - start) / 60:.1f} minutes")
+    if options.out:
+        options.out.write_text(json.dumps({"rows": rows, "breakdown": breakdown.splitlines()}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options))
