@@ -187,7 +187,8 @@ class Observations:
 def probe(latents: Tensor, actions: Tensor, episodes: Tensor) -> list[float | None] | None:
     """R² of each action dimension from the latents, out of fold; None with fewer than two episodes of actions."""
     known = ~actions.isnan().any(1)
-    predicted = out_of_fold(latents[known], actions[known], episodes[known]) if known.any() else None
+    measurable = known.any() and actions.shape[1]
+    predicted = out_of_fold(latents[known], actions[known], episodes[known]) if measurable else None
     return None if predicted is None else r2(predicted, actions[known])
 
 

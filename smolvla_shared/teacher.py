@@ -537,13 +537,13 @@ def train_teacher(config: TeacherConfig) -> None:
 COMMANDS = {"train": (TeacherConfig, train_teacher), "label": (LabelConfig, label), "check": (CheckConfig, check)}
 
 
-def main() -> None:
-    name = sys.argv[1] if len(sys.argv) > 1 else "nothing"
+def main(arguments: list[str]) -> None:
+    name = arguments[0] if arguments else "nothing"
     if name not in COMMANDS:
         raise SystemExit(f"python -m smolvla_shared.teacher {{{','.join(COMMANDS)}}} [--help]; got {name}")
     config_class, command = COMMANDS[name]
-    command(tyro.cli(config_class, prog=f"python -m smolvla_shared.teacher {name}", args=sys.argv[2:]))
+    command(tyro.cli(config_class, prog=f"python -m smolvla_shared.teacher {name}", args=arguments[1:]))
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

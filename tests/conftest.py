@@ -30,10 +30,13 @@ def tiny_vlm() -> Path:
     return Path(str(files("smolvla_shared") / "assets" / "tiny_vlm"))
 
 
-def record_dataset(root: Path, fps: int, cameras: dict[str, tuple[int, int]], use_videos: bool, **dims: int) -> Path:
+def record_dataset(
+    root: Path, fps: int, cameras: dict[str, tuple[int, int]], use_videos: bool, shake: int = 0, **dims: int
+) -> Path:
     """Record a LeRobotDataset of 8 episodes of 20 to 27 frames: a bright square moves over each camera's picture.
 
     cameras: (height, width) by key
+    shake:   pixels by which the whole picture, which then has a texture, jumps in any direction from frame to frame
     dims:    width of the vector features by name, state and action. The state begins with the square's position, the
              action with its velocity, which changes within an episode; both as shares of the picture
     """
@@ -61,9 +64,14 @@ def record_dataset(root: Path, fps: int, cameras: dict[str, tuple[int, int]], us
         rgb_encoder=RGBEncoderConfig(vcodec="h264"),
     )
     rng = np.random.default_rng(0)
+    blocks = {key: np.random.default_rng(1).integers(0, 200, (h // 8, w // 8, 3)) for key, (h, w) in cameras.items()}
+    texture = {key: block.repeat(8, 0).repeat(8, 1).astype(np.uint8) for key, block in blocks.items()}
     for episode in range(8):
         position, velocity = rng.uniform(0.2, 0.8, 2), rng.uniform(-0.05, 0.05, 2)
         for _ in range(20 + episode):
+            # The action is what leads to the next frame.
+            velocity = np.where((position + velocity < 0.1) | (position + velocity > 0.9), -velocity, velocity)
+            velocity = np.clip(velocity + rng.normal(0, 0.01, 2), -0.08, 0.08)
             vectors = {
                 "state": np.array([*position, episode, 1.0]),
                 "action": np.array([*velocity, episode, rng.normal()]),
@@ -73,10 +81,11 @@ def record_dataset(root: Path, fps: int, cameras: dict[str, tuple[int, int]], us
                 picture = np.full((height, width, 3), 40 * (index + 1), np.uint8)
                 y, x = (position * (height, width)).astype(int)
                 picture[max(y - 8, 0) : y + 8, max(x - 8, 0) : x + 8] = (250, 200, 25 * episode)
+                if shake:
+                    picture = np.maximum(picture, texture[key])
+                    picture = np.roll(picture, rng.integers(-shake, shake + 1, 2), (0, 1))
                 frame[key] = picture
             dataset.add_frame(frame | {"task": ["push the square", "pull the square"][episode % 2]})
-            velocity = np.where((position + velocity < 0.1) | (position + velocity > 0.9), -velocity, velocity)
-            velocity = np.clip(velocity + rng.normal(0, 0.01, 2), -0.08, 0.08)
             position = np.clip(position + velocity, 0.1, 0.9)
         dataset.save_episode()
     dataset.finalize()
@@ -107,6 +116,12 @@ def image_dataset(datasets) -> Path:
     """Images, two cameras of different sizes at 10 fps, no state, actions of 2 dimensions."""
     cameras = {"observation.image": (48, 64), "observation.images.wrist": (32, 40)}
     return record_dataset(datasets / "images", 10, cameras, use_videos=False, action=2)
+
+
+@pytest.fixture(scope="session")
+def shaking_dataset(datasets) -> Path:
+    """Images of a textured scene at 20 fps whose camera jumps by up to 6 of 64 pixels from frame to frame."""
+    return record_dataset(datasets / "shaking", 20, {"observation.image": (64, 64)}, use_videos=False, shake=6)
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,290 @@
+"""health.py: every measurement against a case whose answer is known, and the right reason for every bad teacher."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from smolvla_shared import data, health
+from smolvla_shared.config import DataConfig, SourceConfig
+from smolvla_shared.health import THRESHOLDS, Observations, Verdict, judge, measure
+from smolvla_shared.laq import LAQ, LAQConfig, LatentActions, load_laq, save_laq
+from smolvla_shared.teacher import CheckConfig, OnlineLabels, TeacherConfig, check, main, observe, train_teacher
+
+CAMERA = "observation.image"
+GENERATOR = torch.Generator().manual_seed(0)
+
+
+def normal(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=GENERATOR, dtype=torch.float64)
+
+
+# --- measurements -----------------------------------------------------------------------------------------------------
+
+
+def test_code_usage_of_known_codes():
+    indices = torch.tensor([[0, 1], [1, 1], [2, 1], [3, 1]])
+    assert health.code_usage(indices, 8) == {
+        "perplexity": pytest.approx([4.0, 1.0]),
+        "used_codes": [4, 1],
+        "counts": [[1, 1, 1, 1, 0, 0, 0, 0], [0, 4, 0, 0, 0, 0, 0, 0]],
+        "distinct_sequences": 4,
+        "most_common_share": 0.25,
+    }
+
+
+def test_the_probe_finds_what_is_linear_and_nothing_else():
+    features, episodes = normal(600, 5), torch.arange(600) // 20
+    targets = torch.stack([features[:, 0] - 2 * features[:, 3], normal(600), torch.ones(600)], 1)
+    exact, noise, constant = health.r2(health.out_of_fold(features, targets, episodes), targets)
+    assert exact > 0.999
+    assert -0.05 < noise < 0.05
+    assert constant is None
+
+
+def test_the_probe_is_split_by_episode():
+    """A feature that only names the episode explains the episodes' means in them, but not those of others."""
+    episodes = torch.arange(400) // 20
+    features = torch.nn.functional.one_hot(episodes).double()
+    targets = normal(20)[episodes][:, None]
+    (by_episode,) = health.r2(health.out_of_fold(features, targets, episodes), targets)
+    (by_row,) = health.r2(health.out_of_fold(features, targets, torch.arange(400)), targets)
+    assert by_episode < 0.05
+    assert by_row > 0.9
+    assert health.out_of_fold(features, targets, torch.zeros(400, dtype=torch.int64)) is None
+
+
+def textured(count: int, size: int = 64) -> torch.Tensor:
+    coarse = torch.rand(count, 3, size // 4, size // 4, generator=torch.Generator().manual_seed(1))
+    return torch.nn.functional.interpolate(coarse, size, mode="bilinear")
+
+
+def test_the_shift_of_a_picture_is_found_and_that_of_an_object_is_not():
+    frames = textured(4)
+    shifts = [(0, 0), (3, -5), (-7, 2), (10, 10)]
+    moved = torch.stack([frame.roll(shift, (1, 2)) for frame, shift in zip(frames, shifts)])
+    assert health.image_shift(frames, moved).tolist() == [list(shift) for shift in shifts]
+    one, other = frames.clone(), frames.clone()
+    one[:, :, 20:36, 20:36] = 1
+    other[:, :, 26:42, 24:40] = 1
+    assert health.image_shift(one, other).tolist() == [[0, 0]] * 4
+
+
+def test_the_change_of_a_picture_is_that_of_its_liveliest_cell():
+    frames = torch.zeros(2, 3, 64, 64)
+    frames[1, :, 8:16, 16:24] = 0.5  # one of the 8 x 8 cells
+    change = health.cell_change(frames[:1], frames[1:])
+    assert change.shape == (1, 64)
+    assert (change.amax().item(), change[0, 10].item(), (change > 0).sum().item()) == (0.5, 0.5, 1)
+
+
+def observations(count: int = 400, **changes: torch.Tensor) -> Observations:
+    """Of a good teacher: latents are the actions, with noise."""
+    actions, still = normal(count, 2), 0.1 * normal(count, 6)
+    latents = torch.cat([actions, normal(count, 4)], 1)
+    fields = {
+        "episodes": torch.arange(count) // 20,
+        "indices": torch.randint(8, (count, 4), generator=GENERATOR),
+        "latents": latents,
+        "random_latents": normal(count, 6),
+        "change": torch.full((count,), 0.2),
+        "shift": torch.zeros(count, 2, dtype=torch.int64),
+        "actions": actions,
+        "still_indices": torch.zeros(count, 4, dtype=torch.int64),
+        "still_latents": still,
+        "past_to_now": latents,
+        "future_to_now": -latents,
+        "own_error": torch.full((count,), 0.7),
+        "other_error": torch.full((count,), 1.0),
+        "copy_error": torch.full((count,), 0.9),
+    }
+    return Observations(**fields | changes)
+
+
+def verdict_of(seen: Observations, kind="quantized", invalid_share=0.0) -> tuple[list[str], list[str]]:
+    found = measure(seen, codebook_size=8) | {"invalid_share": invalid_share, "probe_by_gap": {}}
+    json.dumps(found, allow_nan=False)
+    assert health.summary(found, Verdict("pass", (), "0", kind, 0.5, CAMERA), [])
+    return judge(found, kind)
+
+
+def test_a_good_teacher_passes():
+    found = measure(observations(), codebook_size=8)
+    assert min(found["probe"]["latents"]) > 0.99
+    assert max(found["probe"]["shuffled_actions"] + found["probe"]["random_teacher"]) < 0.1
+    assert found["leakage"] == pytest.approx(-1)
+    assert found["reconstruction"]["gain"] == pytest.approx(0.3)
+    assert found["still_pairs"]["share_with_the_usual_sequence"] == 1
+    assert found["still_pairs"]["variance"] < 0.1
+    assert verdict_of(observations()) == ([], [])
+
+
+def test_every_failure_has_its_reason():
+    rows = torch.arange(400)
+    shift = torch.randint(-5, 6, (400, 2), generator=GENERATOR)
+    one_code = torch.zeros(400, 4, dtype=torch.int64)
+    cases = {
+        "collapsed": {"indices": one_code},
+        "one code sequence is the label of 60%": {
+            "indices": torch.where(rows[:, None] < 240, 0, torch.randint(1, 8, (400, 4), generator=GENERATOR))
+        },
+        "the latents tell nothing about the second frame": {"own_error": torch.ones(400)},
+        "no more about the true actions than those of a random teacher": {"latents": normal(400, 6)},
+        "camera motion: a shift of the whole picture": {
+            "shift": shift,
+            "latents": shift.double().repeat(1, 3),
+            "actions": shift.double(),
+        },
+        "appearance, not motion": {"future_to_now": observations().latents, "past_to_now": observations().latents},
+    }
+    cases["appearance, not motion"]["past_to_now"] = cases["appearance, not motion"]["future_to_now"] + 0.1
+    for reason, changes in cases.items():
+        failures, _ = verdict_of(observations(**changes))
+        assert any(reason in failure for failure in failures), (reason, failures)
+        assert len(failures) == 1 or reason == "collapsed", failures  # a constant is also the most common sequence
+    assert verdict_of(observations(indices=one_code), kind="continuous")[0] == []  # its codes are not the labels
+
+
+def test_what_only_warns():
+    warnings = {
+        "pairs (x, x) without motion vary": {"still_latents": observations().latents},
+        "nothing moves in 100% of the pairs": {"change": torch.zeros(400)},
+    }
+    for text, changes in warnings.items():
+        failures, (warning,) = verdict_of(observations(**changes))
+        assert not failures
+        assert text in warning
+    assert "40% of the frames have no pair" in verdict_of(observations(), invalid_share=0.4)[1][0]
+
+
+def test_a_missed_action_dimension_is_named():
+    seen = observations()
+    seen.latents[:, 1] = normal(400)
+    failures, warnings = verdict_of(seen)
+    assert not failures
+    assert warnings == [f"action dimensions [1] are not in the latents (R² below {THRESHOLDS.probe_dimension})"]
+
+
+def test_without_actions_the_probe_is_not_measured():
+    seen = observations(actions=torch.full((400, 0), torch.nan))
+    for actions in (seen.actions, torch.full((400, 2), torch.nan)):
+        found = measure(replace(seen, actions=actions), 8)
+        assert found["probe"] == {"latents": None, "random_teacher": None, "shuffled_actions": None}
+        assert verdict_of(replace(seen, actions=actions)) == ([], [])
+
+
+# --- teachers on video ------------------------------------------------------------------------------------------------
+
+
+class SeesTheSquare(LAQ):
+    """A teacher whose latent action is how far the bright square moved: what the recordings' action says."""
+
+    def encode(self, frames: torch.Tensor) -> LatentActions:
+        bright = (frames[:, :, 0] > 0.6).float()  # [B, 2, H, W]
+        side = torch.arange(frames.shape[-1]) / frames.shape[-1]
+        rows, columns = bright.sum(3) @ side, bright.sum(2) @ side
+        place = torch.stack([rows, columns], -1) / bright.sum((2, 3))[..., None].clamp(min=1)  # [B, 2, 2]
+        latent = torch.zeros(len(frames), self.config.code_seq_len, self.config.quant_dim)
+        latent[:, 0, :2] = place[:, 1] - place[:, 0]
+        indices = self.vq.nearest(latent)
+        return LatentActions(indices, self.vq.codebooks[indices], latent)
+
+
+@pytest.fixture
+def laq(laq_checkpoint) -> LAQ:
+    return load_laq(laq_checkpoint)
+
+
+def test_a_teacher_that_encodes_the_action_scores_near_1(laq, labelled_dataset, tmp_path):
+    sees = SeesTheSquare(laq.config)
+    config = CheckConfig(
+        out=tmp_path, data=SourceConfig(roots=(labelled_dataset,), frame_gap_s=0.2, num_workers=0), pairs=400
+    )
+    sources = data.open_sources(config.data)
+    seen, triples, latents = observe(OnlineLabels(sees, "continuous", CAMERA), sources, config, 400, 40)
+    by_hand = np.array(sources[0].dataset.hf_dataset["action"])
+    assert seen.actions.shape[1] == 4
+    rows = sources[0].rows_with_pairs(np.arange(sources[0].num_frames))  # all of them: there are fewer than asked for
+    assert np.allclose(seen.actions, [by_hand[row : row + 4].sum(0) for row in rows], atol=1e-5)
+    assert 0 < len(triples) == len(latents) < 80
+    scores = health.probe(seen.latents, seen.actions, seen.episodes)
+    assert min(scores[:2]) > 0.95  # the square's velocity
+    assert abs(scores[3]) < 0.2  # noise
+    assert judge(measure(seen, 8) | {"invalid_share": 0.0}, "continuous")[1]  # names what it misses
+
+
+def run_check(tmp_path, *arguments) -> tuple[int, dict]:
+    with pytest.raises(SystemExit) as exit_:
+        main(["check", *map(str, arguments), "--out", str(tmp_path / "check"), "--data.num-workers", "0"])
+    return exit_.value.code, json.loads((tmp_path / "check" / "label_health.json").read_text())
+
+
+def test_a_random_teacher_fails(laq_checkpoint, labelled_dataset, tmp_path, capsys):
+    code, report = run_check(
+        tmp_path, "--laq-ckpt", laq_checkpoint, "--data.roots", labelled_dataset, "--pairs", 120, "--gaps", 0.1, 0.25
+    )
+    assert code == 1
+    assert report["verdict"] == "fail"
+    assert any("the latents tell nothing about the second frame" in reason for reason in report["reasons"])
+    assert len(report["measured"]["probe_by_gap"]) == 2
+    printed = capsys.readouterr().out
+    assert "label health: FAIL" in printed
+    assert all(reason in printed for reason in report["reasons"])
+    for picture in ("codes", "transfer", "probe"):
+        assert (tmp_path / "check" / f"{picture}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_collapsed_teacher_fails(laq, video_dataset, tmp_path):
+    with torch.no_grad():
+        laq.vq.codebooks[1:] = laq.vq.codebooks[0] + 100
+    save_laq(laq, tmp_path / "laq.safetensors")
+    code, report = run_check(
+        tmp_path, "--laq-ckpt", tmp_path / "laq.safetensors", "--data.roots", video_dataset, "--pairs", 60
+    )
+    assert code == 1
+    assert report["reasons"][0].startswith("collapsed: a slot effectively uses 1.00 codes")
+    assert report["measured"]["probe"]["latents"] is None
+    assert not (tmp_path / "check" / "probe.png").exists()
+
+
+@pytest.mark.slow
+def test_a_teacher_of_a_shaking_camera_fails_and_that_of_a_steady_one_does_not(
+    video_dataset, shaking_dataset, tmp_path
+):
+    sizes = {"dim": 32, "quant_dim": 8, "codebook_size": 8, "image_size": 64, "patch_size": 8, "heads": 2}
+    reasons = {}
+    for name, root in {"shaken": shaking_dataset, "steady": video_dataset}.items():
+        config = TeacherConfig(
+            run_dir=tmp_path / name,
+            data=DataConfig(roots=(root,), num_workers=0, val_fraction=0.2, frame_gap_s=0.25),
+            laq=LAQConfig(**sizes, spatial_depth=1, temporal_depth=1, dim_head=16, code_seq_len=4),
+            steps=300,
+            batch_size=16,
+            save_every=300,
+            eval_every=300,
+            replace_every=20,
+        )
+        train_teacher(replace(config, optim=replace(config.optim, lr=3e-3, warmup_steps=20)))
+        out = tmp_path / f"check_{name}"
+        out.mkdir()
+        teacher = config.run_dir / "checkpoints/last/pretrained_model/laq.safetensors"
+        options = ["--laq-ckpt", teacher, "--data.roots", root, "--data.frame-gap-s", 0.25]
+        _, report = run_check(out, *options)
+        reasons[name] = [reason.split(":")[0] for reason in report["reasons"]]
+        print(name, report["measured"])
+    assert "camera motion" in reasons["shaken"], reasons
+    assert reasons["steady"] == [], reasons
+
+
+def test_what_a_user_can_get_wrong(laq_checkpoint, video_dataset, tmp_path):
+    config = CheckConfig(out=tmp_path, laq_ckpt=laq_checkpoint, data=SourceConfig(roots=(video_dataset,)))
+    with pytest.raises(ValueError, match=r"--out .* exists: name a new directory"):
+        check(config)
+    new = replace(config, out=tmp_path / "new", gaps=(0.1,))
+    with pytest.raises(ValueError, match="none of the datasets has actions"):
+        check(new)
+    assert not new.out.exists()
+    with pytest.raises(ValueError, match=r"no such file; `python -m smolvla_shared.teacher check` writes it"):
+        health.read_verdict(tmp_path / "label_health.json")
