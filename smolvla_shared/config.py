@@ -7,7 +7,9 @@ from an artifact's manifest or a policy's config.json. The other classes are the
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+import tyro
 
 # Which of a teacher's latents are the labels: the codebook's rows, or the latent before it is quantised.
 TeacherKind = Literal["quantized", "continuous"]
@@ -97,6 +99,9 @@ class ModelConfig:
     name: str | None = None
     # Hub revision (branch, tag or commit) of it; recorded in the manifest.
     revision: str | None = None
+    # A LeRobot SmolVLA policy to start from, instead of a fresh expert on the trunk's weights: a directory or a hub id
+    # (lerobot/smolvla_base). Its cameras are taken in order; without --data.cameras they must have the same names.
+    init_from: Annotated[str | None, tyro.conf.arg(prefix_name=False)] = None
     # Keep the vision tower and connector as they are. Default: yes if the trunk has pretrained weights.
     freeze_vision: bool | None = None
     # Keep the whole trunk as it is: vision, connector and language layers. Default: as for vision.
