@@ -18,8 +18,11 @@ from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
 from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
 from safetensors.torch import load_file, save_file
 
+import train_stage2
+import train_stage3
 from smolvla_shared import policy as ours
 from smolvla_shared import smolvla
+from smolvla_shared.artifact import ARTIFACT_NAME, load_artifact
 from smolvla_shared.config import DataConfig, ModelConfig
 from smolvla_shared.model import SmolVLASharedCore, make_core_config
 from smolvla_shared.preprocess import Statistics
@@ -517,3 +520,78 @@ def test_options_that_contradict_the_checkpoint_are_listed(checkpoint):
 
 def test_the_option_is_called_init_from():
     assert tyro.cli(ModelConfig, args=["--init-from", "lerobot/smolvla_base"]).init_from == "lerobot/smolvla_base"
+
+
+# --- the scripts ------------------------------------------------------------------------------------------------------
+
+SIZES = "--steps 1 --save-every 1 --eval-every 1 --log-every 1 --batch-size 2 --data.val-fraction 0".split()
+SIZES += "--data.num-workers 0".split()
+
+
+def run_stage(script, run_dir: Path, *options: str | Path) -> None:
+    config_class = {train_stage2: train_stage2.Stage2Config, train_stage3: train_stage3.Stage3Config}[script]
+    script.main(tyro.cli(config_class, args=[*SIZES, "--run-dir", str(run_dir), *map(str, options)]))
+
+
+def ours_by_name(checkpoint: Path, prefix: str) -> dict[str, torch.Tensor]:
+    state = smolvla.build_core(smolvla.load_checkpoint(str(checkpoint))).state_dict()
+    return {key: tensor for key, tensor in state.items() if key.startswith(prefix)}
+
+
+@pytest.mark.slow
+def test_both_stages_train_from_a_checkpoint(
+    checkpoint, tmp_path, video_dataset, labelled_dataset, laq_checkpoint, capsys
+):
+    """Stage 2 trains the expert and carries the action head along; Stage 3 takes it from there, or from LeRobot's."""
+    start = ["--init-from", checkpoint, "--data.cameras", TOP]
+    s2, s3, direct = (tmp_path / name for name in ("s2", "s3", "direct"))
+    run_stage(train_stage2, s2, *start, "--data.roots", video_dataset, "--laq-ckpt", laq_checkpoint)
+    artifact = load_artifact(s2 / "artifacts" / f"{ARTIFACT_NAME}.safetensors")
+    assert artifact.manifest.source.changed_parts == ("expert", "state projection", "latent head")
+    for kept in ("trunk.", "action_head."):  # the trunk is frozen because it is a pretrained one
+        for key, tensor in ours_by_name(checkpoint, kept).items():
+            assert torch.equal(artifact.state_dict[key], tensor), key
+    for key, tensor in ours_by_name(checkpoint, "expert.").items():
+        assert 0 <= (artifact.state_dict[key] - tensor).abs().max() < 2e-4, key  # one step of learning rate 1e-4
+
+    labelled = ["--data.roots", labelled_dataset, "--chunk-size", "5", "--n-action-steps", "2"]
+    weights = s2 / "artifacts" / f"{ARTIFACT_NAME}.safetensors"
+    run_stage(train_stage3, s3, *labelled, "--stage2-artifact", weights)
+    run_stage(train_stage3, direct, *labelled, *start)
+    printed = capsys.readouterr().out
+    assert "action head from the artifact" in printed
+    assert printed.count(f"from {checkpoint}: cameras {TOP} as {WRIST}; left out") == 2
+    for run in (s3, direct):
+        policy = ours.HLRPSmolVLASharedPolicy.from_pretrained(run / "checkpoints" / "last" / "pretrained_model")
+        core = policy.config.core
+        assert (core.cameras, core.action_dim, core.chunk_size, core.self_attn_every_n_layers) == ((TOP,), 4, 5, 3)
+        for key, tensor in ours_by_name(checkpoint, "action_head.").items():
+            assert 0 < (policy.model.state_dict()[key] - tensor).abs().max() < 2e-4, key
+    assert core.latent_vector_dim == 0
+
+
+def test_training_refuses_what_does_not_fit_the_checkpoint(checkpoint, tmp_path, labelled_dataset):
+    labelled = ["--data.roots", labelled_dataset]
+    for options, message in [
+        ([], rf"asked for \['{WRIST}', '{TOP}'\].*found .*{TOP}"),
+        (["--data.cameras", TOP, "--normalization", "artifact"], "action_dim: the data 4, the checkpoint 3"),
+        (["--model.preset", "smolvlm2-500m"], "model_name: command line HuggingFaceTB/SmolVLM2-500M.*tiny_vlm"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            run_stage(train_stage3, tmp_path / "run", *labelled, "--init-from", checkpoint, *options)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_training_can_keep_the_checkpoints_statistics(checkpoint, tmp_path, monkeypatch, labelled_dataset):
+    """Of state and action alike: the action head knows actions in no other units."""
+    monkeypatch.setitem(STATS, "action", {"mean": torch.linspace(0, 1, 4), "std": torch.linspace(0.1, 3, 4)})
+    fit = {"output_features": {"action": {"type": "ACTION", "shape": [4]}}}
+    start = without_processors(copy(checkpoint, tmp_path / "four_actions", buffers(), fit))
+    options = ["--data.roots", labelled_dataset, "--data.cameras", TOP, "--normalization", "artifact"]
+    run_stage(train_stage3, tmp_path / "run", *options, "--init-from", start)
+    out = tmp_path / "run" / "checkpoints" / "last" / "pretrained_model"
+    found = load_file(out / "policy_preprocessor_step_4_normalizer_processor.safetensors")
+    for key, stats in STATS.items():
+        for statistic, value in stats.items():
+            assert torch.equal(found[f"{key}.{statistic}"], value)
