@@ -93,7 +93,7 @@ PRESETS = {"smolvlm2-500m": "HuggingFaceTB/SmolVLM2-500M-Video-Instruct", "tiny"
 @dataclass(frozen=True)
 class ModelConfig:
     # The trunk: `smolvlm2-500m` is SmolVLA's, with pretrained weights; `tiny` ships with this package (random weights,
-    # for CPUs, tests and the demo). Default: smolvlm2-500m, or that of the Stage 2 artifact.
+    # for CPUs, tests and the demo). Default: smolvlm2-500m, or that of the artifact or policy that is started from.
     preset: Literal["smolvlm2-500m", "tiny"] | None = None
     # Hub id or local directory of a SmolVLM, instead of a preset's.
     name: str | None = None

@@ -50,7 +50,7 @@ from smolvla_shared.preprocess import (
     stack_cameras,
     unpack_tokenizer,
 )
-from smolvla_shared.trunk import load_trunk_tokenizer
+from smolvla_shared.trunk import load_trunk_tokenizer, trunk_location
 from smolvla_shared.weights import check_weights, find_directory, new_directory, write_weights
 
 ACTION_IS_PAD = "action_is_pad"  # [B, T] bool, LeRobot's mark of actions past the episode's end
@@ -470,7 +470,9 @@ def export_smolvla(config: ExportConfig) -> None:
             policy.config.device,
         )
     core = policy.config.core
-    print(f"{config.out}: LeRobot reads the trunk's configuration and tokenizer from {core.model_name}, not from here")
+    print(f"{config.out}: LeRobot reads the trunk's configuration and tokenizer from {trunk_location(core.model_name)}")
+    if core.model_revision:
+        print(f"left out, LeRobot reads the newest: the trunk's revision {core.model_revision}")
     if core.latent_vector_dim:
         print("left out, SmolVLA has none: the latent head")
 

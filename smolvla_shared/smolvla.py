@@ -71,6 +71,12 @@ def is_unread(name: str, num_layers: int) -> bool:
     return name in (FINAL_NORM, OUTPUT_LAYER) or (layer is not None and int(layer[1]) >= num_layers)
 
 
+def _statistic(where: str) -> tuple[str | None, str, str] | None:
+    """(robot, feature, statistic) of the tensor at "file: key"; None for one that is not needed."""
+    match = STATISTIC.fullmatch(where.split(": ")[1])
+    return match and (match["robot"], match["feature"].replace("_", "."), match["statistic"])
+
+
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
@@ -100,7 +106,7 @@ class Checkpoint:
         Raises ValueError, with all keys that there are, where one is missing, found with two values, of another width
         than the feature, or not finite.
         """
-        matches = {where: STATISTIC.fullmatch(where.split(": ")[1]) for where in self.statistics}
+        places = {where: _statistic(where) for where in self.statistics}
         result, problems = {}, []
         for name, feature, width in (
             ("state", keys.OBS_STATE, self.core.state_dim),
@@ -108,23 +114,20 @@ class Checkpoint:
         ):
             values = []
             for statistic in ("mean", "std"):
-                wanted = (robot, feature, statistic)
-                found = {
-                    where: self.statistics[where]
-                    for where, match in matches.items()
-                    if match and (match["robot"], match["feature"].replace("_", "."), match["statistic"]) == wanted
-                }
-                values.append(next(iter(found.values()), None))
+                found = [where for where, what in places.items() if what == (robot, feature, statistic)]
+                tensors = [self.statistics[where] for where in found]
                 if not found:
                     problems.append(f"missing: {feature}.{statistic}")
-                elif any(not torch.equal(value, values[-1]) for value in found.values()):
+                elif any(not torch.equal(tensor, tensors[0]) for tensor in tensors):
                     problems.append(f"different values: {', '.join(found)}")
-                elif values[-1].shape != (width,) or not values[-1].isfinite().all():
-                    problems.append(f"not {width} finite numbers: {', '.join(found)}: {values[-1].tolist()}")
-            if not problems:
-                result[name] = Statistics(*(value.tolist() for value in values))
+                elif tensors[0].shape != (width,) or not tensors[0].isfinite().all():
+                    problems.append(f"not {width} finite numbers: {', '.join(found)}: {tensors[0].tolist()}")
+                else:
+                    values.append(tensors[0].tolist())
+            if len(values) == 2:
+                result[name] = Statistics(*values)
         if problems:
-            robots = sorted({match["robot"] for match in matches.values() if match and match["robot"]})
+            robots = sorted({what[0] for what in places.values() if what and what[0]})
             raise ValueError(
                 f"{self.name}: cannot map the statistics of {robot or 'its only robot'}:\n  "
                 + "\n  ".join(problems)
@@ -155,7 +158,8 @@ def load_checkpoint(name: str) -> Checkpoint:
     if problems := _unmappable(config, steps):
         raise ValueError(f"{name} is a SmolVLA that has no counterpart here:\n  " + "\n  ".join(problems))
 
-    tensors = load_file(directory / WEIGHTS_NAME)
+    # A model that torch.compile wrapped has _orig_mod in its names.
+    tensors = {key.replace("._orig_mod", ""): t for key, t in load_file(directory / WEIGHTS_NAME).items()}
     buffers = {key for key in tensors if NORMALIZATION_BUFFER.match(key)}
     statistics |= {f"{WEIGHTS_NAME}: {key}": tensors[key] for key in buffers}
     try:
@@ -218,10 +222,10 @@ def _unmappable(config: "SmolVLAConfig", steps: dict[str, dict[str, Any]]) -> li
     found = {None: vars(config), **steps}
     problems = [f"processor step {step}: unknown" for step in found if step not in required]
     problems += [
-        f"{step or CONFIG_NAME}: {field} is {found[step][field]}, here it is always {value}"
+        f"{step or CONFIG_NAME}: {field} is {found[step].get(field)}, here it is always {value}"
         for step in found.keys() & required.keys()
         for field, value in required[step].items()
-        if found[step][field] != value
+        if found[step].get(field) != value
     ]
     size, layers = config.resize_imgs_with_padding, config.num_vlm_layers
     if size[0] != size[1]:

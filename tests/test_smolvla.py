@@ -377,6 +377,14 @@ def test_loading_is_strict(checkpoint, tmp_path, weights, message):
     assert not (tmp_path / "out").exists()
 
 
+def test_names_of_a_compiled_model_are_understood(checkpoint, tmp_path):
+    compiled, key = copy(checkpoint, tmp_path / "compiled"), "model.state_proj.bias"
+    tensors = load_file(compiled / "model.safetensors")
+    renamed = {key.replace("model.", "model._orig_mod.", 1): tensor for key, tensor in tensors.items()}
+    save_file(renamed, compiled / "model.safetensors")
+    assert torch.equal(smolvla.build_core(smolvla.load_checkpoint(str(compiled))).state_proj.bias, tensors[key])
+
+
 def test_language_layers_beyond_those_kept_are_left_out(checkpoint, tmp_path):
     layer = "model.vlm_with_expert.vlm.model.text_model.layers.{}.input_layernorm.weight"
     deep = copy(checkpoint, tmp_path / "deep", {layer.format(4): torch.zeros(128), layer.format(31): torch.zeros(128)})
@@ -390,6 +398,7 @@ def test_language_layers_beyond_those_kept_are_left_out(checkpoint, tmp_path):
     [
         ({"num_expert_layers": 2}, "num_expert_layers is 2, here there are as many as the trunk's: 4"),
         ({"attention_mode": "self_attn"}, "attention_mode is self_attn, here it is always cross_attn"),
+        ({"use_peft": True}, "use_peft is True, here it is always False"),
         ({"adapt_to_pi_aloha": True}, "adapt_to_pi_aloha is True, here it is always False"),
         ({"resize_imgs_with_padding": [64, 48]}, r"resize_imgs_with_padding is \(64, 48\), .* padded to a square"),
         ({"self_attn_every_n_layers": 0}, "self_attn_every_n_layers is 0, here it is at least 1"),
