@@ -28,39 +28,41 @@ class Stage2Config(LatentConfig):
 def main(config: Stage2Config) -> None:
     import torch
 
-    from smolvla_shared import artifact, checkpoint, data, model, teacher, training, trunk
+    from smolvla_shared import artifact, checkpoint, data, model, smolvla, teacher, training
     from smolvla_shared.preprocess import Preprocessor
 
     # What a user can get wrong is found out before train() makes the run directory.
+    init = smolvla.load_init(config.model)
     sources = data.open_sources(config.data)
-    cameras, label_camera = data.choose_cameras(sources, config.data)
+    cameras, label_camera = data.choose_cameras(sources, smolvla.init_cameras(config.data, init))
     frames, held_out_frames = data.split_sources(sources, config.data, config.seed)
     pair_share = data.valid_pair_share(sources, frames)
     labels = teacher.open_labels(config, sources, label_camera)
     health = teacher.accepted_health(config.label_health, config.accept_label_health, labels, config.data, label_camera)
     code_seq_len, latent_dim = labels.shape
     state_dim = data.common_dim(sources, data.STATE_KEY) if config.model.use_state else 0
-    core_config = model.make_core_config(
+    accelerator = training.make_accelerator(config)
+    resume_from = checkpoint.check_run(config, accelerator)
+
+    core, tokenizer = smolvla.make_core(
         config.model,
+        init,
         cameras,
         state_dim=state_dim,
         latent_vector_dim=code_seq_len * latent_dim,
         code_seq_len=code_seq_len,
     )
-    tokenizer = trunk.load_trunk_tokenizer(core_config.model_name, core_config.model_revision)
-    accelerator = training.make_accelerator(config)
-    resume_from = checkpoint.check_run(config, accelerator)
-
-    core = model.SmolVLASharedCore(core_config)
-    if core_config.has_pretrained_trunk:
-        trunk.load_trunk_weights(core.trunk, core_config.model_name, core_config.model_revision)
-    model.freeze(core, model.frozen_parts(config.model, core_config))
+    core_config = core.config
+    unused_head = ["action head"] if init else []  # kept for Stage 3
+    model.freeze(core, model.frozen_parts(config.model, core_config) + unused_head)
     model.configure_layers(core, config.model)
     before = artifact.fingerprints(model.parameters_by_part(core))
     labels.to(accelerator.device)
     statistics = {LATENT: teacher.latent_statistics(labels, sources, frames, config.seed, accelerator.device)}
     if state_dim:
         statistics["state"] = data.vector_statistics(sources, data.STATE_KEY)
+    if init:
+        accelerator.print(smolvla.describe(init, cameras))
     accelerator.print(data.describe(sources, with_pairs=True))
     accelerator.print(model.parameter_table(core))
     accelerator.print(

@@ -25,7 +25,8 @@ class Stage3Config(LatentConfig):
     chunk_size: int = 50
     # Actions executed of each chunk before the next is predicted; stored with the policy, rollouts may override it.
     n_action_steps: int = 10
-    # State statistics: those of the Stage 3 data, or those the artifact was trained with.
+    # State statistics: those of the Stage 3 data, or those the artifact was trained with. With --init-from, artifact
+    # means the state and action statistics of that policy.
     normalization: Literal["data", "artifact"] = "data"
     # (noise, time) draws that are trained on one prefix pass of a sample.
     flow_draws: int = 1
@@ -40,6 +41,8 @@ class Stage3Config(LatentConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.stage2_artifact and self.model.init_from:
+            raise ValueError("--stage2-artifact and --init-from both give the weights: drop one")
         if not 1 <= self.n_action_steps <= self.chunk_size:
             raise ValueError(
                 f"--n-action-steps {self.n_action_steps} must be between 1 and --chunk-size {self.chunk_size}"
@@ -56,16 +59,17 @@ class Stage3Config(LatentConfig):
 
 
 def main(config: Stage3Config) -> None:
-    from smolvla_shared import artifact, checkpoint, data, model, policy, teacher, training, trunk
+    from smolvla_shared import artifact, checkpoint, data, model, policy, smolvla, teacher, training
     from smolvla_shared.preprocess import Preprocessor
 
     # What a user can get wrong is found out before train() makes the run directory.
     stage2 = artifact.load_artifact(config.stage2_artifact) if config.stage2_artifact else None
-    data_config = config.data
+    init = smolvla.load_init(config.model)
+    data_config = smolvla.init_cameras(config.data, init)
     if stage2:
         manifest = stage2.manifest
         stated = {"model_name": config.model.stated_name, "model_revision": config.model.revision}
-        artifact.check_agreement(manifest, stated | {"cameras": config.data.cameras or None})
+        artifact.check_agreement(manifest.core, stated | {"cameras": config.data.cameras or None})
         label_camera = manifest.latents.label_camera if config.latent_loss_weight else None
         data_config = replace(config.data, cameras=manifest.core.cameras, label_camera=label_camera)
     labelled = data.open_sources(data_config)
@@ -87,7 +91,10 @@ def main(config: Stage3Config) -> None:
     labels = teacher.open_labels(config, sources, label_camera) if config.latent_loss_weight else None
     if labels and stage2:
         artifact.check_teacher(manifest, labels.teacher_id, labels.kind, config.data)
-    recorded_state = manifest.normalization.get("state") if stage2 else None
+    recorded = manifest.normalization if stage2 else {}
+    if init and config.normalization == "artifact":
+        recorded = smolvla.init_statistics(init, dims)
+    recorded_state = recorded.get("state")
     if config.normalization == "artifact" and (not recorded_state or len(recorded_state.mean) != dims["state_dim"]):
         raise ValueError(
             f"--normalization artifact: the data's state has {dims['state_dim']} dimensions, the artifact's statistics "
@@ -106,11 +113,9 @@ def main(config: Stage3Config) -> None:
     else:
         if labels:
             dims |= {"latent_vector_dim": labels.shape[0] * labels.shape[1], "code_seq_len": labels.shape[0]}
-        core = model.SmolVLASharedCore(model.make_core_config(config.model, cameras, **dims))
-        if core.config.has_pretrained_trunk:
-            trunk.load_trunk_weights(core.trunk, core.config.model_name, core.config.model_revision)
-        tokenizer = trunk.load_trunk_tokenizer(core.config.model_name, core.config.model_revision)
-        accelerator.print("scratch arm: no Stage 2 artifact, the trunk's own weights")
+        core, tokenizer = smolvla.make_core(config.model, init, cameras, **dims)
+        scratch = "scratch arm: no Stage 2 artifact, the trunk's own weights"
+        accelerator.print(smolvla.describe(init, cameras) if init else scratch)
     core_config = core.config
     unused_head = ["latent head"] if core_config.latent_vector_dim and not labels else []
     model.freeze(core, model.frozen_parts(config.model, core_config) + unused_head)
@@ -128,7 +133,7 @@ def main(config: Stage3Config) -> None:
             difference = statistics["state"].difference(recorded_state)
             accelerator.print(f"state statistics: {difference}; using those of the {config.normalization}")
         if config.normalization == "artifact":
-            statistics["state"] = recorded_state
+            statistics |= {name: recorded[name] for name in ("state", ACTION) if name in recorded}
     if labels:
         labels.to(accelerator.device)
         statistics[LATENT] = (

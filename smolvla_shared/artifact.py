@@ -184,20 +184,20 @@ def load_artifact(path: Path) -> Artifact:
     return Artifact(manifest, load_file(path), unpack_tokenizer(tokenizer_path.read_text()))
 
 
-def check_agreement(manifest: Manifest, stated: dict[str, Any]) -> None:
-    """Raise ValueError that lists, side by side, what the command line states and the manifest contradicts.
+def check_agreement(core: CoreConfig, stated: dict[str, Any], where: str = "artifact") -> None:
+    """Raise ValueError that lists, side by side, what the command line states and a recorded core contradicts.
 
     `stated` maps CoreConfig fields to the values that the user gave; None was not given.
     """
-    recorded = asdict(manifest.core)
+    recorded = asdict(core)
     rows = [
-        f"  {name}: command line {value}, artifact {recorded[name]}"
+        f"  {name}: command line {value}, {where} {recorded[name]}"
         for name, value in stated.items()
         if value is not None and value != recorded[name]
     ]
     if rows:
         raise ValueError(
-            "the command line contradicts the artifact (leave these options out to take the artifact's values):\n"
+            f"the command line contradicts the {where} (leave these options out to take its values):\n"
             + "\n".join(rows)
         )
 

@@ -7,7 +7,9 @@ from an artifact's manifest or a policy's config.json. The other classes are the
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+import tyro
 
 # Which of a teacher's latents are the labels: the codebook's rows, or the latent before it is quantised.
 TeacherKind = Literal["quantized", "continuous"]
@@ -91,12 +93,15 @@ PRESETS = {"smolvlm2-500m": "HuggingFaceTB/SmolVLM2-500M-Video-Instruct", "tiny"
 @dataclass(frozen=True)
 class ModelConfig:
     # The trunk: `smolvlm2-500m` is SmolVLA's, with pretrained weights; `tiny` ships with this package (random weights,
-    # for CPUs, tests and the demo). Default: smolvlm2-500m, or that of the Stage 2 artifact.
+    # for CPUs, tests and the demo). Default: smolvlm2-500m, or that of the artifact or policy that is started from.
     preset: Literal["smolvlm2-500m", "tiny"] | None = None
     # Hub id or local directory of a SmolVLM, instead of a preset's.
     name: str | None = None
     # Hub revision (branch, tag or commit) of it; recorded in the manifest.
     revision: str | None = None
+    # A LeRobot SmolVLA policy to start from, instead of a fresh expert on the trunk's weights: a directory or a hub id
+    # (lerobot/smolvla_base). Its cameras are taken in order; without --data.cameras they must have the same names.
+    init_from: Annotated[str | None, tyro.conf.arg(prefix_name=False)] = None
     # Keep the vision tower and connector as they are. Default: yes if the trunk has pretrained weights.
     freeze_vision: bool | None = None
     # Keep the whole trunk as it is: vision, connector and language layers. Default: as for vision.

@@ -139,10 +139,10 @@ def success_flags(info: dict[str, Any], num_envs: int) -> np.ndarray:
 
 
 def check_cameras(policy: HLRPSmolVLASharedPolicy, observation: dict[str, Any], rename: dict[str, str]) -> None:
-    """Raise ValueError unless the environment shows every camera that the policy looks through."""
+    """Raise ValueError unless the environment shows every camera that the policy looks through, and no other."""
     found = [rename.get(key, key) for key in observation if "image" in key]
     wanted = list(policy.config.core.cameras)
-    if sorted(found) != sorted(wanted):
+    if set(found) | set(policy.config.optional_cameras) != set(wanted):
         raise ValueError(
             f"the policy was trained on cameras {wanted}, the environment shows {found}: "
             "map them with --rename ENVIRONMENT_KEY POLICY_KEY"

@@ -3,15 +3,21 @@
 LeRobot's commands (lerobot-eval, lerobot-train --policy.path) find the three by their names in this module. A saved
 policy is self-contained: the trunk's config is in config.json, the tokenizer is in the preprocessor's state, and
 loading asks no hub.
+
+LeRobot's SmolVLA policies become ours, and ours theirs:
+
+python -m smolvla_shared.policy import-smolvla <directory or hub id> <new directory>
+python -m smolvla_shared.policy export-smolvla <pretrained_model> <new directory>
 """
 
+import sys
 from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
+import tyro
 from lerobot.configs import FeatureType, NormalizationMode, PipelineFeatureType, PolicyFeature
 from lerobot.configs.policies import PreTrainedConfig
 from lerobot.lerobot_types import TransitionKey
@@ -22,6 +28,7 @@ from lerobot.processor import (
     ObservationProcessorStep,
     PolicyProcessorPipeline,
     ProcessorStepRegistry,
+    RenameObservationsProcessorStep,
     make_default_policy_processor_steps,
     make_policy_processor_pipelines,
 )
@@ -30,7 +37,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
-from smolvla_shared import losses
+from smolvla_shared import losses, smolvla
 from smolvla_shared.batch import Batch, FlowTarget
 from smolvla_shared.config import ACTION, CoreConfig, OptimConfig, RunConfig
 from smolvla_shared.model import SmolVLASharedCore
@@ -43,8 +50,8 @@ from smolvla_shared.preprocess import (
     stack_cameras,
     unpack_tokenizer,
 )
-from smolvla_shared.trunk import load_trunk_tokenizer
-from smolvla_shared.weights import check_weights, write_weights
+from smolvla_shared.trunk import load_trunk_tokenizer, trunk_location
+from smolvla_shared.weights import check_weights, find_directory, new_directory, write_weights
 
 ACTION_IS_PAD = "action_is_pad"  # [B, T] bool, LeRobot's mark of actions past the episode's end
 WEIGHTS_NAME = "model.safetensors"
@@ -76,6 +83,8 @@ class HLRPSmolVLASharedConfig(PreTrainedConfig):
     core: CoreConfig = field(kw_only=True)
     # Actions executed of each chunk before the next one is generated.
     n_action_steps: int = 10
+    # Cameras that an observation may lack: their tokens are masked then. Without any other it is refused.
+    optional_cameras: tuple[str, ...] = ()
     # How each kind of feature is normalised; the core was trained with these.
     normalization_mapping: dict[str, NormalizationMode] = field(
         default_factory=lambda: {
@@ -95,6 +104,11 @@ class HLRPSmolVLASharedConfig(PreTrainedConfig):
                 f"n_action_steps {self.n_action_steps} must be between 1 and the chunk_size of the model, "
                 f"{self.core.chunk_size}"
             )
+        if not set(self.optional_cameras) < set(self.core.cameras):
+            raise ValueError(
+                f"optional_cameras {list(self.optional_cameras)} must be some, not all, of the model's cameras "
+                f"{list(self.core.cameras)}"
+            )
         self.input_features = self.input_features or input_features(self.core, {})
         self.output_features = self.output_features or output_features(self.core)
 
@@ -102,8 +116,9 @@ class HLRPSmolVLASharedConfig(PreTrainedConfig):
         """Raise ValueError where the features, set by LeRobot from a dataset or environment, do not fit the core."""
 
         def describe(inputs: dict[str, PolicyFeature], outputs: dict[str, PolicyFeature]) -> dict[str, Any]:
+            cameras = {key for key, feature in inputs.items() if feature.type is FeatureType.VISUAL}
             return {
-                "cameras": sorted(key for key, feature in inputs.items() if feature.type is FeatureType.VISUAL),
+                "cameras": sorted(cameras | set(self.optional_cameras)),
                 "state": list(inputs[keys.OBS_STATE].shape) if keys.OBS_STATE in inputs else None,
                 "action": list(outputs[keys.ACTION].shape) if keys.ACTION in outputs else None,
             }
@@ -152,19 +167,22 @@ def check_has(batch: dict[str, Any], needed: list[str]) -> None:
     if missing:
         raise ValueError(
             f"the policy needs {needed}, but {missing} is missing from the batch, which has {sorted(batch)}: "
-            "pass it, or map your names with --rename_map"
+            "pass it, or map your names with --rename_map; cameras that may be missing go into optional_cameras"
         )
 
 
-def to_batch(observation: dict[str, Tensor], core: CoreConfig) -> Batch:
+def to_batch(observation: dict[str, Tensor], core: CoreConfig, optional_cameras: tuple[str, ...] = ()) -> Batch:
     """A preprocessed LeRobot batch -> the core's Batch, without targets.
 
     Images are [B, 3, h, w] in [0, 1] or uint8, the state [B, state_dim] is normalised, the text is tokenised.
-    Raises ValueError for a camera, state or text that is missing: nothing is replaced by blanks.
+    Raises ValueError for a camera, state or text that is missing. Nothing is replaced by blanks but the optional
+    cameras, which go last if they are missing, as in SmolVLA: the special tokens around them are not masked.
     """
+    present = [key for key in core.cameras if key in observation or key not in optional_cameras]
     state_keys = [keys.OBS_STATE] if core.state_dim else []
-    check_has(observation, [*core.cameras, *state_keys, keys.OBS_LANGUAGE_TOKENS, keys.OBS_LANGUAGE_ATTENTION_MASK])
-    images, image_mask = stack_cameras([prepare_images(observation[key], core.image_size) for key in core.cameras])
+    check_has(observation, [*present, *state_keys, keys.OBS_LANGUAGE_TOKENS, keys.OBS_LANGUAGE_ATTENTION_MASK])
+    prepared = [prepare_images(observation[key], core.image_size) for key in present]
+    images, image_mask = stack_cameras(prepared + [None] * (len(core.cameras) - len(present)))
     state = torch.zeros(len(images), core.max_state_dim, device=images.device)
     if core.state_dim:
         if observation[keys.OBS_STATE].shape != (len(images), core.state_dim):
@@ -210,18 +228,7 @@ class HLRPSmolVLASharedPolicy(PreTrainedPolicy):
 
         Raises ValueError where a file is missing or the weights are not exactly those of the config's model.
         """
-        directory = Path(pretrained_name_or_path)
-        if not directory.is_dir():
-            try:
-                directory = Path(snapshot_download(str(pretrained_name_or_path), revision=revision))
-            except (OSError, ValueError) as error:
-                raise ValueError(
-                    f"no policy {pretrained_name_or_path}: there is no such directory, and the hub says: {error}"
-                ) from error
-        for name in ("config.json", WEIGHTS_NAME):
-            if not (directory / name).is_file():
-                found = sorted(path.name for path in directory.iterdir())
-                raise ValueError(f"no policy in {directory}: {name} is missing, found {found}")
+        directory = find_directory("policy", pretrained_name_or_path, ("config.json", WEIGHTS_NAME), revision)
         config = config or PreTrainedConfig.from_pretrained(directory)
         if not isinstance(config, cls.config_class):
             raise ValueError(f"{directory} holds a policy of type {config.type}, expected {cls.name}")
@@ -250,7 +257,7 @@ class HLRPSmolVLASharedPolicy(PreTrainedPolicy):
         """
         core = self.config.core
         check_has(batch, [keys.ACTION, ACTION_IS_PAD])
-        data, actions = to_batch(batch, core), batch[keys.ACTION]
+        data, actions = to_batch(batch, core, self.config.optional_cameras), batch[keys.ACTION]
         if actions.shape[1:] != (core.chunk_size, core.action_dim):
             raise ValueError(
                 f"{keys.ACTION} is {list(actions.shape)}, the model expects [B, {core.chunk_size}, {core.action_dim}]"
@@ -273,7 +280,7 @@ class HLRPSmolVLASharedPolicy(PreTrainedPolicy):
     def predict_action_chunk(self, batch: dict[str, Tensor], noise: Tensor | None = None) -> Tensor:
         """A chunk of normalised actions [B, T, A], generated from noise [B, T, max_action_dim] (drawn if not given)."""
         core = self.config.core
-        data = to_batch(batch, core)
+        data = to_batch(batch, core, self.config.optional_cameras)
         if noise is None:
             noise = torch.randn(len(data), core.chunk_size, core.max_action_dim, device=data.images.device)
         return self.model.sample(data, ACTION, noise)
@@ -331,11 +338,13 @@ def make_hlrp_smolvla_shared_pre_post_processors(
     config: HLRPSmolVLASharedConfig,
     dataset_stats: dict[str, dict[str, Any]] | None = None,
     tokenizer: PreTrainedTokenizerFast | None = None,
+    rename_map: dict[str, str] | None = None,
 ) -> tuple[PolicyProcessorPipeline, PolicyProcessorPipeline]:
     """The pipelines before and after the policy; LeRobot's factory calls this for a policy that was not saved before.
 
     dataset_stats: {feature: {"mean": [A], "std": [A]}} of observation.state, if the core has a state, and action
     tokenizer:     the trunk's; by default it is loaded from where the core's trunk came from
+    rename_map:    our names of observations, by those that they arrive with
 
     Raises ValueError for missing statistics: LeRobot's normaliser would leave such a feature as it is.
     """
@@ -348,7 +357,7 @@ def make_hlrp_smolvla_shared_pre_post_processors(
     steps = make_default_policy_processor_steps(config, {key: dataset_stats[key] for key in needed})
     return make_policy_processor_pipelines(
         input_steps=[
-            steps.rename_observations,
+            RenameObservationsProcessorStep(rename_map or {}),
             steps.add_batch_dim,
             TokenizeTask(config.core.max_text_tokens, tokenizer),
             steps.to_device,
@@ -368,17 +377,22 @@ def save_policy(
     statistics: dict[str, Statistics],
     n_action_steps: int,
     image_shapes: dict[str, tuple[int, ...]] | None = None,
+    optional_cameras: tuple[str, ...] = (),
+    rename_map: dict[str, str] | None = None,
 ) -> None:
     """Write a core in training as a LeRobot policy: config, weights and processors, all that inference needs.
 
-    statistics:   of "action" and, if the core has a state, "state"
-    image_shapes: (3, height, width) of each camera as recorded; LeRobot's policy server resizes what it receives to
-                  this shape, without keeping the aspect ratio. Default: the model's squares
+    statistics:       of "action" and, if the core has a state, "state"
+    image_shapes:     (3, height, width) of each camera as recorded; LeRobot's policy server resizes what it receives to
+                      this shape, without keeping the aspect ratio. Default: the model's squares
+    optional_cameras: those that an observation may lack
+    rename_map:       our names of observations, by those that they arrive with
     """
     directory.mkdir(parents=True, exist_ok=True)
     config = HLRPSmolVLASharedConfig(
         core=core.config,
         n_action_steps=n_action_steps,
+        optional_cameras=optional_cameras,
         input_features=input_features(core.config, image_shapes or {}),
         device=core.state_proj.weight.device.type,
     )
@@ -390,5 +404,89 @@ def save_policy(
         for key, name in ((keys.OBS_STATE, "state"), (keys.ACTION, "action"))
         if name in statistics
     }
-    for processor in make_hlrp_smolvla_shared_pre_post_processors(config, stats, tokenizer):
+    for processor in make_hlrp_smolvla_shared_pre_post_processors(config, stats, tokenizer, rename_map):
         processor.save_pretrained(directory)
+
+
+# --- from and to LeRobot's SmolVLA ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ImportConfig:
+    """Make a policy of this project from a LeRobot SmolVLA policy."""
+
+    # The SmolVLA policy: a directory or a hub id.
+    source: tyro.conf.Positional[str]
+    # The new directory.
+    out: tyro.conf.Positional[Path]
+    # Whose statistics to take, of a checkpoint that has several robots'.
+    robot: str | None = None
+
+
+def import_smolvla(config: ImportConfig) -> None:
+    with new_directory(config.out) as directory:
+        checkpoint = smolvla.load_checkpoint(config.source)
+        statistics = checkpoint.normalization(config.robot)
+        save_policy(
+            directory,
+            smolvla.build_core(checkpoint),
+            checkpoint.tokenizer,
+            statistics,
+            checkpoint.n_action_steps,
+            checkpoint.image_shapes,
+            checkpoint.optional_cameras,
+            checkpoint.rename_map,
+        )
+    print(f"{config.out}: {len(checkpoint.weights)} tensors of {config.source}")
+    print(f"left out, no action depends on them: {', '.join(checkpoint.unread) or 'none'}")
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """Make a LeRobot SmolVLA policy from a policy of this project."""
+
+    # The policy's directory (pretrained_model) or hub id.
+    source: tyro.conf.Positional[str]
+    # The new directory.
+    out: tyro.conf.Positional[Path]
+
+
+def export_smolvla(config: ExportConfig) -> None:
+    from lerobot.policies.factory import make_pre_post_processors
+
+    with new_directory(config.out) as directory:
+        policy = HLRPSmolVLASharedPolicy.from_pretrained(config.source)
+        preprocessor, _ = make_pre_post_processors(policy.config, config.source)
+        rename, _, tokenize, _, normalize = preprocessor.steps
+        smolvla.save_checkpoint(
+            directory,
+            policy.model,
+            tokenize.tokenizer,
+            normalize.stats,
+            {key: feature.shape for key, feature in policy.config.image_features.items()},
+            policy.config.optional_cameras,
+            rename.rename_map,
+            policy.config.n_action_steps,
+            policy.config.device,
+        )
+    core = policy.config.core
+    print(f"{config.out}: LeRobot reads the trunk's configuration and tokenizer from {trunk_location(core.model_name)}")
+    if core.model_revision:
+        print(f"left out, LeRobot reads the newest: the trunk's revision {core.model_revision}")
+    if core.latent_vector_dim:
+        print("left out, SmolVLA has none: the latent head")
+
+
+COMMANDS = {"import-smolvla": (ImportConfig, import_smolvla), "export-smolvla": (ExportConfig, export_smolvla)}
+
+
+def main() -> None:
+    name = sys.argv[1] if len(sys.argv) > 1 else "nothing"
+    if name not in COMMANDS:
+        raise SystemExit(f"python -m smolvla_shared.policy {{{','.join(COMMANDS)}}} [--help]; got {name}")
+    config_class, command = COMMANDS[name]
+    command(tyro.cli(config_class, prog=f"python -m smolvla_shared.policy {name}", args=sys.argv[2:]))
+
+
+if __name__ == "__main__":
+    main()

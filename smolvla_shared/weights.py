@@ -1,9 +1,16 @@
-"""Weights in files: public names, hashes, strict checks, writing without leaving a torn file. Knows no model."""
+"""Weights in files: public names, hashes, strict checks, reading from the hub, writing without leaving a torn file.
+
+Knows no model.
+"""
 
 import hashlib
 import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from huggingface_hub import snapshot_download
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -50,6 +57,36 @@ def write_text(path: Path, text: str) -> None:
     temporary = path.with_suffix(path.suffix + ".tmp")
     temporary.write_text(text)
     os.replace(temporary, path)
+
+
+def find_directory(what: str, name: str | Path, needed: tuple[str, ...], revision: str | None = None) -> Path:
+    """A directory of this name or, if there is none, the hub's, with the needed files in it.
+
+    `what` it should hold, "policy", goes into the messages. Raises ValueError.
+    """
+    directory = Path(name)
+    if not directory.is_dir():
+        try:
+            directory = Path(snapshot_download(str(name), revision=revision))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"no {what} {name}: there is no such directory, and the hub says: {error}") from error
+    for file in needed:
+        if not (directory / file).is_file():
+            found = sorted(path.name for path in directory.iterdir())
+            raise ValueError(f"no {what} in {directory}: {file} is missing, found {found}")
+    return directory
+
+
+@contextmanager
+def new_directory(path: Path) -> Iterator[Path]:
+    """A directory to fill that gets its name when it is complete. Raises ValueError if there is one of this name."""
+    if path.exists():
+        raise ValueError(f"{path} exists already: name a new directory")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as temporary:
+        (filled := Path(temporary) / path.name).mkdir()
+        yield filled
+        filled.rename(path)
 
 
 def _umask() -> int:

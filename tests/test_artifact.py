@@ -330,12 +330,12 @@ def test_half_an_action_head_and_other_sizes_are_refused(tmp_path):
 def test_all_disagreements_are_listed_at_once(artifact):
     stated = {"model_name": "my/trunk", "cameras": CAMERAS[::-1], "image_size": 64, "model_revision": None}
     with pytest.raises(ValueError) as error:
-        check_agreement(artifact.manifest, stated)
+        check_agreement(artifact.manifest.core, stated)
     assert str(error.value).splitlines()[1:] == [
         "  model_name: command line my/trunk, artifact nobody/nothing",
         f"  cameras: command line {CAMERAS[::-1]}, artifact {CAMERAS}",
     ]
-    check_agreement(artifact.manifest, {"model_name": "nobody/nothing", "cameras": CAMERAS, "image_size": None})
+    check_agreement(artifact.manifest.core, {"model_name": "nobody/nothing", "cameras": CAMERAS, "image_size": None})
 
 
 def test_co_training_on_other_latent_actions_is_refused(artifact):

@@ -39,14 +39,10 @@ def test_wilson_interval(successes, trials, low, high):
     assert wilson_interval(successes, trials) == pytest.approx((low, high), abs=1e-4)
 
 
-@pytest.fixture(scope="module")
-def policy_path(tmp_path_factory) -> Path:
+def write_policy(path: Path, cameras: tuple[str, ...], optional_cameras: tuple[str, ...] = ()) -> Path:
     """An untrained policy for 64-pixel pictures of Meta-World."""
-    core_config = make_core_config(
-        ModelConfig(preset="tiny"), ("observation.image",), state_dim=4, action_dim=4, chunk_size=4
-    )
+    core_config = make_core_config(ModelConfig(preset="tiny"), cameras, state_dim=4, action_dim=4, chunk_size=4)
     torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("policy") / "pretrained_model"
     ones = Statistics((0.0,) * 4, (1.0,) * 4)
     save_policy(
         path,
@@ -55,8 +51,14 @@ def policy_path(tmp_path_factory) -> Path:
         {"state": ones, "action": ones},
         n_action_steps=4,
         image_shapes={"observation.image": (3, 64, 64)},
+        optional_cameras=optional_cameras,
     )
     return path
+
+
+@pytest.fixture(scope="module")
+def policy_path(tmp_path_factory) -> Path:
+    return write_policy(tmp_path_factory.mktemp("policy") / "pretrained_model", ("observation.image",))
 
 
 def run(policy_path: Path, num_envs: int, **options) -> list[tuple[Episode, list[np.ndarray]]]:
@@ -85,6 +87,14 @@ def test_episodes_do_not_depend_on_the_number_of_environments(policy_path):
 def test_a_camera_under_another_name_is_refused(policy_path):
     with pytest.raises(ValueError, match=r"observation\.image.*shows \['observation\.top'\].*--rename"):
         run(policy_path, num_envs=1, rename={"observation.image": "observation.top"})
+
+
+def test_an_environment_may_lack_an_optional_camera(tmp_path):
+    cameras = ("observation.images.wrist", "observation.image")
+    episodes = run(write_policy(tmp_path / "optional", cameras, cameras[:1]), num_envs=1)
+    assert [episode.steps for episode, _ in episodes] == [9, 9, 9]
+    with pytest.raises(ValueError, match=r"trained on cameras .*wrist.*shows \['observation\.image'\]"):
+        run(write_policy(tmp_path / "needed", cameras), num_envs=1)
 
 
 def test_the_expert_succeeds_and_doing_nothing_fails():

@@ -17,11 +17,11 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "smolvla_shared"
 # A module imports only modules above it.
 ORDER = (
-    "config batch preprocess flow losses weights cache trunk model laq labels artifact health data checkpoint "
+    "config batch preprocess flow losses weights cache trunk model laq labels artifact health smolvla data checkpoint "
     "metrics training teacher policy evaluate train_stage2 train_stage3 rollout"
 ).split()
 SCRIPTS = ORDER[-3:]
-USES_LEROBOT = {"data", "policy", "evaluate", *SCRIPTS}
+USES_LEROBOT = {"smolvla", "data", "policy", "evaluate", *SCRIPTS}
 
 SOURCES = {path.stem: path for path in PACKAGE.glob("*.py") if path.stem != "__init__"}
 SOURCES |= {name: ROOT / f"{name}.py" for name in SCRIPTS if (ROOT / f"{name}.py").exists()}

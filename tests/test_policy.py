@@ -247,6 +247,21 @@ def test_cameras_that_do_not_fit_are_refused(core):
         HLRPSmolVLASharedPolicy(config)
 
 
+def test_optional_cameras_may_be_missing_from_an_environment(core):
+    config = make_config(make_core((CAMERA, WRIST)), optional_cameras=(WRIST,))
+    del config.input_features[WRIST]
+    config.validate_features()
+    config.optional_cameras = (CAMERA,)
+    with pytest.raises(ValueError, match=r"the model was built for"):
+        config.validate_features()
+
+
+@pytest.mark.parametrize("cameras", [(CAMERA, WRIST), ("top",)])
+def test_optional_cameras_are_some_of_the_models(cameras):
+    with pytest.raises(ValueError, match=r"optional_cameras .* must be some, not all, of the model's cameras"):
+        make_config(make_core((CAMERA, WRIST)), optional_cameras=cameras)
+
+
 def test_loading_is_strict(saved, tmp_path):
     weights = load_file(saved / "model.safetensors")
     bias, out = "model.state_proj.bias", "model.action_head.out_proj.weight"
@@ -309,6 +324,23 @@ def test_a_missing_observation_is_refused(core, processed, key):
     with pytest.raises(ValueError) as error:
         make_policy(core).select_action(seen)
     assert f"['{key}'] is missing" in str(error.value) and all(name in str(error.value) for name in sorted(seen))
+
+
+@pytest.mark.parametrize("special", [(), (3, 5)], ids=["", "image special tokens"])
+def test_a_missing_optional_camera_is_masked(processed, special):
+    core = make_core((CAMERA, WRIST), image_special_tokens=special)
+    policy = make_policy(core, optional_cameras=(CAMERA,))
+    noise = torch.ones(3, T, 32)
+    wrist = {WRIST: torch.rand(3, 3, 30, 40, generator=torch.Generator().manual_seed(0))}
+    both = policy.predict_action_chunk(processed | wrist, noise)
+    del (without := processed | wrist)[CAMERA]
+    batch = to_batch(without, core.config, (CAMERA,))
+    assert batch.image_mask.tolist() == [[True, False]] * 3  # the wrist's comes first
+    assert torch.equal(batch.images[:, 0], to_batch(processed | wrist, core.config).images[:, 1])
+    chunk = policy.predict_action_chunk(without, noise)
+    assert not torch.allclose(chunk, both, atol=1e-3)
+    batch.images[:, 1] = 0.5  # nothing shows through the mask
+    assert torch.equal(core.sample(batch, ACTION, noise), chunk)
 
 
 def test_a_state_of_another_width_is_refused(core, processed):

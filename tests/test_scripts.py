@@ -279,6 +279,7 @@ def test_wrong_inputs_are_named_and_leave_no_run_directory(
         ("3", "--data.roots x --laq-ckpt x", "co-training needs both"),
         ("3", "--data.roots x --video-roots x", "only teach the latent head: pass --latent-loss-weight"),
         ("3", "--data.roots x --model.preset tiny --model.name x", "both name a trunk"),
+        ("3", "--data.roots x --stage2-artifact x --init-from y", "both give the weights: drop one"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused_at_once(stage, arguments, message, tmp_path, capsys):

@@ -8,7 +8,15 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from smolvla_shared.weights import check_weights, file_sha256, public_state, write_text, write_weights
+from smolvla_shared.weights import (
+    check_weights,
+    file_sha256,
+    find_directory,
+    new_directory,
+    public_state,
+    write_text,
+    write_weights,
+)
 
 
 def make_module() -> nn.Module:
@@ -97,3 +105,26 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         write_text(text, "new")
     assert (file_sha256(weights), text.read_text()) == (sha256, "old")
+
+
+def test_a_new_directory_appears_when_it_is_complete(tmp_path):
+    with new_directory(tmp_path / "deep" / "out") as directory:
+        (directory / "file").write_text("x")
+        assert not (tmp_path / "deep" / "out").exists()
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["out"]
+    assert (tmp_path / "deep" / "out" / "file").read_text() == "x"
+    with pytest.raises(ValueError, match="out exists already"), new_directory(tmp_path / "deep" / "out"):
+        raise AssertionError
+    with pytest.raises(KeyError), new_directory(tmp_path / "deep" / "other") as directory:
+        (directory / "file").write_text("x")
+        raise KeyError
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["out"]
+
+
+def test_a_directory_is_found_with_what_it_needs(tmp_path):
+    (tmp_path / "config.json").touch()
+    assert find_directory("policy", tmp_path, ("config.json",)) == tmp_path
+    with pytest.raises(ValueError, match=r"no policy in .*: b is missing, found \['config.json'\]"):
+        find_directory("policy", tmp_path, ("config.json", "b"))
+    with pytest.raises(ValueError, match="no policy nobody/nothing: there is no such directory, and the hub says"):
+        find_directory("policy", "nobody/nothing", ())

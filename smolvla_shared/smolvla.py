@@ -1,0 +1,412 @@
+"""LeRobot's SmolVLA checkpoints, in and out: configuration, weights, statistics and tokenizer as ours, and back.
+
+What no action depends on is not kept: the trunk's final norm and output layer, language layers beyond those in use, and
+LeRobot's options of training and execution. Padding of text and prefix (pad_language_to, prefix_length) is masked.
+"""
+
+import json
+import re
+from dataclasses import asdict, dataclass, replace
+from itertools import zip_longest
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from draccus.utils import DecodingError
+from lerobot.configs import FeatureType, PolicyFeature
+from lerobot.configs.policies import PreTrainedConfig
+from lerobot.utils import constants as keys
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from smolvla_shared.artifact import check_agreement
+from smolvla_shared.config import CoreConfig, DataConfig, ModelConfig
+from smolvla_shared.model import SmolVLASharedCore, make_core_config
+from smolvla_shared.preprocess import Statistics, pack_tokenizer
+from smolvla_shared.trunk import load_trunk_config, load_trunk_tokenizer, load_trunk_weights, trunk_location
+from smolvla_shared.weights import check_weights, find_directory, public_state, write_weights
+
+if TYPE_CHECKING:  # LeRobot's policies take seconds to import
+    from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
+
+CONFIG_NAME, WEIGHTS_NAME = "config.json", "model.safetensors"
+PROCESSORS = (keys.POLICY_PREPROCESSOR_DEFAULT_NAME, keys.POLICY_POSTPROCESSOR_DEFAULT_NAME)
+EMPTY_CAMERA = "observation.images.empty_camera_"  # LeRobot numbers the cameras that observations may lack
+
+# --- names ------------------------------------------------------------------------------------------------------------
+
+TRUNK = "model.vlm_with_expert.vlm.model."
+LEROBOT_PREFIX = {  # by ours
+    "trunk.vlm.": TRUNK,
+    "expert.": "model.vlm_with_expert.lm_expert.",
+    "state_proj.": "model.state_proj.",
+    "action_head.": "model.action_",  # in_proj, out_proj, time_mlp_in, time_mlp_out
+}
+FINAL_NORM = TRUNK + "text_model.norm.weight"
+OUTPUT_LAYER = "model.vlm_with_expert.vlm.lm_head.weight"
+LANGUAGE_LAYER = re.compile(re.escape(TRUNK) + r"text_model\.layers\.(\d+)\.")
+NORMALIZATION_BUFFER = re.compile(r"(normalize_inputs|normalize_targets|unnormalize_outputs)\.")
+# observation.state.mean, so100.buffer.action.std; with the prefix of such a buffer, buffer_observation_state.mean and
+# so100_buffer_action.std.
+STATISTIC = re.compile(
+    rf"(?:{NORMALIZATION_BUFFER.pattern})?(?:(?P<robot>.+)[._](?=buffer))?(?:buffer[._])?"
+    r"(?P<feature>observation[._]state|action)\.(?P<statistic>mean|std)"
+)
+
+
+def lerobot_names(core: SmolVLASharedCore) -> dict[str, str]:
+    """LeRobot's name of every weight of a core, by ours; without the latent head, which SmolVLA does not have."""
+    return {
+        name: theirs + name.removeprefix(ours)
+        for name in public_state(core)
+        for ours, theirs in LEROBOT_PREFIX.items()
+        if name.startswith(ours)
+    }
+
+
+def is_unread(name: str, num_layers: int) -> bool:
+    """Whether no action depends on a tensor of LeRobot's, in a model that keeps `num_layers` language layers."""
+    layer = LANGUAGE_LAYER.match(name)
+    return name in (FINAL_NORM, OUTPUT_LAYER) or (layer is not None and int(layer[1]) >= num_layers)
+
+
+def _statistic(where: str) -> tuple[str | None, str, str] | None:
+    """(robot, feature, statistic) of the tensor at "file: key"; None for one that is not needed."""
+    match = STATISTIC.fullmatch(where.split(": ")[1])
+    return match and (match["robot"], match["feature"].replace("_", "."), match["statistic"])
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A LeRobot SmolVLA policy, in our terms."""
+
+    name: str  # as the user gave it
+    core: CoreConfig
+    weights: dict[str, Tensor]  # by LeRobot's names
+    unread: tuple[str, ...]  # LeRobot's names of the tensors that were left out
+    tokenizer: PreTrainedTokenizerFast
+    statistics: dict[str, Tensor]  # by "file: key", as found
+    image_shapes: dict[str, tuple[int, ...]]  # (3, height, width) by camera
+    optional_cameras: tuple[str, ...]
+    rename_map: dict[str, str]  # of observations, by recorded name
+    n_action_steps: int
+
+    @property
+    def cameras(self) -> tuple[str, ...]:
+        """The cameras that observations must have."""
+        return tuple(key for key in self.core.cameras if key not in self.optional_cameras)
+
+    def normalization(self, robot: str | None = None) -> dict[str, Statistics]:
+        """The statistics of state and action; `robot` names whose, in a checkpoint that has several robots'.
+
+        Raises ValueError, with all keys that there are, where one is missing, found with two values, of another width
+        than the feature, or not finite.
+        """
+        places = {where: _statistic(where) for where in self.statistics}
+        result, problems = {}, []
+        for name, feature, width in (
+            ("state", keys.OBS_STATE, self.core.state_dim),
+            ("action", keys.ACTION, self.core.action_dim),
+        ):
+            values = []
+            for statistic in ("mean", "std"):
+                found = [where for where, what in places.items() if what == (robot, feature, statistic)]
+                tensors = [self.statistics[where] for where in found]
+                if not found:
+                    problems.append(f"missing: {feature}.{statistic}")
+                elif any(not torch.equal(tensor, tensors[0]) for tensor in tensors):
+                    problems.append(f"different values: {', '.join(found)}")
+                elif tensors[0].shape != (width,) or not tensors[0].isfinite().all():
+                    problems.append(f"not {width} finite numbers: {', '.join(found)}: {tensors[0].tolist()}")
+                else:
+                    values.append(tensors[0].tolist())
+            if len(values) == 2:
+                result[name] = Statistics(*values)
+        if problems:
+            robots = sorted({what[0] for what in places.values() if what and what[0]})
+            raise ValueError(
+                f"{self.name}: cannot map the statistics of {robot or 'its only robot'}:\n  "
+                + "\n  ".join(problems)
+                + "\nfound:\n  "
+                + ("\n  ".join(sorted(self.statistics)) or "none")
+                + (f"\nof the robots {', '.join(robots)}: import-smolvla takes one by --robot" if robots else "")
+                + "\ntraining from it with --init-from takes, unless told otherwise, the statistics of your data"
+            )
+        return result
+
+
+def load_checkpoint(name: str) -> Checkpoint:
+    """Read a LeRobot SmolVLA policy from a directory or, if there is none of this name, from the hub.
+
+    Raises ValueError that lists everything in it that has no counterpart here.
+    """
+    from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
+
+    directory = find_directory("SmolVLA checkpoint", name, (CONFIG_NAME, WEIGHTS_NAME))
+    try:
+        config = PreTrainedConfig.from_pretrained(directory)
+    except DecodingError as error:  # an unknown field, say
+        raise ValueError(f"{name}: the installed LeRobot does not read its {CONFIG_NAME}: {error}") from error
+    if not isinstance(config, SmolVLAConfig):
+        raise ValueError(f"{name} holds a policy of type {config.type}, expected smolvla")
+    config.validate_features()  # adds the numbered cameras that observations may lack
+    steps, statistics = _read_processors(directory)
+    if problems := _unmappable(config, steps):
+        raise ValueError(f"{name} is a SmolVLA that has no counterpart here:\n  " + "\n  ".join(problems))
+
+    # A model that torch.compile wrapped has _orig_mod in its names.
+    tensors = {key.replace("._orig_mod", ""): t for key, t in load_file(directory / WEIGHTS_NAME).items()}
+    buffers = {key for key in tensors if NORMALIZATION_BUFFER.match(key)}
+    statistics |= {f"{WEIGHTS_NAME}: {key}": tensors[key] for key in buffers}
+    try:
+        vlm = load_trunk_config(config.vlm_model_name, None)
+        tokenizer = load_trunk_tokenizer(config.vlm_model_name, None)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{name}: its vlm_model_name in {CONFIG_NAME} cannot be loaded: {error}") from error
+    trunk_dtypes = {tensor.dtype for key, tensor in tensors.items() if key.startswith(TRUNK)}
+    core = core_config(config, vlm, tokenizer)
+    core = replace(core, torch_dtype="bfloat16" if trunk_dtypes == {torch.bfloat16} else "float32")
+    unread = {key for key in tensors if is_unread(key, core.num_trunk_layers)}
+    return Checkpoint(
+        name=name,
+        core=core,
+        weights={key: tensor for key, tensor in tensors.items() if key not in buffers | unread},
+        unread=tuple(sorted(unread)),
+        tokenizer=tokenizer,
+        statistics=statistics,
+        image_shapes={key: feature.shape for key, feature in config.image_features.items()},
+        optional_cameras=tuple(key for key in config.image_features if key.startswith(EMPTY_CAMERA)),
+        rename_map=steps.get("rename_observations_processor", {}).get("rename_map", {}),
+        n_action_steps=config.n_action_steps,
+    )
+
+
+def _read_processors(directory: Path) -> tuple[dict[str, dict[str, Any]], dict[str, Tensor]]:
+    """Configurations of the processors' steps by name, and their statistics; none in a checkpoint from before them."""
+    steps, statistics = {}, {}
+    for processor in PROCESSORS:
+        path = directory / f"{processor}.json"
+        if not path.is_file():
+            continue
+        for step in json.loads(path.read_text())["steps"]:
+            steps[step["registry_name"]] = step["config"]
+            if file := step.get("state_file"):
+                statistics |= {f"{file}: {key}": tensor for key, tensor in load_file(directory / file).items()}
+    return steps, statistics
+
+
+def _unmappable(config: "SmolVLAConfig", steps: dict[str, dict[str, Any]]) -> list[str]:
+    """What of a checkpoint we cannot express, in words."""
+    normalization = {"VISUAL": "IDENTITY", "STATE": "MEAN_STD", "ACTION": "MEAN_STD"}
+    tokenizer = {"tokenizer_name": config.vlm_model_name, "max_length": config.tokenizer_max_length}
+    required = {  # by step, or none for config.json
+        None: {
+            "n_obs_steps": 1,
+            "normalization_mapping": normalization,
+            "attention_mode": "cross_attn",
+            "adapt_to_pi_aloha": False,
+            "use_peft": False,
+        },
+        "rename_observations_processor": {},
+        "to_batch_processor": {},
+        "smolvla_new_line_processor": {},
+        "tokenizer_processor": tokenizer,
+        "device_processor": {},
+        "normalizer_processor": {"norm_map": normalization},
+        "unnormalizer_processor": {"norm_map": normalization},
+    }
+    found = {None: vars(config), **steps}
+    problems = [f"processor step {step}: unknown" for step in found if step not in required]
+    problems += [
+        f"{step or CONFIG_NAME}: {field} is {found[step].get(field)}, here it is always {value}"
+        for step in found.keys() & required.keys()
+        for field, value in required[step].items()
+        if found[step].get(field) != value
+    ]
+    size, layers = config.resize_imgs_with_padding, config.num_vlm_layers
+    if size[0] != size[1]:
+        problems.append(f"resize_imgs_with_padding is {size}, images here are padded to a square")
+    if config.num_expert_layers > 0 and config.num_expert_layers != layers:
+        problems.append(
+            f"num_expert_layers is {config.num_expert_layers}, here there are as many as the trunk's: {layers}"
+        )
+    if config.self_attn_every_n_layers < 1:
+        problems.append(f"self_attn_every_n_layers is {config.self_attn_every_n_layers}, here it is at least 1")
+    if not (config.image_features and config.robot_state_feature and config.action_feature):
+        problems.append(f"it needs cameras, a state and an action: {config.input_features} -> {config.output_features}")
+    return problems
+
+
+def core_config(config: "SmolVLAConfig", vlm: dict[str, Any], tokenizer: PreTrainedTokenizerFast) -> CoreConfig:
+    """Our configuration of a mappable SmolVLA."""
+    special = (tokenizer.fake_image_token_id, tokenizer.global_image_token_id)
+    num_layers = vlm["text_config"]["num_hidden_layers"]
+    return CoreConfig(
+        model_name=config.vlm_model_name,
+        model_revision=None,
+        vlm=vlm,
+        cameras=tuple(config.image_features),
+        image_size=config.resize_imgs_with_padding[0],
+        num_trunk_layers=min(config.num_vlm_layers, num_layers) if config.num_vlm_layers > 0 else num_layers,
+        max_text_tokens=config.tokenizer_max_length,
+        image_special_tokens=special if config.add_image_special_tokens else (),
+        state_dim=config.robot_state_feature.shape[0],
+        max_state_dim=config.max_state_dim,
+        action_dim=config.action_feature.shape[0],
+        max_action_dim=config.max_action_dim,
+        chunk_size=config.chunk_size,
+        expert_width_multiplier=config.expert_width_multiplier,
+        self_attn_every_n_layers=config.self_attn_every_n_layers,
+        flow_steps=config.num_steps,
+        min_period=config.min_period,
+        max_period=config.max_period,
+    )
+
+
+def build_core(checkpoint: Checkpoint, **changes: Any) -> SmolVLASharedCore:
+    """The checkpoint's core, with `changes` to its CoreConfig, weights loaded strictly; a latent head stays fresh."""
+    core = SmolVLASharedCore(replace(checkpoint.core, **changes))
+    names, state = lerobot_names(core), core.state_dict()
+    check_weights(checkpoint.name, {theirs: state[ours] for ours, theirs in names.items()}, checkpoint.weights)
+    core.load_state_dict(state | {ours: checkpoint.weights[theirs] for ours, theirs in names.items()})
+    return core
+
+
+# --- a core to train --------------------------------------------------------------------------------------------------
+
+
+def load_init(model: ModelConfig) -> Checkpoint | None:
+    """The checkpoint that --init-from names, if any. Raises ValueError where --model options contradict it."""
+    if model.init_from is None:
+        return None
+    checkpoint = load_checkpoint(model.init_from)
+    stated = {"model_name": model.stated_name, "model_revision": model.revision}
+    check_agreement(checkpoint.core, stated, f"checkpoint {model.init_from}")
+    return checkpoint
+
+
+def init_cameras(data: DataConfig, init: Checkpoint | None) -> DataConfig:
+    """The data options with cameras for all places of the checkpoint's, if there is one.
+
+    To SmolVLA a camera is its place in the order: those that the user names take the places in turn; by default they
+    must have the checkpoint's names.
+    """
+    return replace(data, cameras=data.cameras or init.cameras) if init else data
+
+
+def init_statistics(init: Checkpoint, dims: dict[str, int]) -> dict[str, Statistics]:
+    """The checkpoint's statistics, for data whose state and action have the widths in `dims`."""
+    rows = [
+        f"  {field}: the data {dims[field]}, the checkpoint {asdict(init.core)[field]}"
+        for field in ("state_dim", "action_dim")
+        if dims[field] != asdict(init.core)[field]
+    ]
+    if rows:
+        raise ValueError(f"--normalization artifact: {init.name} has other vectors:\n" + "\n".join(rows))
+    return init.normalization()
+
+
+def describe(init: Checkpoint, cameras: tuple[str, ...]) -> str:
+    """What training starts from, in words."""
+    pairs = zip_longest(cameras, init.cameras[: len(cameras)], fillvalue="one more")
+    places = ", ".join(f"{camera} as {place}" for camera, place in pairs)
+    return f"from {init.name}: cameras {places}; left out, nothing reads them: {', '.join(init.unread) or 'none'}"
+
+
+def make_core(
+    model: ModelConfig, init: Checkpoint | None, cameras: tuple[str, ...], **dims: int
+) -> tuple[SmolVLASharedCore, PreTrainedTokenizerFast]:
+    """A core to train and its tokenizer: a checkpoint's, or a SmolVLM's weights under a fresh expert.
+
+    `dims` are CoreConfig's data-dependent fields. The weights are float32, whatever they were stored in.
+    """
+    if init:
+        return build_core(init, cameras=cameras, torch_dtype="float32", **dims), init.tokenizer
+    config = make_core_config(model, cameras, **dims)
+    core = SmolVLASharedCore(config)
+    if config.has_pretrained_trunk:
+        load_trunk_weights(core.trunk, config.model_name, config.model_revision)
+    return core, load_trunk_tokenizer(config.model_name, config.model_revision)
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------
+
+
+def save_checkpoint(
+    directory: Path,
+    core: SmolVLASharedCore,
+    tokenizer: PreTrainedTokenizerFast,
+    stats: dict[str, dict[str, Any]],
+    image_shapes: dict[str, tuple[int, ...]],
+    optional_cameras: tuple[str, ...],
+    rename_map: dict[str, str],
+    n_action_steps: int,
+    device: str,
+) -> None:
+    """Write a core as a LeRobot SmolVLA policy with its processors.
+
+    stats: {feature: {"mean": [A], "std": [A]}} of observation.state and action
+
+    LeRobot reads the trunk's configuration and tokenizer from where the core's trunk came from. Its final norm and
+    output layer, which LeRobot keeps and never reads, become ones and the token embedding.
+    Raises ValueError for what LeRobot's SmolVLA cannot express.
+    """
+    from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
+    from lerobot.policies.smolvla.processor_smolvla import make_smolvla_pre_post_processors
+
+    ours = core.config
+    numbered = tuple(f"{EMPTY_CAMERA}{index}" for index in range(len(optional_cameras)))
+    problems = []
+    if not ours.state_dim:
+        problems.append("a policy without a state")
+    if set(optional_cameras) != set(numbered):
+        problems.append(f"optional cameras of other names than {EMPTY_CAMERA}<number>: {', '.join(optional_cameras)}")
+    trunk_tokenizer = load_trunk_tokenizer(ours.model_name, ours.model_revision)
+    if pack_tokenizer(trunk_tokenizer) != pack_tokenizer(tokenizer):
+        problems.append(f"another tokenizer than that of {ours.model_name}")
+    features = {key: PolicyFeature(FeatureType.VISUAL, image_shapes[key]) for key in ours.cameras}
+    config = SmolVLAConfig(
+        input_features=features | {keys.OBS_STATE: PolicyFeature(FeatureType.STATE, (ours.state_dim,))},
+        output_features={keys.ACTION: PolicyFeature(FeatureType.ACTION, (ours.action_dim,))},
+        device=device,
+        push_to_hub=False,
+        chunk_size=ours.chunk_size,
+        n_action_steps=n_action_steps,
+        max_state_dim=ours.max_state_dim,
+        max_action_dim=ours.max_action_dim,
+        resize_imgs_with_padding=(ours.image_size, ours.image_size),
+        empty_cameras=len(optional_cameras),
+        tokenizer_max_length=ours.max_text_tokens,
+        num_steps=ours.flow_steps,
+        vlm_model_name=trunk_location(ours.model_name),
+        add_image_special_tokens=bool(ours.image_special_tokens),
+        num_vlm_layers=ours.num_trunk_layers,
+        self_attn_every_n_layers=ours.self_attn_every_n_layers,
+        expert_width_multiplier=ours.expert_width_multiplier,
+        min_period=ours.min_period,
+        max_period=ours.max_period,
+    )
+    # What did not survive the way there does not come back.
+    back = asdict(core_config(config, ours.vlm, trunk_tokenizer))
+    elsewhere = {"model_name", "model_revision", "torch_dtype", "latent_vector_dim", "code_seq_len"}
+    problems += [
+        f"{field} {value}, there it is always {back[field]}"
+        for field, value in asdict(ours).items()
+        if field not in elsewhere and value != back[field]
+    ]
+    if problems:
+        raise ValueError("LeRobot's SmolVLA cannot express:\n  " + "\n  ".join(problems))
+
+    state, embedding = core.state_dict(), core.trunk.vlm.text_model.embed_tokens.weight
+    weights = {theirs: state[name] for name, theirs in lerobot_names(core).items()}
+    weights[FINAL_NORM], weights[OUTPUT_LAYER] = torch.ones_like(embedding[0]), embedding.detach().clone()
+    write_weights(directory / WEIGHTS_NAME, weights)
+    config.save_pretrained(directory)
+    preprocessor, postprocessor = make_smolvla_pre_post_processors(config, stats)
+    preprocessor.steps[0].rename_map = rename_map
+    for processor in (preprocessor, postprocessor):
+        processor.save_pretrained(directory)

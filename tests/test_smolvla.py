@@ -1,0 +1,606 @@
+"""smolvla.py: LeRobot's SmolVLA policies become ours and ours theirs, with the same actions, or are refused."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+import tyro
+from lerobot.configs import FeatureType, PolicyFeature
+from lerobot.configs.policies import PreTrainedConfig
+from lerobot.policies.factory import make_pre_post_processors
+from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
+from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
+from safetensors.torch import load_file, save_file
+
+import train_stage2
+import train_stage3
+from smolvla_shared import policy as ours
+from smolvla_shared import smolvla
+from smolvla_shared.artifact import ARTIFACT_NAME, load_artifact
+from smolvla_shared.config import DataConfig, ModelConfig
+from smolvla_shared.model import SmolVLASharedCore, make_core_config
+from smolvla_shared.preprocess import Statistics
+from smolvla_shared.trunk import load_trunk_tokenizer
+
+TOP, WRIST, EMPTY = "observation.image", "observation.images.wrist", "observation.images.empty_camera_0"
+T, A, STATE = 6, 3, 4
+TASKS = ["slide the plate into the goal", "öffne das Fenster", ""]
+FINAL_NORM = "model.vlm_with_expert.vlm.model.text_model.norm.weight"
+OUTPUT_LAYER = "model.vlm_with_expert.vlm.lm_head.weight"
+STATS = {
+    "observation.state": {"mean": torch.linspace(-1, 1, STATE), "std": torch.linspace(0.5, 2, STATE)},
+    "action": {"mean": torch.linspace(0, 1, A), "std": torch.linspace(0.1, 3, A)},
+}
+
+
+def strengthen(module: torch.nn.Module) -> None:
+    """Random weights, other than initial ones in norms and biases too."""
+    generator = torch.Generator().manual_seed(0)
+    for parameter in module.parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        value = noise * parameter[0].numel() ** -0.5 if parameter.ndim > 1 else parameter + 0.1 * noise
+        parameter.data = value.to(parameter.dtype)
+
+
+def write_checkpoint(directory: Path, trunk: Path, **options) -> Path:
+    """A policy as LeRobot's own classes write it."""
+    cameras = {key: PolicyFeature(FeatureType.VISUAL, (3, 48, 80)) for key in (WRIST, TOP)}
+    config = SmolVLAConfig(
+        vlm_model_name=str(trunk),
+        input_features=cameras | {"observation.state": PolicyFeature(FeatureType.STATE, (STATE,))},
+        output_features={"action": PolicyFeature(FeatureType.ACTION, (A,))},
+        resize_imgs_with_padding=(64, 64),
+        chunk_size=T,
+        n_action_steps=2,
+        num_vlm_layers=4,
+        num_steps=5,
+        device="cpu",
+        **options,
+    )
+    policy = SmolVLAPolicy(config)
+    strengthen(policy)
+    policy.save_pretrained(directory)
+    for processor in make_pre_post_processors(config, dataset_stats=STATS):
+        processor.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny_vlm, tmp_path_factory) -> Path:
+    """A LeRobot SmolVLA policy with every feature that has a counterpart here."""
+    return write_checkpoint(
+        tmp_path_factory.mktemp("lerobot") / "smolvla",
+        tiny_vlm,
+        empty_cameras=1,
+        add_image_special_tokens=True,
+        self_attn_every_n_layers=3,
+        tokenizer_max_length=20,
+        pad_language_to="max_length",
+    )
+
+
+@pytest.fixture(scope="module")
+def imported(checkpoint) -> Path:
+    out = checkpoint.parent / "imported"
+    ours.import_smolvla(ours.ImportConfig(str(checkpoint), out))
+    return out
+
+
+@pytest.fixture(scope="module")
+def exported(imported) -> Path:
+    out = imported.parent / "exported"
+    ours.export_smolvla(ours.ExportConfig(str(imported), out))
+    return out
+
+
+def observations() -> dict[str, torch.Tensor]:
+    rng = torch.Generator().manual_seed(1)
+    images = {key: torch.rand(3, 3, *size, generator=rng) for key, size in {TOP: (48, 80), WRIST: (70, 50)}.items()}
+    return images | {
+        "observation.state": torch.randn(3, STATE, generator=rng),
+        "noise": torch.randn(3, T, 32, generator=rng),
+    }
+
+
+# Loads policies as LeRobot's commands do, and acts: processors, chunk, processors.
+ACT = """
+import sys
+from lerobot.utils.import_utils import register_third_party_plugins
+register_third_party_plugins()
+from lerobot.configs.policies import PreTrainedConfig
+from lerobot.policies.factory import get_policy_class, make_pre_post_processors
+from safetensors.torch import load_file, save_file
+inputs, outputs, *directories = sys.argv[1:5]
+actions = {}
+for directory in directories:
+    batch = load_file(inputs)
+    noise = batch.pop("noise")
+    config = PreTrainedConfig.from_pretrained(directory)
+    policy = get_policy_class(config.type).from_pretrained(directory)
+    preprocess, postprocess = make_pre_post_processors(config, pretrained_path=directory)
+    chunk = policy.predict_action_chunk(preprocess(batch | {"task": sys.argv[5:]}), noise=noise)
+    actions[config.type] = postprocess(chunk)
+save_file(actions, outputs)
+"""
+
+
+def act(directory: Path) -> torch.Tensor:
+    """The same here."""
+    batch = observations()
+    noise = batch.pop("noise")
+    config = PreTrainedConfig.from_pretrained(directory)
+    if config.type == "smolvla":
+        policy = SmolVLAPolicy.from_pretrained(directory, strict=True)
+    else:
+        policy = ours.HLRPSmolVLASharedPolicy.from_pretrained(directory)
+    preprocess, postprocess = make_pre_post_processors(config, pretrained_path=directory)
+    return postprocess(policy.predict_action_chunk(preprocess(batch | {"task": TASKS}), noise=noise))
+
+
+def relative_difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    return ((a - b).norm() / b.norm()).item()
+
+
+# --- there and back ---------------------------------------------------------------------------------------------------
+
+
+def test_an_imported_policy_acts_as_lerobots(checkpoint, imported):
+    expected = act(checkpoint)
+    assert expected.shape == (3, T, A)
+    assert relative_difference(act(imported), expected) < 1e-5
+    core = PreTrainedConfig.from_pretrained(imported).core
+    assert core.cameras == (WRIST, TOP, EMPTY)  # in LeRobot's order
+    assert core.image_special_tokens == (3, 5) and core.self_attn_every_n_layers == 3 and core.flow_steps == 5
+
+
+@pytest.mark.slow
+def test_commands_and_policies_work_elsewhere(checkpoint, tmp_path):
+    """The real commands, and LeRobot's own loading, in processes that are offline and have an empty cache."""
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "empty")}
+
+    def run(*command: str | Path) -> str:
+        done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    command = ["-m", "smolvla_shared.policy"]
+    printed = run(*command, "import-smolvla", checkpoint, tmp_path / "imported")
+    assert f"left out, no action depends on them: {OUTPUT_LAYER}, {FINAL_NORM}" in printed
+    run(*command, "export-smolvla", tmp_path / "imported", tmp_path / "exported")
+    files = [tmp_path / "inputs.safetensors", tmp_path / "outputs.safetensors"]
+    save_file(observations(), files[0])
+    run("-c", ACT, *files, tmp_path / "imported", tmp_path / "exported", *TASKS)
+    actions = load_file(files[1])
+    assert relative_difference(actions["hlrp_smolvla_shared"], act(checkpoint)) < 1e-5
+    assert relative_difference(actions["smolvla"], act(checkpoint)) < 1e-6
+
+
+def test_lerobot_to_ours_and_back_is_equal_to_the_bit(checkpoint, exported):
+    before, after = (load_file(directory / "model.safetensors") for directory in (checkpoint, exported))
+    assert before.keys() == after.keys()
+    assert {key for key in before if not torch.equal(before[key], after[key])} == {FINAL_NORM, OUTPUT_LAYER}
+    assert after[FINAL_NORM].eq(1).all()
+    embedding = "model.vlm_with_expert.vlm.model.text_model.embed_tokens.weight"
+    assert torch.equal(after[OUTPUT_LAYER], after[embedding])
+
+    configs = [json.loads((directory / "config.json").read_text()) for directory in (checkpoint, exported)]
+    assert {key for key in configs[0] if configs[0][key] != configs[1][key]} == {"push_to_hub", "pad_language_to"}
+    for file in ("policy_preprocessor_step_5_normalizer", "policy_postprocessor_step_0_unnormalizer"):
+        before, after = (load_file(d / f"{file}_processor.safetensors") for d in (checkpoint, exported))
+        assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+
+
+def save_ours(directory: Path, rename_map: dict[str, str] | None = None, **dims) -> SmolVLASharedCore:
+    """A policy of ours as Stage 3 writes it, with a latent head."""
+    dims = {"state_dim": STATE, "action_dim": A, "latent_vector_dim": 12, "code_seq_len": 3, "chunk_size": T} | dims
+    core = SmolVLASharedCore(make_core_config(ModelConfig(preset="tiny"), (TOP, WRIST), **dims))
+    strengthen(core)
+    names = {"state": "observation.state", "action": "action"}
+    statistics = {name: Statistics(*(STATS[key][s].tolist() for s in ("mean", "std"))) for name, key in names.items()}
+    shapes = {TOP: (3, 48, 80), WRIST: (3, 70, 50)}
+    tokenizer = load_trunk_tokenizer("tiny", None)
+    ours.save_policy(directory, core, tokenizer, statistics, 2, shapes, rename_map=rename_map)
+    return core
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_ours_to_lerobot_and_back_is_equal_to_the_bit(tmp_path, dtype):
+    save_ours(tmp_path / "ours", rename_map={"observation.images.front": TOP}, torch_dtype=dtype)
+    ours.export_smolvla(ours.ExportConfig(str(tmp_path / "ours"), tmp_path / "lerobot"))
+    ours.import_smolvla(ours.ImportConfig(str(tmp_path / "lerobot"), tmp_path / "back"))
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("ours", "back"))
+    shared = {key for key in before if not key.startswith("model.latent_head.")}
+    assert after.keys() == shared < before.keys()
+    assert all(torch.equal(before[key], after[key]) and before[key].dtype == after[key].dtype for key in shared)
+    cores = [asdict(PreTrainedConfig.from_pretrained(tmp_path / name).core) for name in ("ours", "back")]
+    lost = {"model_name", "latent_vector_dim", "code_seq_len"}  # tiny is a directory for LeRobot
+    assert {key for key in cores[0] if cores[0][key] != cores[1][key]} == lost
+    for file in ("policy_preprocessor.json", "policy_postprocessor.json"):
+        assert (tmp_path / "back" / file).read_text() == (tmp_path / "ours" / file).read_text()
+    assert "observation.images.front" in (tmp_path / "lerobot" / "policy_preprocessor.json").read_text()
+
+    if dtype == "float32":  # LeRobot builds the trunk in its configuration's dtype
+        expected = act(tmp_path / "ours")
+        assert torch.equal(act(tmp_path / "back"), expected)
+        assert relative_difference(act(tmp_path / "lerobot"), expected) < 1e-5
+
+
+def test_a_missing_optional_camera_is_lerobots_missing_camera(checkpoint, imported):
+    """LeRobot lets any camera be missing, as many as it counts as empty; here the policy names them."""
+    batch = observations()
+    noise = batch.pop("noise")
+    del batch[WRIST]  # the first
+    their_config, our_config = (PreTrainedConfig.from_pretrained(directory) for directory in (checkpoint, imported))
+    their_config.empty_cameras = 2
+    our_config.optional_cameras = (EMPTY, WRIST)
+    theirs = SmolVLAPolicy.from_pretrained(checkpoint, config=their_config)
+    preprocess, _ = make_pre_post_processors(our_config, pretrained_path=imported)
+    batch = preprocess(batch | {"task": TASKS})
+    expected = theirs.predict_action_chunk(dict(batch), noise=noise)
+    policy = ours.HLRPSmolVLASharedPolicy.from_pretrained(imported, config=our_config)
+    assert relative_difference(policy.predict_action_chunk(batch, noise), expected) < 1e-5
+
+    strict = ours.HLRPSmolVLASharedPolicy.from_pretrained(imported)
+    with pytest.raises(ValueError, match=rf"\['{WRIST}'\] is missing .*optional_cameras"):
+        strict.predict_action_chunk(batch, noise)
+
+
+# --- statistics -------------------------------------------------------------------------------------------------------
+
+
+def copy(checkpoint: Path, directory: Path, weights: dict | None = None, config: dict | None = None) -> Path:
+    """The checkpoint with other or (None) without some tensors and configuration fields."""
+    shutil.copytree(checkpoint, directory)
+    for path in directory.iterdir():
+        path.chmod(0o644)
+    tensors = load_file(directory / "model.safetensors") | (weights or {})
+    save_file({key: tensor for key, tensor in tensors.items() if tensor is not None}, directory / "model.safetensors")
+    fields = json.loads((directory / "config.json").read_text()) | (config or {})
+    (directory / "config.json").write_text(json.dumps(fields))
+    return directory
+
+
+def without_processors(directory: Path) -> Path:
+    for path in directory.glob("policy_*"):
+        path.unlink()
+    return directory
+
+
+def rename_statistics(directory: Path, prefix: str) -> None:
+    for path in directory.glob("policy_*normalizer_processor.safetensors"):
+        save_file({f"{prefix}{key}": tensor for key, tensor in load_file(path).items()}, path)
+
+
+def buffers(robot: str = "", scale: float = 1.0) -> dict[str, torch.Tensor]:
+    """The statistics as checkpoints from before the processors carry them."""
+    return {
+        f"{place}.{robot}buffer_{feature.replace('.', '_')}.{statistic}": scale * value
+        for feature, places in {
+            "observation.state": ["normalize_inputs"],
+            "action": ["normalize_targets", "unnormalize_outputs"],
+        }.items()
+        for place in places
+        for statistic, value in STATS[feature].items()
+    }
+
+
+def expected_normalization() -> dict[str, Statistics]:
+    names = {"state": "observation.state", "action": "action"}
+    return {name: Statistics(*(STATS[key][s].tolist() for s in ("mean", "std"))) for name, key in names.items()}
+
+
+def test_buffers_of_old_checkpoints_are_their_statistics(checkpoint, tmp_path):
+    old = without_processors(copy(checkpoint, tmp_path / "old", buffers()))
+    found = smolvla.load_checkpoint(str(old))
+    assert found.normalization() == expected_normalization()
+    assert not any("normalize" in key for key in (*found.weights, *found.unread))
+
+
+def test_a_robots_statistics_are_taken_when_it_is_named(checkpoint, tmp_path):
+    old = copy(checkpoint, tmp_path / "old", buffers("so100_") | buffers("so100-red_", scale=2))
+    old = smolvla.load_checkpoint(str(without_processors(old)))
+    assert old.normalization("so100") == expected_normalization()
+    assert old.normalization("so100-red")["action"].std == tuple((2 * STATS["action"]["std"]).tolist())
+    rename_statistics(new := copy(checkpoint, tmp_path / "new"), "so100.buffer.")
+    new = smolvla.load_checkpoint(str(new))
+    assert new.normalization("so100") == expected_normalization()
+    for found, robots in ((old, "so100, so100-red"), (new, "so100")):
+        with pytest.raises(ValueError, match=rf"(?s)missing: action.mean.*found:.*of the robots {robots}: .*--robot"):
+            found.normalization()
+    with pytest.raises(ValueError, match=r"statistics of so101:\n  missing: observation.state.mean"):
+        new.normalization("so101")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (without_processors, r"missing: observation.state.mean\n.*missing: action.std\nfound:\n  none"),
+        (lambda d: rename_statistics(d, "arm."), r"missing: action.mean.*found:\n.*: arm.action.mean"),
+        (
+            lambda d: (
+                save_file(
+                    {f"{key}.{s}": v for key, value in STATS.items() for s, v in value.items() if key == "action"},
+                    d / "policy_preprocessor_step_5_normalizer_processor.safetensors",
+                )
+                or (d / "policy_postprocessor_step_0_unnormalizer_processor.safetensors").unlink()
+                or save_file(
+                    {"x": torch.zeros(1)}, d / "policy_postprocessor_step_0_unnormalizer_processor.safetensors"
+                )
+            ),
+            r"missing: observation.state.mean\n  missing: observation.state.std\nfound:\n.*action.mean",
+        ),
+        (
+            lambda d: copy_over(d, buffers(scale=2)),
+            "different values: .*normalizer_processor.safetensors: action.std.*model.safetensors: unnormalize_outputs",
+        ),
+        (
+            lambda d: copy_over(without_processors(d), buffers(scale=torch.inf)),
+            r"not 3 finite numbers: .*action.std: \[inf, inf, inf\]",
+        ),
+    ],
+    ids=["none", "other keys", "no state", "contradicting", "never set"],
+)
+def test_statistics_that_cannot_be_mapped_are_listed(checkpoint, tmp_path, change, message):
+    change(copy(checkpoint, tmp_path / "changed"))
+    with pytest.raises(ValueError, match=rf"(?s)cannot map the statistics.*{message}"):
+        ours.import_smolvla(ours.ImportConfig(str(tmp_path / "changed"), tmp_path / "out"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["changed"]
+
+
+def copy_over(directory: Path, tensors: dict[str, torch.Tensor]) -> None:
+    save_file(load_file(directory / "model.safetensors") | tensors, directory / "model.safetensors")
+
+
+# --- refused ----------------------------------------------------------------------------------------------------------
+
+OUT_PROJ = "model.action_out_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ({"model.state_proj.bias": None}, r"missing: model.state_proj.bias \[128\]"),
+        ({"model.extra": torch.zeros(1)}, r"unknown: model.extra \[1\]"),
+        ({OUT_PROJ: torch.zeros(32, 5)}, rf"wrong shape: {OUT_PROJ} \[32, 5\], expected \[32, 96\]"),
+    ],
+)
+def test_loading_is_strict(checkpoint, tmp_path, weights, message):
+    copy(checkpoint, tmp_path / "changed", weights)
+    with pytest.raises(ValueError, match=message):
+        ours.import_smolvla(ours.ImportConfig(str(tmp_path / "changed"), tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_names_of_a_compiled_model_are_understood(checkpoint, tmp_path):
+    compiled, key = copy(checkpoint, tmp_path / "compiled"), "model.state_proj.bias"
+    tensors = load_file(compiled / "model.safetensors")
+    renamed = {key.replace("model.", "model._orig_mod.", 1): tensor for key, tensor in tensors.items()}
+    save_file(renamed, compiled / "model.safetensors")
+    assert torch.equal(smolvla.build_core(smolvla.load_checkpoint(str(compiled))).state_proj.bias, tensors[key])
+
+
+def test_language_layers_beyond_those_kept_are_left_out(checkpoint, tmp_path):
+    layer = "model.vlm_with_expert.vlm.model.text_model.layers.{}.input_layernorm.weight"
+    deep = copy(checkpoint, tmp_path / "deep", {layer.format(4): torch.zeros(128), layer.format(31): torch.zeros(128)})
+    found = smolvla.load_checkpoint(str(deep))
+    assert found.unread == (OUTPUT_LAYER, layer.format(31), layer.format(4), FINAL_NORM)
+    smolvla.build_core(found)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"num_expert_layers": 2}, "num_expert_layers is 2, here there are as many as the trunk's: 4"),
+        ({"attention_mode": "self_attn"}, "attention_mode is self_attn, here it is always cross_attn"),
+        ({"use_peft": True}, "use_peft is True, here it is always False"),
+        ({"adapt_to_pi_aloha": True}, "adapt_to_pi_aloha is True, here it is always False"),
+        ({"resize_imgs_with_padding": [64, 48]}, r"resize_imgs_with_padding is \(64, 48\), .* padded to a square"),
+        ({"self_attn_every_n_layers": 0}, "self_attn_every_n_layers is 0, here it is at least 1"),
+        ({"normalization_mapping": {"STATE": "MIN_MAX", "ACTION": "MIN_MAX"}}, "normalization_mapping is .*MIN_MAX"),
+        ({"tokenizer_max_length": 48}, "tokenizer_processor: max_length is 20, here it is always 48"),
+        ({"vlm_model_name": "nobody/nothing"}, "tokenizer_processor: tokenizer_name is .*tiny_vlm.* nobody/nothing"),
+        ({"input_features": {TOP: {"type": "VISUAL", "shape": [3, 8, 8]}}}, "needs cameras, a state and an action"),
+    ],
+)
+def test_what_has_no_counterpart_is_refused(checkpoint, tmp_path, config, message):
+    copy(checkpoint, tmp_path / "changed", config=config)
+    with pytest.raises(ValueError, match=rf"(?s)changed is a SmolVLA that has no counterpart here:\n.*{message}"):
+        smolvla.load_checkpoint(str(tmp_path / "changed"))
+
+
+def test_a_configuration_that_lerobot_does_not_read_is_refused(checkpoint, tmp_path):
+    copy(checkpoint, tmp_path / "changed", config={"number_of_legs": 4})
+    with pytest.raises(ValueError, match=r"installed LeRobot does not read its config.json: .*number_of_legs"):
+        smolvla.load_checkpoint(str(tmp_path / "changed"))
+
+
+def test_an_unknown_processor_step_is_refused(checkpoint, tmp_path):
+    path = copy(checkpoint, tmp_path / "changed") / "policy_postprocessor.json"
+    pipeline = json.loads(path.read_text())
+    pipeline["steps"].append({"registry_name": "absolute_actions_processor", "config": {}})
+    path.write_text(json.dumps(pipeline))
+    with pytest.raises(ValueError, match="processor step absolute_actions_processor: unknown"):
+        smolvla.load_checkpoint(str(path.parent))
+
+
+def test_what_is_no_smolvla_checkpoint_is_refused(checkpoint, imported, tmp_path):
+    with pytest.raises(
+        ValueError, match="no SmolVLA checkpoint nobody/nothing: there is no such directory, and the hub"
+    ):
+        smolvla.load_checkpoint("nobody/nothing")
+    with pytest.raises(ValueError, match="holds a policy of type hlrp_smolvla_shared, expected smolvla"):
+        smolvla.load_checkpoint(str(imported))
+    moved = without_processors(copy(checkpoint, tmp_path / "moved", config={"vlm_model_name": "/nowhere"}))
+    with pytest.raises(ValueError, match=r"its vlm_model_name in config.json cannot be loaded: .*/nowhere"):
+        smolvla.load_checkpoint(str(moved))
+
+
+def test_an_existing_directory_is_not_written_to(checkpoint, imported):
+    for command, config in (
+        (ours.import_smolvla, ours.ImportConfig(str(checkpoint), imported)),
+        (ours.export_smolvla, ours.ExportConfig(str(imported), checkpoint)),
+    ):
+        with pytest.raises(ValueError, match="exists already: name a new directory"):
+            command(config)
+
+
+@pytest.mark.parametrize(
+    ("dims", "message"),
+    [
+        ({"state_dim": 0}, "a policy without a state"),
+        ({"time_beta_alpha": 2.0}, "time_beta_alpha 2.0, there it is always 1.5"),
+        ({"image_special_tokens": (5, 3)}, r"image_special_tokens \(5, 3\), there it is always \(3, 5\)"),
+    ],
+)
+def test_what_lerobot_cannot_express_is_not_exported(tmp_path, dims, message):
+    save_ours(tmp_path / "ours", **dims)
+    with pytest.raises(ValueError, match=rf"(?s)LeRobot's SmolVLA cannot express:\n.*{message}"):
+        ours.export_smolvla(ours.ExportConfig(str(tmp_path / "ours"), tmp_path / "lerobot"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ours"]
+
+
+def test_optional_cameras_are_exported_by_lerobots_names_only(imported, tmp_path):
+    config = json.loads((copy_tree(imported, tmp_path / "ours") / "config.json").read_text())
+    (tmp_path / "ours" / "config.json").write_text(json.dumps(config | {"optional_cameras": [WRIST]}))
+    with pytest.raises(ValueError, match=rf"optional cameras of other names than .*: {WRIST}"):
+        ours.export_smolvla(ours.ExportConfig(str(tmp_path / "ours"), tmp_path / "lerobot"))
+
+
+def copy_tree(source: Path, directory: Path) -> Path:
+    return Path(shutil.copytree(source, directory))
+
+
+# --- training from it -------------------------------------------------------------------------------------------------
+
+
+def test_a_core_to_train_starts_from_the_checkpoint(checkpoint):
+    """Cameras, sizes of the data and the latent head are the run's; everything else is the checkpoint's."""
+    init = smolvla.load_init(ModelConfig(init_from=str(checkpoint)))
+    assert smolvla.init_cameras(DataConfig(repo_ids=("a",)), init).cameras == (WRIST, TOP)
+    stated = DataConfig(repo_ids=("a",), cameras=("left", "right", "back"))
+    assert smolvla.init_cameras(stated, init) == stated and smolvla.init_cameras(stated, None) == stated
+    described = smolvla.describe(init, stated.cameras)
+    assert f"left as {WRIST}, right as {TOP}, back as one more; left out" in described and FINAL_NORM in described
+
+    dims = {"latent_vector_dim": 8, "code_seq_len": 2, "action_dim": 7, "state_dim": 5, "chunk_size": 9}
+    core, tokenizer = smolvla.make_core(ModelConfig(), init, ("left",), **dims)
+    assert core.config == replace(init.core, cameras=("left",), **dims)
+    expected = smolvla.build_core(init).state_dict()
+    state = core.state_dict()
+    assert {key for key in state if key not in expected} == {key for key in state if key.startswith("latent_head.")}
+    assert all(torch.equal(state[key], expected[key]) for key in expected)
+    assert tokenizer is init.tokenizer
+
+
+def test_a_bfloat16_trunk_trains_in_float32(checkpoint, tmp_path):
+    trunk = {
+        key: tensor.bfloat16()
+        for key, tensor in load_file(checkpoint / "model.safetensors").items()
+        if key.startswith("model.vlm_with_expert.vlm.model.")
+    }
+    init = smolvla.load_checkpoint(str(copy(checkpoint, tmp_path / "low", trunk)))
+    assert init.core.torch_dtype == "bfloat16"
+    core, _ = smolvla.make_core(ModelConfig(), init, init.cameras)
+    assert {parameter.dtype for parameter in core.parameters()} == {torch.float32}
+    key = "text_model.layers.0.mlp.up_proj.weight"
+    assert torch.equal(core.state_dict()[f"trunk.vlm.{key}"], trunk[f"model.vlm_with_expert.vlm.model.{key}"].float())
+
+
+def test_options_that_contradict_the_checkpoint_are_listed(checkpoint):
+    options = ModelConfig(init_from=str(checkpoint), name="my/trunk", revision="v2")
+    with pytest.raises(
+        ValueError, match=r"(?s)contradicts the checkpoint .*model_name: .*my/trunk.*model_revision: .*v2"
+    ):
+        smolvla.load_init(options)
+    assert smolvla.load_init(ModelConfig()) is None
+    init = smolvla.load_checkpoint(str(checkpoint))
+    assert smolvla.init_statistics(init, {"state_dim": STATE, "action_dim": A}) == expected_normalization()
+    with pytest.raises(
+        ValueError, match=r"state_dim: the data 4, the checkpoint 4|action_dim: the data 7, the checkpoint 3"
+    ):
+        smolvla.init_statistics(init, {"state_dim": STATE, "action_dim": 7})
+
+
+def test_the_option_is_called_init_from():
+    assert tyro.cli(ModelConfig, args=["--init-from", "lerobot/smolvla_base"]).init_from == "lerobot/smolvla_base"
+
+
+# --- the scripts ------------------------------------------------------------------------------------------------------
+
+SIZES = "--steps 1 --save-every 1 --eval-every 1 --log-every 1 --batch-size 2 --data.val-fraction 0".split()
+SIZES += "--data.num-workers 0".split()
+
+
+def run_stage(script, run_dir: Path, *options: str | Path) -> None:
+    config_class = {train_stage2: train_stage2.Stage2Config, train_stage3: train_stage3.Stage3Config}[script]
+    script.main(tyro.cli(config_class, args=[*SIZES, "--run-dir", str(run_dir), *map(str, options)]))
+
+
+def ours_by_name(checkpoint: Path, prefix: str) -> dict[str, torch.Tensor]:
+    state = smolvla.build_core(smolvla.load_checkpoint(str(checkpoint))).state_dict()
+    return {key: tensor for key, tensor in state.items() if key.startswith(prefix)}
+
+
+@pytest.mark.slow
+def test_both_stages_train_from_a_checkpoint(
+    checkpoint, tmp_path, video_dataset, labelled_dataset, laq_checkpoint, capsys
+):
+    """Stage 2 trains the expert and carries the action head along; Stage 3 takes it from there, or from LeRobot's."""
+    start = ["--init-from", checkpoint, "--data.cameras", TOP]
+    s2, s3, direct = (tmp_path / name for name in ("s2", "s3", "direct"))
+    run_stage(train_stage2, s2, *start, "--data.roots", video_dataset, "--laq-ckpt", laq_checkpoint)
+    artifact = load_artifact(s2 / "artifacts" / f"{ARTIFACT_NAME}.safetensors")
+    assert artifact.manifest.source.changed_parts == ("expert", "state projection", "latent head")
+    for kept in ("trunk.", "action_head."):  # the trunk is frozen because it is a pretrained one
+        for key, tensor in ours_by_name(checkpoint, kept).items():
+            assert torch.equal(artifact.state_dict[key], tensor), key
+    for key, tensor in ours_by_name(checkpoint, "expert.").items():
+        assert 0 <= (artifact.state_dict[key] - tensor).abs().max() < 2e-4, key  # one step of learning rate 1e-4
+
+    labelled = ["--data.roots", labelled_dataset, "--chunk-size", "5", "--n-action-steps", "2"]
+    weights = s2 / "artifacts" / f"{ARTIFACT_NAME}.safetensors"
+    run_stage(train_stage3, s3, *labelled, "--stage2-artifact", weights)
+    run_stage(train_stage3, direct, *labelled, *start)
+    printed = capsys.readouterr().out
+    assert "action head from the artifact" in printed
+    assert printed.count(f"from {checkpoint}: cameras {TOP} as {WRIST}; left out") == 2
+    for run in (s3, direct):
+        policy = ours.HLRPSmolVLASharedPolicy.from_pretrained(run / "checkpoints" / "last" / "pretrained_model")
+        core = policy.config.core
+        assert (core.cameras, core.action_dim, core.chunk_size, core.self_attn_every_n_layers) == ((TOP,), 4, 5, 3)
+        for key, tensor in ours_by_name(checkpoint, "action_head.").items():
+            assert 0 < (policy.model.state_dict()[key] - tensor).abs().max() < 2e-4, key
+    assert core.latent_vector_dim == 0
+
+
+def test_training_refuses_what_does_not_fit_the_checkpoint(checkpoint, tmp_path, labelled_dataset):
+    labelled = ["--data.roots", labelled_dataset]
+    for options, message in [
+        ([], rf"asked for \['{WRIST}', '{TOP}'\].*found .*{TOP}"),
+        (["--data.cameras", TOP, "--normalization", "artifact"], "action_dim: the data 4, the checkpoint 3"),
+        (["--model.preset", "smolvlm2-500m"], "model_name: command line HuggingFaceTB/SmolVLM2-500M.*tiny_vlm"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            run_stage(train_stage3, tmp_path / "run", *labelled, "--init-from", checkpoint, *options)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_training_can_keep_the_checkpoints_statistics(checkpoint, tmp_path, monkeypatch, labelled_dataset):
+    """Of state and action alike: the action head knows actions in no other units."""
+    monkeypatch.setitem(STATS, "action", {"mean": torch.linspace(0, 1, 4), "std": torch.linspace(0.1, 3, 4)})
+    fit = {"output_features": {"action": {"type": "ACTION", "shape": [4]}}}
+    start = without_processors(copy(checkpoint, tmp_path / "four_actions", buffers(), fit))
+    options = ["--data.roots", labelled_dataset, "--data.cameras", TOP, "--normalization", "artifact"]
+    run_stage(train_stage3, tmp_path / "run", *options, "--init-from", start)
+    out = tmp_path / "run" / "checkpoints" / "last" / "pretrained_model"
+    found = load_file(out / "policy_preprocessor_step_4_normalizer_processor.safetensors")
+    for key, stats in STATS.items():
+        for statistic, value in stats.items():
+            assert torch.equal(found[f"{key}.{statistic}"], value)
