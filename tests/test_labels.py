@@ -1,0 +1,138 @@
+"""labels.py and `teacher label`: the cache holds what the teacher says, and training from it is the same training."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from smolvla_shared import data
+from smolvla_shared.config import LATENT, DataConfig, LatentConfig, SourceConfig
+from smolvla_shared.labels import label_directories
+from smolvla_shared.laq import LAQ, load_laq, save_laq
+from smolvla_shared.teacher import LabelConfig, OnlineLabels, label, latent_statistics, open_labels
+
+CAMERA = "observation.image"
+
+
+@pytest.fixture(scope="module")
+def laq(laq_checkpoint) -> LAQ:
+    return load_laq(laq_checkpoint)
+
+
+def label_config(cache: Path, laq_checkpoint: Path, *roots: Path, **options) -> LabelConfig:
+    source = SourceConfig(roots=roots, num_workers=0)
+    return LabelConfig(**{"label_cache": cache, "laq_ckpt": laq_checkpoint, "data": source, "batch_size": 16} | options)
+
+
+@pytest.fixture(scope="module", params=["quantized", "continuous"])
+def cache(request, tmp_path_factory, laq_checkpoint, video_dataset, image_dataset) -> tuple[str, Path]:
+    """The kind, and the labels of two datasets of different rates and sizes."""
+    directory = tmp_path_factory.mktemp("labels")
+    label(label_config(directory, laq_checkpoint, video_dataset, image_dataset, teacher_kind=request.param))
+    return request.param, directory
+
+
+def latent_config(tmp_path: Path, *roots: Path, **options) -> LatentConfig:
+    return LatentConfig(**{"run_dir": tmp_path / "run", "data": DataConfig(roots=roots, num_workers=0)} | options)
+
+
+def raw_batch(sources, labels, places: list[tuple[int, int]]) -> data.RawBatch:
+    spec = data.SampleSpec(
+        cameras=(), label_camera=labels.camera, pair_size=labels.pair_size, draws={LATENT: labels.shape}
+    )
+    dataset = data.SampleDataset(sources, spec, seed=0)
+    return data.collate([dataset[data.SampleKey(0, slot, *place)] for slot, place in enumerate(places)])
+
+
+def test_cached_labels_are_the_online_ones_to_the_bit(cache, tmp_path, laq_checkpoint, video_dataset, image_dataset):
+    kind, directory = cache
+    config = latent_config(tmp_path, video_dataset, image_dataset, teacher_kind=kind, laq_ckpt=laq_checkpoint)
+    sources = data.open_sources(config.data)
+    online = open_labels(config, sources, CAMERA)
+    cached = open_labels(replace(config, labels="cache", label_cache=directory), sources, CAMERA)
+    assert isinstance(online, OnlineLabels)
+    assert (cached.teacher_id, cached.kind, cached.shape) == (online.teacher_id, kind, online.shape)
+    assert (cached.camera, cached.pair_size) == (None, 0)  # no pair is read, no second frame decoded
+    # Batches as the command has made them: blocks of 16 rows of one episode.
+    compared = 0
+    for index, source in enumerate(sources):
+        for block in data.episode_blocks(source, source.rows_with_pairs(np.arange(source.num_frames)), 16):
+            places = [(index, int(row)) for row in block]
+            raw, without_pairs = raw_batch(sources, online, places), raw_batch(sources, cached, places)
+            assert without_pairs.pairs is None
+            assert torch.equal(raw.pair_mask, without_pairs.pair_mask)
+            assert torch.equal(online(raw), cached(without_pairs))
+            compared += len(block)
+    assert compared > 150
+    frames = data.split_sources(sources, config.data, 0)[0]
+    assert latent_statistics(cached, sources, frames, 0).mean == pytest.approx(
+        latent_statistics(online, sources, frames, 0).mean, abs=1e-6
+    )
+
+
+def test_what_a_cache_consists_of(cache, laq, video_dataset, image_dataset):
+    kind, directory = cache
+    for name in label_directories(directory, [str(video_dataset), str(image_dataset)]):
+        arrays = {path.stem: np.load(path) for path in name.glob("*.npy")}
+        assert arrays.keys() == {"indices", "mask", "codebook"} | ({"continuous"} if kind == "continuous" else set())
+        assert arrays["indices"].dtype == np.uint8
+        assert np.array_equal(arrays["codebook"], laq.vq.codebooks.numpy())
+        key = json.loads((name / "cache.json").read_text())["key"]
+        assert key["teacher_kind"] == kind
+        assert {"torch", "lerobot"} < key["versions"].keys()
+        source = data.open_sources(
+            SourceConfig(roots=(next(r for r in (video_dataset, image_dataset) if r.name in name.name),))
+        )[0]
+        rows = np.arange(source.num_frames)
+        assert np.array_equal(np.flatnonzero(arrays["mask"]), source.rows_with_pairs(rows))
+        assert 0 < (~arrays["mask"]).sum() == len(source.episode_from) * source.gap
+
+
+def test_a_dataset_that_is_labelled_is_not_labelled_again(cache, laq_checkpoint, video_dataset, capsys):
+    kind, directory = cache
+    (there,) = label_directories(directory, [str(video_dataset)])
+    before = (there / "indices.npy").stat().st_mtime_ns
+    label(label_config(directory, laq_checkpoint, video_dataset, teacher_kind=kind))
+    assert "were labelled" in capsys.readouterr().out
+    assert (there / "indices.npy").stat().st_mtime_ns == before
+
+
+def test_any_other_key_is_a_miss_with_both_sides(cache, tmp_path, laq, video_dataset):
+    kind, directory = cache
+    other = LAQ(laq.config)
+    save_laq(other, tmp_path / "other.safetensors")
+    config = latent_config(tmp_path, video_dataset, teacher_kind=kind, labels="cache", label_cache=directory)
+    open_labels(config, data.open_sources(config.data), CAMERA)  # without --laq-ckpt: whoever's labels these are
+    gap = replace(config, data=replace(config.data, frame_gap_s=0.25))
+    for wrong, line in [
+        (gap, "  frame_gap_s: asked for 0.25, found 0.5"),
+        (replace(config, laq_ckpt=tmp_path / "other.safetensors"), "  teacher_id: asked for"),
+        (
+            replace(config, teacher_kind="continuous" if kind == "quantized" else "quantized"),
+            f"  teacher_kind: asked for {'continuous' if kind == 'quantized' else 'quantized'}, found {kind}",
+        ),
+    ]:
+        with pytest.raises(ValueError, match="was made for something else") as error:
+            open_labels(wrong, data.open_sources(wrong.data), CAMERA)
+        (difference,) = str(error.value).splitlines()[1:]
+        assert difference.startswith(line)
+
+
+def test_what_a_user_can_get_wrong(tmp_path, laq_checkpoint, video_dataset, labelled_dataset):
+    config = latent_config(tmp_path, video_dataset, labels="cache", label_cache=tmp_path / "none")
+    with pytest.raises(ValueError, match=r"there are no labels at .*none/.*; make them with `python -m smolvla_shared"):
+        open_labels(config, data.open_sources(config.data), CAMERA)
+    with pytest.raises(ValueError, match="--labels cache and --label-cache <directory> belong together"):
+        latent_config(tmp_path, video_dataset, labels="cache")
+    online = latent_config(tmp_path, video_dataset)
+    with pytest.raises(ValueError, match=r"whose labels\? Pass --laq-ckpt"):
+        open_labels(online, data.open_sources(online.data), CAMERA)
+    with pytest.raises(ValueError, match="end in the same names"):
+        label_directories(tmp_path, ["a/x/y", "b/x/y"])
+    late = label_config(tmp_path / "cache", laq_checkpoint, video_dataset)
+    with pytest.raises(ValueError, match=r"no episode is longer than --data.frame-gap-s"):
+        label(replace(late, data=replace(late.data, frame_gap_s=3)))
+    assert not (tmp_path / "cache").exists()
