@@ -7,7 +7,7 @@ python -m smolvla_shared.teacher check --laq-ckpt laq.safetensors --data.roots m
 
 import collections
 import sys
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Literal
@@ -442,12 +442,35 @@ class TeacherConfig(RunConfig):
 
     # The defaults are the shape of LAPA's released teacher.
     laq: LAQConfig = field(default_factory=LAQConfig)
+    # A LAQ to fine-tune, ours or LAPA's, instead of fresh weights: the stable way where video is scarce. It brings its
+    # shape; of a LAPA file only --laq.code-seq-len and --laq.image-size are not in it.
+    init_from: Path | None = None
     # Steps between replacements of dead codes; their uses are counted over all processes.
     replace_every: int = 100
     # A code is dead when it was used less than this share of the average.
     dead_below: float = 0.05
     # No replacement in the last share of the run, so that the codes settle.
     settle_share: float = 0.2
+    # Warn when the slots effectively use fewer codes than this on average, three times in a row.
+    collapse_below: float = 1.5
+
+
+def start_laq(config: TeacherConfig) -> LAQ:
+    """A fresh LAQ, or the one to fine-tune. Raises ValueError where --laq.* contradicts its shape."""
+    if config.init_from is None:
+        return LAQ(config.laq)
+    default = asdict(LAQConfig())
+    stated = {name: value for name, value in asdict(config.laq).items() if value != default[name]}
+    given = load_laq(config.init_from, stated.get("code_seq_len"), stated.get("image_size"))
+    shape = asdict(given.config)
+    rows = [
+        f"  {name}: command line {value}, file {shape[name]}" for name, value in stated.items() if value != shape[name]
+    ]
+    if rows:
+        raise ValueError(f"--init-from {config.init_from} brings its own shape, leave these out:\n" + "\n".join(rows))
+    laq = LAQ(given.config)
+    laq.load_state_dict(given.state_dict())
+    return laq
 
 
 def train_teacher(config: TeacherConfig) -> None:
@@ -460,19 +483,19 @@ def train_teacher(config: TeacherConfig) -> None:
     frames, held_out_frames = data.split_sources(sources, config.data, config.seed)
     pair_share = data.valid_pair_share(sources, frames)
     resume_from = check_run(config, accelerator)
-    laq = LAQ(config.laq)
+    laq = start_laq(config)
     accelerator.print(data.describe(sources, with_pairs=True))
     accelerator.print(
-        f"LAQ: {sum(p.numel() for p in laq.parameters()):,} parameters; a latent action is {config.laq.code_seq_len} "
-        f"codes out of {config.laq.codebook_size}; pairs of {label_camera}, "
-        f"{pair_share:.1%} of the frames have one"
+        f"LAQ {f'from {config.init_from}' if config.init_from else 'with fresh weights'}: "
+        f"{sum(p.numel() for p in laq.parameters()):,} parameters; a latent action is {laq.config.code_seq_len} codes "
+        f"out of {laq.config.codebook_size}; pairs of {label_camera}, {pair_share:.1%} of the frames have one"
     )
 
     spec = data.SampleSpec(
         cameras=(),
         label_camera=label_camera,
-        pair_size=config.laq.image_size,
-        draws={NOISE: (config.laq.code_seq_len, config.laq.quant_dim)},
+        pair_size=laq.config.image_size,
+        draws={NOISE: (laq.config.code_seq_len, laq.config.quant_dim)},
     )
     loaders = data.make_loaders(
         sources, data.group_frames(frames), data.group_frames(held_out_frames), spec, config, accelerator
@@ -482,7 +505,10 @@ def train_teacher(config: TeacherConfig) -> None:
         frames = raw.pairs if raw.pairs.dtype == torch.uint8 else raw.pairs * 255
         return PairBatch(frames, raw.pair_mask, raw.noise[NOISE][:, 0])
 
+    collapsed = 0  # reports in a row
+
     def replace_and_report(step: int) -> dict[str, float]:
+        nonlocal collapsed
         if step % config.replace_every:
             return {}
         usage = laq.vq._usage.clone()
@@ -492,10 +518,18 @@ def train_teacher(config: TeacherConfig) -> None:
             generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
             replaced = replace_dead_codes(laq, usage, config.dead_below, generator)
         per_slot = perplexity(usage.float())
+        collapsed = collapsed + 1 if per_slot.mean() < config.collapse_below else 0
+        if collapsed == 3 and accelerator.is_main_process:
+            tqdm.write(
+                f"warning: at step {step} a slot effectively uses {per_slot.mean():.2f} codes of "
+                f"{laq.config.codebook_size}: the codebook has collapsed. If it does not recover, fine-tune a healthy "
+                "teacher (--init-from), lower --optim.lr, or replace dead codes more often (--replace-every)"
+            )
         return {
             "usage/perplexity": per_slot.mean().item(),
             "usage/lowest_slot_perplexity": per_slot.min().item(),
             "usage/replaced_codes": replaced,
+            **{f"usage/perplexity_of_slot_{slot}": value for slot, value in enumerate(per_slot.tolist())},
         }
 
     def evaluate() -> dict[str, float]:

@@ -30,13 +30,10 @@ def tiny_vlm() -> Path:
     return Path(str(files("smolvla_shared") / "assets" / "tiny_vlm"))
 
 
-def record_dataset(
-    root: Path, fps: int, cameras: dict[str, tuple[int, int]], use_videos: bool, shake: int = 0, **dims: int
-) -> Path:
+def record_dataset(root: Path, fps: int, cameras: dict[str, tuple[int, int]], use_videos: bool, **dims: int) -> Path:
     """Record a LeRobotDataset of 8 episodes of 20 to 27 frames: a bright square moves over each camera's picture.
 
     cameras: (height, width) by key
-    shake:   pixels by which the whole picture, which then has a texture, jumps in any direction from frame to frame
     dims:    width of the vector features by name, state and action. The state begins with the square's position, the
              action with its velocity, which changes within an episode; both as shares of the picture
     """
@@ -64,8 +61,6 @@ def record_dataset(
         rgb_encoder=RGBEncoderConfig(vcodec="h264"),
     )
     rng = np.random.default_rng(0)
-    blocks = {key: np.random.default_rng(1).integers(0, 200, (h // 8, w // 8, 3)) for key, (h, w) in cameras.items()}
-    texture = {key: block.repeat(8, 0).repeat(8, 1).astype(np.uint8) for key, block in blocks.items()}
     for episode in range(8):
         position, velocity = rng.uniform(0.2, 0.8, 2), rng.uniform(-0.05, 0.05, 2)
         for _ in range(20 + episode):
@@ -81,9 +76,6 @@ def record_dataset(
                 picture = np.full((height, width, 3), 40 * (index + 1), np.uint8)
                 y, x = (position * (height, width)).astype(int)
                 picture[max(y - 8, 0) : y + 8, max(x - 8, 0) : x + 8] = (250, 200, 25 * episode)
-                if shake:
-                    picture = np.maximum(picture, texture[key])
-                    picture = np.roll(picture, rng.integers(-shake, shake + 1, 2), (0, 1))
                 frame[key] = picture
             dataset.add_frame(frame | {"task": ["push the square", "pull the square"][episode % 2]})
             position = np.clip(position + velocity, 0.1, 0.9)
@@ -116,12 +108,6 @@ def image_dataset(datasets) -> Path:
     """Images, two cameras of different sizes at 10 fps, no state, actions of 2 dimensions."""
     cameras = {"observation.image": (48, 64), "observation.images.wrist": (32, 40)}
     return record_dataset(datasets / "images", 10, cameras, use_videos=False, action=2)
-
-
-@pytest.fixture(scope="session")
-def shaking_dataset(datasets) -> Path:
-    """Images of a textured scene at 20 fps whose camera jumps by up to 6 of 64 pixels from frame to frame."""
-    return record_dataset(datasets / "shaking", 20, {"observation.image": (64, 64)}, use_videos=False, shake=6)
 
 
 @pytest.fixture(scope="session")

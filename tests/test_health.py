@@ -2,18 +2,21 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
 from smolvla_shared import data, health
-from smolvla_shared.config import DataConfig, SourceConfig
+from smolvla_shared.config import DataConfig, OptimConfig, SourceConfig
 from smolvla_shared.health import THRESHOLDS, Observations, Verdict, judge, measure
 from smolvla_shared.laq import LAQ, LAQConfig, LatentActions, load_laq, save_laq
 from smolvla_shared.teacher import CheckConfig, OnlineLabels, TeacherConfig, check, main, observe, train_teacher
 
 CAMERA = "observation.image"
+SHAKING_STEPS = 700
 GENERATOR = torch.Generator().manual_seed(0)
 
 
@@ -249,33 +252,44 @@ def test_a_collapsed_teacher_fails(laq, video_dataset, tmp_path):
     assert not (tmp_path / "check" / "probe.png").exists()
 
 
+@pytest.fixture
+def shaking_dataset(tmp_path) -> Path:
+    """Still scenes, one an episode, seen by a camera that jumps by up to 3 of 32 pixels from frame to frame."""
+    root = tmp_path / "shaking"
+    features = {CAMERA: {"dtype": "image", "shape": (32, 32, 3), "names": ["height", "width", "channels"]}}
+    recorded = LeRobotDataset.create("shaking", fps=10, features=features, root=root, use_videos=False)
+    rng = np.random.default_rng(0)
+    for scene in textured(12, size=32):
+        for _ in range(40):
+            picture = scene.roll(tuple(rng.integers(-3, 4, 2).tolist()), (1, 2))
+            recorded.add_frame({CAMERA: (picture * 255).byte().permute(1, 2, 0).numpy(), "task": "look"})
+        recorded.save_episode()
+    recorded.finalize()
+    return root
+
+
 @pytest.mark.slow
-def test_a_teacher_of_a_shaking_camera_fails_and_that_of_a_steady_one_does_not(
-    video_dataset, shaking_dataset, tmp_path
-):
-    sizes = {"dim": 32, "quant_dim": 8, "codebook_size": 8, "image_size": 64, "patch_size": 8, "heads": 2}
-    reasons = {}
-    for name, root in {"shaken": shaking_dataset, "steady": video_dataset}.items():
-        config = TeacherConfig(
-            run_dir=tmp_path / name,
-            data=DataConfig(roots=(root,), num_workers=0, val_fraction=0.2, frame_gap_s=0.25),
-            laq=LAQConfig(**sizes, spatial_depth=1, temporal_depth=1, dim_head=16, code_seq_len=4),
-            steps=300,
+def test_a_teacher_of_a_shaking_camera_fails(shaking_dataset, tmp_path):
+    """It predicts the second frame well, and uses its codes: what it learned is the camera."""
+    sizes = {"dim": 48, "quant_dim": 8, "codebook_size": 8, "image_size": 32, "patch_size": 4, "heads": 2}
+    source = {"roots": (shaking_dataset,), "frame_gap_s": 0.1, "num_workers": 0}
+    train_teacher(
+        TeacherConfig(
+            run_dir=tmp_path / "laq",
+            data=DataConfig(**source, val_fraction=0.1),
+            laq=LAQConfig(**sizes, spatial_depth=1, temporal_depth=1, dim_head=16),
+            steps=SHAKING_STEPS,
             batch_size=16,
-            save_every=300,
-            eval_every=300,
+            save_every=SHAKING_STEPS,
             replace_every=20,
+            optim=OptimConfig(lr=2e-3, warmup_steps=20),
         )
-        train_teacher(replace(config, optim=replace(config.optim, lr=3e-3, warmup_steps=20)))
-        out = tmp_path / f"check_{name}"
-        out.mkdir()
-        teacher = config.run_dir / "checkpoints/last/pretrained_model/laq.safetensors"
-        options = ["--laq-ckpt", teacher, "--data.roots", root, "--data.frame-gap-s", 0.25]
-        _, report = run_check(out, *options)
-        reasons[name] = [reason.split(":")[0] for reason in report["reasons"]]
-        print(name, report["measured"])
-    assert "camera motion" in reasons["shaken"], reasons
-    assert reasons["steady"] == [], reasons
+    )
+    teacher = tmp_path / "laq/checkpoints/last/pretrained_model/laq.safetensors"
+    options = ["--laq-ckpt", teacher, "--data.roots", shaking_dataset, "--data.frame-gap-s", 0.1]
+    code, report = run_check(tmp_path, *options)
+    assert code == 1
+    assert [reason.split(":")[0] for reason in report["reasons"]] == ["camera motion"], report
 
 
 def test_what_a_user_can_get_wrong(laq_checkpoint, video_dataset, tmp_path):

@@ -188,6 +188,38 @@ def test_frames_of_several_sizes_have_the_range_that_laq_expects(tmp_path, video
         assert 200 < frames.max() <= 255  # the square is bright; LAQ divides by 255
 
 
+def test_fine_tuning_starts_from_the_given_teacher(tmp_path, video_dataset, run_dir):
+    """With a learning rate of nothing it is the given one; its shape needs no --laq options."""
+    given = run_dir / "checkpoints" / "last" / "pretrained_model" / "laq.safetensors"
+    config = make_config(tmp_path / "more", video_dataset, laq=LAQConfig(), init_from=given, steps=2, settle_share=1.0)
+    train_teacher(replace(config, optim=OptimConfig(lr=1e-12, warmup_steps=1)))
+    tuned = load_laq(tmp_path / "more" / "checkpoints" / "last" / "pretrained_model" / "laq.safetensors")
+    assert tuned.config == SMALL
+    for key, value in load_laq(given).state_dict().items():
+        torch.testing.assert_close(tuned.state_dict()[key], value, rtol=0, atol=1e-8)
+    wrong = replace(config, run_dir=tmp_path / "wrong", laq=replace(SMALL, quant_dim=16))
+    with pytest.raises(
+        ValueError, match="brings its own shape, leave these out:\n  quant_dim: command line 16, file 8"
+    ):
+        train_teacher(wrong)
+
+
+def test_a_collapse_is_said_aloud(tmp_path, video_dataset, capsys):
+    """A fresh codebook that nothing replaces is one: every latent is nearest to the same code."""
+    said = {}
+    for name, limit in {"usual": TeacherConfig.collapse_below, "never": 0.9}.items():
+        options = {"replace_every": 2, "settle_share": 1.0, "collapse_below": limit}
+        config = make_config(tmp_path / name, video_dataset, steps=8, save_every=8, **options)
+        train_teacher(config)
+        printed = capsys.readouterr()
+        said[name] = (printed.out + printed.err).count("the codebook has collapsed. If it does not recover, fine-tune")
+    assert said == {"usual": 1, "never": 0}
+    last = json.loads((config.run_dir / "metrics.jsonl").read_text().splitlines()[-1])
+    slots = [last[f"usage/perplexity_of_slot_{slot}"] for slot in range(4)]
+    assert last["usage/perplexity"] == pytest.approx(np.mean(slots))
+    assert last["usage/lowest_slot_perplexity"] == pytest.approx(min(slots))
+
+
 def test_wrong_inputs_leave_no_run_directory(tmp_path, video_dataset):
     config = make_config(tmp_path / "run", video_dataset)
     gap = replace(config, data=replace(config.data, frame_gap_s=5))
