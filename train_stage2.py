@@ -85,18 +85,16 @@ def main(config: Stage2Config) -> None:
     )
     preprocessor = Preprocessor(core_config, tokenizer, statistics)
 
-    def prepare(raw):
-        return preprocessor(raw, labels(raw))
-
     def evaluate() -> dict[str, float]:
-        return training.held_out_errors(core, loaders.held_out(), prepare, accelerator)
+        return training.held_out_errors(core, loaders.held_out(), preprocessor, accelerator, labels)
 
     training.train(
         config,
         accelerator,
         core,
         loaders.train,
-        prepare,
+        preprocessor,
+        labels=labels,
         evaluate=evaluate if loaders.held_out else None,
         resume_from=resume_from,
     )

@@ -166,11 +166,8 @@ def main(config: Stage3Config) -> None:
     loaders = data.make_loaders(sources, groups, data.group_frames(held_out), spec, config, accelerator)
     preprocessor = Preprocessor(core_config, tokenizer, statistics)
 
-    def prepare(raw):
-        return preprocessor(raw, labels(raw) if labels else None)
-
     def evaluate() -> dict[str, float]:
-        return training.held_out_errors(core, loaders.held_out(), prepare, accelerator)
+        return training.held_out_errors(core, loaders.held_out(), preprocessor, accelerator, labels)
 
     def export(directory: Path) -> None:
         shapes = {camera: labelled[0].frame_shape(camera) for camera in cameras}
@@ -181,7 +178,8 @@ def main(config: Stage3Config) -> None:
         accelerator,
         core,
         loaders.train,
-        prepare,
+        preprocessor,
+        labels=labels,
         loss_weights={LATENT: config.latent_loss_weight},
         evaluate=evaluate if loaders.held_out else None,
         export=export,

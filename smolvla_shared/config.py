@@ -188,7 +188,7 @@ class RunConfig:
     run_dir: Path
     # Which recordings, and how they are read.
     data: DataConfig
-    # Optimizer steps of the whole run.
+    # Optimizer steps of the whole run. Raised on --resume, the learning rate follows the longer cosine from there on.
     steps: int = 20_000
     # Samples in a step, over all processes and accumulation steps.
     batch_size: int = 64
@@ -198,13 +198,15 @@ class RunConfig:
     seed: int = 0
     # Steps between checkpoints.
     save_every: int = 2_000
+    # Keep this many of the newest checkpoints; 0: all.
+    keep: int = 0
     # Steps between lines of metrics.jsonl.
     log_every: int = 50
     # Steps between evaluations on the held-out episodes.
     eval_every: int = 1_000
     # Held-out samples of an evaluation, over all processes.
     eval_samples: int = 256
-    # Go on from the last checkpoint of run_dir.
+    # Go on from the last checkpoint of run_dir, or from its start where a run died before the first.
     resume: bool = False
     # Keep a running average of the trained weights with this decay, and evaluate and export it; 0: none.
     ema_decay: float = 0.0
@@ -217,6 +219,8 @@ class RunConfig:
         for name in ("steps", "batch_size", "accumulation_steps", "save_every", "log_every", "eval_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
+        if self.keep < 0:
+            raise ValueError(f"--keep must be 0 (all) or a number of checkpoints, got {self.keep}")
 
 
 @dataclass(frozen=True, kw_only=True)

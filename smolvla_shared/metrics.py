@@ -1,11 +1,22 @@
-"""What is recorded of a run: metrics.jsonl first, the curves drawn from it."""
+"""What is recorded of a run: metrics.jsonl first, the curves drawn from it, and where a step's time goes."""
 
 import json
+import os
 import time
+from collections import Counter
+from datetime import timedelta
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
+import torch
 from accelerate import Accelerator
 from torch import Tensor
+from tqdm import tqdm
+
+from smolvla_shared.batch import to_device
+from smolvla_shared.config import RunConfig
+from smolvla_shared.weights import write_text
 
 
 class MetricsLog:
@@ -14,14 +25,19 @@ class MetricsLog:
     def __init__(self, path: Path, first_step: int):
         self.path = path
         kept = [line for line in self.read() if line["step"] <= first_step]
-        path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def read(self) -> list[dict[str, float]]:
-        return [json.loads(line) for line in self.path.read_text().splitlines()] if self.path.exists() else []
+        """All whole lines; the last one of a run that was killed may be torn."""
+        lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
+        return [json.loads(line) for line in lines if line.endswith("\n")]
 
     def write(self, metrics: dict[str, float]) -> None:
+        """Add a line, on the disk before a checkpoint can be that needs it."""
         with self.path.open("a") as file:
             file.write(json.dumps(metrics) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def plot_curves(metrics: list[dict[str, float]], path: Path) -> None:
@@ -52,20 +68,150 @@ def plot_curves(metrics: list[dict[str, float]], path: Path) -> None:
 
 
 class Window:
-    """What has happened since the last line of metrics.jsonl; losses stay on the device until they are read."""
+    """What has happened since the last line of metrics.jsonl; on the device until it is read.
 
-    def __init__(self, first_step: int):
-        self.first_step, self.start = first_step, time.perf_counter()
-        self.losses: dict[str, Tensor] = {}
-        self.extra: dict[str, float] = {}
+    A checkpoint between two lines holds it, so that a resumed run writes the lines of one that never stopped.
+    """
 
-    def add(self, parts: dict[str, Tensor], extra: dict[str, float]) -> None:
+    def __init__(self):
+        self.clear()
+
+    def clear(self) -> None:
+        self.steps = 0
+        self.losses: dict[str, Tensor] = {}  # this process's parts, summed over the steps
+        self.slots: dict[str, Tensor] = {}  # [2, tokens]: sum of each token's valid errors, and their number
+        self.extra: dict[str, float] = {}  # the newest of what is not averaged
+
+    def add(self, parts: dict[str, Tensor], slots: dict[str, Tensor], extra: dict[str, float]) -> None:
+        """One step: the parts of its losses, of some targets [2, tokens] as above, other metrics."""
+        self.steps += 1
         self.losses = {name: self.losses.get(name, 0) + part for name, part in parts.items()}
+        self.slots = {name: self.slots.get(name, 0) + sums for name, sums in slots.items()}
         self.extra |= extra
 
-    def read(self, accelerator: Accelerator, step: int, batch_size: int) -> dict[str, float]:
-        """Mean losses over the window's steps, the newest extra metrics, and the speed."""
-        span = step - self.first_step
-        means = {f"loss/{name}": (accelerator.reduce(s, "sum") / span).item() for name, s in self.losses.items()}
-        samples_per_s = span * batch_size / (time.perf_counter() - self.start)
-        return means | self.extra | {"samples": step * batch_size, "time/samples_per_s": samples_per_s}
+    def read(self, accelerator: Accelerator) -> dict[str, float]:
+        """Mean losses and errors of each slot over the window's steps, and the newest extra metrics."""
+        means = {f"loss/{name}": accelerator.reduce(s, "sum") / self.steps for name, s in self.losses.items()}
+        for name, sums in self.slots.items():
+            errors, counts = accelerator.reduce(sums, "sum")
+            means |= {f"slot/{name}_{slot}": e for slot, e in enumerate(errors / counts.clamp(min=1))}
+        return {name: mean.item() for name, mean in means.items()} | self.extra
+
+    def state_dict(self, accelerator: Accelerator) -> dict[str, Any]:
+        sums = {"losses": self.losses, "slots": self.slots}
+        reduced = {kind: {n: accelerator.reduce(s, "sum").cpu() for n, s in of.items()} for kind, of in sums.items()}
+        return {"steps": self.steps, "extra": self.extra} | reduced
+
+    def load_state_dict(self, state: dict[str, Any], accelerator: Accelerator) -> None:
+        """The sums go to the main process: what is added to them is summed over all of them."""
+        self.steps, self.extra = state["steps"], state["extra"]
+        if accelerator.is_main_process:
+            self.losses, self.slots = to_device([state["losses"], state["slots"]], accelerator.device)
+
+
+class StepClock:
+    """Where the time of the steps goes: mark(phase) charges what has passed since the last mark to the phase.
+
+    On a GPU the marks are events in its stream, read at the log step, which waits for the device anyway. A phase is
+    charged for the time the device takes over it, or idles in it: waiting for data costs nothing while the device is
+    still busy with the step before.
+    """
+
+    def __init__(self, device: torch.device):
+        self.is_cuda = device.type == "cuda"
+        self.marks: list[tuple[str, Any]] = [("", self._now())]
+        self.seconds: Counter[str] = Counter()
+
+    def _now(self) -> Any:
+        if not self.is_cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def mark(self, phase: str) -> None:
+        self.marks.append((phase, self._now()))
+
+    def read(self) -> Counter[str]:
+        """Seconds by phase since the clock was made."""
+        if self.is_cuda:
+            self.marks[-1][1].synchronize()
+        for (_, start), (phase, end) in pairwise(self.marks):
+            self.seconds[phase] += start.elapsed_time(end) / 1000 if self.is_cuda else end - start
+        self.marks = self.marks[-1:]
+        return self.seconds.copy()
+
+
+OTHER = "other"  # the phase of evaluating, logging and saving: no part of a step
+# What is done about a phase that takes long. Above this share of a step it is called its bottleneck.
+BOUND_FROM = 0.25
+ADVICE = {
+    "data": "waiting for data (reading and decoding video); raise --data.num-workers",
+    "transfer": "copying to the device",
+    "teacher": "the teacher; write its labels once (python -m smolvla_shared.teacher label) and pass --labels cache",
+}
+
+
+def verdict(seconds: Counter[str]) -> str:
+    """What bounds the steps, in words: {phase: seconds}."""
+    total = seconds.total() - seconds[OTHER]
+    worst = max(ADVICE, key=lambda phase: seconds[phase])
+    if seconds[worst] >= BOUND_FROM * total:
+        return f"{worst}-bound: {seconds[worst] / total:.0%} of a step is {ADVICE[worst]}"
+    share = 1 - sum(seconds[phase] for phase in ADVICE) / total
+    return f"compute-bound: {share:.0%} of a step is preprocessing, forward, backward and optimizer"
+
+
+class Recorder:
+    """Everything that a run tells while it trains: metrics.jsonl, the curves, the bar, and what bounds its speed."""
+
+    FIRST_REPORT = 20  # steps after which it tells how long it will take
+
+    def __init__(self, config: RunConfig, accelerator: Accelerator, window: Window, step: int):
+        self.config, self.accelerator, self.window = config, accelerator, window
+        self.is_main = accelerator.is_main_process
+        self.step = self.first_step = step
+        if self.is_main:
+            self.log = MetricsLog(config.run_dir / "metrics.jsonl", step)
+
+    def __enter__(self) -> "Recorder":
+        name, steps = self.config.run_dir.name, self.config.steps
+        self.bar = tqdm(initial=self.step, total=steps, desc=name, unit="step", disable=not self.is_main)
+        self.clock = StepClock(self.accelerator.device)
+        self.last_line = self.step, self.clock.read()
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *_: Any) -> None:
+        self.bar.close()
+        if error is None and self.step > self.first_step:
+            self.accelerator.print(verdict(self.clock.read()))
+
+    def add(self, parts: dict[str, Tensor], slots: dict[str, Tensor], extra: dict[str, float]) -> None:
+        """A step is done (Window.add)."""
+        self.window.add(parts, slots, extra)
+        self.clock.mark("optimizer")
+        self.step += 1
+        self.bar.update()
+        if self.step == self.first_step + self.FIRST_REPORT and self.is_main:
+            seconds = self.clock.read()
+            per_step = seconds.total() / self.FIRST_REPORT
+            left = timedelta(seconds=round(per_step * (self.config.steps - self.step)))
+            tqdm.write(f"{per_step:.3g} s a step, {left} to go (h:mm:ss); {verdict(seconds)}")
+
+    def write(self, metrics: dict[str, float]) -> None:
+        """A line of metrics.jsonl: the window's means, these metrics, and seconds of a step by phase."""
+        metrics = self.window.read(self.accelerator) | metrics
+        self.window.clear()
+        if not self.is_main:
+            return
+        self.bar.set_postfix({name: f"{value:.4f}" for name, value in metrics.items() if name.startswith("loss/")})
+        steps, seconds = self.step - self.last_line[0], self.clock.read()
+        spent, self.last_line = seconds - self.last_line[1], (self.step, seconds)
+        samples_per_s = steps * self.config.batch_size / (spent.total() - spent[OTHER])
+        metrics |= {"samples": self.step * self.config.batch_size, "time/samples_per_s": samples_per_s}
+        metrics |= {f"time/{phase}": value / steps for phase, value in spent.items()}
+        self.log.write({"step": self.step, **metrics})
+
+    def draw(self) -> None:
+        if self.is_main:
+            plot_curves(self.log.read(), self.config.run_dir / "curves.png")

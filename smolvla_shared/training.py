@@ -1,32 +1,36 @@
 """The training loop of every training command: one function, train()."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import gather_object, set_seed
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from smolvla_shared import losses
 from smolvla_shared.batch import Batch, to_device
 from smolvla_shared.checkpoint import (
+    FULL_STATE,
     TrainingState,
     claim_run,
     ema_weights,
     load_checkpoint,
+    plan_checkpoints,
     save_checkpoint,
     update_average,
 )
-from smolvla_shared.config import OptimConfig, RunConfig
-from smolvla_shared.metrics import MetricsLog, Window, plot_curves
+from smolvla_shared.config import LATENT, OptimConfig, RunConfig
+from smolvla_shared.metrics import OTHER, Recorder, StepClock
 from smolvla_shared.model import SmolVLASharedCore
+from smolvla_shared.stopping import StopSignals
 
 
 def make_accelerator(config: RunConfig) -> Accelerator:
@@ -38,7 +42,11 @@ def make_accelerator(config: RunConfig) -> Accelerator:
 
 @torch.no_grad()
 def held_out_errors(
-    core: SmolVLASharedCore, batches: DataLoader, prepare: Callable[[Any], Batch], accelerator: Accelerator
+    core: SmolVLASharedCore,
+    batches: DataLoader,
+    prepare: Callable[..., Batch],
+    accelerator: Accelerator,
+    labels: Callable[[Any], Tensor] | None = None,
 ) -> dict[str, float]:
     """Errors on held-out samples, for each target, normalised: {target}, the flow-matching loss; {target}_error, the
     mean squared error of the predicted mean; {target}_error_of_mean, that of always predicting the training mean.
@@ -48,7 +56,8 @@ def held_out_errors(
     """
     totals: dict[str, Tensor] = {}
     for raw in batches:
-        batch = prepare(to_device(raw, accelerator.device))
+        raw = to_device(raw, accelerator.device)
+        batch = prepare(raw, *([labels(raw)] if labels else []))
         with accelerator.autocast():
             errors = core(batch)
             for name, target in batch.targets.items():
@@ -75,9 +84,10 @@ def learning_rate(step: int, num_steps: int, config: OptimConfig) -> float:
 
 
 def accumulate_gradients(
-    accelerator: Accelerator, module: nn.Module, passes: list[Any], weights: dict[str, float]
-) -> dict[str, Tensor]:
-    """Backward through one step's batches; returns this process's part of each target's loss.
+    accelerator: Accelerator, module: nn.Module, passes: list[Any], weights: dict[str, float], clock: StepClock
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Backward through one step's batches; returns this process's part of each target's loss, and of latent targets
+    the errors of each slot, [2, S]: the sum of the valid ones and their number.
 
     A loss is the mean over the valid tokens of the *whole* step, over all processes and accumulation steps: the parts
     add up to it.
@@ -85,6 +95,7 @@ def accumulate_gradients(
     counts = {name: sum(batch.masks[name].sum() for batch in passes) for name in passes[0].masks}
     counts = {name: accelerator.reduce(count.float(), "sum") for name, count in counts.items()}
     totals: dict[str, Tensor] = {}
+    slots: dict[str, Tensor] = {}
     for index, batch in enumerate(passes):
         is_last = index == len(passes) - 1
         with nullcontext() if is_last else accelerator.no_sync(module):
@@ -92,10 +103,100 @@ def accumulate_gradients(
                 errors = module(batch)
             parts = {name: losses.masked_mean(e, batch.masks[name], counts[name]) for name, e in errors.items()}
             loss = sum(weights.get(name, 1.0) * part for name, part in parts.items())
+            # A factor of 1, or NaN: a loss that is not finite makes gradients that are not, in every process.
+            loss = loss * (1 + 0 * loss.detach())
+            clock.mark("forward")
             # DDP averages gradients over processes; the loss is a part of a sum over them.
             accelerator.backward(loss * accelerator.num_processes)
         totals = {name: totals.get(name, 0) + part.detach() for name, part in parts.items()}
-    return totals
+        if LATENT in errors:
+            mask = batch.masks[LATENT]
+            sums = torch.stack([(errors[LATENT].detach() * mask).sum(0), mask.sum(0)])
+            slots[LATENT] = slots.get(LATENT, 0) + sums
+        clock.mark("backward")
+    return totals, slots
+
+
+class FiniteGradients:
+    """Stops a run whose gradients are not finite, and keeps them out of the weights until the host knows.
+
+    Asking the device in every step would make each wait for the last. So the first step whose gradient norm is not
+    finite is kept on the device, and from it on AdamW (fused) skips its updates: the weights stay those of that step
+    until it is read, at once on a CPU, at the next line of metrics.jsonl or checkpoint on a GPU. All processes see the
+    same norm, so they stop together.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, device: torch.device):
+        self.first_bad = torch.full((), math.inf, device=device)
+        optimizer.found_inf = self.skip = torch.zeros((), device=device)
+
+    def watch(self, step: int, grad_norm: Tensor) -> None:
+        self.first_bad = torch.minimum(self.first_bad, torch.where(grad_norm.isfinite(), math.inf, float(step)))
+        self.skip.copy_(self.first_bad.isfinite())
+
+    def bad_step(self, must_know: bool) -> int | None:
+        """The first bad step, counted from 1; None also where a GPU is asked and nobody must know yet."""
+        if self.first_bad.device.type != "cpu" and not must_know:
+            return None
+        step = self.first_bad.item()
+        return int(step) if math.isfinite(step) else None
+
+
+def read_passes(
+    batches: Iterator[Any],
+    count: int,
+    accelerator: Accelerator,
+    labels: Callable[[Any], Tensor] | None,
+    prepare: Callable[..., Any],
+    clock: StepClock,
+) -> list[Any]:
+    """The next `count` batches as the module takes them, on the device."""
+    passes = []
+    for _ in range(count):
+        raw = next(batches)
+        clock.mark("data")
+        raw = to_device(raw, accelerator.device)
+        clock.mark("transfer")
+        latents = [labels(raw)] if labels else []
+        clock.mark("teacher")
+        passes.append(prepare(raw, *latents))
+        clock.mark("preprocess")
+    return passes
+
+
+@torch.no_grad()
+def save_not_finite(
+    step: int,
+    config: RunConfig,
+    accelerator: Accelerator,
+    module: nn.Module,
+    batches: Iterator[Any],
+    labels: Callable[[Any], Tensor] | None,
+    prepare: Callable[..., Any],
+) -> FloatingPointError:
+    """Save what reproduces a step whose loss or gradients are not finite; returns the error to raise.
+
+    Each process writes <run_dir>/not_finite/process<rank>.pt: the step, the fields of its raw batches (the first of
+    `batches`), and the weights that the step was taken from.
+    """
+    raws = [next(batches) for _ in range(config.accumulation_steps)]
+    guilty = []
+    for raw in raws:
+        on_device = to_device(raw, accelerator.device)
+        with accelerator.autocast():
+            errors = module(prepare(on_device, *([labels(on_device)] if labels else [])))
+        bad = torch.stack([~e.isfinite().all(-1) for e in errors.values()]).any(0)
+        guilty += [key for key, is_bad in zip(raw.keys, bad.tolist(), strict=True) if is_bad]
+    path = config.run_dir / "not_finite" / f"process{accelerator.process_index}.pt"
+    path.parent.mkdir(exist_ok=True)
+    weights = get_model_state_dict(module, options=FULL_STATE)
+    torch.save({"step": step, "batches": [asdict(raw) for raw in raws], "weights": weights}, path)
+    guilty, everyone = gather_object(guilty), gather_object([key for raw in raws for key in raw.keys])
+    which = "the errors of these samples are not" if guilty else "all errors are, the gradients of these samples not"
+    return FloatingPointError(
+        f"loss or gradients are not finite at step {step}: {which}: {'; '.join(guilty or everyone)}. The batch and the "
+        f"weights before it: torch.load({str(path)!r}). Nothing of it is in a checkpoint"
+    )
 
 
 def train(
@@ -103,8 +204,9 @@ def train(
     accelerator: Accelerator,
     module: nn.Module,
     make_batches: Callable[[int], DataLoader],
-    prepare: Callable[[Any], Any],
+    prepare: Callable[..., Any],
     *,
+    labels: Callable[[Any], Tensor] | None = None,
     loss_weights: dict[str, float] | None = None,
     evaluate: Callable[[], dict[str, float]] | None = None,
     export: Callable[[Path], None] | None = None,
@@ -115,71 +217,77 @@ def train(
 
     module:       module(batch) returns the error of each token, {target: [B, T]}; batch.masks says which count
     make_batches: the loader of this process from a given step on, accumulation_steps raw batches a step
-    prepare:      raw batch, on the device, -> what module takes
+    prepare:      raw batch, on the device (and its latents) -> what module takes
+    labels:       raw batch, on the device -> its latents
     loss_weights: weight of each target in the loss; 1 where not given
     evaluate:     held-out metrics, called every eval_every steps and at the end
     export:       writes a directory that can be used without the run, called for every checkpoint
     after_step:   called with the step after each one; what it returned last is logged
     resume_from:  the checkpoint to go on from (check_run)
+
+    Raises SystemExit(EXIT_STOPPED) after a signal (stopping.py), FloatingPointError at a step that is not finite,
+    OSError where a checkpoint cannot be written.
     """
-    claim_run(config, accelerator)
     optim = config.optim
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay)
+    optimizer = torch.optim.AdamW(trained, lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay, fused=True)
     prepared, prepared_optimizer = accelerator.prepare(module, optimizer)
     state = TrainingState(module, optimizer)
     if config.ema_decay:
         state.ema = {n: p.detach().clone() for n, p in module.named_parameters() if p.requires_grad}
     if resume_from:
-        load_checkpoint(resume_from, state)
-    is_main = accelerator.is_main_process
-    log = MetricsLog(config.run_dir / "metrics.jsonl", state.step) if is_main else None
-
+        load_checkpoint(resume_from, state, accelerator)
+    accelerator.print(plan_checkpoints(config, state, export is not None))
+    claim_run(config, accelerator)
+    gradients = FiniteGradients(optimizer, accelerator.device)
     module.train()
-    batches = iter(make_batches(state.step))
-    bar = tqdm(initial=state.step, total=config.steps, desc=config.run_dir.name, unit="step", disable=not is_main)
-    window = Window(state.step)
-    while state.step < config.steps:
-        passes = [prepare(to_device(next(batches), accelerator.device)) for _ in range(config.accumulation_steps)]
-        parts = accumulate_gradients(accelerator, prepared, passes, loss_weights or {})
-        grad_norm = accelerator.clip_grad_norm_(trained, optim.max_grad_norm)
-        rate = learning_rate(state.step, config.steps, optim)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        prepared_optimizer.step()
-        prepared_optimizer.zero_grad()
-        if config.ema_decay:
-            update_average(state, config.ema_decay)
-        state.step += 1
-        window.add(parts, after_step(state.step))
-        bar.update()
+    with (
+        StopSignals(accelerator.num_processes) as signals,
+        Recorder(config, accelerator, state.window, state.step) as recorder,
+    ):
+        with signals.hidden():
+            batches = iter(make_batches(state.step))
+        while state.step < config.steps:
+            passes = read_passes(batches, config.accumulation_steps, accelerator, labels, prepare, recorder.clock)
+            parts, slots = accumulate_gradients(accelerator, prepared, passes, loss_weights or {}, recorder.clock)
+            grad_norm = accelerator.clip_grad_norm_(trained, optim.max_grad_norm)
+            gradients.watch(state.step + 1, grad_norm)
+            rate = learning_rate(state.step, config.steps, optim)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            prepared_optimizer.step()
+            prepared_optimizer.zero_grad()
+            if config.ema_decay:
+                update_average(state, config.ema_decay)
+            state.step += 1
+            recorder.add(parts, slots, after_step(state.step))
 
-        is_end = state.step == config.steps
-        evaluates = evaluate is not None and (state.step % config.eval_every == 0 or is_end)
-        saves = state.step % config.save_every == 0 or is_end
-        # Logged before it is saved: a resumed run has nothing to average over, and nothing that is not finite is kept.
-        if state.step % config.log_every == 0 or evaluates or saves:
-            metrics = window.read(accelerator, state.step, config.batch_size)
-            metrics |= {"lr": rate, "grad_norm": float(grad_norm)}
-            if not all(math.isfinite(value) for value in metrics.values()):
-                raise FloatingPointError(f"loss or gradients are not finite at step {state.step}: {metrics}")
-            shown = {name.removeprefix("loss/"): f"{v:.4f}" for name, v in metrics.items() if name.startswith("loss/")}
-            bar.set_postfix(shown | {"samples/s": f"{metrics['time/samples_per_s']:.0f}"})
+            is_end = state.step == config.steps
+            stops = signals.wanted() and not is_end
+            evaluates = evaluate is not None and (state.step % config.eval_every == 0 or is_end)
+            logs = state.step % config.log_every == 0 or evaluates or is_end
+            saves = state.step % config.save_every == 0 or is_end or stops
+            if bad_step := gradients.bad_step(must_know=logs or saves):
+                # What a step reads is a function of the step: its batch need not be kept, it is read again.
+                again = iter(make_batches(bad_step - 1))
+                raise save_not_finite(bad_step, config, accelerator, module, again, labels, prepare)
+            held_out = {}
             if evaluates:
                 module.eval()
                 with ema_weights(state):
-                    metrics |= {f"val/{name}": value for name, value in evaluate().items()}
+                    held_out = {f"val/{name}": value for name, value in evaluate().items()}
                 module.train()
-            if log:
-                log.write({"step": state.step, **metrics})
-            window = Window(state.step)
-        if saves:
-            save_checkpoint(config.run_dir, state, accelerator, export)
-            accelerator.wait_for_everyone()
-            if log:
-                plot_curves(log.read(), config.run_dir / "curves.png")
-    bar.close()
-    del batches  # ends the loader's workers
+            if logs:
+                recorder.write({"lr": rate, "grad_norm": float(grad_norm), **held_out})
+            if evaluates or saves:
+                recorder.draw()
+            if saves:
+                save_checkpoint(config, state, accelerator, export)
+                accelerator.wait_for_everyone()
+            if stops:
+                signals.exit(config.run_dir, state.step, accelerator)
+            recorder.clock.mark(OTHER)
+        del batches  # ends the loader's workers
     if config.ema_decay:
         for parameter, average in zip(trained, state.ema.values(), strict=True):
             parameter.data.copy_(average)

@@ -43,19 +43,21 @@ def file_sha256(path: Path) -> str:
 
 
 def write_weights(path: Path, tensors: dict[str, Tensor]) -> str:
-    """Write a .safetensors file under a temporary name, then rename it; returns its sha256."""
+    """Write a .safetensors file under a temporary name, sync and rename it; returns its sha256."""
     temporary = path.with_suffix(".safetensors.tmp")
     save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, temporary)
     temporary.chmod(0o666 & ~_umask())  # safetensors makes files that nobody else can read
     sha256 = file_sha256(temporary)
+    sync(temporary)
     os.replace(temporary, path)
     return sha256
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file under a temporary name, then rename it."""
+    """Write a text file under a temporary name, sync and rename it."""
     temporary = path.with_suffix(path.suffix + ".tmp")
     temporary.write_text(text)
+    sync(temporary)
     os.replace(temporary, path)
 
 
@@ -87,6 +89,15 @@ def new_directory(path: Path) -> Iterator[Path]:
         (filled := Path(temporary) / path.name).mkdir()
         yield filled
         filled.rename(path)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file or directory is on the disk: without it a crash may leave a name without its bytes."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _umask() -> int:

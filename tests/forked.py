@@ -1,0 +1,91 @@
+"""Real commands in real processes, without paying for their imports each time.
+
+A server process imports what the commands import and forks a child for each of them; the child runs the script as
+`python script.py ...` would. What happens to the child, SIGKILL included, happens to nobody else.
+"""
+
+import json
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+
+
+class Forked:
+    """A child of the server: the command that it runs, and how it ended."""
+
+    def __init__(self, server: subprocess.Popen, command: list[str | Path], output: Path):
+        self.server, self.output = server, output
+        server.stdin.write(json.dumps({"command": [str(part) for part in command], "output": str(output)}) + "\n")
+        server.stdin.flush()
+        self.pid = json.loads(server.stdout.readline())["pid"]
+
+    def kill(self, number: signal.Signals = signal.SIGKILL) -> None:
+        os.kill(self.pid, number)
+
+    def is_running(self) -> bool:
+        return Path(f"/proc/{self.pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+
+    def wait_for(self, condition: Callable[[], Any], timeout: float = 60.0) -> None:
+        """Until the condition holds or the process has ended."""
+        end = time.monotonic() + timeout
+        while self.is_running() and not condition():
+            assert time.monotonic() < end, f"waited {timeout} s; {self.output.read_text()}"
+            time.sleep(0.0005)
+
+    def wait(self) -> int:
+        """Its exit code; the negative signal's number where one ended it."""
+        self.server.stdin.write("wait\n")
+        self.server.stdin.flush()
+        return json.loads(self.server.stdout.readline())["code"]
+
+
+def start_server() -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT
+    )
+
+
+def run_command(command: list[str], output: str) -> None:
+    """What a child does: `python <command>`, with its output in a file."""
+    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    os.setpgid(0, 0)  # a process group, as a shell or a scheduler gives it
+    if command[0] == "-m":
+        sys.argv = command[1:]
+        runpy.run_module(command[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = command
+        runpy.run_path(command[0], run_name="__main__")
+
+
+def serve() -> None:
+    sys.path.insert(0, str(ROOT))
+    import lerobot.policies.factory  # noqa: F401
+    import matplotlib.pyplot  # noqa: F401
+
+    import smolvla_shared.evaluate
+    import smolvla_shared.training  # noqa: F401
+
+    pid = 0
+    for line in sys.stdin:
+        if line == "wait\n":
+            print(json.dumps({"code": os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])}), flush=True)
+            continue
+        pid = os.fork()
+        if not pid:
+            run_command(**json.loads(line))
+            sys.exit()
+        print(json.dumps({"pid": pid}), flush=True)
+
+
+if __name__ == "__main__":
+    serve()
