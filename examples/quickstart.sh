@@ -34,13 +34,22 @@ launch -m smolvla_shared.teacher train --run-dir "$RUN/laq" --data.roots "$RUN/d
     --laq.dim 64 --laq.quant-dim 16 --laq.image-size 64 --laq.patch-size 8 --laq.spatial-depth 2 \
     --laq.temporal-depth 1 --laq.dim-head 16 --laq.heads 4 --save-every 350 --eval-every 350
 
-step "3 stage 2"
+step "3 labels"
+# Are its codes worth learning? The few demonstrations tell how much of the true action is in them. Then all labels.
+LAQ="$RUN/laq/checkpoints/last/pretrained_model/laq.safetensors"
+python -m smolvla_shared.teacher check --laq-ckpt "$LAQ" --data.roots "$RUN/data/video" "$RUN/data/labelled" \
+    --data.frame-gap-s 0.05 --data.num-workers 1 --pairs 3000 --seed "$SEED" --out "$RUN/check"
+launch -m smolvla_shared.teacher label --laq-ckpt "$LAQ" --data.roots "$RUN/data/video" --data.frame-gap-s 0.05 \
+    --data.num-workers 1 --label-cache "$RUN/labels"
+
+step "4 stage 2"
 # The core learns to predict the teacher's latent actions from one frame, the task text and the arm's position.
-launch train_stage2.py --run-dir "$RUN/stage2" --laq-ckpt "$RUN/laq/checkpoints/last/pretrained_model/laq.safetensors" \
+launch train_stage2.py --run-dir "$RUN/stage2" --labels cache --label-cache "$RUN/labels" \
+    --label-health "$RUN/check/label_health.json" \
     --data.roots "$RUN/data/video" --seed "$SEED" --model.preset tiny --data.frame-gap-s 0.05 --data.num-workers 1 \
     --steps 500 --batch-size 32 --flow-draws 4 --optim.lr 1e-3 --optim.warmup-steps 100 --save-every 250 --eval-every 250
 
-step "4 stage 3"
+step "5 stage 3"
 # The action head, and the shared weights with it, learn from the labelled demonstrations.
 launch train_stage3.py --run-dir "$RUN/stage3" \
     --stage2-artifact "$RUN/stage2/artifacts/smolvla_shared_stage2_artifact.safetensors" \
@@ -48,7 +57,7 @@ launch train_stage3.py --run-dir "$RUN/stage3" \
     --steps 600 --batch-size 32 --flow-draws 4 --optim.lr 1e-3 --optim.warmup-steps 100 --ema-decay 0.99 \
     --save-every 300 --eval-every 200
 
-step "5 rollout"
+step "6 rollout"
 python rollout.py --policy-path "$RUN/stage3/checkpoints/last/pretrained_model" --env.type metaworld --env.task $TASK \
     --episodes 20 --num-envs 2 --seed $((100 * SEED)) --max-steps 200 --out "$RUN/rollout" --videos
 

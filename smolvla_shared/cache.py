@@ -56,7 +56,7 @@ class RowCache:
     key: dict[str, Any]
     num_rows: int
     # A kill loses at most this many rows of work a process.
-    shard_rows: int = 1024
+    shard_rows: int
 
     def is_complete(self) -> bool:
         """Whether all rows are there; False where nothing is. Raises ValueError if what is there has another key."""

@@ -67,7 +67,7 @@ def label_directories(cache: Path, names: list[str]) -> list[Path]:
 
 
 def label_store(directory: Path, key: LabelKey, num_frames: int) -> RowCache:
-    return RowCache(directory, asdict(key), num_frames)
+    return RowCache(directory, asdict(key), num_frames, shard_rows=128)
 
 
 def cached_teacher_id(directory: Path) -> str:

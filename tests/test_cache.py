@@ -66,12 +66,12 @@ def test_another_key_is_refused_with_both_sides(tmp_path, when):
 
 def test_what_is_missing_or_damaged_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"there is no cache at .*/a; beside it: nothing"):
-        RowCache(tmp_path / "a", KEY, 25).open()
+        RowCache(tmp_path / "a", KEY, 25, 10).open()
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").touch()
     with pytest.raises(ValueError, match="holds something that is no cache"):
-        RowCache(tmp_path / "mine", KEY, 25).claim()
-    cache = RowCache(tmp_path / "a", KEY, 25)
+        RowCache(tmp_path / "mine", KEY, 25, 10).claim()
+    cache = RowCache(tmp_path / "a", KEY, 25, 10)
     fill(cache)
     file = cache.directory / "codes.npy"
     file.write_bytes(file.read_bytes()[:-3])

@@ -1,12 +1,18 @@
 """labels.py and `teacher label`: the cache holds what the teacher says, and training from it is the same training."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from forked import Forked, start_server
 
 from smolvla_shared import data
 from smolvla_shared.config import LATENT, DataConfig, LatentConfig, SourceConfig
@@ -136,3 +142,118 @@ def test_what_a_user_can_get_wrong(tmp_path, laq_checkpoint, video_dataset, labe
     with pytest.raises(ValueError, match=r"no episode is longer than --data.frame-gap-s"):
         label(replace(late, data=replace(late.data, frame_gap_s=3)))
     assert not (tmp_path / "cache").exists()
+
+
+# --- the real command -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[subprocess.Popen]:
+    with start_server() as process:
+        yield process
+        process.stdin.close()
+
+
+def files(directory: Path) -> dict[str, bytes]:
+    """Every file of a cache, by name."""
+    return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+@pytest.mark.slow
+def test_a_killed_command_goes_on_where_it_stopped(
+    server, tmp_path, laq_checkpoint, video_dataset, labelled_dataset, image_dataset
+):
+    """Killed in the middle of its work again and again, it ends with the labels of one that was not."""
+    roots = [video_dataset, labelled_dataset, image_dataset]
+    command = ["-m", "smolvla_shared.teacher", "label", "--laq-ckpt", laq_checkpoint, "--data.roots", *roots]
+    command += ["--data.num-workers", "0", "--batch-size", "4", "--teacher-kind", "continuous"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert Forked(server, [*command, "--label-cache", whole], tmp_path / "whole.txt").wait() == 0
+
+    written: dict[Path, int] = {}  # what each kill found finished, and when it was written
+    kills = 0
+    for number in range(1, 6):
+        child = Forked(server, [*command, "--label-cache", killed], tmp_path / "killed.txt")
+        child.wait_for(
+            lambda number=number: len(list(killed.rglob("*.safetensors")) + list(killed.rglob("mask.npy"))) >= number
+        )
+        child.kill()
+        kills += child.wait() == -signal.SIGKILL
+        for path, when in written.items():
+            assert not path.exists() or path.stat().st_mtime_ns == when, f"{path} was made again"
+        written |= {path: path.stat().st_mtime_ns for path in killed.rglob("*.safetensors")}
+    assert kills >= 3
+    assert Forked(server, [*command, "--label-cache", killed], tmp_path / "killed.txt").wait() == 0
+    assert files(killed) == files(whole)
+
+
+@pytest.mark.slow
+def test_two_processes_write_what_one_writes(tmp_path, laq_checkpoint, video_dataset, labelled_dataset):
+    roots = (video_dataset, labelled_dataset)
+    label(label_config(tmp_path / "one", laq_checkpoint, *roots))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = ["-m", "smolvla_shared.teacher", "label", "--laq-ckpt", laq_checkpoint, "--data.roots", *roots]
+    command += ["--label-cache", tmp_path / "two", "--batch-size", "16", "--data.num-workers", "1"]
+    done = subprocess.run(
+        [*map(str, launch + command)],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent.parent,
+        env=os.environ | {"ACCELERATE_USE_CPU": "true"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert files(tmp_path / "two") == files(tmp_path / "one")
+
+
+@pytest.mark.slow
+def test_training_from_the_cache_is_training_online(server, tmp_path, laq_checkpoint, video_dataset, labelled_dataset):
+    """Stage 2, and Stage 3 that co-trains: losses and held-out errors are the same, and no teacher is needed."""
+    label(label_config(tmp_path / "labels", laq_checkpoint, video_dataset, labelled_dataset))
+    sizes = "--steps 6 --batch-size 4 --log-every 1 --eval-every 3 --eval-samples 8 --data.num-workers 0".split()
+    sizes += "--data.val-fraction 0.2 --model.preset tiny --optim.lr 1e-3 --optim.warmup-steps 1".split()
+    commands = {
+        "stage2": ["train_stage2.py", *sizes, "--data.roots", video_dataset],
+        "stage3": ["train_stage3.py", *sizes, "--data.roots", labelled_dataset, "--video-roots", video_dataset],
+    }
+    commands["stage3"] += ["--chunk-size", "6", "--n-action-steps", "3", "--latent-loss-weight", "0.5"]
+    for name, command in commands.items():
+        lines = {}
+        for labels, where in {
+            "online": ["--laq-ckpt", laq_checkpoint],
+            "cache": ["--labels", "cache", "--label-cache", tmp_path / "labels"],
+        }.items():
+            run_dir = tmp_path / f"{name}_{labels}"
+            child = Forked(server, [*command, *where, "--run-dir", run_dir], tmp_path / "out.txt")
+            assert child.wait() == 0, child.output.read_text()
+            lines[labels] = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+        for online, cached in zip(lines["online"], lines["cache"], strict=True):
+            assert online.keys() == cached.keys()
+            for key in online:
+                if not key.startswith("time/"):
+                    assert cached[key] == pytest.approx(online[key], rel=1e-5), (name, key)
+        assert any("val/latent" in line for line in lines["cache"])
+
+
+@pytest.mark.slow
+def test_stage_2_heeds_the_verdict(server, tmp_path, laq_checkpoint, video_dataset):
+    """A random teacher's labels are refused, unless that is what is wanted: then the artifact says so."""
+    check = ["-m", "smolvla_shared.teacher", "check", "--laq-ckpt", laq_checkpoint, "--data.roots", video_dataset]
+    check += ["--data.num-workers", "0", "--pairs", "100", "--out", tmp_path / "check"]
+    assert Forked(server, check, tmp_path / "check.txt").wait() == 1
+    assert "label health: FAIL" in (tmp_path / "check.txt").read_text()
+    report = tmp_path / "check" / "label_health.json"
+    train = ["train_stage2.py", "--steps", "1", "--batch-size", "2", "--data.num-workers", "0", "--eval-samples", "2"]
+    train += ["--model.preset", "tiny", "--laq-ckpt", laq_checkpoint, "--data.roots", video_dataset]
+    train += ["--run-dir", tmp_path / "run", "--label-health", report]
+    assert Forked(server, train, tmp_path / "refused.txt").wait() == 1
+    refused = (tmp_path / "refused.txt").read_text()
+    assert "these labels failed the check" in refused
+    assert "the latents tell nothing about the second frame" in refused
+    assert not (tmp_path / "run").exists()
+    assert Forked(server, [*train, "--data.frame-gap-s", "0.25"], tmp_path / "other.txt").wait() == 1
+    assert "--data.frame-gap-s: this run 0.25, label_health.json 0.5" in (tmp_path / "other.txt").read_text()
+    accepted = Forked(server, [*train, "--accept-label-health"], tmp_path / "accepted.txt")
+    assert accepted.wait() == 0, accepted.output.read_text()
+    manifest = json.loads((tmp_path / "run" / "artifacts" / "smolvla_shared_stage2_artifact.json").read_text())
+    assert manifest["latents"]["health"] == "fail"
+    assert manifest["latents"]["health_reasons"] == json.loads(report.read_text())["reasons"]
