@@ -36,6 +36,7 @@ from smolvla_shared.losses import masked_mean
 from smolvla_shared.model import SmolVLASharedCore, configure_layers, freeze, frozen_parts, make_core_config
 from smolvla_shared.policy import to_batch
 from smolvla_shared.preprocess import pad_width
+from smolvla_shared.smolvla import lerobot_names
 from smolvla_shared.trunk import trunk_location
 
 # HuggingFaceTB/SmolVLM2-500M-Video-Instruct with the 16 of its 32 language layers that SmolVLA keeps.
@@ -142,16 +143,7 @@ def make_ours(trunk: Path, checkpointing: bool = False) -> SmolVLASharedCore:
 def copy_weights(core: SmolVLASharedCore, policy: SmolVLAPolicy) -> None:
     """Give our core LeRobot's weights."""
     theirs = policy.state_dict()
-    names = {
-        "trunk.vlm.": "model.vlm_with_expert.vlm.model.",
-        "expert.": "model.vlm_with_expert.lm_expert.",
-        "state_proj.": "model.state_proj.",
-        "action_head.": "model.action_",
-    }
-    for ours, their in names.items():
-        for name, parameter in core.named_parameters():
-            if name.startswith(ours):
-                parameter.data.copy_(theirs[their + name.removeprefix(ours)])
+    core.load_state_dict(core.state_dict() | {ours: theirs[name] for ours, name in lerobot_names(core).items()})
 
 
 def observe(batch_size: int, side: int) -> dict[str, Tensor]:
