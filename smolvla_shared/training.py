@@ -127,6 +127,7 @@ class FiniteGradients:
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, device: torch.device):
+        self.is_free = device.type == "cpu"  # to ask
         self.first_bad = torch.full((), math.inf, device=device)
         optimizer.found_inf = self.skip = torch.zeros((), device=device)
 
@@ -135,8 +136,8 @@ class FiniteGradients:
         self.skip.copy_(self.first_bad.isfinite())
 
     def bad_step(self, must_know: bool) -> int | None:
-        """The first bad step, counted from 1; None also where a GPU is asked and nobody must know yet."""
-        if self.first_bad.device.type != "cpu" and not must_know:
+        """The first bad step, counted from 1; None also where asking costs and nobody must know yet."""
+        if not (self.is_free or must_know):
             return None
         step = self.first_bad.item()
         return int(step) if math.isfinite(step) else None
@@ -192,7 +193,7 @@ def save_not_finite(
     weights = get_model_state_dict(module, options=FULL_STATE)
     torch.save({"step": step, "batches": [asdict(raw) for raw in raws], "weights": weights}, path)
     guilty, everyone = gather_object(guilty), gather_object([key for raw in raws for key in raw.keys])
-    which = "the errors of these samples are not" if guilty else "all errors are, the gradients of these samples not"
+    which = "the errors of these samples" if guilty else "no sample's error, but the gradient of one or more of these"
     return FloatingPointError(
         f"loss or gradients are not finite at step {step}: {which}: {'; '.join(guilty or everyone)}. The batch and the "
         f"weights before it: torch.load({str(path)!r}). Nothing of it is in a checkpoint"

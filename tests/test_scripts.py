@@ -249,7 +249,7 @@ STAGES = {
         ("2", "--data.roots {video} --laq-ckpt {laq} --data.frame-gap-s 5", "no episode is longer"),
         ("2", "--data.roots {video} --laq-ckpt {laq} --data.val-fraction 0.99", "too few to hold out"),
         ("2", "--data.roots {video} --laq-ckpt {laq} --accumulation-steps 3", "--batch-size 64 .* not divisible"),
-        ("2", "--data.roots {video} --laq-ckpt {laq} --resume", "--resume: there is no checkpoint"),
+        ("2", "--data.roots {video} --laq-ckpt {laq} --resume", "--resume: there is no run at"),
         ("3", "--data.roots {video}", "has no 'action' column.*action-free video goes into --video-roots"),
         ("3", "--data.roots {labelled} {images}", "action have different widths"),
         ("3", "--data.roots {labelled} --normalization artifact", "the artifact's statistics have none"),

@@ -1,5 +1,6 @@
 """training.py: a step is what its formula says however it is split, and a resumed run is the run it goes on with."""
 
+import importlib
 import json
 import math
 import os
@@ -64,6 +65,7 @@ class Points:
     x: Tensor
     y: dict[str, Tensor]
     masks: dict[str, Tensor]
+    keys: list[str]
 
 
 class Regression(nn.Module):
@@ -86,7 +88,7 @@ def points(step: int) -> Points:
     y = {"a": torch.randn(8, 5, generator=generator), "b": torch.randn(8, 2, generator=generator)}
     masks = {"a": torch.arange(5) < torch.randint(0, 6, (8, 1), generator=generator), "b": torch.zeros(8, 2) > 0}
     masks["b"][step % 8] = True
-    return Points(x, y, masks)
+    return Points(x, y, masks, [f"step {step} slot {slot}" for slot in range(8)])
 
 
 def passes(first_step: int, process: int = 0, num_processes: int = 1, accumulation_steps: int = 1) -> Iterator[Points]:
@@ -98,7 +100,8 @@ def passes(first_step: int, process: int = 0, num_processes: int = 1, accumulati
         for number in range(accumulation_steps):
             start = (number * num_processes + process) * size
             part = slice(start, start + size)
-            yield Points(whole.x[part], *({k: v[part] for k, v in d.items()} for d in (whole.y, whole.masks)))
+            y, masks = ({name: value[part] for name, value in of.items()} for of in (whole.y, whole.masks))
+            yield Points(whole.x[part], y, masks, whole.keys[part])
         step += 1
 
 
@@ -318,24 +321,64 @@ def test_the_average_is_exported_and_training_goes_on_from_the_weights(tmp_path)
     assert torch.equal(module.heads["a"].weight, exported[-1])  # what a caller goes on with is the average as well
 
 
-@pytest.mark.parametrize("what", ["loss", "gradient"])
-def test_numbers_that_are_not_finite_stop_the_run_and_are_not_saved(tmp_path, what):
-    config = make_config(tmp_path / "run", steps=8, save_every=2, log_every=100)
+class Breaks(Regression):
+    """In the fourth step the error of sample 5 is not finite, or the gradient of all."""
 
-    class Breaks(Regression):
-        def forward(self, batch: Points) -> dict[str, Tensor]:
-            errors = super().forward(batch)
-            if torch.equal(batch.x, points(3).x):  # the fourth step
+    def __init__(self, what: str):
+        super().__init__()
+        self.what = what
+
+    def forward(self, batch: Points) -> dict[str, Tensor]:
+        errors = super().forward(batch)
+        if "step 3 slot 5" in batch.keys:
+            if self.what == "loss":
+                errors["a"][batch.keys.index("step 3 slot 5"), 0] = math.nan  # and the gradient is finite
+            else:
                 weight = self.heads["a"].weight
-                # The root of 0 is 0, its slope is not finite.
-                bad = torch.log(-weight.square().sum()) if what == "loss" else (weight - weight.detach()).sum().sqrt()
-                errors["a"] = errors["a"] + bad
-            return errors
+                errors["a"] = errors["a"] + (weight - weight.detach()).sum().sqrt()  # 0, but its slope is not finite
+        return errors
 
-    with pytest.raises(FloatingPointError, match="not finite at step 4"):
-        train_points(config, module=Breaks())
-    assert names_in(config.run_dir / "checkpoints") == ["000002", "last"]
-    assert [line["step"] for line in metrics_of(config.run_dir)] == [2]
+
+@pytest.mark.parametrize("is_free", [True, False])
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_is_told_and_never_applied(tmp_path, monkeypatch, what, is_free):
+    """On a CPU at once; on a GPU, where asking is not free, at the next line of the log, as if it had been at once."""
+
+    class Gradients(training.FiniteGradients):
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.is_free = is_free
+
+    monkeypatch.setattr(training, "FiniteGradients", Gradients)
+    config = make_config(tmp_path / "run", steps=9, save_every=2 if is_free else 7, log_every=6, accumulation_steps=2)
+    steps_taken = []
+
+    def after_step(step: int) -> dict[str, float]:
+        steps_taken.append({name: value.clone() for name, value in module.state_dict().items()})
+        return {}
+
+    module = Breaks(what)
+    samples = (
+        "step 3 slot 5. The batch" if what == "loss" else "step 3 slot 0; step 3 slot 1; .*step 3 slot 7. The batch"
+    )
+    with pytest.raises(FloatingPointError, match=rf"not finite at step 4: .*: {samples} .*torch.load\('.*process0.pt'"):
+        train_points(config, module=module, after_step=after_step)
+    assert len(steps_taken) == (4 if is_free else 6)
+    assert not torch.equal(steps_taken[1]["heads.a.weight"], steps_taken[2]["heads.a.weight"])
+    for later in steps_taken[3:]:
+        assert equal(later, steps_taken[2])
+    assert not (config.run_dir / "checkpoints" / "000004").exists()
+    broken = torch.load(config.run_dir / "not_finite" / "process0.pt", weights_only=True)
+    assert broken["step"] == 4
+    assert equal(dict(broken["weights"]), steps_taken[2])
+    again = Breaks(what)
+    again.load_state_dict(broken["weights"])
+    batches = [Points(**batch) for batch in broken["batches"]]
+    assert [key for batch in batches for key in batch.keys] == points(3).keys
+    loss = sum(masked_mean(again(batch)["a"], batch.masks["a"]) for batch in batches)
+    loss.backward()
+    assert not (loss.isfinite() and again.heads["a"].weight.grad.isfinite().all())
+    assert metrics_of(config.run_dir) == []  # the first line would have been that of step 6
 
 
 # --- the real model on recorded video ---------------------------------------------------------------------------------
@@ -470,6 +513,10 @@ def test_between_two_log_steps_the_host_never_waits_for_the_device(
     """On the device `meta` tensors have no values: whoever reads one (.item(), .cpu(), bool(), nonzero) raises."""
     monkeypatch.setattr(Accelerator, "device", torch.device("meta"))
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # does not know the device
+    fused = importlib.import_module("torch.optim.optimizer")
+    monkeypatch.setattr(
+        fused, "_get_fused_kernels_supported_devices", lambda: ["meta"]
+    )  # has them, but does not say so
     options = {"save_every": 100, "log_every": 100}
     run = partial(train_core, video=video_dataset, laq_checkpoint=laq_checkpoint, device="meta", **options)
     with pytest.raises(Stop):
