@@ -8,6 +8,7 @@ give the same loss. A time is a median over --repeats rounds, each of which runs
 """
 
 import json
+import math
 import os
 import shutil
 import statistics
@@ -28,7 +29,7 @@ from lerobot.configs import FeatureType, PolicyFeature
 from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
 from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode
 
 from smolvla_shared.batch import Batch, FlowTarget
 from smolvla_shared.config import ACTION, LATENT, ModelConfig, OptimConfig
@@ -216,10 +217,9 @@ def medians(candidates: dict[str, Callable[[], Any]], repeats: int) -> dict[str,
 
 def gflop(run: Callable[[], Any]) -> float:
     """Billions of operations, two for each multiply and add; the CPU's attention is not in PyTorch's own list."""
-    attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
-    with FlopCounterMode(
-        display=False, custom_mapping={attention: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)}
-    ) as counter:
+    attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    count = {attention: lambda query, key, *_, **__: 4 * math.prod(query) * key[2]}  # of shapes [B, heads, tokens, d]
+    with FlopCounterMode(display=False, custom_mapping=count) as counter:
         run()
     return counter.get_total_flops() / 1e9
 

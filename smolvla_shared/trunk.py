@@ -103,17 +103,28 @@ class PrefixLayer(LlamaDecoderLayer):
             for unused in (self.self_attn.q_proj, self.self_attn.o_proj, self.mlp, self.post_attention_layernorm):
                 unused.requires_grad_(False)
 
-    def forward(self, hidden: Tensor, mask: Tensor, rotation: Rotation) -> tuple[Tensor, KeysValues]:
-        """[B, P, hidden], mask [B, 1, P, P] -> the same, and this layer's keys and values."""
+    def forward(
+        self,
+        parts: list[Tensor],  # image and text tokens [B, P - 1, hidden], and the state token [B, 1, hidden]
+        masks: list[Tensor],  # of each part, [B, 1, its tokens, all tokens up to its end]
+        rotations: list[Rotation],  # of each part
+    ) -> tuple[list[Tensor], KeysValues]:
+        """The parts one layer on, and the keys and values of all P tokens.
+
+        A part attends to itself and those before it. That the state is a part of its own is for speed: under a frozen
+        trunk its token alone depends on something trained, and autograd walks back through no other.
+        """
         attn, head_dim = self.self_attn, self.self_attn.head_dim
-        normed = self.input_layernorm(hidden)
-        keys = rotate(split_heads(attn.k_proj(normed), head_dim), rotation)
-        values = split_heads(attn.v_proj(normed), head_dim)
+        normed = [self.input_layernorm(hidden) for hidden in parts]
+        keys = [rotate(split_heads(attn.k_proj(x), head_dim), r) for x, r in zip(normed, rotations, strict=True)]
+        values = [split_heads(attn.v_proj(x), head_dim) for x in normed]
+        keys_values = [(torch.cat(keys[:end], dim=2), torch.cat(values[:end], dim=2)) for end in (1, 2)]
         if not self.is_last:
-            query = rotate(split_heads(attn.q_proj(normed), head_dim), rotation)
-            hidden = hidden + attn.o_proj(merge_heads(attend(query, (keys, values), mask)))
-            hidden = hidden + self.mlp(self.post_attention_layernorm(hidden))
-        return hidden, (keys, values)
+            queries = [rotate(split_heads(attn.q_proj(x), head_dim), r) for x, r in zip(normed, rotations, strict=True)]
+            attended = map(attend, queries, keys_values, masks)
+            parts = [hidden + attn.o_proj(merge_heads(a)) for hidden, a in zip(parts, attended, strict=True)]
+            parts = [hidden + self.mlp(self.post_attention_layernorm(hidden)) for hidden in parts]
+        return parts, keys_values[-1]
 
 
 class Trunk(nn.Module):
@@ -179,18 +190,18 @@ class Trunk(nn.Module):
             image_tokens, image_valid = self.enclose_images(image_tokens, image_valid)
         embedded_text = self.vlm.text_model.embed_tokens(text)
         parts = [
-            image_tokens.flatten(1, 2),
-            embedded_text * scale,
+            torch.cat([image_tokens.flatten(1, 2), embedded_text * scale], dim=1),  # [B, P - 1, hidden]
             state_token[:, None].to(embedded_text.dtype),
         ]
-        hidden = torch.cat(parts, dim=1)  # [B, P, hidden]
         valid = torch.cat([image_valid.flatten(1), text_mask, state_mask[:, None]], dim=1)  # [B, P]
 
         mask = prefix_attention_mask(valid)
-        angles = rotation(valid.cumsum(1) - 1, self.head_dim)  # padding takes no position
+        masks = [mask[:, :, :-1, :-1], mask[:, :, -1:]]
+        positions = valid.cumsum(1) - 1  # padding takes none
+        rotations = [rotation(positions[:, part], self.head_dim) for part in (slice(-1), slice(-1, None))]
         keys_values = []
         for layer in self.vlm.text_model.layers:
-            hidden, layer_keys_values = layer(hidden, mask, angles)
+            parts, layer_keys_values = layer(parts, masks, rotations)
             keys_values.append(layer_keys_values)
         return Prefix(keys_values, valid)
 

@@ -479,6 +479,20 @@ def test_a_step_changes_what_is_not_frozen_and_nothing_else(parts):
     assert changed == expected
 
 
+def test_under_a_frozen_trunk_only_the_state_token_is_differentiated():
+    config = make_config()
+    core, batch = make_core(config), make_batch(config)
+    freeze(core, ["vision tower", "connector", "language layers"])
+    differentiated = []
+    for layer in core.trunk.vlm.text_model.layers:
+        layer.register_forward_hook(
+            lambda _, __, out: differentiated.append([hidden.requires_grad for hidden in out[0]])
+        )
+    grads = gradients(core, batch)
+    assert differentiated == [[False, True]] * config.num_trunk_layers
+    assert grads["state_proj.weight"].norm() > 0
+
+
 # --- from configuration to outputs ------------------------------------------------------------------------------------
 
 
