@@ -24,6 +24,13 @@ class Stage2Config(LatentConfig):
     # (noise, time) draws that are trained on one prefix pass of a sample.
     flow_draws: int = 1
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.labels == "online" and self.laq_ckpt is None:
+            raise ValueError("whose latent actions? Pass --laq-ckpt, or --labels cache with --label-cache")
+        if self.accept_label_health and self.label_health is None:
+            raise ValueError("--accept-label-health accepts a report: pass it with --label-health")
+
 
 def main(config: Stage2Config) -> None:
     import torch

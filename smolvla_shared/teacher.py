@@ -85,8 +85,7 @@ def open_labels(config: LatentConfig, sources: list[data.Source], camera: str) -
     """
     laq = load_laq(config.laq_ckpt, config.laq_code_seq_len, config.laq_image_size) if config.laq_ckpt else None
     if config.labels == "online":
-        if laq is None:
-            raise ValueError("whose labels? Pass --laq-ckpt, or --labels cache with --label-cache")
+        assert laq is not None  # both scripts' options see to it
         return OnlineLabels(laq, config.teacher_kind, camera)
     directories = label_directories(config.label_cache, [source.name for source in sources])
     teacher = teacher_id(laq) if laq else cached_teacher_id(directories[0])

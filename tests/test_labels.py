@@ -133,9 +133,6 @@ def test_what_a_user_can_get_wrong(tmp_path, laq_checkpoint, video_dataset, labe
         open_labels(config, data.open_sources(config.data), CAMERA)
     with pytest.raises(ValueError, match="--labels cache and --label-cache <directory> belong together"):
         latent_config(tmp_path, video_dataset, labels="cache")
-    online = latent_config(tmp_path, video_dataset)
-    with pytest.raises(ValueError, match=r"whose labels\? Pass --laq-ckpt"):
-        open_labels(online, data.open_sources(online.data), CAMERA)
     with pytest.raises(ValueError, match="end in the same names"):
         label_directories(tmp_path, ["a/x/y", "b/x/y"])
     late = label_config(tmp_path / "cache", laq_checkpoint, video_dataset)

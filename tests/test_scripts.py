@@ -271,12 +271,14 @@ def test_wrong_inputs_are_named_and_leave_no_run_directory(
 @pytest.mark.parametrize(
     "stage, arguments, message",
     [
-        ("2", "", "--laq-ckpt"),
+        ("2", "--data.roots x", "whose latent actions? Pass --laq-ckpt, or --labels cache"),
+        ("2", "--data.roots x --laq-ckpt x --labels cache", "--label-cache <directory> belong together"),
+        ("2", "--data.roots x --laq-ckpt x --accept-label-health", "accepts a report: pass it with --label-health"),
         ("2", "--laq-ckpt x", "no dataset given: pass --data.repo-ids"),
         ("2", "--laq-ckpt x --data.roots x --steps 0", "--steps must be at least 1"),
         ("3", "--data.roots x --chunk-size 4", "--n-action-steps 10 must be between 1 and --chunk-size 4"),
-        ("3", "--data.roots x --latent-loss-weight 0.1", "co-training needs both"),
-        ("3", "--data.roots x --laq-ckpt x", "co-training needs both"),
+        ("3", "--data.roots x --latent-loss-weight 0.1", "co-training needs --latent-loss-weight > 0"),
+        ("3", "--data.roots x --laq-ckpt x", "co-training needs --latent-loss-weight > 0"),
         ("3", "--data.roots x --video-roots x", "only teach the latent head: pass --latent-loss-weight"),
         ("3", "--data.roots x --model.preset tiny --model.name x", "both name a trunk"),
         ("3", "--data.roots x --stage2-artifact x --init-from y", "both give the weights: drop one"),
