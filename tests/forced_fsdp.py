@@ -14,13 +14,15 @@ from pathlib import Path
 
 import torch
 import tyro
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.distributed.fsdp._fully_shard import _fsdp_param_group as param_group
 from torch.distributed.tensor import DTensor
 
 from smolvla_shared import training
+from smolvla_shared.batch import Batch
+from smolvla_shared.model import SmolVLASharedCore
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -34,6 +36,7 @@ def force_fsdp() -> None:
         original(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
         if fsdp_plugin is not None:
             self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
+            PartialState._shared_state["distributed_type"] = DistributedType.FSDP  # as Accelerate does on GPUs
 
     AcceleratorState.__init__ = init
 
@@ -48,6 +51,19 @@ def autocast_layer_norm() -> None:
         return original(x, shape, weight, bias, eps)
 
     nn.functional.layer_norm = layer_norm
+
+
+def probe(core: SmolVLASharedCore) -> Tensor:
+    """What a core generates in two Euler steps from a fixed observation and noise."""
+    name = "action" if core.config.action_dim else "latent"
+    head, generator = core.head(name), torch.Generator().manual_seed(0)
+    images, state, noise = (
+        torch.randn(2, *shape, generator=generator)
+        for shape in ((1, 3, 64, 64), (core.config.max_state_dim,), (head.num_tokens, head.token_dim))
+    )
+    present, text = torch.ones(2, 1, dtype=torch.bool), torch.arange(10).view(2, 5)
+    batch = Batch(images, present, text, text < 9, state, present[:, 0], targets={})
+    return core.sample(batch, name, noise, num_steps=2)
 
 
 def local_bytes(tensors: list[Tensor]) -> int:
@@ -72,9 +88,11 @@ class Notes:
             self.types["reduced"].add(str(reduce_dtype or gradients[0].dtype))
             return reduce(params, gradients, group, stream, comm, orig_dtype, reduce_dtype, *args)
 
-        def save_checkpoint(run_dir, state, *args):
+        def save_checkpoint(config, state, accelerator, *args):
             self.measure(state)
-            save(run_dir, state, *args)
+            with accelerator.autocast():
+                self.generated = probe(state.module).tolist()
+            save(config, state, accelerator, *args)
 
         param_group.foreach_all_gather, param_group.foreach_reduce = foreach_all_gather, foreach_reduce
         training.save_checkpoint = save_checkpoint
@@ -84,7 +102,7 @@ class Notes:
         self.gathered, self.reduced = Counter(), Counter()  # parameters' names
         self.gathered_as = {}
         self.types = defaultdict(set)  # of what, str(dtype)
-        self.bytes = {}
+        self.bytes, self.generated = {}, []
 
     def check_weight(self, module: nn.Module, args) -> None:
         if isinstance(module, nn.Linear):
@@ -101,7 +119,7 @@ class Notes:
     def take(self) -> dict:
         types = {what: sorted(found) for what, found in self.types.items()}
         taken = {"gathered": self.gathered, "gathered_as": self.gathered_as, "reduced": self.reduced}
-        taken |= {"types": types, "bytes": self.bytes}
+        taken |= {"types": types, "bytes": self.bytes, "generated": self.generated}
         self.clear()
         return taken
 
