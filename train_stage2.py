@@ -33,8 +33,6 @@ class Stage2Config(LatentConfig):
 
 
 def main(config: Stage2Config) -> None:
-    import torch
-
     from smolvla_shared import artifact, checkpoint, data, model, smolvla, teacher, training
     from smolvla_shared.preprocess import Preprocessor
 
@@ -63,7 +61,7 @@ def main(config: Stage2Config) -> None:
     unused_head = ["action head"] if init else []  # kept for Stage 3
     model.freeze(core, model.frozen_parts(config.model, core_config) + unused_head)
     model.configure_layers(core, config.model)
-    before = artifact.fingerprints(model.parameters_by_part(core))
+    before = artifact.fingerprints(core.state_dict())
     labels.to(accelerator.device)
     statistics = {LATENT: teacher.latent_statistics(labels, sources, frames, config.seed, accelerator.device)}
     if state_dim:
@@ -95,7 +93,7 @@ def main(config: Stage2Config) -> None:
     def evaluate() -> dict[str, float]:
         return training.held_out_errors(core, loaders.held_out(), preprocessor, accelerator, labels)
 
-    training.train(
+    weights = training.train(
         config,
         accelerator,
         core,
@@ -105,23 +103,20 @@ def main(config: Stage2Config) -> None:
         evaluate=evaluate if loaders.held_out else None,
         resume_from=resume_from,
     )
-    after = artifact.fingerprints(model.parameters_by_part(core))
     if accelerator.is_main_process:
+        after = artifact.fingerprints(weights)
         path = artifact.save_artifact(
             config.run_dir / "artifacts",
-            core.to(torch.device("cpu")),
+            core_config,
+            weights,
             tokenizer,
             statistics,
             artifact.Latents(
                 labels.teacher_id, labels.kind, config.data.frame_gap_s, label_camera, pair_share, **health
             ),
             artifact.Origin(
-                run=config.run_dir.name,
-                global_step=config.steps,
-                datasets=tuple(source.name for source in sources),
+                **training.origin(config, config.steps, [source.name for source in sources]),
                 changed_parts=tuple(part for part in after if after[part] != before[part]),
-                weights=f"running average, decay {config.ema_decay}" if config.ema_decay else "last step",
-                versions=training.versions(),
             ),
         )
         print(f"artifact: {path}")

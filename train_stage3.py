@@ -169,9 +169,13 @@ def main(config: Stage3Config) -> None:
     def evaluate() -> dict[str, float]:
         return training.held_out_errors(core, loaders.held_out(), preprocessor, accelerator, labels)
 
-    def export(directory: Path) -> None:
+    def export(directory: Path, weights: dict, step: int) -> None:
+        origin = training.origin(config, step, [source.name for source in sources])
+        origin |= {"stage2_artifact": manifest.weights.sha256 if stage2 else None}
         shapes = {camera: labelled[0].frame_shape(camera) for camera in cameras}
-        policy.save_policy(directory, core, tokenizer, statistics, config.n_action_steps, shapes)
+        policy.save_policy(
+            directory, core_config, weights, tokenizer, statistics, config.n_action_steps, origin, shapes
+        )
 
     training.train(
         config,

@@ -11,13 +11,12 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from smolvla_shared.config import CoreConfig, DataConfig, TeacherKind
-from smolvla_shared.model import SmolVLASharedCore
+from smolvla_shared.model import PARTS, SmolVLASharedCore
 from smolvla_shared.preprocess import Statistics, pack_tokenizer, unpack_tokenizer
 from smolvla_shared.weights import check_weights, file_sha256, public_state, write_text, write_weights
 
@@ -139,7 +138,8 @@ def from_json(text: str, path: Path) -> Manifest:
 
 def save_artifact(
     directory: Path,
-    core: SmolVLASharedCore,
+    core: CoreConfig,
+    weights: dict[str, Tensor],
     tokenizer: PreTrainedTokenizerFast,
     normalization: dict[str, Statistics],
     latents: Latents,
@@ -148,9 +148,9 @@ def save_artifact(
     """Write the three files into `directory`, the manifest last; returns the path of the weights."""
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / f"{ARTIFACT_NAME}.safetensors"
-    tensors, packed_tokenizer = public_state(core), pack_tokenizer(tokenizer)
+    tensors, packed_tokenizer = public_state(weights), pack_tokenizer(tokenizer)
     manifest = Manifest(
-        core=core.config,
+        core=core,
         normalization=normalization,
         latents=latents,
         source=source,
@@ -225,7 +225,7 @@ def build_core(artifact: Artifact, **changes: Any) -> tuple[SmolVLASharedCore, b
     Returns it and whether its action head is fresh: `action_head.*` may be absent, all of it, and nothing else.
     """
     core = SmolVLASharedCore(replace(artifact.manifest.core, **changes))
-    expected, found = public_state(core), artifact.state_dict
+    expected, found = public_state(core.state_dict()), artifact.state_dict
     head = {key for key in expected if key.startswith(OPTIONAL_PREFIX)}
     has_fresh_head = bool(head) and not head & found.keys()
     if has_fresh_head:
@@ -235,12 +235,12 @@ def build_core(artifact: Artifact, **changes: Any) -> tuple[SmolVLASharedCore, b
     return core, has_fresh_head
 
 
-def fingerprints(parameters_by_part: dict[str, dict[str, torch.nn.Parameter]]) -> dict[str, str]:
-    """A hash of each part's weights, to tell afterwards which parts a run has changed."""
+def fingerprints(weights: dict[str, Tensor]) -> dict[str, str]:
+    """A hash of the weights of each part (model.PARTS), to tell afterwards which parts a run has changed."""
     result = {}
-    for part, parameters in parameters_by_part.items():
+    for part, prefix in PARTS.items():
         digest = hashlib.sha256()
-        for parameter in parameters.values():
-            digest.update(parameter.detach().cpu().float().numpy().tobytes())
+        for tensor in (weights[name] for name in sorted(weights) if name.startswith(prefix)):
+            digest.update(tensor.cpu().float().contiguous().numpy())
         result[part] = digest.hexdigest()
     return result

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_state_dict
 
 from smolvla_shared.config import RunConfig
 from smolvla_shared.metrics import Window
+from smolvla_shared.sharding import gather, scatter_
 from smolvla_shared.stopping import STOPPED_FILE
 from smolvla_shared.weights import file_sha256, sync, write_text
 
@@ -28,6 +29,8 @@ FULL_STATE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 STATE_FILE = Path("training_state") / "state.pt"
 # Size and sha256 of every other file of a checkpoint: what tells a truncated or mixed one.
 RECORD_FILE = "checkpoint.json"
+# Writes a directory that can be used without the run, from whole weights, by name, of a step.
+Export = Callable[[Path, dict[str, Tensor], int], None]
 
 
 @dataclass
@@ -184,28 +187,35 @@ def damage(checkpoint: Path) -> list[str]:
 # --- writing and reading ----------------------------------------------------------------------------------------------
 
 
-def save_checkpoint(
-    config: RunConfig, state: TrainingState, accelerator: Accelerator, export: Callable[[Path], None] | None
-) -> None:
+def exported_weights(state: TrainingState, accelerator: Accelerator) -> dict[str, Tensor]:
+    """The weights to publish, whole, on the main process: the running average where there is one."""
+    return gather(state.module.state_dict(), accelerator) | gather(state.ema, accelerator)
+
+
+def save_checkpoint(config: RunConfig, state: TrainingState, accelerator: Accelerator, export: Export | None) -> None:
     """Write checkpoints/<step>, point checkpoints/last at it, and remove what --keep does not keep.
 
     Whenever the process dies, `last` names a whole checkpoint: everything is written under a temporary name, synced to
-    the disk and renamed, and only then the link is replaced. Raises OSError, and leaves nothing of the new one, where
-    it cannot be written.
+    the disk and renamed, and only then the link is replaced. Divided tensors are gathered: a checkpoint does not depend
+    on how many processes wrote it, or will read it. Raises OSError, and leaves nothing of the new one, where it cannot
+    be written.
     """
-    model_state, optimizer_state = get_state_dict(state.module, state.optimizer, options=FULL_STATE)
-    window_state = state.window.state_dict(accelerator)
+    record = {
+        "step": state.step,
+        "model": gather(state.module.state_dict(), accelerator),
+        "optimizer": get_optimizer_state_dict(state.module, state.optimizer, options=FULL_STATE),
+        "ema": gather(state.ema, accelerator),
+        "window": state.window.state_dict(accelerator),
+    }
     if not accelerator.is_main_process:
         return
     directory = config.run_dir / "checkpoints" / f"{state.step:06d}"
     temporary = directory.with_name(f".{directory.name}.tmp")
     try:
         (temporary / STATE_FILE).parent.mkdir(parents=True)
-        record = {"step": state.step, "model": model_state, "optimizer": optimizer_state, "ema": state.ema}
-        torch.save(record | {"window": window_state}, temporary / STATE_FILE)
+        torch.save(record, temporary / STATE_FILE)
         if export:
-            with ema_weights(state):
-                export(temporary / "pretrained_model")
+            export(temporary / "pretrained_model", record["model"] | record["ema"], state.step)
         write_record(temporary, state.step)
         sync_tree(temporary)
     except Exception as error:  # whatever a library makes of a full disk
@@ -253,7 +263,8 @@ def sync_tree(directory: Path) -> None:
 
 def load_checkpoint(checkpoint: Path, state: TrainingState, accelerator: Accelerator) -> None:
     """Restore a TrainingState in place."""
-    record = torch.load(checkpoint / STATE_FILE, map_location="cpu", weights_only=True)
+    # Mapped, not read: each process takes its part of the whole tensors.
+    record = torch.load(checkpoint / STATE_FILE, map_location="cpu", weights_only=True, mmap=True)
     set_state_dict(
         state.module,
         state.optimizer,
@@ -263,7 +274,7 @@ def load_checkpoint(checkpoint: Path, state: TrainingState, accelerator: Acceler
     )
     state.step = record["step"]
     for name, average in state.ema.items():
-        average.copy_(record["ema"][name])
+        scatter_(average, record["ema"][name])
     state.window.load_state_dict(record["window"], accelerator)
 
 

@@ -215,6 +215,11 @@ class RunConfig:
     # AdamW with linear warm-up and a cosine schedule.
     optim: OptimConfig = field(default_factory=OptimConfig)
 
+    @property
+    def published_weights(self) -> str:
+        """Which weights the run publishes, in words, for artifacts and policies."""
+        return f"running average, decay {self.ema_decay}" if self.ema_decay else "last step"
+
     def __post_init__(self):
         for name in ("steps", "batch_size", "accumulation_steps", "save_every", "log_every", "eval_every"):
             if getattr(self, name) < 1:

@@ -473,7 +473,7 @@ def teacher_id(laq: LAQ) -> str:
     The config is part of it because image_size changes the labels without changing a weight.
     """
     digest = hashlib.sha256(json.dumps(asdict(laq.config), sort_keys=True).encode())
-    for key, tensor in public_state(laq).items():
+    for key, tensor in public_state(laq.state_dict()).items():
         digest.update(f"{key} {list(tensor.shape)}".encode())
         digest.update(tensor.cpu().contiguous().numpy())
     return digest.hexdigest()
@@ -481,7 +481,7 @@ def teacher_id(laq: LAQ) -> str:
 
 def save_laq(laq: LAQ, path: Path, extra: dict[str, Any] | None = None) -> None:
     """Write `path` (.safetensors) and a .json beside it: config, hash of the weights, and `extra` as the source."""
-    weights = public_state(laq)
+    weights = public_state(laq.state_dict())
     manifest = {
         "schema_version": SCHEMA,
         "kind": "laq",
@@ -527,7 +527,7 @@ def load_laq(path: Path, code_seq_len: int | None = None, image_size: int | None
         state = load_file(path)
     with torch.device("meta"):
         laq = LAQ(config)
-    check_weights(str(path), expected=public_state(laq), found=state)
+    check_weights(str(path), expected=public_state(laq.state_dict()), found=state)
     state["vq._usage"] = torch.zeros(laq.vq._usage.shape, dtype=torch.int64)
     laq.load_state_dict(state, assign=True)
     return laq.requires_grad_(False).eval()

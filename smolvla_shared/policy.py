@@ -10,6 +10,7 @@ python -m smolvla_shared.policy import-smolvla <directory or hub id> <new direct
 python -m smolvla_shared.policy export-smolvla <pretrained_model> <new directory>
 """
 
+import json
 import sys
 from collections import deque
 from dataclasses import dataclass, field
@@ -33,6 +34,7 @@ from lerobot.processor import (
     make_policy_processor_pipelines,
 )
 from lerobot.utils import constants as keys
+from lerobot.utils.device_utils import auto_select_torch_device
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
@@ -51,10 +53,11 @@ from smolvla_shared.preprocess import (
     unpack_tokenizer,
 )
 from smolvla_shared.trunk import load_trunk_tokenizer, trunk_location
-from smolvla_shared.weights import check_weights, find_directory, new_directory, write_weights
+from smolvla_shared.weights import check_weights, find_directory, new_directory, write_text, write_weights
 
 ACTION_IS_PAD = "action_is_pad"  # [B, T] bool, LeRobot's mark of actions past the episode's end
 WEIGHTS_NAME = "model.safetensors"
+SOURCE_NAME = "source.json"
 CORE_PREFIX = "model."  # of the core's weights in the file: the policy holds the core as `self.model`
 
 
@@ -372,17 +375,21 @@ def make_hlrp_smolvla_shared_pre_post_processors(
 
 def save_policy(
     directory: Path,
-    core: SmolVLASharedCore,
+    core: CoreConfig,
+    weights: dict[str, Tensor],
     tokenizer: PreTrainedTokenizerFast,
     statistics: dict[str, Statistics],
     n_action_steps: int,
+    source: dict[str, Any],
     image_shapes: dict[str, tuple[int, ...]] | None = None,
     optional_cameras: tuple[str, ...] = (),
     rename_map: dict[str, str] | None = None,
 ) -> None:
-    """Write a core in training as a LeRobot policy: config, weights and processors, all that inference needs.
+    """Write a core as a LeRobot policy: config, weights and processors, all that inference needs; and its source.
 
+    weights:          the core's state_dict
     statistics:       of "action" and, if the core has a state, "state"
+    source:           the run that wrote the weights, and which they are; JSON, for people
     image_shapes:     (3, height, width) of each camera as recorded; LeRobot's policy server resizes what it receives to
                       this shape, without keeping the aspect ratio. Default: the model's squares
     optional_cameras: those that an observation may lack
@@ -390,15 +397,15 @@ def save_policy(
     """
     directory.mkdir(parents=True, exist_ok=True)
     config = HLRPSmolVLASharedConfig(
-        core=core.config,
+        core=core,
         n_action_steps=n_action_steps,
         optional_cameras=optional_cameras,
-        input_features=input_features(core.config, image_shapes or {}),
-        device=core.state_proj.weight.device.type,
+        input_features=input_features(core, image_shapes or {}),
+        device=auto_select_torch_device().type,
     )
     config.save_pretrained(directory)
-    weights = {CORE_PREFIX + key: value for key, value in core.state_dict().items()}
-    write_weights(directory / WEIGHTS_NAME, weights)
+    write_weights(directory / WEIGHTS_NAME, {CORE_PREFIX + key: value for key, value in weights.items()})
+    write_text(directory / SOURCE_NAME, json.dumps(source, indent=2) + "\n")
     stats = {
         key: dict(zip(("mean", "std"), statistics[name].tensors(), strict=True))
         for key, name in ((keys.OBS_STATE, "state"), (keys.ACTION, "action"))
@@ -427,12 +434,15 @@ def import_smolvla(config: ImportConfig) -> None:
     with new_directory(config.out) as directory:
         checkpoint = smolvla.load_checkpoint(config.source)
         statistics = checkpoint.normalization(config.robot)
+        core = smolvla.build_core(checkpoint)
         save_policy(
             directory,
-            smolvla.build_core(checkpoint),
+            core.config,
+            core.state_dict(),
             checkpoint.tokenizer,
             statistics,
             checkpoint.n_action_steps,
+            {"smolvla": config.source},
             checkpoint.image_shapes,
             checkpoint.optional_cameras,
             checkpoint.rename_map,

@@ -59,7 +59,7 @@ def lerobot_names(core: SmolVLASharedCore) -> dict[str, str]:
     """LeRobot's name of every weight of a core, by ours; without the latent head, which SmolVLA does not have."""
     return {
         name: theirs + name.removeprefix(ours)
-        for name in public_state(core)
+        for name in public_state(core.state_dict())
         for ours, theirs in LEROBOT_PREFIX.items()
         if name.startswith(ours)
     }

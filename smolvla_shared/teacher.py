@@ -474,9 +474,11 @@ def start_laq(config: TeacherConfig) -> LAQ:
 
 def train_teacher(config: TeacherConfig) -> None:
     from smolvla_shared.checkpoint import check_run
-    from smolvla_shared.training import make_accelerator, train
+    from smolvla_shared.training import make_accelerator, origin, train
 
     accelerator = make_accelerator(config)
+    if accelerator.is_fsdp2:
+        raise ValueError("a teacher fits every GPU and is not divided: use configs/accelerate/ddp_8gpu.yaml")
     sources = data.open_sources(config.data)
     _, label_camera = data.choose_cameras(sources, config.data)
     frames, held_out_frames = data.split_sources(sources, config.data, config.seed)
@@ -543,15 +545,14 @@ def train_teacher(config: TeacherConfig) -> None:
         reconstruction, copy, count = accelerator.reduce(sums, "sum").tolist()
         return {"reconstruction": reconstruction / max(count, 1), "reconstruction_of_first_frame": copy / max(count, 1)}
 
-    def export(directory: Path) -> None:
+    def export(directory: Path, weights: dict[str, Tensor], step: int) -> None:
         directory.mkdir(parents=True)
-        source = {
-            "run": config.run_dir.name,
-            "datasets": [s.name for s in sources],
-            "frame_gap_s": config.data.frame_gap_s,
-            "label_camera": label_camera,
-        }
-        save_laq(laq, directory / TEACHER_FILE, extra=source)
+        with torch.device("meta"):
+            published = LAQ(config.laq)
+        published.load_state_dict(weights, assign=True)
+        source = origin(config, step, [s.name for s in sources])
+        source |= {"frame_gap_s": config.data.frame_gap_s, "label_camera": label_camera}
+        save_laq(published, directory / TEACHER_FILE, extra=source)
 
     train(
         config,

@@ -19,9 +19,11 @@ from smolvla_shared import losses
 from smolvla_shared.batch import Batch, to_device
 from smolvla_shared.checkpoint import (
     FULL_STATE,
+    Export,
     TrainingState,
     claim_run,
     ema_weights,
+    exported_weights,
     load_checkpoint,
     plan_checkpoints,
     save_checkpoint,
@@ -30,12 +32,14 @@ from smolvla_shared.checkpoint import (
 from smolvla_shared.config import LATENT, OptimConfig, RunConfig
 from smolvla_shared.metrics import OTHER, Recorder, StepClock
 from smolvla_shared.model import SmolVLASharedCore
+from smolvla_shared.sharding import check_plugin, distribute, whole
 from smolvla_shared.stopping import StopSignals
 
 
 def make_accelerator(config: RunConfig) -> Accelerator:
     """Accelerate's device placement and mixed precision, and the seed of the initial weights."""
     accelerator = Accelerator(mixed_precision=config.precision, step_scheduler_with_optimizer=False)
+    check_plugin(accelerator)
     set_seed(config.seed)
     return accelerator
 
@@ -106,7 +110,7 @@ def accumulate_gradients(
             # A factor of 1, or NaN: a loss that is not finite makes gradients that are not, in every process.
             loss = loss * (1 + 0 * loss.detach())
             clock.mark("forward")
-            # DDP averages gradients over processes; the loss is a part of a sum over them.
+            # DDP and FSDP average gradients over processes; the loss is a part of a sum over them.
             accelerator.backward(loss * accelerator.num_processes)
         totals = {name: totals.get(name, 0) + part.detach() for name, part in parts.items()}
         if LATENT in errors:
@@ -210,11 +214,12 @@ def train(
     labels: Callable[[Any], Tensor] | None = None,
     loss_weights: dict[str, float] | None = None,
     evaluate: Callable[[], dict[str, float]] | None = None,
-    export: Callable[[Path], None] | None = None,
+    export: Export | None = None,
     after_step: Callable[[int], dict[str, float]] = lambda step: {},
     resume_from: Path | None = None,
-) -> None:
-    """Train `module` in place for config.steps optimizer steps; with --ema-decay it ends as the running average.
+) -> dict[str, Tensor]:
+    """Train `module` in place for config.steps optimizer steps; returns, on the main process, the whole weights to
+    publish: those of the last step or, with --ema-decay, their running average.
 
     module:       module(batch) returns the error of each token, {target: [B, T]}; batch.masks says which count
     make_batches: the loader of this process from a given step on, accumulation_steps raw batches a step
@@ -222,7 +227,7 @@ def train(
     labels:       raw batch, on the device -> its latents
     loss_weights: weight of each target in the loss; 1 where not given
     evaluate:     held-out metrics, called every eval_every steps and at the end
-    export:       writes a directory that can be used without the run, called for every checkpoint
+    export:       writes what can be used without the run, called for every checkpoint
     after_step:   called with the step after each one; what it returned last is logged
     resume_from:  the checkpoint to go on from (check_run)
 
@@ -230,9 +235,9 @@ def train(
     OSError where a checkpoint cannot be written.
     """
     optim = config.optim
+    prepared = distribute(module, accelerator)
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay, fused=True)
-    prepared, prepared_optimizer = accelerator.prepare(module, optimizer)
     state = TrainingState(module, optimizer)
     if config.ema_decay:
         state.ema = {n: p.detach().clone() for n, p in module.named_parameters() if p.requires_grad}
@@ -251,13 +256,13 @@ def train(
         while state.step < config.steps:
             passes = read_passes(batches, config.accumulation_steps, accelerator, labels, prepare, recorder.clock)
             parts, slots = accumulate_gradients(accelerator, prepared, passes, loss_weights or {}, recorder.clock)
-            grad_norm = accelerator.clip_grad_norm_(trained, optim.max_grad_norm)
+            grad_norm = whole(accelerator.clip_grad_norm_(trained, optim.max_grad_norm))
             gradients.watch(state.step + 1, grad_norm)
             rate = learning_rate(state.step, config.steps, optim)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            prepared_optimizer.step()
-            prepared_optimizer.zero_grad()
+            optimizer.step()
+            optimizer.zero_grad()
             if config.ema_decay:
                 update_average(state, config.ema_decay)
             state.step += 1
@@ -289,11 +294,20 @@ def train(
                 signals.exit(config.run_dir, state.step, accelerator)
             recorder.clock.mark(OTHER)
         del batches  # ends the loader's workers
-    if config.ema_decay:
-        for parameter, average in zip(trained, state.ema.values(), strict=True):
-            parameter.data.copy_(average)
+    return exported_weights(state, accelerator)
 
 
 def versions() -> dict[str, str]:
     """Versions of the libraries that decide about the numbers."""
     return {name: metadata.version(name) for name in ("torch", "transformers", "lerobot", "accelerate", "numpy")}
+
+
+def origin(config: RunConfig, step: int, datasets: list[str]) -> dict[str, Any]:
+    """Where published weights are from, for the JSON file beside them."""
+    return {
+        "run": config.run_dir.name,
+        "global_step": step,
+        "datasets": tuple(datasets),
+        "weights": config.published_weights,
+        "versions": versions(),
+    }

@@ -12,15 +12,14 @@ from pathlib import Path
 
 from huggingface_hub import snapshot_download
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 
-def public_state(module: nn.Module) -> dict[str, Tensor]:
-    """The weights that are published, sorted by name: all but those with a path component that begins with `_`.
+def public_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What is published of a state_dict, sorted by name: all but names with a path component that begins with `_`.
 
     Such private buffers (counters, caches) belong in training checkpoints only.
     """
-    state = module.state_dict()
     return {key: state[key] for key in sorted(state) if not any(part.startswith("_") for part in key.split("."))}
 
 

@@ -27,7 +27,7 @@ from smolvla_shared.artifact import (
 )
 from smolvla_shared.batch import Batch, FlowTarget
 from smolvla_shared.config import DataConfig, ModelConfig
-from smolvla_shared.model import PARTS, SmolVLASharedCore, make_core_config, parameters_by_part
+from smolvla_shared.model import PARTS, SmolVLASharedCore, make_core_config
 from smolvla_shared.preprocess import Statistics, TextTokenizer
 from smolvla_shared.trunk import load_trunk_tokenizer
 
@@ -72,7 +72,9 @@ def outputs(core: SmolVLASharedCore, tokenizer) -> dict[str, torch.Tensor]:
 
 
 def save(directory: Path, core: SmolVLASharedCore) -> Path:
-    return save_artifact(directory, core, load_trunk_tokenizer("tiny", None), STATISTICS, LATENTS, ORIGIN)
+    return save_artifact(
+        directory, core.config, core.state_dict(), load_trunk_tokenizer("tiny", None), STATISTICS, LATENTS, ORIGIN
+    )
 
 
 @pytest.fixture(scope="module")
@@ -183,11 +185,11 @@ def test_private_buffers_are_dropped(tmp_path, artifact):
 
 def test_fingerprints_tell_which_part_has_changed():
     core = make_core()
-    before = fingerprints(parameters_by_part(core))
-    assert before == fingerprints(parameters_by_part(make_core()))
+    before = fingerprints(core.state_dict())
+    assert before == fingerprints(make_core().state_dict())
     with torch.no_grad():
         core.state_proj.bias[3] += 1e-6
-    after = fingerprints(parameters_by_part(core))
+    after = fingerprints(core.state_dict())
     assert [part for part in before if before[part] != after[part]] == ["state projection"]
 
 

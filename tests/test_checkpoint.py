@@ -101,14 +101,14 @@ def test_last_points_at_a_whole_checkpoint_whenever_the_run_dies(tmp_path):
     config = make_config(tmp_path / "run", steps=6, save_every=2)
     checkpoints = config.run_dir / "checkpoints"
 
-    def die_at_the_second(directory: Path) -> None:
+    def die_at_the_second(directory: Path, weights: dict, step: int) -> None:
         directory.mkdir()
         (directory / "model").write_text("half")
         if "000004" in str(directory):
             raise Died
         (directory / "model").write_text("whole")
 
-    def export(directory: Path) -> None:
+    def export(directory: Path, weights: dict, step: int) -> None:
         directory.mkdir()
         (directory / "model").write_text("whole")
 

@@ -46,10 +46,12 @@ def write_policy(path: Path, cameras: tuple[str, ...], optional_cameras: tuple[s
     ones = Statistics((0.0,) * 4, (1.0,) * 4)
     save_policy(
         path,
-        SmolVLASharedCore(core_config),
+        core_config,
+        SmolVLASharedCore(core_config).state_dict(),
         load_trunk_tokenizer("tiny", None),
         {"state": ones, "action": ones},
         n_action_steps=4,
+        source={},
         image_shapes={"observation.image": (3, 64, 64)},
         optional_cameras=optional_cameras,
     )
@@ -163,7 +165,8 @@ def test_an_environment_without_task_text(num_envs, tmp_path):
     pixels = Statistics((256.0,) * 2, (100.0,) * 2)
     tokenizer, shapes = load_trunk_tokenizer("tiny", None), {"observation.image": (3, 96, 96)}
     statistics = {"state": pixels, "action": pixels}
-    save_policy(tmp_path, SmolVLASharedCore(core_config), tokenizer, statistics, n_action_steps=4, image_shapes=shapes)
+    weights = SmolVLASharedCore(core_config).state_dict()
+    save_policy(tmp_path, core_config, weights, tokenizer, statistics, n_action_steps=4, source={}, image_shapes=shapes)
     policy = HLRPSmolVLASharedPolicy.from_pretrained(tmp_path)
     processors = make_pre_post_processors(policy.config, pretrained_path=str(tmp_path))
     environments = evaluate.make_environments("pusht", "", 96, num_envs)

@@ -100,7 +100,7 @@ def test_released_shapes():
     with torch.device("meta"):
         laq = LAQ(LAQConfig())
     released = json.loads((DATA / "laq_openx_shapes.json").read_text())
-    assert {key: list(tensor.shape) for key, tensor in public_state(laq).items()} == released
+    assert {key: list(tensor.shape) for key, tensor in public_state(laq.state_dict()).items()} == released
     assert len(released) == 493
     assert round(sum(p.numel() for p in laq.parameters()) / 1e6) == 344
 
@@ -315,9 +315,9 @@ def test_round_trip_through_our_own_files(laq_small, tmp_path, expected):
     loaded = load_laq(path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["laq.json", "laq.safetensors"]
     assert loaded.config == laq_small.config
-    state = public_state(laq_small)
+    state = public_state(laq_small.state_dict())
     assert state.keys() == load_file(path).keys() == torch.load(LAPA_FILE, weights_only=True).keys()
-    assert all(torch.equal(tensor, public_state(loaded)[key]) for key, tensor in state.items())
+    assert all(torch.equal(tensor, public_state(loaded.state_dict())[key]) for key, tensor in state.items())
     assert loaded.vq._usage.sum() == 0
     assert teacher_id(loaded) == teacher_id(laq_small)
     frames = expected["frames"] / 255
@@ -386,7 +386,7 @@ def test_code_length_follows_from_image_size_and_shapes(tmp_path):
     for code_seq_len, image_size in [(1, 16), (2, 16), (4, 16), (16, 32), (64, 32), (256, 64)]:
         laq = LAQ(replace(TINY, code_seq_len=code_seq_len, image_size=image_size))
         path = tmp_path / f"{code_seq_len}.pt"
-        torch.save(public_state(laq), path)
+        torch.save(public_state(laq.state_dict()), path)
         assert load_laq(path, image_size=image_size).config == laq.config
 
 

@@ -59,7 +59,8 @@ def core():
 @pytest.fixture(scope="module")
 def saved(core, tokenizer, tmp_path_factory):
     directory = tmp_path_factory.mktemp("policy") / "pretrained_model"
-    save_policy(directory, core, tokenizer, STATISTICS, n_action_steps=3, image_shapes={CAMERA: (3, 48, 80)})
+    source = {"run": "s3", "weights": "last step"}
+    save_policy(directory, core.config, core.state_dict(), tokenizer, STATISTICS, 3, source, {CAMERA: (3, 48, 80)})
     return directory
 
 

@@ -205,7 +205,8 @@ def save_ours(directory: Path, rename_map: dict[str, str] | None = None, **dims)
     statistics = {name: Statistics(*(STATS[key][s].tolist() for s in ("mean", "std"))) for name, key in names.items()}
     shapes = {TOP: (3, 48, 80), WRIST: (3, 70, 50)}
     tokenizer = load_trunk_tokenizer("tiny", None)
-    ours.save_policy(directory, core, tokenizer, statistics, 2, shapes, rename_map=rename_map)
+    weights = core.state_dict()
+    ours.save_policy(directory, core.config, weights, tokenizer, statistics, 2, {}, shapes, rename_map=rename_map)
     return core
 
 

@@ -29,7 +29,7 @@ def make_module() -> nn.Module:
 def test_private_names_are_not_published():
     module = make_module()
     assert {"0._usage", "_cache.weight"} < module.state_dict().keys()
-    assert list(public_state(module)) == [
+    assert list(public_state(module.state_dict())) == [
         "0.bias",
         "0.weight",
         "1.bias",

@@ -1,0 +1,252 @@
+"""sharding.py: two FSDP2 processes train what one plain process trains, with half of its memory each, and files tell
+no difference. The processes are real and run on the CPU; tests/forced_fsdp.py says how."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import tyro
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from forced_fsdp import probe
+
+import train_stage2
+import train_stage3
+from smolvla_shared import sharding, teacher
+from smolvla_shared.artifact import load_artifact
+from smolvla_shared.config import DataConfig
+from smolvla_shared.model import SmolVLASharedCore
+
+ROOT = Path(__file__).parent.parent
+ARTIFACT = Path("artifacts") / "smolvla_shared_stage2_artifact.safetensors"
+PROCESSES = 2
+# Accumulation, running average, and a checkpoint to resume from; the language layers and heads train, vision does not.
+SIZES = "--steps 20 --save-every 15 --eval-every 20 --log-every 1 --batch-size 4 --accumulation-steps 2".split()
+SIZES += "--eval-samples 4 --data.val-fraction 0.2 --data.num-workers 0".split()
+SIZES += "--optim.lr 1e-3 --optim.warmup-steps 2 --ema-decay 0.9".split()
+
+
+def run_plainly(script: str, *arguments: str) -> None:
+    """A job in this very process."""
+    module, config_class = {
+        "train_stage2": (train_stage2, train_stage2.Stage2Config),
+        "train_stage3": (train_stage3, train_stage3.Stage3Config),
+    }[script]
+    AcceleratorState._reset_state(reset_partial_state=True)
+    module.main(tyro.cli(config_class, args=arguments))
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def cut(run_dir: Path, step: int, target: Path) -> Path:
+    """A copy of a run as it was after the checkpoint at `step`."""
+    shutil.copytree(run_dir, target, symlinks=True)
+    shutil.rmtree(target / "artifacts")
+    shutil.rmtree(target / "checkpoints" / "000020")
+    (target / "checkpoints" / "last").unlink()
+    (target / "checkpoints" / "last").symlink_to(f"{step:06d}")
+    return target
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, video_dataset, labelled_dataset, laq_checkpoint) -> Path:
+    """plain/ and sharded/, with the same runs each: s2, s3 from its artifact, s2 resumed from the *other* side's
+    checkpoint, and s2 in bfloat16. In sharded/ also what each process noted."""
+    runs = tmp_path_factory.mktemp("runs")
+
+    def stage2(run_dir: Path, *options: str) -> list[str]:
+        data = ["--data.roots", str(video_dataset), "--laq-ckpt", str(laq_checkpoint)]
+        model = ["--model.preset", "tiny", "--model.freeze-vision", "True"]
+        return ["train_stage2", *SIZES, *data, *model, *options, "--run-dir", str(run_dir)]
+
+    def stage3(side: Path) -> list[str]:
+        data = ["--data.roots", str(labelled_dataset), "--stage2-artifact", str(side / "s2" / ARTIFACT)]
+        model = ["--model.freeze-trunk", "True", "--chunk-size", "6", "--n-action-steps", "3"]
+        return ["train_stage3", *SIZES, *data, *model, "--run-dir", str(side / "s3")]
+
+    bf16 = ["--precision", "bf16", "--steps", "4"]
+    plain, sharded = runs / "plain", runs / "sharded"
+    run_plainly(*stage2(plain / "s2"))
+    run_plainly(*stage3(plain))
+    run_plainly(*stage2(plain / "bf16", *bf16))
+    jobs = {
+        "s2": stage2(sharded / "s2"),
+        "s3": stage3(sharded),
+        "bf16": stage2(sharded / "bf16", *bf16),
+        "resumed": stage2(cut(plain / "s2", 15, sharded / "resumed"), "--resume"),
+    }
+    (sharded / "jobs.json").write_text(json.dumps(jobs))
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(PROCESSES)]
+    launch += ["--config-file", "configs/accelerate/fsdp2_8gpu.yaml", "tests/forced_fsdp.py"]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": f"{ROOT}:{os.environ['PYTHONPATH']}"}
+    done = subprocess.run(
+        [*launch, sharded, sharded / "jobs.json"], capture_output=True, text=True, env=environment, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr
+    run_plainly(*stage2(cut(sharded / "s2", 15, plain / "resumed"), "--resume"))
+    return runs
+
+
+def metrics_of(run_dir: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def record_of(run_dir: Path) -> dict:
+    return torch.load(run_dir / "checkpoints" / "last" / "training_state" / "state.pt", weights_only=True)
+
+
+def notes_of(runs: Path, name: str) -> list[dict]:
+    return [json.loads((runs / "sharded" / f"{name}{process}.json").read_text()) for process in range(PROCESSES)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, steps, tolerance", [("s2", 20, 1e-4), ("s3", 20, 1e-4), ("bf16", 4, 1e-2)])
+def test_metrics_equal_those_of_one_plain_process(runs, name, steps, tolerance):
+    """Losses, gradient norms and held-out errors, in every step; the latter come from core.sample and the average."""
+    plain, sharded = metrics_of(runs / "plain" / name), metrics_of(runs / "sharded" / name)
+    assert len(plain) == len(sharded) == steps
+    assert any(key.endswith("_error") for key in plain[-1])
+    for one, other in zip(plain, sharded):
+        assert one.keys() == other.keys()
+        for key in one:
+            if not key.startswith("time/"):
+                assert other[key] == pytest.approx(one[key], abs=tolerance, rel=tolerance), (one["step"], key)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["s2", "s3"])
+def test_each_process_keeps_half(runs, name):
+    whole = record_of(runs / "plain" / name)
+    moments = [tensor for state in whole["optimizer"]["state"].values() for tensor in state.values()]
+    parts = {"parameters": whole["model"].values(), "optimizer": moments, "ema": whole["ema"].values()}
+    size = {key: sum(tensor.numel() * tensor.element_size() for tensor in tensors) for key, tensors in parts.items()}
+    for notes in notes_of(runs, name):
+        assert notes["bytes"].keys() == size.keys()
+        for key in size:
+            assert 0.45 * size[key] < notes["bytes"][key] <= 0.55 * size[key]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["s2", "s3", "bf16"])
+def test_sharding_fires(runs, name):
+    """Every parameter was gathered to compute; the gradients of those that train, and of no others, were reduced."""
+    record = record_of(runs / "plain" / name)
+    parameters, trained = set(record["model"]), set(record["ema"])
+    assert trained < parameters
+    for notes in notes_of(runs, name):
+        assert set(notes["gathered"]) == parameters
+        assert set(notes["reduced"]) == trained
+        steps = len(metrics_of(runs / "plain" / name))
+        assert set(notes["reduced"].values()) == {steps}  # once a step, whatever is accumulated
+        assert min(notes["gathered"].values()) >= 2 * steps  # in both of a step's forward passes
+
+
+@pytest.mark.slow
+def test_bfloat16_is_for_layers_and_nothing_is_summed_or_kept_in_it(runs):
+    for notes in notes_of(runs, "bf16"):
+        assert (notes["types"]["reduced"], notes["types"]["kept"]) == (["torch.float32"], ["torch.float32"])
+        for name, dtype in notes["gathered_as"].items():
+            assert dtype == ("torch.bfloat16" if ".layers." in name else "torch.float32"), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["s2", "s3"])
+def test_a_checkpoint_of_shards_is_one_of_a_plain_process(runs, name):
+    """The same names, shapes and types; and a plain core with its weights generates what the divided core did."""
+    plain, sharded = record_of(runs / "plain" / name), record_of(runs / "sharded" / name)
+    for part in ("model", "ema"):
+        assert plain[part].keys() == sharded[part].keys()
+        for key, tensor in plain[part].items():
+            torch.testing.assert_close(sharded[part][key], tensor, atol=1e-4, rtol=0, msg=key)
+    assert plain["optimizer"]["state"].keys() == sharded["optimizer"]["state"].keys()
+    for key, state in plain["optimizer"]["state"].items():
+        torch.testing.assert_close(sharded["optimizer"]["state"][key], state, atol=1e-4, rtol=0, msg=key)
+
+    core = plain_core(runs / "sharded" / name, name)
+    core.load_state_dict(sharded["model"])
+    for notes in notes_of(runs, name):
+        torch.testing.assert_close(torch.tensor(notes["generated"]), probe(core), atol=1e-5, rtol=0)
+
+
+def plain_core(run_dir: Path, name: str) -> SmolVLASharedCore:
+    """A core of a run's shape, with the weights that it published."""
+    if name == "s2":
+        artifact = load_artifact(run_dir / ARTIFACT)
+        core = SmolVLASharedCore(artifact.manifest.core)
+        core.load_state_dict(artifact.state_dict)
+        return core
+    from smolvla_shared.policy import HLRPSmolVLASharedPolicy
+
+    return HLRPSmolVLASharedPolicy.from_pretrained(run_dir / "checkpoints" / "last" / "pretrained_model").model
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["s2", "s3"])
+def test_what_is_published_are_the_gathered_averages(runs, name):
+    record = record_of(runs / "sharded" / name)
+    published = plain_core(runs / "sharded" / name, name).state_dict()
+    for key, value in (record["model"] | record["ema"]).items():
+        assert torch.equal(published[key], value), key
+    assert any(not torch.equal(published[key], record["model"][key]) for key in record["ema"])
+
+
+@pytest.mark.slow
+def test_the_artifact_says_what_has_changed_and_which_weights_it_holds(runs):
+    plain, sharded = (load_artifact(runs / side / "s2" / ARTIFACT).manifest for side in ("plain", "sharded"))
+    assert sharded.source == plain.source
+    assert sharded.source.changed_parts == ("language layers", "expert", "state projection", "latent head")
+    assert sharded.source.weights == "running average, decay 0.9"
+    checkpoint = runs / "sharded" / "s3" / "checkpoints" / "000015"
+    source = json.loads((checkpoint / "pretrained_model" / "source.json").read_text())
+    assert (source["run"], source["global_step"], source["weights"]) == ("s3", 15, "running average, decay 0.9")
+    assert source["stage2_artifact"] == sharded.weights.sha256
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("side", ["plain", "sharded"])
+def test_a_checkpoint_is_resumed_on_the_other_side(runs, side):
+    """From two FSDP processes to a plain one, and back; 5 more steps are those of the run that never stopped."""
+    whole, resumed = runs / "plain" / "s2", runs / side / "resumed"
+    metrics = metrics_of(resumed)
+    assert [line["step"] for line in metrics] == list(range(1, 21))
+    for one, other in zip(metrics_of(whole), metrics):
+        for key in ("loss/latent", "grad_norm"):
+            assert other[key] == pytest.approx(one[key], abs=1e-4)
+    one, other = record_of(whole), record_of(resumed)
+    for part in ("model", "ema"):
+        for key, tensor in one[part].items():
+            torch.testing.assert_close(other[part][key], tensor, atol=1e-4, rtol=0, msg=key)
+    assert load_artifact(resumed / ARTIFACT).manifest.source.changed_parts[-1] == "latent head"
+
+
+@pytest.mark.parametrize(
+    "setting, value, message",
+    [
+        ("fsdp_version", 1, "fsdp_version: 1"),
+        ("auto_wrap_policy", "transformer_based_wrap", "fsdp_auto_wrap_policy"),
+        ("reshard_after_forward", False, "fsdp_reshard_after_forward: false"),
+        ("cpu_offload", True, "fsdp_offload_params: true"),
+        ("activation_checkpointing", True, "fsdp_activation_checkpointing: true"),
+        ("cpu_ram_efficient_loading", True, "fsdp_cpu_ram_efficient_loading: true"),
+    ],
+)
+def test_settings_that_would_be_ignored_are_refused(monkeypatch, setting, value, message):
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "false")  # a plugin leaves its own value there
+    plugin = FullyShardedDataParallelPlugin(**{"fsdp_version": 2} | {setting: value})
+    accelerator = SimpleNamespace(distributed_type=DistributedType.FSDP, state=SimpleNamespace(fsdp_plugin=plugin))
+    with pytest.raises(ValueError, match=rf"asks for {message}; .*configs/accelerate/fsdp2_8gpu.yaml"):
+        sharding.check_plugin(accelerator)
+
+
+def test_a_teacher_is_not_divided(monkeypatch, tmp_path):
+    monkeypatch.setattr(Accelerator, "is_fsdp2", True)
+    config = teacher.TeacherConfig(run_dir=tmp_path / "run", data=DataConfig(roots=(tmp_path,)))
+    with pytest.raises(ValueError, match=r"not divided: use configs/accelerate/ddp_8gpu\.yaml"):
+        teacher.train_teacher(config)
+    assert not config.run_dir.exists()
