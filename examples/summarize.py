@@ -23,11 +23,18 @@ def summarize(run: Path) -> dict:
         for (name, start), (_, next_start) in itertools.pairwise(marks)
     }
     rollout = json.loads((run / "rollout" / "results.json").read_text())
+    health = json.loads((run / "check" / "label_health.json").read_text())
+    probe = {name: [r and round(r, 2) for r in values] for name, values in health["measured"]["probe"].items()}
     return {
         "teacher": {
             "held_out_reconstruction_error": last_value(run / "laq", "val/reconstruction"),
             "error_of_repeating_the_first_frame": last_value(run / "laq", "val/reconstruction_of_first_frame"),
             "perplexity": last_value(run / "laq", "usage/perplexity"),
+        },
+        "labels": {
+            "health": health["verdict"],
+            "r2_of_the_true_actions": probe["latents"],
+            "with_a_random_teacher": probe["random_teacher"],
         },
         "stage2": {
             "held_out_latent_error": last_value(run / "stage2", "val/latent_error"),
@@ -41,6 +48,7 @@ def summarize(run: Path) -> dict:
         "minutes": minutes | {"total": round(sum(minutes.values()), 1)},
         "files": {
             "teacher": str(run / "laq/checkpoints/last/pretrained_model/laq.safetensors"),
+            "label_health": str(run / "check"),
             "artifact": str(run / "stage2/artifacts/smolvla_shared_stage2_artifact.safetensors"),
             "policy": str(run / "stage3/checkpoints/last/pretrained_model"),
             "videos": str(run / "rollout"),

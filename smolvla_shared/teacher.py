@@ -548,7 +548,7 @@ def train_teacher(config: TeacherConfig) -> None:
     def export(directory: Path, weights: dict[str, Tensor], step: int) -> None:
         directory.mkdir(parents=True)
         with torch.device("meta"):
-            published = LAQ(config.laq)
+            published = LAQ(laq.config)
         published.load_state_dict(weights, assign=True)
         source = origin(config, step, [s.name for s in sources])
         source |= {"frame_gap_s": config.data.frame_gap_s, "label_camera": label_camera}

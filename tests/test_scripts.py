@@ -63,6 +63,9 @@ def runs(tmp_path_factory, video_dataset, labelled_dataset) -> Path:
     train("scratch", "train_stage3.py", *labelled, "--model.preset", "tiny")
     cotrain = ["--latent-loss-weight", "0.1", "--video-roots", video_dataset]
     train("cotrain", "train_stage3.py", *labelled, *from_artifact, *teacher, *cotrain)
+    check = [*teacher, "--data.roots", labelled_dataset, "--data.num-workers", "0", "--pairs", "60"]
+    done = run("-m", "smolvla_shared.teacher", "check", *check, "--out", runs / "check")
+    assert f"label health: {'FAIL' if done.returncode else 'PASS'}" in done.stdout, done.stderr
     task = ["--env.type", "metaworld", "--env.task", "plate-slide-v3", "--episodes", "1", "--max-steps", "4"]
     out = ["--out", runs / "rollout", "--num-envs", "1"]
     (runs / "rollout.txt").write_text(run_well("rollout.py", "--policy-path", runs / "s3" / POLICY, *task, *out))
@@ -118,6 +121,7 @@ def test_the_policy_acts_and_the_chain_is_summed_up(runs):
     assert summary["rollout"]["success_rate"] == 0.0
     assert summary["minutes"] == {"1 teacher": 1.5, "2 stage 2": 0.5, "total": 2.0}
     assert summary["stage2"]["held_out_latent_error"] == metrics_of(runs / "s2")[-1]["val/latent_error"]
+    assert summary["labels"]["health"] == json.loads((runs / "check" / "label_health.json").read_text())["verdict"]
     assert "held out action error" in printed
 
 
