@@ -1,0 +1,132 @@
+"""Labels: pairs a second, and what a Stage 2 step costs with cached labels, labels in memory and the teacher online.
+
+python benchmarks/labels.py --laq-ckpt laq.safetensors --data.roots my/videos
+
+Timings of the three kinds of step alternate within one process; only their ratios mean something.
+"""
+
+import statistics
+import tempfile
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import tyro
+
+from smolvla_shared import data, model, teacher
+from smolvla_shared.batch import RawBatch
+from smolvla_shared.config import LATENT, DataConfig, LatentConfig, ModelConfig, SourceConfig
+from smolvla_shared.losses import masked_mean
+from smolvla_shared.preprocess import Preprocessor
+from smolvla_shared.trunk import load_trunk_tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Benchmark:
+    # The teacher.
+    laq_ckpt: Path
+    # Recordings to label.
+    data: SourceConfig
+    # Samples of a step.
+    batch_size: int = 32
+    # Steps of each kind.
+    steps: int = 30
+    # Pairs that the teacher sees at once.
+    label_batch_size: int = 64
+
+
+def main(config: Benchmark) -> None:
+    torch.manual_seed(0)
+    with tempfile.TemporaryDirectory() as directory:
+        cache = Path(directory) / "labels"
+        start = time.perf_counter()
+        teacher.label(
+            teacher.LabelConfig(
+                label_cache=cache, laq_ckpt=config.laq_ckpt, data=config.data, batch_size=config.label_batch_size
+            )
+        )
+        seconds = time.perf_counter() - start
+        run = LatentConfig(
+            run_dir=Path(directory) / "run",
+            data=DataConfig(**vars(config.data)),
+            laq_ckpt=config.laq_ckpt,
+        )
+        sources = data.open_sources(run.data)
+        cameras, camera = data.choose_cameras(sources, run.data)
+        pairs = sum(len(s.rows_with_pairs(torch.arange(s.num_frames).numpy())) for s in sources)
+        print(f"labelled {pairs:,} pairs at {pairs / seconds:,.0f} pairs/s, start-up included")
+
+        online = teacher.open_labels(run, sources, camera)
+        cached = teacher.open_labels(replace(run, labels="cache", label_cache=cache), sources, camera)
+        in_memory = {
+            (s, f): cached(place(s, f))[0] for s, source in enumerate(sources) for f in range(source.num_frames)
+        }
+        kinds = {
+            "in memory": lambda raw: torch.stack([in_memory[place] for place in zip(raw.source, raw.frame)]),
+            "cached": cached,
+            "online": online,
+        }
+        times = measure(config, run, sources, cameras, online, kinds)
+    print(f"\n{'labels':<12}{'label s':>10}{'step s':>10}{'step / in memory':>18}")
+    for kind, rows in times.items():
+        label_s, step_s = (statistics.median(column) for column in zip(*rows))
+        ratio = statistics.median(mine[1] / theirs[1] for mine, theirs in zip(rows, times["in memory"]))
+        print(f"{kind:<12}{label_s:>10.5f}{step_s:>10.4f}{ratio:>18.3f}")
+
+
+def place(source: int, frame: int) -> RawBatch:
+    """A raw batch of which only the place of its one sample is known."""
+    empty = torch.empty(0)
+    return RawBatch(
+        images=[],
+        tasks=[],
+        state=empty,
+        state_mask=empty,
+        pairs=None,
+        pair_mask=empty,
+        actions=empty,
+        action_mask=empty,
+        noise={},
+        time={},
+        source=[source],
+        frame=[frame],
+        keys=[""],
+    )
+
+
+def measure(config: Benchmark, run: LatentConfig, sources, cameras, online, kinds) -> dict[str, list[tuple]]:
+    """(seconds of labelling, of the whole step) of each kind; the same batch by turns, data loading left out."""
+    core_config = model.make_core_config(
+        ModelConfig(preset="tiny"),
+        cameras,
+        latent_vector_dim=online.shape[0] * online.shape[1],
+        code_seq_len=online.shape[0],
+    )
+    core = model.SmolVLASharedCore(core_config)
+    optimizer = torch.optim.AdamW(core.parameters())
+    frames, _ = data.split_sources(sources, run.data, seed=0)
+    targets = {LATENT: teacher.latent_statistics(online, sources, frames, seed=0)}
+    preprocessor = Preprocessor(core_config, load_trunk_tokenizer("tiny", None), targets)
+    spec = data.SampleSpec(
+        cameras, label_camera=online.camera, pair_size=online.pair_size, draws={LATENT: online.shape}
+    )
+    sampler = data.StepSampler(data.group_frames(frames), 0, config.batch_size, 0, config.steps + 2)
+    times: dict[str, list[tuple]] = {kind: [] for kind in kinds}
+    for step, raw in enumerate(data.make_loader(data.SampleDataset(sources, spec, 0), sampler, num_workers=0)):
+        for kind, labels in kinds.items():
+            start = time.perf_counter()
+            latents = labels(raw)
+            labelled = time.perf_counter()
+            batch = preprocessor(raw, latents)
+            loss = masked_mean(core(batch)[LATENT], batch.masks[LATENT])
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            if step >= 2:  # warm
+                times[kind].append((labelled - start, time.perf_counter() - start))
+    return times
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Benchmark))
