@@ -33,7 +33,7 @@ class Stage2Config(LatentConfig):
 
 
 def main(config: Stage2Config) -> None:
-    from smolvla_shared import artifact, checkpoint, data, model, smolvla, teacher, training
+    from smolvla_shared import artifact, checkpoint, data, features, model, smolvla, teacher, training
     from smolvla_shared.preprocess import Preprocessor
 
     # What a user can get wrong is found out before train() makes the run directory.
@@ -84,6 +84,7 @@ def main(config: Stage2Config) -> None:
         draws={LATENT: labels.shape},
         num_draws=config.flow_draws,
         time_beta=(core_config.time_beta_alpha, core_config.time_beta_beta),
+        features=features.prepare_features(core, sources, cameras, config, accelerator),
     )
     loaders = data.make_loaders(
         sources, data.group_frames(frames), data.group_frames(held_out_frames), spec, config, accelerator

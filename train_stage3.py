@@ -59,7 +59,7 @@ class Stage3Config(LatentConfig):
 
 
 def main(config: Stage3Config) -> None:
-    from smolvla_shared import artifact, checkpoint, data, model, policy, smolvla, teacher, training
+    from smolvla_shared import artifact, checkpoint, data, features, model, policy, smolvla, teacher, training
     from smolvla_shared.preprocess import Preprocessor
 
     # What a user can get wrong is found out before train() makes the run directory.
@@ -162,6 +162,7 @@ def main(config: Stage3Config) -> None:
         draws=draws,
         num_draws=config.flow_draws,
         time_beta=(core_config.time_beta_alpha, core_config.time_beta_beta),
+        features=features.prepare_features(core, sources, cameras, config, accelerator),
     )
     loaders = data.make_loaders(sources, groups, data.group_frames(held_out), spec, config, accelerator)
     preprocessor = Preprocessor(core_config, tokenizer, statistics)

@@ -33,6 +33,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from smolvla_shared.batch import Batch, FlowTarget
 from smolvla_shared.config import ACTION, LATENT, ModelConfig, OptimConfig
+from smolvla_shared.features import token_shape
 from smolvla_shared.losses import masked_mean
 from smolvla_shared.model import SmolVLASharedCore, configure_layers, freeze, frozen_parts, make_core_config
 from smolvla_shared.policy import to_batch
@@ -95,6 +96,7 @@ class Options:
     memory_of: Literal["ours", "lerobot"] | None = None
     memory_batch_size: int = 4
     memory_checkpointing: bool = False
+    memory_cached: bool = False
 
 
 # --- the two models ---------------------------------------------------------------------------------------------------
@@ -168,9 +170,19 @@ def draw(core: SmolVLASharedCore, name: str, batch_size: int, num_draws: int) ->
     return noise, 0.999 * torch.rand(batch_size, num_draws, generator=generator) + 0.001
 
 
-def our_batch(core: SmolVLASharedCore, observation: dict[str, Tensor], num_draws: int, heads: tuple[str, ...]) -> Batch:
-    """The observation as our core takes it, with targets for its heads."""
+def our_batch(
+    core: SmolVLASharedCore,
+    observation: dict[str, Tensor],
+    num_draws: int = 1,
+    heads: tuple[str, ...] = (ACTION,),
+    cached: bool = False,
+) -> Batch:
+    """The observation as our core takes it, with targets for its heads; `cached` as a feature cache gives it, with
+    (random) image tokens in place of images.
+    """
     batch, size = to_batch(observation, core.config), len(observation["action"])
+    if cached:
+        batch.images = torch.randn(size, 1, *token_shape(core)).bfloat16()
     values = {
         ACTION: pad_width(observation["action"], core.config.max_action_dim),
         LATENT: torch.ones(size, CODE_SEQ_LEN, LATENT_DIM),
@@ -250,7 +262,7 @@ def measure_memory(options: Options) -> dict[str, float]:
         if options.memory_of == "lerobot":
             trainer.step(model(observation)[0])
         else:
-            trainer.step(our_loss(model, our_batch(model, observation, 1, (ACTION,))))
+            trainer.step(our_loss(model, our_batch(model, observation, cached=options.memory_cached)))
 
     step()
     between = resident("VmRSS")
@@ -259,11 +271,10 @@ def measure_memory(options: Options) -> dict[str, float]:
     return {"peak": resident("VmHWM") - imports, "between steps": between - imports}
 
 
-def child_memory(options: Options, memory_of: str, batch_size: int, checkpointing: bool = False) -> dict[str, float]:
+def child_memory(options: Options, memory_of: str, batch_size: int, *flags: str) -> dict[str, float]:
     """measure_memory in a process of its own."""
     command = [sys.executable, __file__, "--memory-of", memory_of, "--memory-batch-size", str(batch_size)]
-    command += ["--threads", str(options.threads)]
-    command += ["--quick"] * options.quick + ["--memory-checkpointing"] * checkpointing
+    command += ["--threads", str(options.threads), *["--quick"] * options.quick, *flags]
     # Large blocks go back to the system when they are freed, so that the system's count is the program's.
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
@@ -320,7 +331,7 @@ def make_models(options: Options) -> Models:
     observation, (noise, times) = observe(2, models.side), draw(models.core, ACTION, 2, 1)
     with torch.no_grad():
         loss = models.policy(observation, noise=noise[:, 0], time=times[:, 0])[0].item()
-        our = our_loss(models.core, our_batch(models.core, observation, 1, (ACTION,))).item()
+        our = our_loss(models.core, our_batch(models.core, observation)).item()
     print(f"loss with the same noise and times: {loss:.6f} and {our:.6f}")
     if abs(our / loss - 1) > 1e-5:
         raise SystemExit("the two models are not equal: there is nothing to compare")
@@ -335,15 +346,16 @@ def training_rows(models: Models, options: Options) -> Iterator[Row]:
         def train_theirs(observation=observation) -> None:
             theirs.step(models.policy(observation)[0])
 
-        def train_ours(observation=observation, num_draws: int = 1, heads: tuple[str, ...] = (ACTION,)) -> None:
-            ours.step(our_loss(models.core, our_batch(models.core, observation, num_draws, heads)))
+        def train_ours(observation=observation, **kwargs: Any) -> None:
+            ours.step(our_loss(models.core, our_batch(models.core, observation, **kwargs)))
 
-        candidates = {"lerobot": train_theirs, "ours": train_ours}
+        candidates = {"lerobot": train_theirs, "ours": train_ours, "cached": partial(train_ours, cached=True)}
         if size == 4:
             candidates |= {str(k): partial(train_ours, num_draws=k) for k in (2, 4, 8)}
             candidates["both heads"] = partial(train_ours, heads=(ACTION, LATENT))
         seconds = medians(candidates, options.repeats)
         yield Row(f"training step, frozen trunk, B = {size}", seconds["lerobot"], seconds["ours"], "s", goal=0.95)
+        yield Row("  with the feature cache", seconds["lerobot"], seconds["cached"], "s", goal=0.30)
         if size == 4:
             for k, goal in ((2, None), (4, 0.40), (8, None)):
                 yield Row(
@@ -377,8 +389,11 @@ def latency_rows(models: Models, options: Options) -> Iterator[Row]:
 def memory_rows(options: Options) -> Iterator[Row]:
     theirs, ours = (child_memory(options, name, 4)["peak"] for name in ("lerobot", "ours"))
     yield Row("peak memory of a training step, B = 4", theirs, ours, "GB", goal=1.00)
-    plain, checkpointed = (child_memory(options, "ours", 16, flag) for flag in (False, True))
-    what = "  ours with checkpointing, B = 16; against without"
+    size = 32
+    plain, checkpointed = (
+        child_memory(options, "ours", size, "--memory-cached", *flag) for flag in ([], ["--memory-checkpointing"])
+    )
+    what = f"  ours with checkpointing, feature cache, B = {size}; against without"
     yield Row(what, None, checkpointed["peak"], "GB", against=plain["peak"], goal=0.60)
     kept = [memory["peak"] - memory["between steps"] for memory in (plain, checkpointed)]
     yield Row("    of it activations", None, kept[1], "GB", against=kept[0])
@@ -388,20 +403,18 @@ def memory_rows(options: Options) -> Iterator[Row]:
 def break_down(models: Models, options: Options) -> str:
     """How near each part's forward pass comes to the machine's speed of plain matrix products."""
     core = models.core
-    batch = our_batch(core, observe(1, models.side), 1, (ACTION,))
+    batch, cached = (our_batch(core, observe(1, models.side), cached=flag) for flag in (False, True))
     prefix, target = core.encode(batch), batch.targets[ACTION]
     tokens, square = core.action_head.embed(target.noise, target.time), torch.randn(2048, 2048)
-    product, vision, both = "matrix product, 2048 x 2048", "vision tower and connector, an image", "vision and prefix"
+    product = "matrix product, 2048 x 2048"
     parts = {
         product: lambda: square @ square,
-        vision: lambda: core.trunk.embed_images(batch.images),
-        both: lambda: core.encode(batch),
+        "vision tower and connector, an image": lambda: core.trunk.embed_images(batch.images),
+        "prefix, from image tokens": lambda: core.encode(cached),
         "expert, a draw": lambda: core.expert(tokens, prefix),
     }
     seconds = medians(parts, options.repeats)
     work = {name: gflop(run) for name, run in parts.items()}
-    for figures in (seconds, work):
-        figures["prefix of it"] = figures.pop(both) - figures[vision]
     lines = [f"{'forward, B = 1':<40}{'GFLOP':>8}{'s':>8}{'GFLOP/s':>10}{'of the matrix product':>24}"]
     for name, amount in work.items():
         rate = amount / seconds[name]

@@ -18,7 +18,9 @@ from torch import Tensor
 class RawBatch:
     """What the data loader yields: recorded values as they are, and the random draws of each sample."""
 
-    images: list[Tensor]  # N cameras, [B, 3, h, w] uint8 (float32 squares in [0, 1] where recorded sizes differ)
+    # N cameras, [B, 3, h, w] uint8 (float32 squares in [0, 1] where recorded sizes differ), or the image tokens
+    # [B, tokens, hidden] that a feature cache has of it
+    images: list[Tensor]
     tasks: list[str]  # B task texts
     state: Tensor  # [B, state_dim] float32; zeros where a dataset has none
     state_mask: Tensor  # [B] bool
@@ -61,7 +63,8 @@ class FlowTarget:
 class Batch:
     """A model-ready batch: images and numbers are already preprocessed (preprocess.py)."""
 
-    images: Tensor  # [B, N, 3, H, W] float32 in [-1, 1], squares
+    # [B, N, 3, H, W] float32 in [-1, 1], squares; or their image tokens [B, N, tokens, hidden] from a feature cache
+    images: Tensor
     image_mask: Tensor  # [B, N] bool: False hides a missing camera's tokens
     text: Tensor  # [B, L] int64 token ids, padded on the right
     text_mask: Tensor  # [B, L] bool

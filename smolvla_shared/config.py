@@ -157,9 +157,21 @@ class DataConfig(SourceConfig):
     val_fraction: float = 0.05
     # Shift the policy's images at random by up to this share of their side (training only; the teacher's are kept).
     random_shift: float = 0.0
+    # Keep what the frozen vision tower makes of every frame in this directory: filled before the first run's training,
+    # then read instead of the frames, by any run with the same tower and data.
+    feature_cache: Path | None = None
+    # How it is stored; bfloat16 is half as large and rounds the features to 8 bits.
+    feature_cache_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    # The most it may take on the disk, GB (10^9 bytes).
+    feature_cache_gb: float = 100.0
 
     def __post_init__(self):
         super().__post_init__()
+        if self.feature_cache and self.random_shift:
+            raise ValueError(
+                "--data.feature-cache keeps features of the frames as recorded, but --data.random-shift "
+                f"{self.random_shift} would train on others: drop one of them"
+            )
         if not 0 <= self.val_fraction < 1:
             raise ValueError(f"--data.val-fraction is a share of the episodes in [0, 1), got {self.val_fraction}")
 

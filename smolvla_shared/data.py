@@ -9,7 +9,7 @@ import multiprocessing
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,11 @@ from lerobot.utils.constants import HF_LEROBOT_HOME
 from lerobot.utils.import_utils import get_safe_default_video_backend
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
+from tqdm import tqdm
 
 from smolvla_shared import flow, preprocess
 from smolvla_shared.batch import RawBatch
+from smolvla_shared.cache import RowCache
 from smolvla_shared.config import LATENT, DataConfig, RunConfig, SourceConfig
 from smolvla_shared.preprocess import Statistics
 
@@ -51,6 +53,8 @@ class SampleSpec:
     draws: dict[str, tuple[int, int]] = field(default_factory=dict)
     num_draws: int = 1
     time_beta: tuple[float, float] = (1.5, 1.0)
+    # Files of image tokens, by camera one for each source, that are read instead of its frames (features.py).
+    features: dict[str, tuple[Path, ...]] = field(default_factory=dict)
 
 
 class Source:
@@ -210,7 +214,7 @@ class SampleKey:
 
 @dataclass
 class Sample:
-    images: list[Tensor]  # [3, h, w] a camera, uint8 or (SampleDataset.common_size) float32
+    images: list[Tensor]  # [3, h, w] a camera, uint8 or (common_size) float32; or its cached tokens [tokens, hidden]
     task: str
     state: np.ndarray  # [state_dim]
     has_state: bool
@@ -224,6 +228,29 @@ class Sample:
     name: str
 
 
+def square_sides(sources: list[Source], cameras: tuple[str, ...]) -> dict[str, int]:
+    """Side of the square that the images of a camera become whose size is not the same everywhere."""
+    sizes = {camera: {source.frame_shape(camera)[1:] for source in sources} for camera in cameras}
+    return {camera: max(max(size) for size in found) for camera, found in sizes.items() if len(found) > 1}
+
+
+def common_size(frames: Tensor, square_side: int | None) -> Tensor:
+    """uint8 frames [F, 3, h, w] as recorded, or as float32 squares in [0, 1] of the given side."""
+    return preprocess.resize_with_pad(frames.float() / 255, square_side) if square_side else frames
+
+
+@lru_cache
+def _mapped(path: Path) -> np.ndarray:
+    """Opened once in each process that reads it: a memory-mapped array would be sent to a loader's worker whole."""
+    return np.load(path, mmap_mode="r")
+
+
+def read_features(path: Path, frame: int) -> Tensor:
+    """Cached image tokens of a frame, [tokens, hidden]."""
+    tokens = torch.from_numpy(np.array(_mapped(path)[frame]))
+    return tokens.view(torch.bfloat16) if tokens.dtype == torch.int16 else tokens
+
+
 class SampleDataset(Dataset):
     """Reads the sample of a SampleKey; `random_shift` augments the policy's images (preprocess.random_shift)."""
 
@@ -231,20 +258,7 @@ class SampleDataset(Dataset):
         self.sources, self.spec, self.seed, self.random_shift = sources, spec, seed, random_shift
         # Decided for the run, not for a batch, so that a frame looks the same whichever others it is read with.
         self.label_cameras = (spec.label_camera,) if spec.label_camera else ()
-        sizes = {
-            camera: {source.frame_shape(camera)[1:] for source in sources}
-            for camera in (*spec.cameras, *self.label_cameras)
-        }
-        # Side of the square that the images of a camera become whose size is not the same everywhere.
-        self.square_side = {
-            camera: max(max(size) for size in found) for camera, found in sizes.items() if len(found) > 1
-        }
-
-    def common_size(self, camera: str, frames: Tensor) -> Tensor:
-        """uint8 frames [F, 3, h, w] as recorded; as float32 squares in [0, 1] where the datasets' sizes differ."""
-        if camera not in self.square_side:
-            return frames
-        return preprocess.resize_with_pad(frames.float() / 255, self.square_side[camera])
+        self.square_side = square_sides(sources, (*spec.cameras, *self.label_cameras))
 
     def __getitem__(self, key: SampleKey) -> Sample:
         spec, source = self.spec, self.sources[key.source]
@@ -258,6 +272,10 @@ class SampleDataset(Dataset):
         pair_valid = key.frame + gap < end
         for camera in dict.fromkeys((*spec.cameras, *self.label_cameras)):
             is_label = camera == spec.label_camera
+            if camera in spec.features:
+                images.append(read_features(spec.features[camera][key.source], key.frame))
+                if not is_label:
+                    continue
             # A pair cut by the episode's end is masked; the frame itself stands in, so that shapes agree.
             frames = [key.frame, key.frame + gap * pair_valid] if is_label else [key.frame]
             frames = source.read_frames(camera, episode, frames)
@@ -265,11 +283,11 @@ class SampleDataset(Dataset):
                 pair = frames
                 if camera in self.square_side:
                     pair = preprocess.stretch(frames.float() / 255, spec.pair_size)
-            if camera in spec.cameras:
+            if camera in spec.cameras and camera not in spec.features:
                 image = frames[0]
                 if self.random_shift:
                     image = preprocess.random_shift(image, self.random_shift, rng)
-                images.append(self.common_size(camera, image[None])[0])
+                images.append(common_size(image[None], self.square_side.get(camera))[0])
 
         state, has_state = np.zeros(spec.state_dim, np.float32), spec.state_dim and STATE_KEY in source.features
         actions = np.zeros((spec.chunk_size, spec.action_dim), np.float32)
@@ -494,6 +512,53 @@ def episode_blocks(source: Source, rows: np.ndarray, size: int) -> list[np.ndarr
 def block_loader(blocks: FrameBlocks, num_workers: int) -> DataLoader:
     """The blocks in their order, unbatched."""
     return _loader(blocks, num_workers, batch_size=None)
+
+
+def fill_cache(
+    store: RowCache,
+    source: Source,
+    camera: str,
+    offsets: tuple[int, ...],
+    blocks_of: Callable[[range], list[np.ndarray]],
+    empty: Callable[[int], dict[str, np.ndarray]],
+    compute: Callable[[Tensor, Tensor], dict[str, np.ndarray]],
+    num_workers: int,
+    accelerator: Accelerator,
+) -> None:
+    """Fill a dataset's cache from a camera's frames; every process does its share of the shards.
+
+    blocks_of: the rows of a shard that are computed, in blocks as FrameBlocks takes them
+    empty:     arrays for so many rows; what is not computed stays as it is here
+    compute:   frames and places of a block, as FrameBlocks gives them, on the device -> its rows of every array
+    """
+    if accelerator.is_main_process:
+        store.claim()
+    accelerator.wait_for_everyone()
+    missing = {rows.start for rows in store.missing()}
+    mine = store.shards()[accelerator.process_index :: accelerator.num_processes]
+    plan = [(rows, blocks_of(rows)) for rows in mine if rows.start in missing]
+    blocks = FrameBlocks(source, camera, [block for _, parts in plan for block in parts], offsets)
+    batches = iter(block_loader(blocks, num_workers))
+    progress = tqdm(
+        initial=source.num_frames - sum(len(rows) for rows, _ in plan) * accelerator.num_processes,
+        total=source.num_frames,
+        desc=f"{store.directory.parent.name}/{store.directory.name}",
+        unit="frame",
+        disable=not accelerator.is_main_process,
+    )
+    for rows, parts in plan:
+        arrays = empty(len(rows))
+        for block in parts:
+            frames, places, _ = next(batches)
+            for name, values in compute(frames.to(accelerator.device), places.to(accelerator.device)).items():
+                arrays[name][block - rows.start] = values
+        store.write(rows, arrays)
+        progress.update(len(rows) * accelerator.num_processes)
+    progress.close()
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        store.finish()
+    accelerator.wait_for_everyone()
 
 
 def split_sources(sources: list[Source], config: DataConfig, seed: int) -> tuple[list, list]:

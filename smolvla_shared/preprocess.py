@@ -164,7 +164,9 @@ class Preprocessor:
     def __call__(self, raw: RawBatch, latents: Tensor | None = None) -> Batch:
         """Adds targets for what the raw batch has noise for; latent targets come from `latents` [B, S, D]."""
         config, device = self.config, raw.state.device
-        images, image_mask = stack_cameras([prepare_images(i, config.image_size) for i in raw.images])
+        # A feature cache's image tokens [B, tokens, hidden] come ready.
+        images = [i if i.ndim == 3 else prepare_images(i, config.image_size) for i in raw.images]
+        images, image_mask = stack_cameras(images)
         text, text_mask = to_device(list(self.tokenize(raw.tasks)), device)
         state, state_mask = torch.zeros(len(raw), config.max_state_dim, device=device), raw.state_mask
         if config.state_dim:

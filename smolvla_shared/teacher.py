@@ -166,47 +166,38 @@ def label_dataset(
     laq: LAQ, source: data.Source, camera: str, store: RowCache, config: LabelConfig, accelerator: Accelerator
 ) -> None:
     """Fill the label cache of a dataset; every process does its share of the shards."""
+    slots, width = laq.config.code_seq_len, laq.config.quant_dim
+
+    def empty(num_rows: int) -> dict[str, np.ndarray]:
+        arrays = {
+            "indices": np.zeros((num_rows, slots), np.min_scalar_type(laq.config.codebook_size - 1)),
+            "mask": np.zeros(num_rows, bool),
+        }
+        if config.teacher_kind == "continuous":
+            arrays["continuous"] = np.zeros((num_rows, slots, width), np.float32)
+        return arrays
+
+    def compute(frames: Tensor, places: Tensor) -> dict[str, np.ndarray]:
+        latents = laq.encode(laq.resize(to_float(frames))[places])
+        arrays = {"indices": latents.indices.numpy(force=True), "mask": np.ones(len(places), bool)}
+        if config.teacher_kind == "continuous":
+            arrays["continuous"] = latents.continuous.numpy(force=True)
+        return arrays
+
     if accelerator.is_main_process:
         store.claim()
         np.save(store.directory / "codebook.npy", laq.vq.codebooks.numpy(force=True))
-    accelerator.wait_for_everyone()
-    missing = {rows.start for rows in store.missing()}
-    mine = store.shards()[accelerator.process_index :: accelerator.num_processes]
-    plan = [(rows, source.rows_with_pairs(np.array(rows))) for rows in mine if rows.start in missing]
-    plan = [(rows, data.episode_blocks(source, valid, config.batch_size)) for rows, valid in plan]
-    blocks = data.FrameBlocks(source, camera, [block for _, parts in plan for block in parts], (0, source.gap))
-    batches = iter(data.block_loader(blocks, config.data.num_workers))
-    progress = tqdm(
-        initial=source.num_frames - sum(len(rows) for rows, _ in plan) * accelerator.num_processes,
-        total=source.num_frames,
-        desc=store.directory.name,
-        unit="frame",
-        disable=not accelerator.is_main_process,
+    data.fill_cache(
+        store,
+        source,
+        camera,
+        offsets=(0, source.gap),
+        blocks_of=lambda rows: data.episode_blocks(source, source.rows_with_pairs(np.array(rows)), config.batch_size),
+        empty=empty,
+        compute=compute,
+        num_workers=config.data.num_workers,
+        accelerator=accelerator,
     )
-    slots, width = laq.config.code_seq_len, laq.config.quant_dim
-    for rows, parts in plan:
-        arrays = {
-            "indices": np.zeros((len(rows), slots), np.min_scalar_type(laq.config.codebook_size - 1)),
-            "mask": np.zeros(len(rows), bool),
-        }
-        if config.teacher_kind == "continuous":
-            arrays["continuous"] = np.zeros((len(rows), slots, width), np.float32)
-        for block in parts:
-            pictures, places, _ = next(batches)
-            frames = laq.resize(to_float(pictures.to(accelerator.device)))
-            latents = laq.encode(frames[places.to(accelerator.device)])
-            at = block - rows.start
-            arrays["mask"][at] = True
-            arrays["indices"][at] = latents.indices.numpy(force=True)
-            if config.teacher_kind == "continuous":
-                arrays["continuous"][at] = latents.continuous.numpy(force=True)
-        store.write(rows, arrays)
-        progress.update(len(rows) * accelerator.num_processes)
-    progress.close()
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        store.finish()
-    accelerator.wait_for_everyone()
 
 
 # --- health -----------------------------------------------------------------------------------------------------------
@@ -452,6 +443,13 @@ class TeacherConfig(RunConfig):
     settle_share: float = 0.2
     # Warn when the slots effectively use fewer codes than this on average, three times in a row.
     collapse_below: float = 1.5
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.data.feature_cache:
+            raise ValueError(
+                "--data.feature-cache is of the policy's vision tower, a teacher sees pixels: leave it out"
+            )
 
 
 def start_laq(config: TeacherConfig) -> LAQ:

@@ -175,7 +175,7 @@ class Trunk(nn.Module):
 
     def forward(
         self,
-        images: Tensor,  # [B, N, 3, H, W]
+        images: Tensor,  # [B, N, 3, H, W], or image tokens [B, N, tokens, hidden]
         image_mask: Tensor,  # [B, N]
         text: Tensor,  # [B, L]
         text_mask: Tensor,  # [B, L]
@@ -184,7 +184,8 @@ class Trunk(nn.Module):
     ) -> Prefix:
         # Image and text tokens are scaled as in Gemma-style language models; the state token is not.
         scale = math.sqrt(self.hidden_size)
-        image_tokens = self.embed_images(images) * scale
+        image_tokens = images if images.ndim == 4 else self.embed_images(images)
+        image_tokens = image_tokens.to(self.vlm.dtype) * scale
         image_valid = image_mask[:, :, None].expand(image_tokens.shape[:3])
         if self.has_image_special_tokens:
             image_tokens, image_valid = self.enclose_images(image_tokens, image_valid)
