@@ -24,10 +24,8 @@ LAUNCH = ["-m", "accelerate.commands.launch", "--config_file", "configs/accelera
 # Two checkpoints and two evaluations each.
 SIZES = "--steps 4 --save-every 2 --eval-every 2 --log-every 1 --batch-size 4 --eval-samples 4".split()
 SIZES += "--data.val-fraction 0.2 --optim.lr 1e-3 --optim.warmup-steps 1".split()
-TINY_LAQ = "--laq.dim 32 --laq.quant-dim 8 --laq.image-size 64 --laq.patch-size 8 --laq.spatial-depth 1".split()
-TINY_LAQ += "--laq.temporal-depth 1 --laq.dim-head 16 --laq.heads 2".split()
-# Long enough that the codes do not all collapse into one.
-TINY_LAQ += "--steps 20 --save-every 10 --eval-every 10 --optim.lr 5e-3 --replace-every 4".split()
+# Fine-tuning: a fresh codebook would need long to be used.
+TEACHER_SIZES = "--steps 20 --save-every 10 --eval-every 10 --replace-every 4".split()
 ARTIFACT = Path("artifacts") / "smolvla_shared_stage2_artifact.safetensors"
 TEACHER = Path("checkpoints") / "last" / "pretrained_model" / "laq.safetensors"
 POLICY = Path("checkpoints") / "last" / "pretrained_model"
@@ -44,7 +42,7 @@ def run_well(*command: str | Path) -> str:
 
 
 @pytest.fixture(scope="session")
-def runs(tmp_path_factory, video_dataset, labelled_dataset) -> Path:
+def runs(tmp_path_factory, video_dataset, labelled_dataset, laq_checkpoint) -> Path:
     """The chain, once: a directory with the runs, and what each command printed in <run>.txt."""
     runs = tmp_path_factory.mktemp("runs")
 
@@ -56,7 +54,17 @@ def runs(tmp_path_factory, video_dataset, labelled_dataset) -> Path:
     labelled += ["--chunk-size", "6", "--n-action-steps", "3"]
     teacher = ["--laq-ckpt", runs / "laq" / TEACHER]
     from_artifact = ["--stage2-artifact", runs / "s2" / ARTIFACT]
-    train("laq", *LAUNCH, "-m", "smolvla_shared.teacher", "train", *on_video, *TINY_LAQ)
+    train(
+        "laq",
+        *LAUNCH,
+        "-m",
+        "smolvla_shared.teacher",
+        "train",
+        *on_video,
+        *TEACHER_SIZES,
+        "--init-from",
+        laq_checkpoint,
+    )
     freeze = ["--model.freeze-trunk", "True"]
     train("s2", *LAUNCH, "train_stage2.py", *on_video, *teacher, "--model.preset", "tiny", *freeze)
     train("s3", *LAUNCH, "train_stage3.py", *labelled, *from_artifact, "--ema-decay", "0.5")
