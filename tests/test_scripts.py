@@ -27,7 +27,7 @@ SIZES += "--data.val-fraction 0.2 --optim.lr 1e-3 --optim.warmup-steps 1".split(
 TINY_LAQ = "--laq.dim 32 --laq.quant-dim 8 --laq.image-size 64 --laq.patch-size 8 --laq.spatial-depth 1".split()
 TINY_LAQ += "--laq.temporal-depth 1 --laq.dim-head 16 --laq.heads 2".split()
 # Long enough that the codes do not all collapse into one.
-TINY_LAQ += "--steps 20 --save-every 10 --eval-every 10 --optim.lr 5e-3 --replace-every 4".split()
+TINY_LAQ += "--steps 40 --save-every 20 --eval-every 20 --optim.lr 3e-3 --replace-every 4".split()
 ARTIFACT = Path("artifacts") / "smolvla_shared_stage2_artifact.safetensors"
 TEACHER = Path("checkpoints") / "last" / "pretrained_model" / "laq.safetensors"
 POLICY = Path("checkpoints") / "last" / "pretrained_model"
@@ -80,7 +80,7 @@ def metrics_of(run_dir: Path) -> list[dict[str, float]]:
 @pytest.mark.parametrize(
     "name, targets, every",
     [
-        ("laq", ["reconstruction"], 10),
+        ("laq", ["reconstruction"], 20),
         ("s2", ["latent"], 2),
         ("s3", ["action"], 2),
         ("scratch", ["action"], 2),
