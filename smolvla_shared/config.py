@@ -214,6 +214,8 @@ class RunConfig:
     keep: int = 0
     # Steps between lines of metrics.jsonl.
     log_every: int = 50
+    # Send the metrics to these as well; `pip install` them first. They go on where a resumed run does.
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
     # Steps between evaluations on the held-out episodes.
     eval_every: int = 1_000
     # Held-out samples of an evaluation, over all processes.

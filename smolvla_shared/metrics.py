@@ -3,7 +3,9 @@
 import json
 import os
 import time
+import uuid
 from collections import Counter
+from dataclasses import asdict
 from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
@@ -162,6 +164,22 @@ def verdict(seconds: Counter[str]) -> str:
     return f"compute-bound: {share:.0%} of a step is preprocessing, forward, backward and optimizer"
 
 
+def start_trackers(config: RunConfig, accelerator: Accelerator, step: int) -> None:
+    """Open what --trackers names, on the first process; a resumed run goes on with its records, from `step` on."""
+    id_file = config.run_dir / "wandb_id"
+    if accelerator.is_main_process and "wandb" in config.trackers and not id_file.exists():
+        write_text(id_file, uuid.uuid4().hex)
+    name = config.run_dir.name
+    wandb_id = id_file.read_text() if id_file.exists() else None
+    options = {
+        "tensorboard": {"purge_step": step + 1},
+        "wandb": {"name": name, "id": wandb_id, "resume": "allow", "dir": str(config.run_dir)},
+        "trackio": {"name": name, "resume": "allow"},
+    }
+    settings = {key: str(value) for key, value in asdict(config).items()}
+    accelerator.init_trackers("smolvla_shared", settings, options)
+
+
 class Recorder:
     """Everything that a run tells while it trains: metrics.jsonl, the curves, the bar, and what bounds its speed."""
 
@@ -173,6 +191,7 @@ class Recorder:
         self.step = self.first_step = step
         if self.is_main:
             self.log = MetricsLog(config.run_dir / "metrics.jsonl", step)
+        start_trackers(config, accelerator, step)
 
     def __enter__(self) -> "Recorder":
         name, steps = self.config.run_dir.name, self.config.steps
@@ -183,6 +202,7 @@ class Recorder:
 
     def __exit__(self, error: type[BaseException] | None, *_: Any) -> None:
         self.bar.close()
+        self.accelerator.end_training()
         if error is None and self.step > self.first_step:
             self.accelerator.print(verdict(self.clock.read()))
 
@@ -211,6 +231,7 @@ class Recorder:
         metrics |= {"samples": self.step * self.config.batch_size, "time/samples_per_s": samples_per_s}
         metrics |= {f"time/{phase}": value / steps for phase, value in spent.items()}
         self.log.write({"step": self.step, **metrics})
+        self.accelerator.log(metrics, step=self.step)
 
     def draw(self) -> None:
         if self.is_main:

@@ -5,12 +5,13 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object, set_seed
+from accelerate.utils import ProjectConfiguration, gather_object, set_seed
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.utils.data import DataLoader
@@ -37,8 +38,15 @@ from smolvla_shared.stopping import StopSignals
 
 
 def make_accelerator(config: RunConfig) -> Accelerator:
-    """Accelerate's device placement and mixed precision, and the seed of the initial weights."""
-    accelerator = Accelerator(mixed_precision=config.precision, step_scheduler_with_optimizer=False)
+    """Accelerate's device placement, mixed precision and trackers, and the seed of the initial weights."""
+    if missing := [name for name in config.trackers if not find_spec(name)]:
+        raise ValueError(f"--trackers {' '.join(missing)}: not installed here: pip install {' '.join(missing)}")
+    accelerator = Accelerator(
+        mixed_precision=config.precision,
+        step_scheduler_with_optimizer=False,
+        log_with=list(config.trackers),
+        project_config=ProjectConfiguration(str(config.run_dir), logging_dir=str(config.run_dir / "tensorboard")),
+    )
     check_plugin(accelerator)
     set_seed(config.seed)
     return accelerator

@@ -1,6 +1,19 @@
-"""metrics.py: metrics.jsonl survives a kill, curves are drawn, and where a step's time goes is told in words."""
+"""metrics.py: metrics.jsonl survives a kill, curves are drawn, trackers get the same, and a verdict on the speed."""
 
-from smolvla_shared.metrics import MetricsLog, plot_curves
+import json
+import time
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+from test_training import Regression, make_config, metrics_of, passes, train_points
+
+from smolvla_shared import metrics, training
+from smolvla_shared.checkpoint import check_run
+from smolvla_shared.config import LATENT
+from smolvla_shared.losses import masked_mean
+from smolvla_shared.metrics import MetricsLog, StepClock, plot_curves, verdict
 
 
 def test_a_log_is_cut_at_the_step_of_the_checkpoint(tmp_path):
@@ -18,3 +31,177 @@ def test_curves_are_drawn(tmp_path):
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
     plot_curves([{"step": 1, "lr": 1.0}], tmp_path / "nothing.png")
     assert not (tmp_path / "nothing.png").exists()
+
+
+def test_a_torn_last_line_is_dropped(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "loss/a": 0.5}\n{"step": 2, "loss')
+    log = MetricsLog(path, 5)
+    log.write({"step": 2, "loss/a": 0.25})
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [
+        {"step": 1, "loss/a": 0.5},
+        {"step": 2, "loss/a": 0.25},
+    ]
+
+
+# --- where the time goes ----------------------------------------------------------------------------------------------
+
+
+def test_the_clock_charges_each_phase_with_what_it_took():
+    clock = StepClock(torch.device("cpu"))
+    for _ in range(3):
+        time.sleep(0.01)
+        clock.mark("data")
+        time.sleep(0.03)
+        clock.mark("forward")
+        clock.mark("backward")
+    seconds = clock.read()
+    assert seconds["data"] >= 0.03 and seconds["forward"] >= 0.09
+    assert seconds["backward"] < 0.01 < seconds["data"] < seconds["forward"]
+    assert clock.read() == seconds
+
+
+@pytest.mark.parametrize(
+    "seconds, words",
+    [
+        ({"data": 6.1, "forward": 2, "backward": 1.9, "other": 90}, "data-bound: 61% of a step is waiting for data"),
+        ({"data": 1, "teacher": 5, "forward": 4}, "teacher-bound: 50% of a step is the teacher; write its labels once"),
+        ({"transfer": 3, "forward": 1}, "transfer-bound: 75%"),
+        ({"data": 1, "teacher": 1, "preprocess": 1, "forward": 3, "backward": 4}, "compute-bound: 80% of a step"),
+    ],
+)
+def test_the_verdict_names_what_bounds_the_steps(seconds, words):
+    assert verdict(Counter(seconds)).startswith(words)
+
+
+def test_a_run_whose_data_is_slow_is_called_data_bound(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(metrics, "plot_curves", lambda lines, path: None)
+    config = make_config(tmp_path / "run", steps=25, log_every=5, batch_size=8)
+
+    def slow(step: int):
+        for batch in passes(step):
+            time.sleep(0.02)
+            yield batch
+
+    train_points(config, make_batches=slow)
+    out = capsys.readouterr().out
+    assert out.count("data-bound: ") == 2  # after 20 steps, and at the end
+    assert " s a step, 0:00:00 to go" in out
+    for line in (json.loads(line) for line in (config.run_dir / "metrics.jsonl").read_text().splitlines()):
+        assert line["time/data"] >= 0.02
+        phases = ["transfer", "preprocess", "forward", "backward", "optimizer"]
+        assert all(0 < line[f"time/{phase}"] < line["time/data"] for phase in phases)
+        assert line["time/samples_per_s"] < 8 / 0.02
+
+
+# --- the errors of each slot ------------------------------------------------------------------------------------------
+
+
+def test_latent_errors_are_logged_for_each_slot(tmp_path, monkeypatch):
+    """Means over the valid ones of all steps since the last line."""
+    monkeypatch.setattr(metrics, "plot_curves", lambda lines, path: None)
+    config = make_config(tmp_path / "run", steps=4, log_every=2, accumulation_steps=2)
+    errors, masks = [], []
+
+    def rename(raw):
+        return replace(raw, masks={LATENT: raw.masks["a"], "b": raw.masks["b"]})
+
+    class Renamed(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.core = Regression()
+
+        def forward(self, batch):
+            found = self.core(batch)
+            if torch.is_grad_enabled():
+                errors.append(found["a"].detach().clone())
+                masks.append(batch.masks[LATENT])
+            return {LATENT: found["a"], "b": found["b"]}
+
+    train_points(config, module=Renamed(), prepare=rename)
+    lines = metrics_of(config.run_dir)
+    for number, line in enumerate(lines):
+        error, mask = (torch.cat(of[4 * number : 4 * number + 4]) for of in (errors, masks))
+        for slot in range(5):
+            assert line[f"slot/latent_{slot}"] == pytest.approx(masked_mean(error[:, slot], mask[:, slot]).item())
+        assert "slot/b_0" not in line
+
+
+# --- trackers ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_tracker_that_is_not_installed_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "find_spec", lambda name: None)
+    config = make_config(tmp_path / "run", trackers=("tensorboard", "wandb"))
+    with pytest.raises(ValueError, match="--trackers tensorboard wandb: not installed here: pip install tensorboard w"):
+        training.make_accelerator(config)
+
+
+def train_tracked(config, **options):
+    """A run that is stopped after step 4 and resumed, so that step 4 is sent twice."""
+
+    class Stop(Exception):
+        pass
+
+    def stop(step: int):
+        if step == 5:
+            raise Stop
+        return {}
+
+    with pytest.raises(Stop):
+        train_points(config, training.make_accelerator(config), after_step=stop)
+    resumed = replace(config, resume=True)
+    accelerator = training.make_accelerator(resumed)
+    train_points(resumed, accelerator, resume_from=check_run(resumed, accelerator))
+
+
+@pytest.mark.slow
+def test_tensorboard_gets_the_lines_of_the_log(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config = make_config(tmp_path / "run", steps=7, save_every=3, trackers=("tensorboard",))
+    train_tracked(config)
+    events = EventAccumulator(str(config.run_dir / "tensorboard" / "smolvla_shared")).Reload()
+    lines = metrics_of(config.run_dir)
+    assert {"loss/a", "lr", "grad_norm", "samples", "time/forward"} <= set(events.Tags()["scalars"])
+    for key in ("loss/a", "lr", "grad_norm"):
+        assert [event.step for event in events.Scalars(key)] == [1, 2, 3, 4, 5, 6, 7]
+        assert [event.value for event in events.Scalars(key)] == pytest.approx([line[key] for line in lines])
+
+
+@pytest.mark.slow
+def test_wandb_works_offline(tmp_path, monkeypatch):
+    from wandb.proto.wandb_internal_pb2 import Record
+    from wandb.sdk.internal.datastore import DataStore
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    config = make_config(tmp_path / "run", steps=7, save_every=3, trackers=("wandb",))
+    train_tracked(config)
+    sent, runs = {}, set()
+    for path in sorted((config.run_dir / "wandb").glob("offline-run-*/run-*.wandb")):
+        store = DataStore()
+        store.open_for_scan(str(path))
+        while data := store.scan_data():
+            record = Record.FromString(data)
+            runs |= {record.run.run_id} if record.HasField("run") else set()
+            if record.HasField("history"):
+                values = {
+                    ".".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item
+                }
+                sent[values["_step"]] = values
+    assert len(runs) == 1  # the resumed run goes on with it
+    for line in metrics_of(config.run_dir):
+        assert sent[line["step"]]["loss/a"] == pytest.approx(line["loss/a"])
+
+
+@pytest.mark.slow
+def test_trackio_gets_the_lines_of_the_log(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    config = make_config(tmp_path / "run", steps=3, trackers=("trackio",))
+    train_points(config, training.make_accelerator(config))
+    import sqlite3
+
+    [database] = (tmp_path / "trackio").glob("*.db")
+    rows = sqlite3.connect(database).execute("select step, metrics from metrics order by step").fetchall()
+    assert [step for step, _ in rows] == [1, 2, 3]
+    assert json.loads(rows[2][1])["loss/a"] == pytest.approx(metrics_of(config.run_dir)[2]["loss/a"])

@@ -110,7 +110,9 @@ def train_points(config: RunConfig, accelerator: Accelerator | None = None, **op
     split = accelerator.process_index, accelerator.num_processes, config.accumulation_steps
     options = {"loss_weights": {"b": 0.3}} | options
     module = options.pop("module", None) or Regression()
-    weights = training.train(config, accelerator, module, lambda step: passes(step, *split), lambda raw: raw, **options)
+    make_batches = options.pop("make_batches", lambda step: passes(step, *split))
+    prepare = options.pop("prepare", lambda raw: raw)
+    weights = training.train(config, accelerator, module, make_batches, prepare, **options)
     assert bool(weights) == accelerator.is_main_process
     if weights:
         module.load_state_dict(weights)
