@@ -29,6 +29,7 @@ from smolvla_shared.preprocess import prepare_images
 PREPROCESSING = "1: uint8 / 255, bilinear with padding on the left and top, to [-1, 1]"
 TOWER = ("vision tower", "connector")  # of model.PARTS
 FRAMES_AT_ONCE = 16
+SHARD_ROWS = 256  # what a kill loses at most, a process
 
 
 @dataclass(frozen=True)
@@ -49,9 +50,10 @@ class FeatureKey:
 
 def tower_id(core: SmolVLASharedCore) -> str:
     parts = parameters_by_part(core)
-    weights = fingerprints({part: parts[part] for part in TOWER})
-    about = {"vision": core.config.vlm["vision_config"], "scale_factor": core.config.vlm["scale_factor"]}
-    return hashlib.sha256(json.dumps(about | weights, sort_keys=True).encode()).hexdigest()
+    hashes = fingerprints({name: parameter.detach() for part in TOWER for name, parameter in parts[part].items()})
+    about = {part: hashes[part] for part in TOWER}
+    about |= {name: core.config.vlm[name] for name in ("vision_config", "scale_factor")}
+    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
 
 
 def prepare_features(
@@ -115,7 +117,7 @@ def feature_store(
         dataset=dataset_fingerprint(source.dataset.root),
         versions={name: metadata.version(name) for name in ("torch", "lerobot", data.video_decoder())},
     )
-    return RowCache(directory, asdict(key), source.num_frames)
+    return RowCache(directory, asdict(key), source.num_frames, SHARD_ROWS)
 
 
 def token_shape(core: SmolVLASharedCore) -> tuple[int, int]:

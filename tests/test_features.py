@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 
 from smolvla_shared import data
+from smolvla_shared import features as features_module
 from smolvla_shared.batch import Batch
 from smolvla_shared.cache import RowCache
 from smolvla_shared.config import ACTION, DataConfig, ModelConfig, RunConfig
@@ -99,9 +100,7 @@ def test_features_reach_the_workers_of_a_loader(tmp_path, core, accelerator, ima
 def test_a_filling_that_was_killed_goes_on(tmp_path, core, accelerator, image_dataset, monkeypatch):
     config = run_config(tmp_path, image_dataset, feature_cache_dtype="float32")
     sources = data.open_sources(config.data)
-    monkeypatch.setattr(RowCache, "shard_rows", 50)
-    init = RowCache.__init__
-    monkeypatch.setattr(RowCache, "__init__", lambda self, *args: init(self, *args, 50))
+    monkeypatch.setattr(features_module, "SHARD_ROWS", 50)
     write, written = RowCache.write, []
 
     def die_at_the_third(self, rows, arrays) -> None:
