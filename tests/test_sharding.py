@@ -28,8 +28,8 @@ from smolvla_shared.model import SmolVLASharedCore
 ROOT = Path(__file__).parent.parent
 ARTIFACT = Path("artifacts") / "smolvla_shared_stage2_artifact.safetensors"
 PROCESSES = 2
-# Accumulation, running average, and a checkpoint to resume from; the language layers and heads train, vision does not.
-SIZES = "--steps 20 --save-every 15 --eval-every 20 --log-every 1 --batch-size 4 --accumulation-steps 2".split()
+# Accumulation, a running average that is evaluated halfway, a checkpoint to resume from. Vision is frozen.
+SIZES = "--steps 20 --save-every 15 --eval-every 10 --log-every 1 --batch-size 4 --accumulation-steps 2".split()
 SIZES += "--eval-samples 4 --data.val-fraction 0.2 --data.num-workers 0".split()
 SIZES += "--optim.lr 1e-3 --optim.warmup-steps 2 --ema-decay 0.9".split()
 
