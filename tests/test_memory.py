@@ -61,6 +61,7 @@ def test_weights_gradients_and_optimizer_are_those_of_a_real_step(config):
     assert state_bytes(make_core(config, FROZEN), 2) == {name: size / 2 for name, size in expected.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_the_peak_of_a_pass_is_the_profilers(config, checkpointing, tmp_path):
     """PyTorch's profiler counts every allocation of a real pass; what a kernel needs within itself comes on top."""
