@@ -202,7 +202,8 @@ class Recorder:
 
     def __exit__(self, error: type[BaseException] | None, *_: Any) -> None:
         self.bar.close()
-        self.accelerator.end_training()
+        for tracker in self.accelerator.trackers:  # not end_training(): the processes still have weights to gather
+            tracker.finish()
         if error is None and self.step > self.first_step:
             self.accelerator.print(verdict(self.clock.read()))
 
