@@ -151,7 +151,8 @@ OTHER = "other"  # the phase of evaluating, logging and saving: no part of a ste
 # What is done about a phase that takes long. Above this share of a step it is called its bottleneck.
 BOUND_FROM = 0.25
 ADVICE = {
-    "data": "waiting for data (reading and decoding video); raise --data.num-workers",
+    "data": "waiting for data (reading and decoding video); raise --data.num-workers or cache the "
+    "features of a frozen vision tower (--data.feature-cache)",
     "transfer": "copying to the device",
     "teacher": "the teacher; write its labels once (python -m smolvla_shared.teacher label) and pass --labels cache",
 }
