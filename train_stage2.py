@@ -71,7 +71,7 @@ def main(config: Stage2Config) -> None:
     accelerator.print(data.describe(sources, with_pairs=True))
     accelerator.print(model.parameter_table(core))
     accelerator.print(
-        f"Stage 2: {config.steps} steps of {config.batch_size} samples; cameras {', '.join(cameras)}; {labels.kind} "
+        f"Stage 2: {data.plan(data.group_frames(frames), config)}; cameras {', '.join(cameras)}; {labels.kind} "
         f"latents of teacher {labels.teacher_id[:12]} ({config.labels}) on {label_camera}, {pair_share:.1%} of the "
         f"frames have a pair; label health: {health.get('health', 'not measured (teacher check, --label-health)')}"
     )

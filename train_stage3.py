@@ -144,7 +144,7 @@ def main(config: Stage3Config) -> None:
     accelerator.print(data.describe(sources, with_pairs=labels is not None))
     accelerator.print(model.parameter_table(core))
     accelerator.print(
-        f"Stage 3: {config.steps} steps of {config.batch_size} samples; cameras {', '.join(cameras)}; chunks of "
+        f"Stage 3: {data.plan(groups, config)}; cameras {', '.join(cameras)}; chunks of "
         f"{config.chunk_size} actions of {core_config.action_dim}"
         + (f"; co-training the latent head with weight {config.latent_loss_weight}" if labels else "")
     )

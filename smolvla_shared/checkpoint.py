@@ -23,7 +23,7 @@ from smolvla_shared.weights import file_sha256, sync, write_text
 # of processes, which only change the rounding, and for steps, whose schedule holds from there on.
 FREE_ON_RESUME = {
     *("resume", "run_dir", "steps", "save_every", "keep", "log_every", "eval_every", "trackers"),
-    *("accumulation_steps", "data.num_workers", "model.activation_checkpointing"),
+    *("accumulation_steps", "data.num_workers", "data.feature_cache_gb", "model.activation_checkpointing"),
 }
 FULL_STATE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 STATE_FILE = Path("training_state") / "state.pt"

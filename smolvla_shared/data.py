@@ -580,6 +580,16 @@ def valid_pair_share(sources: list[Source], frames: list[tuple[int, np.ndarray]]
     return valid / total
 
 
+def plan(groups: list[FrameGroup], config: RunConfig) -> str:
+    """How much a run reads, for its first lines: every group of frames so many times over."""
+    slots = StepSampler(groups, config.seed, config.batch_size, 0, 0).slots_of_group
+    epochs = [
+        f"{config.steps * taken / len(group.frames):.3g} x {len(group.frames):,} training frames"
+        for taken, group in zip(slots, groups)
+    ]
+    return f"{config.steps:,} steps of {config.batch_size} samples = {' + '.join(epochs)}"
+
+
 def describe(sources: list[Source], with_pairs: bool) -> str:
     """A line for each dataset, for the first lines of a run."""
     return "\n".join(

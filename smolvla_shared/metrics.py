@@ -35,11 +35,14 @@ class MetricsLog:
         return [json.loads(line) for line in lines if line.endswith("\n")]
 
     def write(self, metrics: dict[str, float]) -> None:
-        """Add a line, on the disk before a checkpoint can be that needs it."""
-        with self.path.open("a") as file:
-            file.write(json.dumps(metrics) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        """Add a line, on the disk before a checkpoint can be that needs it. Raises OSError."""
+        try:
+            with self.path.open("a") as file:
+                file.write(json.dumps(metrics) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise OSError(f"{self.path} could not be written: {error}. Make room and go on with --resume") from error
 
 
 def plot_curves(metrics: list[dict[str, float]], path: Path) -> None:
@@ -148,7 +151,8 @@ OTHER = "other"  # the phase of evaluating, logging and saving: no part of a ste
 # What is done about a phase that takes long. Above this share of a step it is called its bottleneck.
 BOUND_FROM = 0.25
 ADVICE = {
-    "data": "waiting for data (reading and decoding video); raise --data.num-workers",
+    "data": "waiting for data (reading and decoding video); raise --data.num-workers or cache the "
+    "features of a frozen vision tower (--data.feature-cache)",
     "transfer": "copying to the device",
     "teacher": "the teacher; write its labels once (python -m smolvla_shared.teacher label) and pass --labels cache",
 }

@@ -1,6 +1,7 @@
 """Stopping on SIGTERM, SIGINT and SIGUSR1: the step is finished, saved, and the process exits with code 75."""
 
 import json
+import multiprocessing
 import os
 import signal
 from collections.abc import Iterator
@@ -35,6 +36,7 @@ class StopSignals:
     def __init__(self, num_processes: int):
         self.received: signal.Signals | None = None
         self.num_processes = num_processes
+        self.started: list[multiprocessing.process.BaseProcess] = []  # hidden from the signals
 
     def __enter__(self) -> "StopSignals":
         self.before = {number: signal.signal(number, self._receive) for number in SIGNALS}
@@ -44,6 +46,8 @@ class StopSignals:
         return self
 
     def __exit__(self, *_: Any) -> None:
+        for process in self.started:
+            process.kill()  # they would not see the SIGTERM by which Python ends them, and it would wait for ever
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
@@ -82,7 +86,9 @@ class StopSignals:
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # inherited by what is started
         resource_tracker.ensure_running()  # starts a process as well, and unblocks SIGTERM and SIGINT
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        before = set(multiprocessing.active_children())
         try:
             yield
         finally:
+            self.started += set(multiprocessing.active_children()) - before
             signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)

@@ -487,7 +487,8 @@ def train_teacher(config: TeacherConfig) -> None:
     accelerator.print(
         f"LAQ {f'from {config.init_from}' if config.init_from else 'with fresh weights'}: "
         f"{sum(p.numel() for p in laq.parameters()):,} parameters; a latent action is {laq.config.code_seq_len} codes "
-        f"out of {laq.config.codebook_size}; pairs of {label_camera}, {pair_share:.1%} of the frames have one"
+        f"out of {laq.config.codebook_size}; {data.plan(data.group_frames(frames), config)}; pairs of {label_camera}, "
+        f"{pair_share:.1%} of the frames have one"
     )
 
     spec = data.SampleSpec(

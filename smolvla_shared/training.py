@@ -293,11 +293,11 @@ def train(
                 module.train()
             if logs:
                 recorder.write({"lr": rate, "grad_norm": float(grad_norm), **held_out})
-            if evaluates or saves:
-                recorder.draw()
             if saves:
                 save_checkpoint(config, state, accelerator, export)
                 accelerator.wait_for_everyone()
+            if evaluates or saves:
+                recorder.draw()
             if stops:
                 signals.exit(config.run_dir, state.step, accelerator)
             recorder.clock.mark(OTHER)

@@ -1,12 +1,16 @@
 """The real commands, killed, stopped and resumed: each ends as the one that never stopped, to the bit."""
 
+import json
+import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -16,6 +20,7 @@ from safetensors.torch import load_file
 from test_training import equal, metrics_of
 
 from smolvla_shared.checkpoint import STATE_FILE, damage
+from smolvla_shared.stopping import EXIT_STOPPED, STOPPED_FILE
 
 pytestmark = pytest.mark.slow
 
@@ -49,13 +54,17 @@ def commands(video_dataset, labelled_dataset, laq_checkpoint) -> dict[str, list[
 
 
 @pytest.fixture(scope="module")
-def whole(server, commands, tmp_path_factory) -> dict[str, Path]:
-    """The runs that nothing happens to."""
+def whole(server, commands, tmp_path_factory) -> Callable[[str], Path]:
+    """The run of a command that nothing happens to."""
     directory = tmp_path_factory.mktemp("whole")
-    for name, command in commands.items():
-        child = Forked(server, [*command, "--run-dir", directory / name], directory / f"{name}.txt")
+
+    @cache
+    def run(name: str) -> Path:
+        child = Forked(server, [*commands[name], "--run-dir", directory / name], directory / f"{name}.txt")
         assert child.wait() == 0, child.output.read_text()
-    return {name: directory / name for name in commands}
+        return directory / name
+
+    return run
 
 
 def assert_same_run(found: Path, expected: Path) -> None:
@@ -108,4 +117,48 @@ def test_killed_at_any_moment_and_resumed_it_is_the_same_run(server, commands, w
     assert seen["left half-written"] >= 2, seen
     child = Forked(server, [*commands[name], "--run-dir", run_dir, "--resume"], output)
     assert child.wait() == 0, output.read_text()
-    assert_same_run(run_dir, whole[name])
+    assert_same_run(run_dir, whole(name))
+
+
+def test_signals_to_the_whole_process_group_save_and_the_run_goes_on(server, commands, whole, tmp_path):
+    """As Ctrl-C and SLURM send them: to the loader's workers as well, without which no step can be finished."""
+    run_dir, output = tmp_path / "teacher", tmp_path / "output.txt"
+    command = [*commands["teacher"], "--run-dir", run_dir]
+    # The last of an option counts.
+    for number, workers in [(signal.SIGTERM, "1"), (signal.SIGINT, "0"), (signal.SIGUSR1, "0")]:
+        resume = ["--resume"] if run_dir.exists() else []
+        output.write_text("")
+        child = Forked(server, [*command, "--data.num-workers", workers, *resume], output)
+        child.wait_for(lambda: re.search(r" [1-9]\d*/18 \[.*step", output.read_text()))
+        os.killpg(child.pid, number)
+        assert child.wait() == EXIT_STOPPED, output.read_text()
+        stopped = json.loads((run_dir / STOPPED_FILE).read_text())
+        assert stopped["received"] == number.name
+        assert stopped["step"] == torch.load(run_dir / "checkpoints" / "last" / STATE_FILE)["step"] < 12
+    child = Forked(server, [*command, "--resume"], output)
+    assert child.wait() == 0, output.read_text()
+    assert not (run_dir / STOPPED_FILE).exists()
+    assert_same_run(run_dir, whole("teacher"))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may make a small disk")
+def test_a_full_disk_stops_the_command_and_leaves_the_last_checkpoint(server, commands, whole, tmp_path):
+    disk, output = tmp_path / "disk", tmp_path / "output.txt"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=20m", "tmpfs", disk], check=True)
+    try:
+        command = [*commands["teacher"], "--run-dir", disk / "teacher"]
+        child = Forked(server, command, output)
+        child.wait_for((disk / "teacher" / "checkpoints" / "last").exists)
+        room = shutil.disk_usage(disk).free - 100_000
+        (disk / "other").write_bytes(bytes(room))
+        assert child.wait() == 1
+        last = (disk / "teacher" / "checkpoints" / "last").readlink().name
+        error = output.read_text().splitlines()[-1]
+        assert re.search(rf"^OSError: the checkpoint of step \d+ could not be .* {last} is still the last one", error)
+        assert {p.name for p in (disk / "teacher" / "checkpoints").iterdir() if not p.name.isdigit()} == {"last"}
+        (disk / "other").unlink()
+        assert Forked(server, [*command, "--resume"], output).wait() == 0
+        assert_same_run(disk / "teacher", whole("teacher"))
+    finally:
+        subprocess.run(["umount", disk], check=True)

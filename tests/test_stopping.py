@@ -1,8 +1,10 @@
 """stopping.py: signals end a run after the step, saved, in every process; resumed it is the same run."""
 
 import json
+import multiprocessing
 import os
 import signal
+import time
 
 import pytest
 from test_training import equal, make_accelerator, make_config, metrics_of, names_in, train_points
@@ -69,8 +71,17 @@ def test_a_second_interrupt_stops_at_once(tmp_path):
     assert names_in(config.run_dir / "checkpoints") == ["000002", "last"]
 
 
-def test_processes_that_are_started_hidden_do_not_see_the_signals():
+def test_processes_that_are_started_hidden_do_not_see_the_signals_but_end_with_the_training():
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
-    with StopSignals(1).hidden():
-        assert set(SIGNALS) <= signal.pthread_sigmask(signal.SIG_BLOCK, ())
-    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before
+    started = multiprocessing.get_context("forkserver").Process(target=time.sleep, args=(60,), daemon=True)
+    with StopSignals(1) as signals:
+        with signals.hidden():
+            assert set(SIGNALS) <= signal.pthread_sigmask(signal.SIG_BLOCK, ())
+            started.start()
+        assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before
+        for number in SIGNALS:
+            os.kill(started.pid, number)
+        started.join(timeout=0.5)
+        assert started.is_alive()
+    started.join(timeout=5)
+    assert started.exitcode == -signal.SIGKILL
