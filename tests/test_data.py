@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from lerobot.configs.video import RGBEncoderConfig
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
 from smolvla_shared import data
@@ -160,7 +161,8 @@ def test_one_dimensional_vectors_and_channels_first(tmp_path):
         "observation.state": {"dtype": "float32", "shape": (1,), "names": None},
         "action": {"dtype": "float32", "shape": (1,), "names": None},
     }
-    recorded = LeRobotDataset.create(repo_id="thin", fps=10, features=features, root=tmp_path / "thin")
+    h264 = RGBEncoderConfig(vcodec="h264")  # as in conftest.py
+    recorded = LeRobotDataset.create("thin", fps=10, features=features, root=tmp_path / "thin", rgb_encoder=h264)
     for index in range(8):
         picture = np.zeros((3, 32, 64), np.uint8)
         picture[0, :, 32:] = 255  # the right half is red
