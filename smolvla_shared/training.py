@@ -44,7 +44,7 @@ def make_accelerator(config: RunConfig) -> Accelerator:
     accelerator = Accelerator(
         mixed_precision=config.precision,
         step_scheduler_with_optimizer=False,
-        log_with=list(config.trackers),
+        log_with=list(config.trackers) or None,
         project_config=ProjectConfiguration(str(config.run_dir), logging_dir=str(config.run_dir / "tensorboard")),
     )
     check_plugin(accelerator)
