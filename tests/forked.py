@@ -33,7 +33,7 @@ class Forked:
     def is_running(self) -> bool:
         return Path(f"/proc/{self.pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
 
-    def wait_for(self, condition: Callable[[], Any], timeout: float = 60.0) -> None:
+    def wait_for(self, condition: Callable[[], Any], timeout: float = 300.0) -> None:
         """Until the condition holds or the process has ended."""
         end = time.monotonic() + timeout
         while self.is_running() and not condition():

@@ -4,6 +4,7 @@ import importlib
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from smolvla_shared import data, teacher, training
-from smolvla_shared.batch import Batch, FlowTarget
+from smolvla_shared.batch import Batch, FlowTarget, RawBatch
 from smolvla_shared.config import LATENT, DataConfig, ModelConfig, OptimConfig, RunConfig
 from smolvla_shared.laq import load_laq
 from smolvla_shared.losses import masked_mean
@@ -492,6 +493,23 @@ def test_evaluation_leaves_no_trace_in_training(tmp_path, video_dataset, laq_che
     changed = [key for key, value in often.state_dict().items() if not torch.equal(value, start[key])]
     assert any(key.startswith("trunk.vlm.text_model.") for key in changed)
     assert not any(key.startswith(("trunk.vlm.vision_model.", "trunk.vlm.connector.")) for key in changed)
+
+
+def test_a_batch_of_a_step_that_is_not_finite_can_be_loaded(tmp_path, video_dataset, laq_checkpoint):
+    """As the README does. A learning rate beyond all measure: the first step ruins the weights, the second shows it."""
+    ruinous = OptimConfig(lr=1e30, warmup_steps=0)
+    names = re.escape(f"{video_dataset} episode ")
+    with pytest.raises(FloatingPointError, match=rf"not finite at step 2: .*{names}\d frame \d+; {names}"):
+        train_core(tmp_path, video_dataset, laq_checkpoint, optim=ruinous)
+    broken = torch.load(tmp_path / "not_finite" / "process0.pt")
+    core = make_core()
+    core.load_state_dict(broken["weights"])
+    assert len(broken["batches"]) == 2  # accumulation steps
+    for batch in broken["batches"]:
+        raw = RawBatch(**batch)
+        assert len(raw) == 2
+        assert raw.pairs.shape == (2, 2, 3, 96, 96)
+        assert all(key.startswith(str(video_dataset)) for key in raw.keys)
 
 
 class BlockingCopies(TorchFunctionMode):
