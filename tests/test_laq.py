@@ -79,12 +79,12 @@ def test_reference_values(laq_small, expected):
     torch.testing.assert_close(laq_small.reconstruct(frames), expected["reconstruction"], rtol=0, atol=1e-4)
 
 
-def test_codes_of_other_pairs_are_used_as_given(laq_small, expected):
+def test_latents_of_other_pairs_are_used_as_given(laq_small, expected):
     frames = expected["frames"] / 255
-    own, other = expected["indices"], expected["indices"].roll(1, dims=0)
+    own, other = expected["vectors"], expected["vectors"].roll(1, dims=0)
     torch.testing.assert_close(laq_small.reconstruct(frames, own), expected["reconstruction"], rtol=0, atol=1e-4)
     assert (laq_small.reconstruct(frames, other) - expected["reconstruction"]).abs().max() > 1e-2
-    # Nothing of the second frame but its codes reaches the decoder.
+    # Nothing of the second frame but its latent reaches the decoder.
     frozen = frames[:, :1].expand(-1, 2, -1, -1, -1)
     assert torch.equal(laq_small.reconstruct(frozen, own), laq_small.reconstruct(frames, own))
 
@@ -283,9 +283,9 @@ def test_training_learns_the_motion(tiny):
             tiny.vq._usage.zero_()
     with torch.no_grad():
         frames = moving_squares(128, g) / 255
-        indices = tiny.encode(frames).indices
-        error = (tiny.reconstruct(frames, indices) - frames[:, 1]).square().mean()
-        error_with_others_codes = (tiny.reconstruct(frames, indices.roll(1, dims=0)) - frames[:, 1]).square().mean()
+        vectors = tiny.encode(frames).vectors
+        error = (tiny.reconstruct(frames, vectors) - frames[:, 1]).square().mean()
+        error_with_others_codes = (tiny.reconstruct(frames, vectors.roll(1, dims=0)) - frames[:, 1]).square().mean()
     # Copying the first frame is wrong on 32 of 256 pixels. A decoder that ignores the codes gets to 0.43 of that.
     assert error < 0.4 * 32 / 256
     assert error < 0.85 * error_with_others_codes
