@@ -45,11 +45,11 @@ def server() -> Iterator[subprocess.Popen]:
 def commands(video_dataset, labelled_dataset, laq_checkpoint) -> dict[str, list[str | Path]]:
     video, labelled = ["--data.roots", video_dataset], ["--data.roots", labelled_dataset]
     tiny = ["--model.preset", "tiny"]
-    stage3 = ["--chunk-size", "6", "--n-action-steps", "3", "--latent-loss-weight", "0.1"]
+    stage3 = ["--chunk-size", "6", "--n-action-steps", "3"]
     return {
         "teacher": ["-m", "smolvla_shared.teacher", "train", *SIZES, *TINY_LAQ, *video],
         "stage2": ["train_stage2.py", *SIZES, *tiny, *video, "--laq-ckpt", laq_checkpoint],
-        "stage3": ["train_stage3.py", *SIZES, *tiny, *labelled, *stage3, "--laq-ckpt", laq_checkpoint],
+        "stage3": ["train_stage3.py", *SIZES, *tiny, *labelled, *stage3],
     }
 
 
@@ -88,7 +88,7 @@ def assert_same_run(found: Path, expected: Path) -> None:
     assert metrics_of(found) == metrics
 
 
-@pytest.mark.parametrize("name, kills", [("teacher", 7), ("stage2", 6), ("stage3", 7)])
+@pytest.mark.parametrize("name, kills", [("teacher", 7), ("stage2", 5), ("stage3", 8)])
 def test_killed_at_any_moment_and_resumed_it_is_the_same_run(server, commands, whole, tmp_path, name, kills):
     """SIGKILL at random moments: while the command starts, in its steps, and while a checkpoint is written."""
     rng = random.Random(name)
