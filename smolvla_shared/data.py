@@ -57,6 +57,14 @@ class SampleSpec:
     features: dict[str, tuple[Path, ...]] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Videos:
+    """Where each episode of a camera is in its video files."""
+
+    file: np.ndarray  # [episodes, 2], the chunk and file index in a path
+    start: np.ndarray  # [episodes], seconds
+
+
 class Source:
     """One LeRobotDataset: which frames it has, and how to read one.
 
@@ -83,6 +91,12 @@ class Source:
         # A column each, because reading a row decodes every image in it.
         images = {key: self.dataset.hf_dataset.select_columns([key]) for key in self.meta.image_keys}
         self.images = {key: column.with_format(None) for key, column in images.items()}
+        # As columns, because a row of the episodes' metadata takes longer to read than a frame to decode.
+        episodes = self.meta.episodes.with_format("numpy")
+        self.videos = {}
+        for key in self.meta.video_keys:
+            file = [episodes[f"videos/{key}/{name}"] for name in ("chunk_index", "file_index")]
+            self.videos[key] = Videos(np.stack(file, axis=1), np.asarray(episodes[f"videos/{key}/from_timestamp"]))
         self.task_index = np.asarray(self.dataset.hf_dataset.with_format("numpy")["task_index"])
         self.frame_gap_s = config.frame_gap_s
 
@@ -119,18 +133,26 @@ class Source:
     def vector_dim(self, key: str) -> int:
         return self.features[key]["shape"][0] if key in self.features else 0
 
-    def read_frames(self, camera: str, episode: int, frames: list[int]) -> Tensor:
-        """Frames of one episode, by index within the dataset: [len(frames), 3, h, w] uint8."""
-        if camera in self.meta.video_keys:
-            start = self.meta.episodes[episode][f"videos/{camera}/from_timestamp"]
-            times = [start + (frame - int(self.episode_from[episode])) / self.fps for frame in frames]
-            path = self.dataset.root / self.meta.get_video_file_path(episode, camera)
+    def read_frames(self, camera: str, frames: list[int]) -> Tensor:
+        """Frames by index within the dataset: [len(frames), 3, h, w] uint8. A video is decoded in its own order."""
+        if camera not in self.meta.video_keys:
+            images = [np.asarray(self.images[camera][frame][camera]) for frame in frames]
+            return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+        video, rows = self.videos[camera], np.asarray(frames)
+        episodes = np.searchsorted(self.episode_to, rows, side="right")
+        times = video.start[episodes] + (rows - self.episode_from[episodes]) / self.fps
+        pictures = torch.empty(len(rows), *self.frame_shape(camera), dtype=torch.uint8)
+        for chunk, file in np.unique(video.file[episodes], axis=0).tolist():
+            path = self.meta.video_path.format(video_key=camera, chunk_index=chunk, file_index=file)
+            places = np.flatnonzero((video.file[episodes] == (chunk, file)).all(axis=1))
+            places = places[times[places].argsort()]
             # Half a frame: recordings whose clock drifts are read at their nearest frame, not refused hours in.
-            return decode_video_frames(path, times, tolerance_s=0.5 / self.fps, return_uint8=True).view(
-                len(frames), *self.frame_shape(camera)
+            decoded = decode_video_frames(
+                self.dataset.root / path, times[places].tolist(), tolerance_s=0.5 / self.fps, return_uint8=True
             )
-        images = [np.asarray(self.images[camera][frame][camera]) for frame in frames]
-        return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+            for place, picture in zip(places, decoded):
+                pictures[place] = picture
+        return pictures
 
     def frame_shape(self, camera: str) -> tuple[int, int, int]:
         """(3, h, w) of the recorded frames."""
@@ -261,33 +283,56 @@ class SampleDataset(Dataset):
         self.square_side = square_sides(sources, (*spec.cameras, *self.label_cameras))
 
     def __getitem__(self, key: SampleKey) -> Sample:
+        return self.__getitems__([key])[0]
+
+    def __getitems__(self, keys: list[SampleKey]) -> list[Sample]:
+        """The samples of a batch (called by DataLoader), whose frames are decoded together."""
+        wanted = [self.wanted_frames(key) for key in keys]
+        pictures: list[dict[str, Tensor]] = [{} for _ in keys]
+        for index, source in enumerate(self.sources):
+            places = [place for place, key in enumerate(keys) if key.source == index]
+            for camera in wanted[places[0]] if places else []:
+                frames = [wanted[place][camera] for place in places]
+                together = source.read_frames(camera, [frame for some in frames for frame in some])
+                for place, own in zip(places, together.split([len(some) for some in frames])):
+                    pictures[place][camera] = own
+        return [self.sample(key, own) for key, own in zip(keys, pictures)]
+
+    def has_pair(self, key: SampleKey) -> bool:
+        source = self.sources[key.source]
+        return key.frame + source.gap < source.episode_to[source.episode_of(key.frame)]
+
+    def wanted_frames(self, key: SampleKey) -> dict[str, list[int]]:
+        """The frames of each camera that a sample is made of. Of a pair that the episode's end cuts, which is masked,
+        the frame itself stands in for the second, so that shapes agree.
+        """
+        wanted = {camera: [key.frame] for camera in self.spec.cameras if camera not in self.spec.features}
+        for camera in self.label_cameras:
+            wanted[camera] = [key.frame, key.frame + self.sources[key.source].gap * self.has_pair(key)]
+        return wanted
+
+    def sample(self, key: SampleKey, pictures: dict[str, Tensor]) -> Sample:
+        """From its wanted frames [F, 3, h, w] of each camera."""
         spec, source = self.spec, self.sources[key.source]
         rng = np.random.default_rng([self.seed, key.step, key.slot])
         episode = source.episode_of(key.frame)
         end = int(source.episode_to[episode])
 
         images, pair = [], None
-        # Latents that come from a cache need to know, too, where the episode is too short for a pair.
-        gap = source.gap if spec.label_camera or LATENT in spec.draws else 0
-        pair_valid = key.frame + gap < end
-        for camera in dict.fromkeys((*spec.cameras, *self.label_cameras)):
-            is_label = camera == spec.label_camera
+        for camera in spec.cameras:
             if camera in spec.features:
                 images.append(read_features(spec.features[camera][key.source], key.frame))
-                if not is_label:
-                    continue
-            # A pair cut by the episode's end is masked; the frame itself stands in, so that shapes agree.
-            frames = [key.frame, key.frame + gap * pair_valid] if is_label else [key.frame]
-            frames = source.read_frames(camera, episode, frames)
-            if is_label:
-                pair = frames
-                if camera in self.square_side:
-                    pair = preprocess.stretch(frames.float() / 255, spec.pair_size)
-            if camera in spec.cameras and camera not in spec.features:
-                image = frames[0]
-                if self.random_shift:
-                    image = preprocess.random_shift(image, self.random_shift, rng)
-                images.append(common_size(image[None], self.square_side.get(camera))[0])
+                continue
+            image = pictures[camera][0]
+            if self.random_shift:
+                image = preprocess.random_shift(image, self.random_shift, rng)
+            images.append(common_size(image[None], self.square_side.get(camera))[0])
+        for camera in self.label_cameras:
+            pair = pictures[camera]
+            if camera in self.square_side:
+                pair = preprocess.stretch(pair.float() / 255, spec.pair_size)
+        # Latents that come from a cache need to know, too, where the episode is too short for a pair.
+        pair_valid = self.has_pair(key) if spec.label_camera or LATENT in spec.draws else True
 
         state, has_state = np.zeros(spec.state_dim, np.float32), spec.state_dim and STATE_KEY in source.features
         actions = np.zeros((spec.chunk_size, spec.action_dim), np.float32)
@@ -498,7 +543,7 @@ class FrameBlocks(Dataset):
         wanted = rows[:, None] + self.offsets
         valid = (wanted >= self.source.episode_from[episode]) & (wanted < self.source.episode_to[episode])
         frames, place = np.unique(np.where(valid, wanted, rows[:, None]), return_inverse=True)
-        pictures = self.source.read_frames(self.camera, episode, frames.tolist())
+        pictures = self.source.read_frames(self.camera, frames.tolist())
         return pictures, torch.from_numpy(place.reshape(wanted.shape)), torch.from_numpy(valid)
 
 

@@ -330,6 +330,16 @@ def test_draws_are_a_function_of_seed_step_and_slot(video):
     assert torch.equal(draw(0, 4, 2, shift=0).images[0], base.pair[0])
 
 
+def test_a_batch_decoded_together_is_its_samples(video, images):
+    """Frames of several episodes, out of order and repeated, of two datasets."""
+    dataset = SampleDataset([video, images], replace(SPEC, pair_size=40), seed=0, random_shift=0.1)
+    places = [(0, 150), (1, 60), (0, 3), (0, 150), (1, 0), (0, 19), (0, 20)]
+    keys = [data.SampleKey(0, slot, *place) for slot, place in enumerate(places)]
+    together = dataset.__getitems__(keys)
+    for key, sample in zip(keys, together):
+        assert_equal(data.collate([sample]), data.collate([dataset[key]]))
+
+
 @pytest.mark.slow
 def test_worker_processes_change_nothing(video, images):
     groups = groups_of(60, 60, shares=(0.5, 0.5))

@@ -226,6 +226,8 @@ def test_wrong_inputs_leave_no_run_directory(tmp_path, video_dataset):
     batch = replace(config, data=replace(config.data, cameras=("observation.images.top",)))
     with pytest.raises(ValueError, match="every dataset must have every camera"):
         train_teacher(batch)
+    with pytest.raises(ValueError, match=r"--data\.feature-cache is of the policy's vision tower"):
+        replace(config, data=replace(config.data, feature_cache=tmp_path / "features"))
     assert not config.run_dir.exists()
 
 
