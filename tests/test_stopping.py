@@ -73,7 +73,8 @@ def test_a_second_interrupt_stops_at_once(tmp_path):
 
 def test_processes_that_are_started_hidden_do_not_see_the_signals_but_end_with_the_training():
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
-    started = multiprocessing.get_context("forkserver").Process(target=time.sleep, args=(60,), daemon=True)
+    # Spawned: a fork server may run already, from another test, and would hand on the mask that it was started with.
+    started = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(60,), daemon=True)
     with StopSignals(1) as signals:
         with signals.hidden():
             assert set(SIGNALS) <= signal.pthread_sigmask(signal.SIG_BLOCK, ())
