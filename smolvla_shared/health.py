@@ -153,7 +153,9 @@ def explained_share(features: Tensor, targets: Tensor, episodes: Tensor) -> floa
 
 
 def centred_cosine(one: Tensor, other: Tensor) -> float | None:  # [N, F]
-    """Mean cosine of the rows of two sets, each around its own mean; None where a set does not vary."""
+    """Mean cosine of the rows of two sets, each around its own mean; None where a set does not vary, or has one row."""
+    if len(one) < 2:
+        return None
     centred = [rows - rows.mean(0) for rows in (one, other)]
     if any(c.norm() < 1e-5 * rows.norm() for c, rows in zip(centred, (one, other))):
         return None
@@ -177,8 +179,8 @@ class Observations:
     actions: Tensor  # [N, A], summed over the gap; NaN where a dataset has none
     still_indices: Tensor  # [M, S], of (x, x)
     still_latents: Tensor  # [M, S * D]
-    past_to_now: Tensor  # [M, S * D]
-    future_to_now: Tensor  # [M, S * D]
+    past_to_now: Tensor  # [L, S * D], where the episode has a frame a gap before
+    future_to_now: Tensor  # [L, S * D], likewise
     own_error: Tensor  # [M], squared error of the second frame's reconstruction from the pair's own latent
     other_error: Tensor  # [M], from another pair's
     copy_error: Tensor  # [M], of the first frame as a prediction

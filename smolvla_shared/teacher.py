@@ -7,6 +7,7 @@ python -m smolvla_shared.teacher check --laq-ckpt laq.safetensors --data.roots m
 
 import collections
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
@@ -134,6 +135,8 @@ class LabelConfig(TeacherOptions):
     """Write the latent actions of every frame of the datasets into a cache, for --labels cache of the scripts. A
     command that was killed goes on where it stopped when it is run again."""
 
+    # The teacher: a .safetensors file of `teacher train`, or LAPA's .pt file.
+    laq_ckpt: Path
     # Directory of the label cache; each dataset gets one of its own in it.
     label_cache: Path
     # Which recordings, and which pairs of their frames.
@@ -208,6 +211,8 @@ class CheckConfig(TeacherOptions):
     """Measure whether a teacher's latent actions are worth learning: writes label_health.json and pictures, prints a
     verdict with reasons, and exits with code 1 if it fails."""
 
+    # The teacher: a .safetensors file of `teacher train`, or LAPA's .pt file.
+    laq_ckpt: Path
     # New directory for the report and its pictures.
     out: Path
     # Recordings to measure on. Where they have actions, probes tell how much of them is in the latents.
@@ -222,6 +227,12 @@ class CheckConfig(TeacherOptions):
     actions: Literal["sum", "change"] = "sum"
     # Which pairs are drawn, and the random teacher's weights.
     seed: int = 0
+
+    def __post_init__(self):
+        if min(self.pairs, self.detailed_pairs) < 2:
+            raise ValueError(
+                f"--pairs and --detailed-pairs must be at least 2, got {self.pairs} and {self.detailed_pairs}"
+            )
 
 
 @torch.no_grad()
@@ -248,59 +259,93 @@ def summed_actions(source: data.Source, rows: np.ndarray, mode: str, dim: int) -
     return total[rows + source.gap] - total[rows]
 
 
+def draw_rows(sources: list[data.Source], config: CheckConfig) -> list[np.ndarray]:
+    """Rows with pairs, drawn from each source in proportion to what it has; sorted."""
+    rng = np.random.default_rng(config.seed)
+    valid = [source.rows_with_pairs(np.arange(source.num_frames)) for source in sources]
+    share = min(1.0, config.pairs / sum(map(len, valid)))
+    return [np.sort(rng.choice(rows, round(share * len(rows)), replace=False)) for rows in valid]
+
+
+def teacher_frames(
+    teacher: OnlineLabels, source: data.Source, rows: np.ndarray, gaps: tuple[int, ...], num_workers: int
+) -> Iterator[tuple[np.ndarray, Tensor, Tensor]]:
+    """Blocks of rows, the frames that lie `gaps` gaps from each [n, gaps, 3, H, W] as the teacher sees them, and
+    whether the episode has them [n, gaps].
+    """
+    blocks = data.episode_blocks(source, rows, size=64)
+    frames = data.FrameBlocks(source, teacher.camera, blocks, tuple(gap * source.gap for gap in gaps))
+    device = teacher.laq.vq.codebooks.device
+    progress = tqdm(total=len(rows), desc=f"{Path(source.name).name}, gap {source.gap_s:.3g} s", unit="pair")
+    for block, (pictures, places, has) in zip(blocks, data.block_loader(frames, num_workers)):
+        yield block, teacher.laq.resize(to_float(pictures.to(device)))[places.to(device)], has
+        progress.update(len(block))
+    progress.close()
+
+
 @torch.no_grad()
 def observe(
-    teacher: OnlineLabels, sources: list[data.Source], config: CheckConfig, num_pairs: int, num_detailed: int
+    teacher: OnlineLabels, sources: list[data.Source], config: CheckConfig
 ) -> tuple[health.Observations, Tensor, Tensor]:
     """What health.py judges, of pairs drawn from the sources; and (past, present, future) frames [M, 3, 3, H, W] of the
     detailed ones with their latents [M, S, D].
     """
-    rng, laq = np.random.default_rng(config.seed), teacher.laq
-    device = laq.vq.codebooks.device
-    valid = [source.rows_with_pairs(np.arange(source.num_frames)) for source in sources]
-    share = min(1.0, num_pairs / sum(map(len, valid)))
+    drawn = draw_rows(sources, config)
+    total = sum(map(len, drawn))
+    is_detailed = torch.zeros(total, dtype=torch.bool)
+    order = torch.randperm(total, generator=torch.Generator().manual_seed(config.seed))
+    is_detailed[order[: config.detailed_pairs]] = True
     dim = data.common_dim(sources, data.ACTION_KEY)
     columns = collections.defaultdict(list)
-    triples, triple_latents = [], []
+    detailed = collections.defaultdict(list)
     control = None
-    first_episode = 0
-    progress = tqdm(total=round(share * sum(map(len, valid))), desc=f"pairs, gap {config.data.frame_gap_s} s")
-    for source, rows in zip(sources, valid):
-        drawn = np.sort(rng.choice(rows, round(share * len(rows)), replace=False))
-        columns["actions"].append(summed_actions(source, drawn, config.actions, dim))
-        parts = data.episode_blocks(source, drawn, size=64)
-        blocks = data.FrameBlocks(source, teacher.camera, parts, (-source.gap, 0, source.gap))
-        for part, (pictures, places, has) in zip(parts, data.block_loader(blocks, config.data.num_workers)):
-            frames = laq.resize(to_float(pictures.to(device)))[places.to(device)]  # [n, 3, 3, H, W]
-            now, future = frames[:, 1], frames[:, 2]
+    seen = first_episode = 0
+    for source, rows in zip(sources, drawn):
+        columns["actions"].append(summed_actions(source, rows, config.actions, dim))
+        for block, frames, has in teacher_frames(teacher, source, rows, (-1, 0, 1), config.data.num_workers):
+            pairs = frames[:, 1:]
             if control is None:
-                control = OnlineLabels(random_teacher(laq, frames[:, 1:], config.seed), teacher.kind, teacher.camera)
-            codes = laq.encode(frames[:, 1:])
+                control = OnlineLabels(random_teacher(teacher.laq, pairs, config.seed), teacher.kind, teacher.camera)
+            codes = teacher.laq.encode(pairs)
             latents = teacher.choose(codes)
-            detailed = has[:, 0] & torch.from_numpy(rng.random(len(part)) < num_detailed / num_pairs)
-            triples.append(frames[detailed.to(device)].cpu())
-            triple_latents.append(latents[detailed.to(device)].cpu())
             new = {
-                "episodes": torch.full((len(part),), first_episode + source.episode_of(part[0])),
+                "episodes": torch.full((len(block),), first_episode + source.episode_of(block[0])),
                 "indices": codes.indices,
                 "latents": latents.flatten(1),
-                "random_latents": control.choose(control.laq.encode(frames[:, 1:])).flatten(1),
-                "change": health.cell_change(now, future).amax(1),
-                "shift": health.image_shift(now.cpu(), future.cpu()),
+                "random_latents": control.choose(control.laq.encode(pairs)).flatten(1),
+                "change": health.cell_change(*pairs.unbind(1)).amax(1),
+                "shift": health.image_shift(*pairs.cpu().unbind(1)),
             }
-            for name, values in new.items():
-                columns[name].append(values.cpu())
-            progress.update(len(part))
+            some = is_detailed[seen : seen + len(block)]
+            kept = {"triples": frames, "latents": latents, "has_past": has[:, 0]}
+            for into, values in ((columns, new), (detailed, {n: v.cpu()[some] for n, v in kept.items()})):
+                for name, value in values.items():
+                    into[name].append(value.cpu())
+            seen += len(block)
         first_episode += len(source.episode_from)
-    progress.close()
-    frames, latents = torch.cat(triples), torch.cat(triple_latents)
-    detail = observe_details(teacher, frames, latents)
-    return health.Observations(**{name: torch.cat(v) for name, v in columns.items()}, **detail), frames, latents
+    details = {name: torch.cat(values) for name, values in detailed.items()}
+    found = {name: torch.cat(values) for name, values in columns.items()} | observe_details(teacher, **details)
+    return health.Observations(**found), details["triples"], details["latents"]
 
 
 @torch.no_grad()
-def observe_details(teacher: OnlineLabels, triples: Tensor, latents: Tensor) -> dict[str, Tensor]:
-    """The costlier measurements: still pairs, the present from either side, reconstruction."""
+def probe_at(teacher: OnlineLabels, sources: list[data.Source], config: CheckConfig) -> list[float | None] | None:
+    """health.probe at the frame gap of these sources, which have actions."""
+    dim, columns, first_episode = data.common_dim(sources, data.ACTION_KEY), collections.defaultdict(list), 0
+    for source, rows in zip(sources, draw_rows(sources, config)):
+        columns["actions"].append(summed_actions(source, rows, config.actions, dim))
+        for block, pairs, _ in teacher_frames(teacher, source, rows, (0, 1), config.data.num_workers):
+            columns["latents"].append(teacher.choose(teacher.laq.encode(pairs)).flatten(1).cpu())
+            columns["episodes"].append(torch.full((len(block),), first_episode + source.episode_of(block[0])))
+        first_episode += len(source.episode_from)
+    return health.probe(**{name: torch.cat(values) for name, values in columns.items()})
+
+
+@torch.no_grad()
+def observe_details(
+    teacher: OnlineLabels, triples: Tensor, latents: Tensor, has_past: Tensor
+) -> dict[str, Tensor]:  # [M, 3, 3, H, W], [M, S, D], [M]
+    """The costlier measurements: still pairs, the present from either side (where it has a past), reconstruction."""
     laq = teacher.laq
     device = laq.vq.codebooks.device
     columns = collections.defaultdict(list)
@@ -308,7 +353,7 @@ def observe_details(teacher: OnlineLabels, triples: Tensor, latents: Tensor) -> 
     order = torch.randperm(len(latents), generator=torch.Generator().manual_seed(0))
     others = torch.empty_like(latents)
     others[order] = latents[order.roll(1)]
-    for frames, own, other in zip(triples.split(64), latents.split(64), others.split(64)):
+    for frames, own, other, has in zip(*(values.split(64) for values in (triples, latents, others, has_past))):
         frames = frames.to(device)
         past, now, future = frames.unbind(1)
         still = laq.encode(torch.stack([now, now], dim=1))
@@ -322,7 +367,7 @@ def observe_details(teacher: OnlineLabels, triples: Tensor, latents: Tensor) -> 
             "copy_error": (now - future).square().mean((1, 2, 3)),
         }
         for name, values in new.items():
-            columns[name].append(values.cpu())
+            columns[name].append(values.cpu()[has] if name.endswith("_to_now") else values.cpu())
     return {name: torch.cat(values) for name, values in columns.items()}
 
 
@@ -365,13 +410,9 @@ def check(config: CheckConfig) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     teacher = OnlineLabels(laq.to(device), config.teacher_kind, camera)
 
-    seen, triples, latents = observe(teacher, sources, config, config.pairs, config.detailed_pairs)
+    seen, triples, latents = observe(teacher, sources, config)
     found = health.measure(seen, laq.config.codebook_size) | {"invalid_share": 1 - valid_share}
-    sweep = {}
-    for gap, others in by_gap.items():
-        at_gap = replace(config, data=replace(config.data, frame_gap_s=gap))
-        seen_there, _, _ = observe(teacher, others, at_gap, config.pairs, num_detailed=1)
-        sweep[gap] = health.probe(seen_there.latents, seen_there.actions, seen_there.episodes)
+    sweep = {gap: probe_at(teacher, others, config) for gap, others in by_gap.items()}
     found["probe_by_gap"] = sweep
     failures, warnings = health.judge(found, config.teacher_kind)
     verdict = health.Verdict(

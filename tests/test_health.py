@@ -202,15 +202,20 @@ def laq(laq_checkpoint) -> LAQ:
 def test_a_teacher_that_encodes_the_action_scores_near_1(laq, labelled_dataset, tmp_path):
     sees = SeesTheSquare(laq.config)
     config = CheckConfig(
-        out=tmp_path, data=SourceConfig(roots=(labelled_dataset,), frame_gap_s=0.2, num_workers=0), pairs=400
+        out=tmp_path,
+        data=SourceConfig(roots=(labelled_dataset,), frame_gap_s=0.2, num_workers=0),
+        pairs=400,
+        laq_ckpt=tmp_path,
     )
     sources = data.open_sources(config.data)
-    seen, triples, latents = observe(OnlineLabels(sees, "continuous", CAMERA), sources, config, 400, 40)
+    seen, triples, latents = observe(
+        OnlineLabels(sees, "continuous", CAMERA), sources, replace(config, detailed_pairs=40)
+    )
     by_hand = np.array(sources[0].dataset.hf_dataset["action"])
     assert seen.actions.shape[1] == 4
     rows = sources[0].rows_with_pairs(np.arange(sources[0].num_frames))  # all of them: there are fewer than asked for
     assert np.allclose(seen.actions, [by_hand[row : row + 4].sum(0) for row in rows], atol=1e-5)
-    assert 0 < len(triples) == len(latents) < 80
+    assert len(triples) == len(latents) == 40
     scores = health.probe(seen.latents, seen.actions, seen.episodes)
     assert min(scores[:2]) > 0.95  # the square's velocity
     assert abs(scores[3]) < 0.2  # noise
@@ -236,6 +241,15 @@ def test_a_random_teacher_fails(laq_checkpoint, labelled_dataset, tmp_path, caps
     assert all(reason in printed for reason in report["reasons"])
     for picture in ("codes", "transfer", "probe"):
         assert (tmp_path / "check" / f"{picture}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_episodes_too_short_for_a_past_leave_the_leakage_unmeasured(laq_checkpoint, video_dataset, tmp_path):
+    """20 to 27 frames and a gap of 18: no frame has another a gap before it and a gap behind."""
+    gap = ["--data.frame-gap-s", 0.9, "--detailed-pairs", 5]
+    _, report = run_check(tmp_path, "--laq-ckpt", laq_checkpoint, "--data.roots", video_dataset, *gap)
+    assert report["measured"]["leakage"] is None
+    assert report["measured"]["reconstruction"]["own_latent"] > 0
+    assert report["measured"]["pairs"] == sum(n - 18 for n in range(20, 28))
 
 
 def test_a_collapsed_teacher_fails(laq, video_dataset, tmp_path):
@@ -299,10 +313,17 @@ def test_a_teacher_of_a_shaking_camera_fails(tmp_path):
     assert [reason.split(":")[0] for reason in report["reasons"]] == ["camera motion"], report
 
 
-def test_what_a_user_can_get_wrong(laq_checkpoint, video_dataset, tmp_path):
+def test_what_a_user_can_get_wrong(laq_checkpoint, video_dataset, tmp_path, capsys):
     config = CheckConfig(out=tmp_path, laq_ckpt=laq_checkpoint, data=SourceConfig(roots=(video_dataset,)))
     with pytest.raises(ValueError, match=r"--out .* exists: name a new directory"):
         check(config)
+    for command in ("check", "label"):
+        with pytest.raises(SystemExit) as exit_:
+            main([command, "--data.roots", "x", "--out", "y", "--label-cache", "z"])
+        assert exit_.value.code == 2
+        assert "--laq-ckpt" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="must be at least 2, got 1 and 500"):
+        replace(config, pairs=1)
     new = replace(config, out=tmp_path / "new", gaps=(0.1,))
     with pytest.raises(ValueError, match="none of the datasets has actions"):
         check(new)
