@@ -317,9 +317,9 @@ def test_what_a_user_can_get_wrong(laq_checkpoint, video_dataset, tmp_path, caps
     config = CheckConfig(out=tmp_path, laq_ckpt=laq_checkpoint, data=SourceConfig(roots=(video_dataset,)))
     with pytest.raises(ValueError, match=r"--out .* exists: name a new directory"):
         check(config)
-    for command in ("check", "label"):
+    for command, directory in {"check": "--out", "label": "--label-cache"}.items():
         with pytest.raises(SystemExit) as exit_:
-            main([command, "--data.roots", "x", "--out", "y", "--label-cache", "z"])
+            main([command, "--data.roots", "x", directory, "y"])
         assert exit_.value.code == 2
         assert "--laq-ckpt" in capsys.readouterr().err
     with pytest.raises(ValueError, match="must be at least 2, got 1 and 500"):
