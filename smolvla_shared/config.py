@@ -244,11 +244,8 @@ class RunConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherOptions:
-    """Which teacher, and which of its latents."""
+    """How a teacher is read, and which of its latents are the labels."""
 
-    # The teacher: a .safetensors file of `python -m smolvla_shared.teacher train`, or LAPA's .pt file. With --labels
-    # cache it may be left out: the cache says whose labels it holds.
-    laq_ckpt: Path | None = None
     # Codes of a latent action, where a LAPA file does not say (4 if not given).
     laq_code_seq_len: int | None = None
     # Side of the teacher's images in pixels, where a LAPA file does not say (256 if not given).
@@ -261,6 +258,9 @@ class TeacherOptions:
 class LatentConfig(RunConfig, TeacherOptions):
     """The options of the scripts that learn latent actions: whose, and where the labels come from."""
 
+    # The teacher: a .safetensors file of `python -m smolvla_shared.teacher train`, or LAPA's .pt file. With --labels
+    # cache it may be left out: the cache says whose labels it holds.
+    laq_ckpt: Path | None = None
     # Run the teacher in every step, or read what `python -m smolvla_shared.teacher label` has written.
     labels: Literal["online", "cache"] = "online"
     # Directory of the label cache.
