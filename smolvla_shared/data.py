@@ -30,6 +30,7 @@ from smolvla_shared.batch import RawBatch
 from smolvla_shared.cache import RowCache
 from smolvla_shared.config import LATENT, DataConfig, RunConfig, SourceConfig
 from smolvla_shared.preprocess import Statistics
+from smolvla_shared.stopping import hide_worker
 
 STATE_KEY, ACTION_KEY = "observation.state", "action"
 
@@ -474,7 +475,7 @@ class StepSampler(Sampler[list[SampleKey]]):
 
 def make_loader(dataset: SampleDataset, sampler: StepSampler, num_workers: int) -> DataLoader:
     """Batches in the sampler's order."""
-    return _loader(dataset, num_workers, batch_sampler=sampler, collate_fn=collate)
+    return _loader(dataset, num_workers, batch_sampler=sampler, collate_fn=collate, worker_init_fn=hide_worker)
 
 
 def _loader(dataset: Dataset, num_workers: int, **options: Any) -> DataLoader:

@@ -92,3 +92,10 @@ class StopSignals:
         finally:
             self.started += set(multiprocessing.active_children()) - before
             signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
+
+def hide_worker(worker: int) -> None:
+    """A DataLoader's worker_init_fn, for workers of a fork server that started before `StopSignals.hidden`, to fill a
+    cache: they come with its mask.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)

@@ -8,8 +8,9 @@ import time
 
 import pytest
 from test_training import equal, make_accelerator, make_config, metrics_of, names_in, train_points
+from torch.utils.data import Dataset
 
-from smolvla_shared import metrics
+from smolvla_shared import data, metrics
 from smolvla_shared.checkpoint import check_run
 from smolvla_shared.stopping import EXIT_STOPPED, SIGNALS, STOPPED_FILE, StopSignals
 
@@ -86,3 +87,20 @@ def test_processes_that_are_started_hidden_do_not_see_the_signals_but_end_with_t
         assert started.is_alive()
     started.join(timeout=5)
     assert started.exitcode == -signal.SIGKILL
+
+
+class Masks(Dataset):
+    """What a loader's worker blocks."""
+
+    def __getitem__(self, key: int) -> list[int]:
+        return sorted(signal.pthread_sigmask(signal.SIG_BLOCK, ()))
+
+
+def test_workers_of_a_fork_server_that_runs_already_do_not_see_the_signals_either(monkeypatch):
+    """It runs since the caches were filled, before the training, and with the mask of that time."""
+    started = multiprocessing.get_context("forkserver").Process(target=time.sleep, args=(0,))
+    started.start()
+    started.join()
+    monkeypatch.setattr(data, "collate", list)
+    (masks,) = data.make_loader(Masks(), [[0]], num_workers=1)
+    assert set(SIGNALS) <= set(masks[0])
