@@ -87,6 +87,12 @@ def held_out_errors(
     return {key: total / max(count, 1) for key, (total, count) in reduced.items()}
 
 
+def make_optimizer(parameters: list[nn.Parameter], config: OptimConfig) -> torch.optim.AdamW:
+    """AdamW in one kernel a parameter, which on a CPU, too, takes a fraction of the time of PyTorch's default."""
+    options = {"lr": config.lr, "betas": config.betas, "weight_decay": config.weight_decay}
+    return torch.optim.AdamW(parameters, **options, fused=True)
+
+
 def learning_rate(step: int, num_steps: int, config: OptimConfig) -> float:
     """Linear warm-up, then a cosine from the peak down to its final share; `step` counts from 0."""
     if step < config.warmup_steps:
@@ -245,7 +251,7 @@ def train(
     optim = config.optim
     prepared = distribute(module, accelerator)
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay, fused=True)
+    optimizer = make_optimizer(trained, optim)
     state = TrainingState(module, optimizer)
     if config.ema_decay:
         state.ema = {n: p.detach().clone() for n, p in module.named_parameters() if p.requires_grad}
