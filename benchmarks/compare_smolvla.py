@@ -199,7 +199,7 @@ def our_loss(core: SmolVLASharedCore, batch: Batch) -> Tensor:
 
 
 class Trainer:
-    """Training steps of a model, forward, backward, clipping and update, with the optimizer of its own training loop."""
+    """Training steps of a model: forward, backward, clipping, update; with the optimizer of its own training loop."""
 
     def __init__(self, module: nn.Module):
         self.parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
