@@ -78,7 +78,9 @@ class RowCache:
                 f"{self.directory} was made for something else. Make another one, or remove it:\n"
                 + "\n".join(differences)
             )
-        return "arrays" in found
+        if complete := "arrays" in found:
+            self._remove_shards()  # a kill at the end of finish() leaves them
+        return complete
 
     def claim(self) -> None:
         """Start or go on filling; one process calls it before any writes."""
@@ -126,7 +128,10 @@ class RowCache:
             array.flush()
             (self.directory / f"{name}.npy.tmp").replace(self.directory / f"{name}.npy")
         self._write_manifest({"arrays": {n: {"dtype": str(a.dtype), "shape": a.shape} for n, a in arrays.items()}})
-        shutil.rmtree(self.directory / "shards")
+        self._remove_shards()
+
+    def _remove_shards(self) -> None:
+        shutil.rmtree(self.directory / "shards", ignore_errors=True)  # several processes may do it
 
     def open(self) -> dict[str, np.ndarray]:
         """The arrays, memory-mapped. Raises ValueError for another key, unfinished work and damaged files."""

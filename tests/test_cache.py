@@ -50,6 +50,16 @@ def test_finished_shards_are_not_computed_again(tmp_path):
     assert np.array_equal(cache.open()["mask"], rows_of(range(25))["mask"])
 
 
+def test_shards_that_a_kill_at_the_very_end_left_are_removed(tmp_path, monkeypatch):
+    cache = RowCache(tmp_path / "a", KEY, num_rows=25, shard_rows=10)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", lambda *_, **__: None)
+        fill(cache)
+    assert (cache.directory / "shards").is_dir()
+    assert cache.is_complete()
+    assert sorted(path.name for path in cache.directory.iterdir()) == [MANIFEST, "codes.npy", "mask.npy"]
+
+
 @pytest.mark.parametrize("when", ["unfinished", "complete"])
 def test_another_key_is_refused_with_both_sides(tmp_path, when):
     fill(RowCache(tmp_path / "a", KEY, 25, 10), stop_after=1 if when == "unfinished" else None)
