@@ -7,7 +7,7 @@ any number of processes without changing the step.
 
 import multiprocessing
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -126,6 +126,13 @@ class Source:
     def episode_of(self, row: int) -> int:
         return int(np.searchsorted(self.episode_to, row, side="right"))
 
+    def task(self, row: int) -> str:
+        return self.meta.tasks.iloc[self.task_index[row]].name
+
+    def frame_name(self, row: int) -> str:
+        episode = self.episode_of(row)
+        return f"{self.name} episode {episode} frame {row - int(self.episode_from[episode])}"
+
     def rows_with_pairs(self, rows: np.ndarray) -> np.ndarray:
         """Those of the rows whose pair does not cross the episode's end."""
         ends = self.episode_to[np.searchsorted(self.episode_to, rows, side="right")]
@@ -135,25 +142,19 @@ class Source:
         return self.features[key]["shape"][0] if key in self.features else 0
 
     def read_frames(self, camera: str, frames: list[int]) -> Tensor:
-        """Frames by index within the dataset: [len(frames), 3, h, w] uint8. A video is decoded in its own order."""
+        """Frames by index within the dataset: [len(frames), 3, h, w] uint8."""
         if camera not in self.meta.video_keys:
             images = [np.asarray(self.images[camera][frame][camera]) for frame in frames]
             return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
         video, rows = self.videos[camera], np.asarray(frames)
         episodes = np.searchsorted(self.episode_to, rows, side="right")
         times = video.start[episodes] + (rows - self.episode_from[episodes]) / self.fps
-        pictures = torch.empty(len(rows), *self.frame_shape(camera), dtype=torch.uint8)
+        parts = []
         for chunk, file in np.unique(video.file[episodes], axis=0).tolist():
             path = self.meta.video_path.format(video_key=camera, chunk_index=chunk, file_index=file)
             places = np.flatnonzero((video.file[episodes] == (chunk, file)).all(axis=1))
-            places = places[times[places].argsort()]
-            # Half a frame: recordings whose clock drifts are read at their nearest frame, not refused hours in.
-            decoded = decode_video_frames(
-                self.dataset.root / path, times[places].tolist(), tolerance_s=0.5 / self.fps, return_uint8=True
-            )
-            for place, picture in zip(places, decoded):
-                pictures[place] = picture
-        return pictures
+            parts.append((places, decode(self.dataset.root / path, times[places], self.fps)))
+        return merge(parts)
 
     def frame_shape(self, camera: str) -> tuple[int, int, int]:
         """(3, h, w) of the recorded frames."""
@@ -169,6 +170,52 @@ class Source:
 def video_decoder() -> str:
     """The distribution that LeRobot decodes videos with on this machine."""
     return {"torchcodec": "torchcodec", "pyav": "av"}[get_safe_default_video_backend()]
+
+
+@lru_cache(maxsize=100)
+def _open_video(path: Path) -> Any:
+    """A torchcodec VideoDecoder, of which a loader's worker keeps the last ones open, as LeRobot does; but of the path
+    and not of a Python file, through which every read of the decoder would go.
+    """
+    from torchcodec.decoders import VideoDecoder  # not there on every platform
+
+    return VideoDecoder(path, seek_mode="approximate")
+
+
+def decode(path: Path, times: np.ndarray, fps: float) -> Tensor:
+    """Frames of a video at times in seconds, in any order: [len(times), 3, h, w] uint8, channels innermost in memory.
+
+    Recordings whose clock drifts are read at their nearest frame, not refused hours in; a ValueError where that is
+    more than half a frame away.
+    """
+    tolerance_s = 0.5 / fps
+    if video_decoder() != "torchcodec":
+        return decode_video_frames(path, times.tolist(), tolerance_s, return_uint8=True)
+    # The same frames as decode_video_frames, which would copy each of them once more: a third of the time of decoding
+    # H.264. torchcodec itself goes through the video in order, whatever the order of the indices.
+    decoder = _open_video(path)
+    indices = [round(time * decoder.metadata.average_fps) for time in times.tolist()]
+    frames = decoder.get_frames_at(indices=indices)
+    away_s = np.abs(frames.pts_seconds.numpy() - times)
+    if away_s.max() >= tolerance_s:
+        raise ValueError(
+            f"{path}: the frame nearest to {times[away_s.argmax()]:.3f} s is {away_s.max():.3f} s away, more than half "
+            f"a frame at {fps} fps: video and data of this recording do not belong together, record or convert it again"
+        )
+    return frames.data
+
+
+def merge(parts: list[tuple[np.ndarray, Tensor]]) -> Tensor:
+    """Images [n, 3, h, w] with the places [n] of each, of all places together, as one; a single part is not copied."""
+    if len(parts) == 1:
+        return parts[0][1]
+    first = parts[0][1]
+    layout = torch.channels_last if first.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
+    whole = torch.empty(sum(len(p) for p, _ in parts), *first.shape[1:], dtype=first.dtype, memory_format=layout)
+    for places, images in parts:
+        for place, image in zip(places, images, strict=True):
+            whole[place] = image
+    return whole
 
 
 def open_sources(config: SourceConfig) -> list[Source]:
@@ -235,22 +282,6 @@ class SampleKey:
     frame: int
 
 
-@dataclass
-class Sample:
-    images: list[Tensor]  # [3, h, w] a camera, uint8 or (common_size) float32; or its cached tokens [tokens, hidden]
-    task: str
-    state: np.ndarray  # [state_dim]
-    has_state: bool
-    pair: Tensor | None  # [2, 3, h, w], uint8 or (SampleSpec.pair_size) float32
-    pair_valid: bool
-    actions: np.ndarray  # [T, A]
-    action_valid: np.ndarray  # [T]
-    noise: dict[str, np.ndarray]
-    time: dict[str, np.ndarray]
-    key: SampleKey
-    name: str
-
-
 def square_sides(sources: list[Source], cameras: tuple[str, ...]) -> dict[str, int]:
     """Side of the square that the images of a camera become whose size is not the same everywhere."""
     sizes = {camera: {source.frame_shape(camera)[1:] for source in sources} for camera in cameras}
@@ -259,7 +290,7 @@ def square_sides(sources: list[Source], cameras: tuple[str, ...]) -> dict[str, i
 
 def common_size(frames: Tensor, square_side: int | None) -> Tensor:
     """uint8 frames [F, 3, h, w] as recorded, or as float32 squares in [0, 1] of the given side."""
-    return preprocess.resize_with_pad(frames.float() / 255, square_side) if square_side else frames
+    return preprocess.resize_with_pad(preprocess.unit_range(frames), square_side) if square_side else frames
 
 
 @lru_cache
@@ -275,70 +306,104 @@ def read_features(path: Path, frame: int) -> Tensor:
 
 
 class SampleDataset(Dataset):
-    """Reads the sample of a SampleKey; `random_shift` augments the policy's images (preprocess.random_shift)."""
+    """dataset[keys] is the batch of these samples, whose frames are decoded together.
+
+    `random_shift` augments the policy's images (preprocess.random_shift).
+    """
 
     def __init__(self, sources: list[Source], spec: SampleSpec, seed: int, random_shift: float = 0.0):
         self.sources, self.spec, self.seed, self.random_shift = sources, spec, seed, random_shift
         # Decided for the run, not for a batch, so that a frame looks the same whichever others it is read with.
-        self.label_cameras = (spec.label_camera,) if spec.label_camera else ()
-        self.square_side = square_sides(sources, (*spec.cameras, *self.label_cameras))
+        label_cameras = (spec.label_camera,) if spec.label_camera else ()
+        self.square_side = square_sides(sources, (*spec.cameras, *label_cameras))
+        from_video = [camera for camera in spec.cameras if camera not in spec.features]
+        self.cameras_to_read = tuple(dict.fromkeys((*from_video, *label_cameras)))
 
-    def __getitem__(self, key: SampleKey) -> Sample:
-        return self.__getitems__([key])[0]
-
-    def __getitems__(self, keys: list[SampleKey]) -> list[Sample]:
-        """The samples of a batch (called by DataLoader), whose frames are decoded together."""
-        wanted = [self.wanted_frames(key) for key in keys]
-        pictures: list[dict[str, Tensor]] = [{} for _ in keys]
-        for index, source in enumerate(self.sources):
-            places = [place for place, key in enumerate(keys) if key.source == index]
-            for camera in wanted[places[0]] if places else []:
-                frames = [wanted[place][camera] for place in places]
-                together = source.read_frames(camera, [frame for some in frames for frame in some])
-                for place, own in zip(places, together.split([len(some) for some in frames])):
-                    pictures[place][camera] = own
-        return [self.sample(key, own) for key, own in zip(keys, pictures)]
+    def __getitem__(self, keys: list[SampleKey]) -> RawBatch:
+        # What is random of a sample is drawn in this order: the shift of each camera, then noise and times.
+        spec, rngs = self.spec, [np.random.default_rng([self.seed, key.step, key.slot]) for key in keys]
+        frames = {camera: self.read_frames(camera, keys) for camera in self.cameras_to_read}
+        images = [
+            self.features(camera, keys) if camera in spec.features else self.images(camera, frames[camera], rngs)
+            for camera in spec.cameras
+        ]
+        states, state_valid, actions, action_valid = zip(*map(self.read_vectors, keys), strict=True)
+        noise, time = {}, {}
+        for name, shape in spec.draws.items():
+            draws = [flow.draw_noise_and_time(rng, spec.num_draws, shape, *spec.time_beta) for rng in rngs]
+            noise[name], time[name] = map(_stack, zip(*draws, strict=True))
+        # Latents that come from a cache need to know, too, where the episode is too short for a pair.
+        pair_valid = [self.has_pair(key) if spec.label_camera or LATENT in spec.draws else True for key in keys]
+        return RawBatch(
+            images=images,
+            tasks=[self.sources[key.source].task(key.frame) for key in keys],
+            state=_stack(states),
+            state_mask=torch.tensor(state_valid),
+            pairs=self.pairs(frames[spec.label_camera]) if spec.label_camera else None,
+            pair_mask=torch.tensor(pair_valid),
+            actions=_stack(actions),
+            action_mask=_stack(action_valid),
+            noise=noise,
+            time=time,
+            source=[key.source for key in keys],
+            frame=[key.frame for key in keys],
+            keys=[self.sources[key.source].frame_name(key.frame) for key in keys],
+        )
 
     def has_pair(self, key: SampleKey) -> bool:
         source = self.sources[key.source]
         return key.frame + source.gap < source.episode_to[source.episode_of(key.frame)]
 
-    def wanted_frames(self, key: SampleKey) -> dict[str, list[int]]:
-        """The frames of each camera that a sample is made of. Of a pair that the episode's end cuts, which is masked,
-        the frame itself stands in for the second, so that shapes agree.
+    def read_frames(self, camera: str, keys: list[SampleKey]) -> list[tuple[np.ndarray, Tensor]]:
+        """What a batch needs of a camera's frames, [n, 3, h, w] uint8 from each of its datasets, and their places in
+        it: the label camera's second frames, of t + gap, have places of their own behind those of all B first ones.
         """
-        wanted = {camera: [key.frame] for camera in self.spec.cameras if camera not in self.spec.features}
-        for camera in self.label_cameras:
-            wanted[camera] = [key.frame, key.frame + self.sources[key.source].gap * self.has_pair(key)]
-        return wanted
+        parts = []
+        for index in sorted({key.source for key in keys}):
+            source, places = self.sources[index], np.flatnonzero([key.source == index for key in keys])
+            wanted = [keys[place].frame for place in places]
+            if camera == self.spec.label_camera:
+                # Of a pair that the episode's end cuts, which is masked, the frame itself stands in for the second.
+                wanted += [keys[place].frame + source.gap * self.has_pair(keys[place]) for place in places]
+                places = np.concatenate([places, len(keys) + places])
+            parts.append((places, source.read_frames(camera, wanted)))
+        return parts
 
-    def sample(self, key: SampleKey, pictures: dict[str, Tensor]) -> Sample:
-        """From its wanted frames [F, 3, h, w] of each camera."""
-        spec, source = self.spec, self.sources[key.source]
-        rng = np.random.default_rng([self.seed, key.step, key.slot])
-        episode = source.episode_of(key.frame)
-        end = int(source.episode_to[episode])
-
-        images, pair = [], None
-        for camera in spec.cameras:
-            if camera in spec.features:
-                images.append(read_features(spec.features[camera][key.source], key.frame))
-                continue
-            image = pictures[camera][0]
+    def images(
+        self, camera: str, parts: list[tuple[np.ndarray, Tensor]], rngs: list[np.random.Generator]
+    ) -> Tensor:  # [B, 3, h, w]
+        """The policy's images. Where nothing is done to them they and the pairs are views of the decoder's own frames:
+        none is copied before it is sent to the training process, nor is a pair's first frame sent twice.
+        """
+        images = []
+        for places, frames in parts:
+            first = places[places < len(rngs)]
+            own = frames[: len(first)]
             if self.random_shift:
-                image = preprocess.random_shift(image, self.random_shift, rng)
-            images.append(common_size(image[None], self.square_side.get(camera))[0])
-        for camera in self.label_cameras:
-            pair = pictures[camera]
-            if camera in self.square_side:
-                pair = preprocess.stretch(pair.float() / 255, spec.pair_size)
-        # Latents that come from a cache need to know, too, where the episode is too short for a pair.
-        pair_valid = self.has_pair(key) if spec.label_camera or LATENT in spec.draws else True
+                shifts = zip(own, first, strict=True)
+                own = torch.stack([preprocess.random_shift(i, self.random_shift, rngs[place]) for i, place in shifts])
+            images.append((first, common_size(own, self.square_side.get(camera))))
+        return merge(images)
 
-        state, has_state = np.zeros(spec.state_dim, np.float32), spec.state_dim and STATE_KEY in source.features
+    def pairs(self, parts: list[tuple[np.ndarray, Tensor]]) -> Tensor:  # [B, 2, 3, h, w]
+        """The teacher's frames, never augmented."""
+        if self.spec.label_camera in self.square_side:
+            size = self.spec.pair_size
+            parts = [(places, preprocess.stretch(preprocess.unit_range(f), size)) for places, f in parts]
+        return merge(parts).unflatten(0, (2, -1)).transpose(0, 1)
+
+    def features(self, camera: str, keys: list[SampleKey]) -> Tensor:  # [B, tokens, hidden]
+        files = self.spec.features[camera]
+        return torch.stack([read_features(files[key.source], key.frame) for key in keys])
+
+    def read_vectors(self, key: SampleKey) -> tuple[np.ndarray, bool, np.ndarray, np.ndarray]:
+        """State [state_dim], whether the dataset has one; action chunk [T, A], which of its actions count [T]."""
+        spec, source = self.spec, self.sources[key.source]
+        state, has_state = np.zeros(spec.state_dim, np.float32), bool(spec.state_dim) and STATE_KEY in source.features
         actions = np.zeros((spec.chunk_size, spec.action_dim), np.float32)
         action_valid = np.zeros(spec.chunk_size, bool)
         if source.vectors is not None:
+            end = int(source.episode_to[source.episode_of(key.frame)])
             rows = source.vectors[key.frame : min(key.frame + max(spec.chunk_size, 1), end)]
             if has_state:
                 state = rows[STATE_KEY][0].astype(np.float32).reshape(-1)  # LeRobot stores width 1 as a scalar
@@ -346,48 +411,11 @@ class SampleDataset(Dataset):
                 chunk = rows[ACTION_KEY].reshape(-1, spec.action_dim)
                 actions[: len(chunk)], action_valid[: len(chunk)] = chunk, True
                 actions[len(chunk) :] = chunk[-1]
-
-        draws = {
-            name: flow.draw_noise_and_time(rng, spec.num_draws, shape, *spec.time_beta)
-            for name, shape in spec.draws.items()
-        }
-        task = source.meta.tasks.iloc[source.task_index[key.frame]].name
-        return Sample(
-            images=images,
-            task=task,
-            state=state,
-            has_state=bool(has_state),
-            pair=pair,
-            pair_valid=pair_valid,
-            actions=actions,
-            action_valid=action_valid,
-            noise={name: noise for name, (noise, _) in draws.items()},
-            time={name: time for name, (_, time) in draws.items()},
-            key=key,
-            name=f"{source.name} episode {episode} frame {key.frame - int(source.episode_from[episode])}",
-        )
+        return state, has_state, actions, action_valid
 
 
-def collate(samples: list[Sample]) -> RawBatch:
-    def stack(arrays) -> Tensor:
-        return torch.from_numpy(np.stack(list(arrays)))
-
-    first = samples[0]
-    return RawBatch(
-        images=[torch.stack([s.images[i] for s in samples]) for i in range(len(first.images))],
-        tasks=[s.task for s in samples],
-        state=stack(s.state for s in samples),
-        state_mask=torch.tensor([s.has_state for s in samples]),
-        pairs=None if first.pair is None else torch.stack([s.pair for s in samples]),
-        pair_mask=torch.tensor([s.pair_valid for s in samples]),
-        actions=stack(s.actions for s in samples),
-        action_mask=stack(s.action_valid for s in samples),
-        noise={name: stack(s.noise[name] for s in samples) for name in first.noise},
-        time={name: stack(s.time[name] for s in samples) for name in first.time},
-        source=[s.key.source for s in samples],
-        frame=[s.key.frame for s in samples],
-        keys=[s.name for s in samples],
-    )
+def _stack(arrays: Iterable[np.ndarray]) -> Tensor:
+    return torch.from_numpy(np.stack(list(arrays)))
 
 
 @dataclass(frozen=True)
@@ -475,17 +503,19 @@ class StepSampler(Sampler[list[SampleKey]]):
 
 def make_loader(dataset: SampleDataset, sampler: StepSampler, num_workers: int) -> DataLoader:
     """Batches in the sampler's order."""
-    return _loader(dataset, num_workers, batch_sampler=sampler, collate_fn=collate, worker_init_fn=hide_worker)
+    return _loader(dataset, num_workers, sampler=sampler, worker_init_fn=hide_worker)
 
 
 def _loader(dataset: Dataset, num_workers: int, **options: Any) -> DataLoader:
-    """Workers are forked from a clean server process: video decoders do not survive a fork of the training process,
-    and imports are paid once, not once a worker.
+    """Batches as the dataset makes them. Workers are forked from a clean server process: video decoders do not survive
+    a fork of the training process, and imports are paid once, not once a worker.
     """
     if num_workers:
         multiprocessing.set_forkserver_preload(["smolvla_shared.data"])
         options |= {"multiprocessing_context": "forkserver", "prefetch_factor": 4}
-    return DataLoader(dataset, num_workers=num_workers, pin_memory=torch.cuda.is_available(), **options)
+    return DataLoader(
+        dataset, batch_size=None, num_workers=num_workers, pin_memory=torch.cuda.is_available(), **options
+    )
 
 
 @dataclass(frozen=True)
@@ -557,7 +587,7 @@ def episode_blocks(source: Source, rows: np.ndarray, size: int) -> list[np.ndarr
 
 def block_loader(blocks: FrameBlocks, num_workers: int) -> DataLoader:
     """The blocks in their order, unbatched."""
-    return _loader(blocks, num_workers, batch_size=None)
+    return _loader(blocks, num_workers)
 
 
 def fill_cache(

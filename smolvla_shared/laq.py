@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from smolvla_shared.preprocess import stretch
+from smolvla_shared.preprocess import stretch, unit_range
 from smolvla_shared.weights import check_weights, file_sha256, public_state, write_text, write_weights
 
 SCHEMA = "smolvla_shared.laq.v1"
@@ -117,7 +117,7 @@ class LatentActions(NamedTuple):
 class PairBatch:
     """Frame pairs to train a LAQ on."""
 
-    frames: Tensor  # [B, 2, 3, H, W] uint8
+    frames: Tensor  # [B, 2, 3, H, W] uint8, or float in [0, 1]
     mask: Tensor  # [B] bool: False where the episode ends before the second frame
     noise: Tensor  # [B, S, D] float32, standard normal: the model draws nothing itself
 
@@ -173,7 +173,7 @@ class LAQ(nn.Module):
 
         The only training entry. In training mode it also adds the valid pairs' codes to `vq._usage`.
         """
-        frames = self.resize(batch.frames / 255)
+        frames = self.resize(unit_range(batch.frames))
         bias = self._position_bias()
         tokens = self.to_patch_emb_first_frame(frames)  # [B, 2, h, w, E]
         latent = self._latent(tokens, bias)

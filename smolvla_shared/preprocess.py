@@ -20,6 +20,15 @@ from smolvla_shared.config import ACTION, LATENT, CoreConfig
 EPS = 1e-8  # added to standard deviations; LeRobot's normaliser uses the same
 
 
+def unit_range(frames: Tensor) -> Tensor:
+    """Frames [..., h, w], uint8 in [0, 255] or already float in [0, 1] -> float32 in [0, 1], contiguous.
+
+    A decoder's channels are innermost in memory. They stay there up to here, where both conversions are one pass.
+    """
+    frames, is_uint8 = frames.to(torch.float32, memory_format=torch.contiguous_format), frames.dtype == torch.uint8
+    return frames / 255 if is_uint8 else frames
+
+
 def resize_with_pad(images: Tensor, size: int) -> Tensor:
     """Bilinear resize that keeps the aspect ratio, then zeros on the left and top: [B, 3, h, w] -> [B, 3, size, size].
 
@@ -48,9 +57,7 @@ def stretch(frames: Tensor, size: int) -> Tensor:
 
 def prepare_images(images: Tensor, size: int) -> Tensor:
     """uint8 in [0, 255] or float in [0, 1], [B, 3, h, w] -> the model's float32 squares in [-1, 1]."""
-    if images.dtype == torch.uint8:
-        images = images.float() / 255
-    return resize_with_pad(images, size) * 2 - 1
+    return resize_with_pad(unit_range(images), size) * 2 - 1
 
 
 def stack_cameras(images: list[Tensor | None]) -> tuple[Tensor, Tensor]:

@@ -44,15 +44,10 @@ from smolvla_shared.laq import (
     save_laq,
     teacher_id,
 )
-from smolvla_shared.preprocess import Statistics
+from smolvla_shared.preprocess import Statistics, unit_range
 
 TEACHER_FILE = "laq.safetensors"
 NOISE = "nsvq"  # the key of the quantiser's noise in a RawBatch
-
-
-def to_float(frames: Tensor) -> Tensor:
-    """Frames as data.py reads them, uint8 or already in [0, 1] -> float32 in [0, 1]."""
-    return frames.float() / 255 if frames.dtype == torch.uint8 else frames
 
 
 # --- labels -----------------------------------------------------------------------------------------------------------
@@ -76,7 +71,7 @@ class OnlineLabels:
 
     @torch.no_grad()
     def __call__(self, raw: RawBatch) -> Tensor:  # [B, S, D]
-        return self.choose(self.laq.encode(to_float(raw.pairs)))
+        return self.choose(self.laq.encode(unit_range(raw.pairs)))
 
 
 def open_labels(config: LatentConfig, sources: list[data.Source], camera: str) -> Labels:
@@ -181,7 +176,7 @@ def label_dataset(
         return arrays
 
     def compute(frames: Tensor, places: Tensor) -> dict[str, np.ndarray]:
-        latents = laq.encode(laq.resize(to_float(frames))[places])
+        latents = laq.encode(laq.resize(unit_range(frames))[places])
         arrays = {"indices": latents.indices.numpy(force=True), "mask": np.ones(len(places), bool)}
         if config.teacher_kind == "continuous":
             arrays["continuous"] = latents.continuous.numpy(force=True)
@@ -278,7 +273,7 @@ def teacher_frames(
     device = teacher.laq.vq.codebooks.device
     progress = tqdm(total=len(rows), desc=f"{Path(source.name).name}, gap {source.gap_s:.3g} s", unit="pair")
     for block, (pictures, places, has) in zip(blocks, data.block_loader(frames, num_workers)):
-        yield block, teacher.laq.resize(to_float(pictures.to(device)))[places.to(device)], has
+        yield block, teacher.laq.resize(unit_range(pictures.to(device)))[places.to(device)], has
         progress.update(len(block))
     progress.close()
 
@@ -543,8 +538,7 @@ def train_teacher(config: TeacherConfig) -> None:
     )
 
     def prepare(raw: RawBatch) -> PairBatch:
-        frames = raw.pairs if raw.pairs.dtype == torch.uint8 else raw.pairs * 255
-        return PairBatch(frames, raw.pair_mask, raw.noise[NOISE][:, 0])
+        return PairBatch(raw.pairs, raw.pair_mask, raw.noise[NOISE][:, 0])
 
     collapsed = 0  # reports in a row
 
@@ -577,7 +571,7 @@ def train_teacher(config: TeacherConfig) -> None:
         """Error of the reconstruction from the codes, beside that of repeating the first frame."""
         sums = torch.zeros(3, device=accelerator.device)
         for raw in loaders.held_out():
-            frames = laq.resize(to_float(raw.pairs.to(accelerator.device)))
+            frames = laq.resize(unit_range(raw.pairs.to(accelerator.device)))
             mask = raw.pair_mask.to(accelerator.device)
             predicted = laq.reconstruct(frames)
             errors = [(p - frames[:, 1]).square().mean((1, 2, 3)) * mask for p in (predicted, frames[:, 0])]

@@ -110,20 +110,20 @@ def test_a_sample_is_what_lerobot_reads(name, request):
     ends = [int(end) for end in source.episode_to]
     frames = [0, 7, ends[2] - 1, ends[2], ends[4] - source.gap, ends[4] - source.gap - 1, source.num_frames - 1]
     for frame in frames:
-        sample, expected = dataset[SampleKey(step=3, slot=1, source=0, frame=frame)], expected_dataset[frame]
-        assert torch.equal(sample.images[0], in_bytes(expected[CAMERA][0])), frame
+        raw, expected = dataset[[SampleKey(step=3, slot=1, source=0, frame=frame)]], expected_dataset[frame]
+        assert torch.equal(raw.images[0][0], in_bytes(expected[CAMERA][0])), frame
         if WRIST in cameras:
-            assert torch.equal(sample.images[1], in_bytes(expected[WRIST])), frame
-        assert sample.pair_valid == (not expected[f"{CAMERA}_is_pad"][1]), frame
-        if sample.pair_valid:
-            assert torch.equal(sample.pair, in_bytes(expected[CAMERA])), frame
-        assert sample.task == expected["task"]
-        assert np.array_equal(sample.action_valid, ~expected["action_is_pad"].numpy())
-        assert np.array_equal(sample.actions, expected["action"].numpy())
+            assert torch.equal(raw.images[1][0], in_bytes(expected[WRIST])), frame
+        assert raw.pair_mask.tolist() == [not expected[f"{CAMERA}_is_pad"][1]], frame
+        if raw.pair_mask:
+            assert torch.equal(raw.pairs[0], in_bytes(expected[CAMERA])), frame
+        assert raw.tasks == [expected["task"]]
+        assert torch.equal(raw.action_mask[0], ~expected["action_is_pad"])
+        assert torch.equal(raw.actions[0], expected["action"])
         if spec.state_dim:
-            assert np.array_equal(sample.state, expected["observation.state"].numpy())
-        assert sample.has_state == bool(spec.state_dim)
-    valid = [dataset[SampleKey(0, 0, 0, frame)].pair_valid for frame in frames]
+            assert torch.equal(raw.state[0], expected["observation.state"])
+        assert raw.state_mask.tolist() == [bool(spec.state_dim)]
+    valid = dataset[[SampleKey(0, 0, 0, frame) for frame in frames]].pair_mask.tolist()
     assert sorted(set(valid)) == [False, True]  # both kinds were among them
 
 
@@ -135,23 +135,23 @@ def test_pairs_are_a_time_apart_whatever_the_frame_rate(video, images):
 def test_a_pair_cut_by_the_episodes_end_is_masked_and_not_clamped(video):
     spec = SampleSpec(cameras=(), label_camera=CAMERA)
     dataset, start, end = SampleDataset([video], spec, seed=0), int(video.episode_from[5]), int(video.episode_to[5])
-    samples = [dataset[SampleKey(0, 0, 0, frame)] for frame in range(start, end)]
-    assert [sample.pair_valid for sample in samples] == [True] * (end - start - 10) + [False] * 10
+    raw = dataset[[SampleKey(0, 0, 0, frame) for frame in range(start, end)]]
+    assert raw.pair_mask.tolist() == [True] * (end - start - 10) + [False] * 10
     last = lerobot_dataset(video)[end - 1][CAMERA]
-    for sample in samples[-10:-1]:
-        assert torch.equal(sample.pair[0], sample.pair[1])  # the frame itself: nobody can take it for a motion
-        assert not torch.equal(sample.pair[1], last)
+    for pair in raw.pairs[-10:-1]:
+        assert torch.equal(pair[0], pair[1])  # the frame itself: nobody can take it for a motion
+        assert not torch.equal(pair[1], last)
     assert data.valid_pair_share([video], [(0, np.arange(start, end))]) == 1 - 10 / (end - start)
 
 
 def test_samples_say_where_they_come_from(video):
     dataset = SampleDataset([video], SPEC, seed=0)
-    assert dataset[SampleKey(0, 0, 0, int(video.episode_from[3]) + 4)].name == f"{video.name} episode 3 frame 4"
+    assert dataset[[SampleKey(0, 0, 0, int(video.episode_from[3]) + 4)]].keys == [f"{video.name} episode 3 frame 4"]
 
 
 def test_the_cameras_come_in_the_order_asked_for(images):
     dataset = SampleDataset([images], SampleSpec(cameras=(WRIST, CAMERA)), seed=0)
-    assert [tuple(image.shape) for image in dataset[SampleKey(0, 0, 0, 3)].images] == [(3, 32, 40), (3, 48, 64)]
+    assert [tuple(image.shape) for image in dataset[[SampleKey(0, 0, 0, 3)]].images] == [(1, 3, 32, 40), (1, 3, 48, 64)]
 
 
 def test_one_dimensional_vectors_and_channels_first(tmp_path):
@@ -171,21 +171,21 @@ def test_one_dimensional_vectors_and_channels_first(tmp_path):
     recorded.save_episode()
     recorded.finalize()
     (source,) = open_sources(tmp_path / "thin")
-    sample = SampleDataset([source], SampleSpec((CAMERA,), state_dim=1, chunk_size=3, action_dim=1), 0)[
-        SampleKey(0, 0, 0, 6)
-    ]
-    assert (sample.state.tolist(), sample.actions.tolist()) == ([6], [[60], [70], [70]])
-    assert sample.action_valid.tolist() == [True, True, False]
-    assert torch.equal(sample.images[0], lerobot_dataset(source)[6][CAMERA])
-    assert sample.images[0].shape == (3, 32, 64)
-    assert sample.images[0][0, :, 40:].float().mean() > 200
+    dataset = SampleDataset([source], SampleSpec((CAMERA,), state_dim=1, chunk_size=3, action_dim=1), 0)
+    raw = dataset[[SampleKey(0, 0, 0, 6)]]
+    assert (raw.state.tolist(), raw.actions.tolist()) == ([[6]], [[[60], [70], [70]]])
+    assert raw.action_mask.tolist() == [[True, True, False]]
+    (image,) = raw.images[0]
+    assert torch.equal(image, lerobot_dataset(source)[6][CAMERA])
+    assert image.shape == (3, 32, 64)
+    assert image[0, :, 40:].float().mean() > 200
 
 
 def test_a_mixture_of_rates_sizes_and_columns(video, images):
     """Images become squares of the largest side, pairs the teacher's; vectors that a dataset lacks are masked out."""
     spec = replace(SPEC, chunk_size=4, action_dim=2, pair_size=40)
     dataset = SampleDataset([video, images], spec, seed=0)
-    batch = data.collate([dataset[SampleKey(0, slot, slot % 2, 2 + slot)] for slot in range(4)])
+    batch = dataset[[SampleKey(0, slot, slot % 2, 2 + slot) for slot in range(4)]]
     assert batch.images[0].shape == (4, 3, 96, 96)
     assert batch.pairs.shape == (4, 2, 3, 40, 40)
     assert (batch.source, batch.frame) == ([0, 1, 0, 1], [2, 3, 4, 5])
@@ -206,8 +206,7 @@ def test_a_mixture_of_rates_sizes_and_columns(video, images):
 def test_a_frame_looks_the_same_whichever_others_are_in_its_batch(video, images):
     dataset = SampleDataset([video, images], replace(SPEC, pair_size=40), seed=0)
     keys = [SampleKey(0, 0, 0, 11), SampleKey(0, 1, 1, 12)]
-    together = data.collate([dataset[key] for key in keys])
-    assert_equal(join([data.collate([dataset[key]]) for key in keys]), together)
+    assert_equal(join([dataset[[key]] for key in keys]), dataset[keys])
 
 
 def test_statistics_are_those_of_the_frames(video, labelled):
@@ -315,19 +314,19 @@ def test_the_slots_of_a_step_are_dealt_to_processes_and_passes(num_processes, ac
 
 def test_draws_are_a_function_of_seed_step_and_slot(video):
     def draw(seed: int, step: int, slot: int, frame: int = 9, shift: float = 0.2):
-        return SampleDataset([video], SPEC, seed, random_shift=shift)[SampleKey(step, slot, 0, frame)]
+        return SampleDataset([video], SPEC, seed, random_shift=shift)[[SampleKey(step, slot, 0, frame)]]
 
     base = draw(0, 4, 2)
-    assert base.noise["latent"].shape == (2, 4, 8)
-    assert base.time["latent"].shape == (2,)
-    assert_equal(data.collate([base]), data.collate([draw(0, 4, 2)]))
-    assert np.array_equal(base.noise["latent"], draw(0, 4, 2, frame=12).noise["latent"])  # whatever is read
+    assert base.noise["latent"].shape == (1, 2, 4, 8)
+    assert base.time["latent"].shape == (1, 2)
+    assert_equal(base, draw(0, 4, 2))
+    assert torch.equal(base.noise["latent"], draw(0, 4, 2, frame=12).noise["latent"])  # whatever is read
     for other in (draw(1, 4, 2), draw(0, 5, 2), draw(0, 4, 3)):
-        assert not np.array_equal(base.noise["latent"], other.noise["latent"])
-        assert not np.array_equal(base.time["latent"], other.time["latent"])
+        assert not torch.equal(base.noise["latent"], other.noise["latent"])
+        assert not torch.equal(base.time["latent"], other.time["latent"])
         assert not torch.equal(base.images[0], other.images[0])  # shifted otherwise
-        assert torch.equal(base.pair, other.pair)  # the teacher's frames are as recorded
-    assert torch.equal(draw(0, 4, 2, shift=0).images[0], base.pair[0])
+        assert torch.equal(base.pairs, other.pairs)  # the teacher's frames are as recorded
+    assert torch.equal(draw(0, 4, 2, shift=0).images[0], base.pairs[:, 0])
 
 
 def test_a_batch_decoded_together_is_its_samples(video, images):
@@ -335,9 +334,8 @@ def test_a_batch_decoded_together_is_its_samples(video, images):
     dataset = SampleDataset([video, images], replace(SPEC, pair_size=40), seed=0, random_shift=0.1)
     places = [(0, 150), (1, 60), (0, 3), (0, 150), (1, 0), (0, 19), (0, 20)]
     keys = [data.SampleKey(0, slot, *place) for slot, place in enumerate(places)]
-    together = dataset.__getitems__(keys)
-    for key, sample in zip(keys, together):
-        assert_equal(data.collate([sample]), data.collate([dataset[key]]))
+    together = dataset[keys]
+    assert_equal(join([dataset[[key]] for key in keys]), together)
 
 
 @pytest.mark.slow

@@ -46,7 +46,7 @@ def run_config(directory: Path, *roots: Path, **options) -> RunConfig:
 def read(sources, features: dict, places: list[tuple[int, int]]) -> data.RawBatch:
     spec = data.SampleSpec((CAMERA,), chunk_size=4, action_dim=2, draws={ACTION: (4, 32)}, features=features)
     dataset = data.SampleDataset(sources, spec, seed=0)
-    return data.collate([dataset[data.SampleKey(0, slot, *place)] for slot, place in enumerate(places)])
+    return dataset[[data.SampleKey(0, slot, *place) for slot, place in enumerate(places)]]
 
 
 def train_once(core: SmolVLASharedCore, raw: data.RawBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

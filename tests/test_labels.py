@@ -50,7 +50,7 @@ def raw_batch(sources, labels, places: list[tuple[int, int]]) -> data.RawBatch:
         cameras=(), label_camera=labels.camera, pair_size=labels.pair_size, draws={LATENT: labels.shape}
     )
     dataset = data.SampleDataset(sources, spec, seed=0)
-    return data.collate([dataset[data.SampleKey(0, slot, *place)] for slot, place in enumerate(places)])
+    return dataset[[data.SampleKey(0, slot, *place) for slot, place in enumerate(places)]]
 
 
 def test_cached_labels_are_the_online_ones_to_the_bit(cache, tmp_path, laq_checkpoint, video_dataset, image_dataset):

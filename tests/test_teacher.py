@@ -11,6 +11,7 @@ import torch
 from smolvla_shared import data, training
 from smolvla_shared.config import DataConfig, OptimConfig
 from smolvla_shared.laq import LAQ, LAQConfig, load_laq, teacher_id
+from smolvla_shared.preprocess import unit_range
 from smolvla_shared.teacher import OnlineLabels, TeacherConfig, latent_statistics, main, train_teacher
 
 CAMERA = "observation.image"
@@ -67,7 +68,7 @@ def test_online_labels_are_what_laq_encodes(laq, source, image_source, kind):
     spec = data.SampleSpec(cameras=(), label_camera=labels.camera, pair_size=labels.pair_size)
     for sources in [source], [source, image_source]:
         dataset = data.SampleDataset(sources, spec, seed=0)
-        raw = data.collate([dataset[data.SampleKey(0, slot, slot % len(sources), 3 + slot)] for slot in range(4)])
+        raw = dataset[[data.SampleKey(0, slot, slot % len(sources), 3 + slot) for slot in range(4)]]
         found = labels(raw)
         assert not found.requires_grad
         for slot in range(0, 4, len(sources)):  # the video's
@@ -183,7 +184,8 @@ def test_frames_of_several_sizes_have_the_range_that_laq_expects(tmp_path, video
         raw = next(iter(wiring["make_batches"](0)))
         frames = wiring["prepare"](raw).frames
         assert frames.shape == (8, 2, 3, *{"one": (96, 96), "two": (64, 64)}[name])
-        assert 200 < frames.max() <= 255  # the square is bright; LAQ divides by 255
+        assert frames.dtype == {"one": torch.uint8, "two": torch.float32}[name]
+        assert 200 / 255 < unit_range(frames).max() <= 1  # what LAQ makes of them: the square is bright
 
 
 def test_fine_tuning_starts_from_the_given_teacher(tmp_path, video_dataset, run_dir):
