@@ -4,6 +4,7 @@ from collections import Counter
 from dataclasses import fields, replace
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -336,6 +337,33 @@ def test_a_batch_decoded_together_is_its_samples(video, images):
     keys = [data.SampleKey(0, slot, *place) for slot, place in enumerate(places)]
     together = dataset[keys]
     assert_equal(join([dataset[[key]] for key in keys]), together)
+
+
+def test_where_frames_lie_changes_nothing(video):
+    """In one file or in several, whose frames are merged: here of two datasets, the frames of one in turn."""
+    places = [150, 3, 19, 20, 150]
+    one, two = SampleDataset([video], SPEC, seed=0), SampleDataset([video, video], SPEC, seed=0)
+    whole = one[[SampleKey(0, slot, 0, frame) for slot, frame in enumerate(places)]]
+    merged = two[[SampleKey(0, slot, slot % 2, frame) for slot, frame in enumerate(places)]]
+    assert_equal(replace(merged, source=whole.source), whole)
+    # Decoded once, sent once: the first frames of the pairs are the images.
+    assert whole.images[0].data_ptr() == whole.pairs.data_ptr()
+
+
+def test_a_video_that_is_not_of_its_data_is_refused(tmp_path):
+    """Recorded at 8 frames a second, and its dataset says 10: small differences are read at the nearest frame."""
+    path = tmp_path / "slow.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=8)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for shade in range(8):
+            picture = np.full((48, 64, 3), 30 * shade, np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
+    frames = data.decode(path, np.array([0.1, 0.25, 0.0]), fps=10)
+    assert [round(frame.float().mean().item() / 30) for frame in frames] == [1, 2, 0]
+    with pytest.raises(ValueError, match=r"nearest to 0\.310 s is 0\.060 s away, more than half a frame"):
+        data.decode(path, np.array([0.1, 0.31]), fps=10)
 
 
 @pytest.mark.slow
