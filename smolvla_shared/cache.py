@@ -59,7 +59,10 @@ class RowCache:
     shard_rows: int
 
     def is_complete(self) -> bool:
-        """Whether all rows are there; False where nothing is. Raises ValueError if what is there has another key."""
+        """Whether all rows are there; False where nothing is. Raises ValueError if what is there has another key.
+
+        Of a complete cache it removes the shards that a kill at the end of finish() left.
+        """
         path = self.directory / MANIFEST
         if not path.is_file():
             if self.directory.exists() and any(self.directory.iterdir()):
@@ -79,7 +82,7 @@ class RowCache:
                 + "\n".join(differences)
             )
         if complete := "arrays" in found:
-            self._remove_shards()  # a kill at the end of finish() leaves them
+            self._remove_shards()
         return complete
 
     def claim(self) -> None:

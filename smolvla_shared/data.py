@@ -174,8 +174,8 @@ def video_decoder() -> str:
 
 @lru_cache(maxsize=100)
 def _open_video(path: Path) -> Any:
-    """A torchcodec VideoDecoder, of which a loader's worker keeps the last ones open, as LeRobot does; but of the path
-    and not of a Python file, through which every read of the decoder would go.
+    """A torchcodec VideoDecoder. A process keeps the last 100 open, as in LeRobot; but of the path: every read of a
+    Python file object would come back to Python.
     """
     from torchcodec.decoders import VideoDecoder  # not there on every platform
 
@@ -183,30 +183,32 @@ def _open_video(path: Path) -> Any:
 
 
 def decode(path: Path, times: np.ndarray, fps: float) -> Tensor:
-    """Frames of a video at times in seconds, in any order: [len(times), 3, h, w] uint8, channels innermost in memory.
+    """Frames of a video at times in seconds, in any order: [len(times), 3, h, w] uint8, laid out as the decoder does it
+    (torchcodec: channels innermost).
 
-    Recordings whose clock drifts are read at their nearest frame, not refused hours in; a ValueError where that is
-    more than half a frame away.
+    They are found by their number, time * frame rate, as LeRobot does it. A ValueError where such a frame is more than
+    half a frame away from its time, wherever else it is in its batch.
     """
-    tolerance_s = 0.5 / fps
     if video_decoder() != "torchcodec":
-        return decode_video_frames(path, times.tolist(), tolerance_s, return_uint8=True)
-    # The same frames as decode_video_frames, which would copy each of them once more: a third of the time of decoding
+        return decode_video_frames(path, times.tolist(), 0.5 / fps, return_uint8=True)
+    # decode_video_frames gives the same frames and would copy each of them once more: a third of the time of decoding
     # H.264. torchcodec itself goes through the video in order, whatever the order of the indices.
     decoder = _open_video(path)
-    indices = [round(time * decoder.metadata.average_fps) for time in times.tolist()]
-    frames = decoder.get_frames_at(indices=indices)
+    rate, last = decoder.metadata.average_fps, decoder.metadata.num_frames - 1
+    frames = decoder.get_frames_at(indices=[min(round(time * rate), last) for time in times.tolist()])
     away_s = np.abs(frames.pts_seconds.numpy() - times)
-    if away_s.max() >= tolerance_s:
+    # Of the lower rate, and a little more, because a 29.97 fps video of a 30 fps dataset is up to half a frame away.
+    if away_s.max() >= 0.5 / min(rate, fps) + 1e-4:
         raise ValueError(
-            f"{path}: the frame nearest to {times[away_s.argmax()]:.3f} s is {away_s.max():.3f} s away, more than half "
-            f"a frame at {fps} fps: video and data of this recording do not belong together, record or convert it again"
+            f"{path}: the frame for {times[away_s.argmax()]:.3f} s is {away_s.max():.3f} s away, more than half "
+            f"a frame ({rate:.4g} fps, dataset {fps:.4g} fps): video and data of this recording do not belong "
+            "together, record or convert it again"
         )
     return frames.data
 
 
 def merge(parts: list[tuple[np.ndarray, Tensor]]) -> Tensor:
-    """Images [n, 3, h, w] with the places [n] of each, of all places together, as one; a single part is not copied."""
+    """Images [n, 3, h, w] in their places, 0 to n - 1, from parts (places, images); a single part is not copied."""
     if len(parts) == 1:
         return parts[0][1]
     first = parts[0][1]
@@ -322,7 +324,7 @@ class SampleDataset(Dataset):
     def __getitem__(self, keys: list[SampleKey]) -> RawBatch:
         # What is random of a sample is drawn in this order: the shift of each camera, then noise and times.
         spec, rngs = self.spec, [np.random.default_rng([self.seed, key.step, key.slot]) for key in keys]
-        frames = {camera: self.read_frames(camera, keys) for camera in self.cameras_to_read}
+        frames = {camera: self.read_camera(camera, keys) for camera in self.cameras_to_read}
         images = [
             self.features(camera, keys) if camera in spec.features else self.images(camera, frames[camera], rngs)
             for camera in spec.cameras
@@ -354,9 +356,9 @@ class SampleDataset(Dataset):
         source = self.sources[key.source]
         return key.frame + source.gap < source.episode_to[source.episode_of(key.frame)]
 
-    def read_frames(self, camera: str, keys: list[SampleKey]) -> list[tuple[np.ndarray, Tensor]]:
-        """What a batch needs of a camera's frames, [n, 3, h, w] uint8 from each of its datasets, and their places in
-        it: the label camera's second frames, of t + gap, have places of their own behind those of all B first ones.
+    def read_camera(self, camera: str, keys: list[SampleKey]) -> list[tuple[np.ndarray, Tensor]]:
+        """What a batch needs of a camera's frames, [n, 3, h, w] uint8, in parts of one size, and their places in it:
+        the label camera's second frames, of t + gap, have places of their own behind those of all B first ones.
         """
         parts = []
         for index in sorted({key.source for key in keys}):
@@ -367,13 +369,16 @@ class SampleDataset(Dataset):
                 wanted += [keys[place].frame + source.gap * self.has_pair(keys[place]) for place in places]
                 places = np.concatenate([places, len(keys) + places])
             parts.append((places, source.read_frames(camera, wanted)))
-        return parts
+        if camera in self.square_side:
+            return parts
+        merged = merge(parts)
+        return [(np.arange(len(merged)), merged)]
 
     def images(
         self, camera: str, parts: list[tuple[np.ndarray, Tensor]], rngs: list[np.random.Generator]
     ) -> Tensor:  # [B, 3, h, w]
-        """The policy's images. Where nothing is done to them they and the pairs are views of the decoder's own frames:
-        none is copied before it is sent to the training process, nor is a pair's first frame sent twice.
+        """The policy's images. Where nothing is done to them they and the pairs are views of the same frames, and a
+        pair's first frame is sent to the training process once.
         """
         images = []
         for places, frames in parts:
@@ -586,7 +591,7 @@ def episode_blocks(source: Source, rows: np.ndarray, size: int) -> list[np.ndarr
 
 
 def block_loader(blocks: FrameBlocks, num_workers: int) -> DataLoader:
-    """The blocks in their order, unbatched."""
+    """The blocks in their order, one at a time."""
     return _loader(blocks, num_workers)
 
 
@@ -610,6 +615,8 @@ def fill_cache(
     if accelerator.is_main_process:
         store.claim()
     accelerator.wait_for_everyone()
+    if store.is_complete():  # another run filled it meanwhile
+        return
     missing = {rows.start for rows in store.missing()}
     mine = store.shards()[accelerator.process_index :: accelerator.num_processes]
     plan = [(rows, blocks_of(rows)) for rows in mine if rows.start in missing]

@@ -23,7 +23,7 @@ EPS = 1e-8  # added to standard deviations; LeRobot's normaliser uses the same
 def unit_range(frames: Tensor) -> Tensor:
     """Frames [..., h, w], uint8 in [0, 255] or already float in [0, 1] -> float32 in [0, 1], contiguous.
 
-    A decoder's channels are innermost in memory. They stay there up to here, where both conversions are one pass.
+    A decoder's channels are innermost in memory. They stay there up to here, where layout and type change in one pass.
     """
     frames, is_uint8 = frames.to(torch.float32, memory_format=torch.contiguous_format), frames.dtype == torch.uint8
     return frames / 255 if is_uint8 else frames
