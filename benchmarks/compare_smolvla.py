@@ -199,12 +199,12 @@ def our_loss(core: SmolVLASharedCore, batch: Batch) -> Tensor:
 
 
 class Trainer:
-    """Training steps of a model: forward, backward, clipping, update; with the optimizer of its own training loop."""
+    """Training steps of a model, forward, backward, clipping, update, with LeRobot's optimizer or that of our loop."""
 
-    def __init__(self, module: nn.Module):
+    def __init__(self, module: nn.Module, optimizer: Literal["ours", "lerobot"]):
         self.parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        if isinstance(module, SmolVLAPolicy):
-            preset = module.config.get_optimizer_preset()
+        if optimizer == "lerobot":
+            preset = SmolVLAConfig().get_optimizer_preset()
             self.max_norm, self.optimizer = preset.grad_clip_norm, preset.build(self.parameters)
         else:
             self.max_norm, self.optimizer = OptimConfig.max_grad_norm, make_optimizer(self.parameters, OptimConfig())
@@ -260,7 +260,7 @@ def measure_memory(options: Options) -> dict[str, float]:
             side = model.config.image_size
     # Who trains from a feature cache has no images in memory.
     observation = observe(options.memory_batch_size, 1 if options.memory_cached else side)
-    trainer = Trainer(model)
+    trainer = Trainer(model, options.memory_of)
 
     def step() -> None:
         if options.memory_of == "lerobot":
@@ -343,22 +343,25 @@ def make_models(options: Options) -> Models:
 
 
 def training_rows(models: Models, options: Options) -> Iterator[Row]:
-    theirs, ours = Trainer(models.policy), Trainer(models.core)
+    theirs, ours = Trainer(models.policy, "lerobot"), Trainer(models.core, "ours")
+    ours_as_theirs = Trainer(models.core, "lerobot")
     for size in (1, 4):
         observation = observe(size, models.side)
 
         def train_theirs(observation=observation) -> None:
             theirs.step(models.policy(observation)[0])
 
-        def train_ours(observation=observation, **kwargs: Any) -> None:
-            ours.step(our_loss(models.core, our_batch(models.core, observation, **kwargs)))
+        def train_ours(trainer: Trainer = ours, observation=observation, **kwargs: Any) -> None:
+            trainer.step(our_loss(models.core, our_batch(models.core, observation, **kwargs)))
 
         candidates = {"lerobot": train_theirs, "ours": train_ours, "cached": partial(train_ours, cached=True)}
+        candidates["same optimizer"] = partial(train_ours, ours_as_theirs)
         if size == 4:
             candidates |= {str(k): partial(train_ours, num_draws=k) for k in (2, 4, 8)}
             candidates["both heads"] = partial(train_ours, heads=(ACTION, LATENT))
         seconds = medians(candidates, options.repeats)
         yield Row(f"training step, frozen trunk, B = {size}", seconds["lerobot"], seconds["ours"], "s", goal=0.95)
+        yield Row("  with LeRobot's optimizer in both", seconds["lerobot"], seconds["same optimizer"], "s")
         yield Row("  with the feature cache", seconds["lerobot"], seconds["cached"], "s", goal=0.30)
         if size == 4:
             for k, goal in ((1, None), (2, None), (4, 0.40), (8, None)):
