@@ -486,6 +486,11 @@ class TeacherConfig(RunConfig):
             raise ValueError(
                 "--data.feature-cache is of the policy's vision tower, a teacher sees pixels: leave it out"
             )
+        if self.data.random_shift:
+            raise ValueError(
+                f"--data.random-shift {self.data.random_shift} moves the policy's images; in a teacher's pairs it "
+                "would be a motion: leave it out"
+            )
 
 
 def start_laq(config: TeacherConfig) -> LAQ:

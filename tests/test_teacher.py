@@ -230,6 +230,8 @@ def test_wrong_inputs_leave_no_run_directory(tmp_path, video_dataset):
         train_teacher(batch)
     with pytest.raises(ValueError, match=r"--data\.feature-cache is of the policy's vision tower"):
         replace(config, data=replace(config.data, feature_cache=tmp_path / "features"))
+    with pytest.raises(ValueError, match=r"--data\.random-shift 0\.1 moves the policy's images"):
+        replace(config, data=replace(config.data, random_shift=0.1))
     assert not config.run_dir.exists()
 
 
