@@ -1,6 +1,6 @@
 """Our data loader beside LeRobot's default one: samples a second from the same videos, taking turns.
 
-python benchmarks/loader.py           # two cameras of 640 x 480, H.264 and AV1, about 6 minutes on two calm cores
+python benchmarks/loader.py           # two cameras of 640 x 480, H.264 and AV1, about 11 minutes on two calm cores
 python benchmarks/loader.py --quick   # tiny videos, half a minute: does it run? Its figures say nothing
 
 LeRobot's is what lerobot-train makes: LeRobotDataset with delta_timestamps, frames as uint8, in a shuffling

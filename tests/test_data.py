@@ -360,7 +360,7 @@ def test_a_video_that_is_not_of_its_data_is_refused(tmp_path):
             picture = np.full((48, 64, 3), 30 * shade, np.uint8)
             container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
         container.mux(stream.encode())
-    frames = data.decode(path, np.array([0.1, 0.3, 0.0, 0.9]), fps=10)
+    frames = data.decode(path, np.array([0.1, 0.31, 0.0, 0.9]), fps=10)
     assert [round(frame.float().mean().item() / 30) for frame in frames] == [1, 2, 0, 7]
     with pytest.raises(ValueError, match=r"frame for 1\.100 s is 0\.225 s away.* \(8 fps, dataset 10 fps\)"):
         data.decode(path, np.array([0.1, 1.1]), fps=10)

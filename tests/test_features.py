@@ -118,8 +118,11 @@ def test_a_filling_that_was_killed_goes_on(tmp_path, core, accelerator, image_da
     whole = run_config(tmp_path / "whole", image_dataset, feature_cache_dtype="float32")
     expected = prepare_features(core, sources, (CAMERA,), whole, accelerator)
     assert np.array_equal(np.load(features[CAMERA][0]), np.load(expected[CAMERA][0]))
-    # Nothing is computed again.
+    # Nothing is computed again; nor where another run finishes the cache after this one has looked.
     monkeypatch.setattr(RowCache, "write", None)
+    assert prepare_features(core, sources, (CAMERA,), config, accelerator) == features
+    is_complete, looked = RowCache.is_complete, iter([False])
+    monkeypatch.setattr(RowCache, "is_complete", lambda self: next(looked, is_complete(self)))
     assert prepare_features(core, sources, (CAMERA,), config, accelerator) == features
 
 
