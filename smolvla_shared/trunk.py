@@ -105,20 +105,17 @@ class PrefixLayer(LlamaDecoderLayer):
 
     def forward(
         self,
-        parts: list[Tensor],  # image and text tokens [B, P - 1, hidden], and the state token [B, 1, hidden]
+        parts: list[Tensor],  # the P tokens, cut into parts [B, part, hidden]
         masks: list[Tensor],  # of each part, [B, 1, its tokens, all tokens up to its end]
         rotations: list[Rotation],  # of each part
     ) -> tuple[list[Tensor], KeysValues]:
-        """The parts one layer on, and the keys and values of all P tokens.
-
-        A part attends to itself and those before it. That the state is a part of its own is for speed: under a frozen
-        trunk its token alone depends on something trained, and autograd walks back through no other.
-        """
+        """The parts, each attending to itself and those before it, one layer on; keys and values of all P tokens."""
         attn, head_dim = self.self_attn, self.self_attn.head_dim
         normed = [self.input_layernorm(hidden) for hidden in parts]
         keys = [rotate(split_heads(attn.k_proj(x), head_dim), r) for x, r in zip(normed, rotations, strict=True)]
         values = [split_heads(attn.v_proj(x), head_dim) for x in normed]
-        keys_values = [(torch.cat(keys[:end], dim=2), torch.cat(values[:end], dim=2)) for end in (1, 2)]
+        ends = range(1, len(parts) + 1)
+        keys_values = [(torch.cat(keys[:end], dim=2), torch.cat(values[:end], dim=2)) for end in ends]
         if not self.is_last:
             queries = [rotate(split_heads(attn.q_proj(x), head_dim), r) for x, r in zip(normed, rotations, strict=True)]
             attended = map(attend, queries, keys_values, masks)
@@ -190,16 +187,20 @@ class Trunk(nn.Module):
         if self.has_image_special_tokens:
             image_tokens, image_valid = self.enclose_images(image_tokens, image_valid)
         embedded_text = self.vlm.text_model.embed_tokens(text)
-        parts = [
-            torch.cat([image_tokens.flatten(1, 2), embedded_text * scale], dim=1),  # [B, P - 1, hidden]
-            state_token[:, None].to(embedded_text.dtype),
-        ]
+        image_text = torch.cat([image_tokens.flatten(1, 2), embedded_text * scale], dim=1)  # [B, P - 1, hidden]
+        state = state_token[:, None].to(image_text.dtype)
         valid = torch.cat([image_valid.flatten(1), text_mask, state_mask[:, None]], dim=1)  # [B, P]
 
+        # Under a frozen trunk the state token alone depends on something trained: where it is a part of its own,
+        # autograd walks back through no other. Elsewhere one part takes half the operations.
+        if state.requires_grad and not image_text.requires_grad:
+            parts, spans = [image_text, state], [slice(-1), slice(-1, None)]
+        else:
+            parts, spans = [torch.cat([image_text, state], dim=1)], [slice(None)]
         mask = prefix_attention_mask(valid)
-        masks = [mask[:, :, :-1, :-1], mask[:, :, -1:]]
+        masks = [mask[:, :, span, : span.stop] for span in spans]
         positions = valid.cumsum(1) - 1  # padding takes none
-        rotations = [rotation(positions[:, part], self.head_dim) for part in (slice(-1), slice(-1, None))]
+        rotations = [rotation(positions[:, span], self.head_dim) for span in spans]
         keys_values = []
         for layer in self.vlm.text_model.layers:
             parts, layer_keys_values = layer(parts, masks, rotations)

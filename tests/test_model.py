@@ -285,6 +285,29 @@ def test_both_heads_in_one_pass_equal_two_passes():
         torch.testing.assert_close(grad, total, rtol=1e-4, atol=1e-5, msg=name)
 
 
+@pytest.mark.parametrize("layers_frozen", [True, False])
+def test_a_frozen_trunk_gives_the_same_errors_and_gradients_as_one_that_trains(layers_frozen):
+    """It is passed as two parts, and the image and text tokens' keeps nothing for a backward pass."""
+    config = make_config()
+    trained, batch = make_core(config), make_batch(config)
+    frozen = make_core(config)
+    frozen.load_state_dict(trained.state_dict())
+    freeze(frozen, ["vision tower", "connector", *["language layers"] * layers_frozen])
+    parts = []
+    frozen.trunk.vlm.text_model.layers[1].register_forward_pre_hook(lambda _, args: parts.append(args[0]))
+    grads, expected = gradients(frozen, batch), gradients(trained, batch)
+    requires_grad = [part.requires_grad for part in parts[0]]
+    assert requires_grad == ([False, True] if layers_frozen else [True])
+    assert any(name.startswith("state_proj.") for name in grads)
+    for name, grad in grads.items():
+        torch.testing.assert_close(grad, expected[name], rtol=1e-4, atol=1e-6, msg=name)
+    for name, errors in frozen(batch).items():
+        torch.testing.assert_close(errors, trained(batch)[name], rtol=1e-5, atol=1e-6)
+    with torch.no_grad():
+        frozen(batch)
+    assert [len(p) for p in parts] == [1 + layers_frozen, 1 + layers_frozen, 1]
+
+
 @pytest.mark.parametrize("name", ["latent", "action"])
 def test_cached_sampling_equals_recomputing_everything_at_each_step(core, batch, name):
     noise, head = batch.targets[name].noise[:, 0], core.head(name)
