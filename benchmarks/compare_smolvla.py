@@ -39,7 +39,7 @@ from smolvla_shared.model import SmolVLASharedCore, configure_layers, freeze, fr
 from smolvla_shared.policy import to_batch
 from smolvla_shared.preprocess import pad_width
 from smolvla_shared.smolvla import lerobot_names
-from smolvla_shared.training import make_optimizer
+from smolvla_shared.training import clip_gradients, make_optimizer
 from smolvla_shared.trunk import trunk_location
 
 # HuggingFaceTB/SmolVLM2-500M-Video-Instruct with the 16 of its 32 language layers that SmolVLA keeps.
@@ -205,13 +205,15 @@ class Trainer:
         self.parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
         if optimizer == "lerobot":
             preset = SmolVLAConfig().get_optimizer_preset()
-            self.max_norm, self.optimizer = preset.grad_clip_norm, preset.build(self.parameters)
+            self.optimizer = preset.build(self.parameters)
+            self.clip = partial(torch.nn.utils.clip_grad_norm_, self.parameters, preset.grad_clip_norm)
         else:
-            self.max_norm, self.optimizer = OptimConfig.max_grad_norm, make_optimizer(self.parameters, OptimConfig())
+            self.optimizer = make_optimizer(self.parameters, OptimConfig())
+            self.clip = partial(clip_gradients, self.optimizer, self.parameters, OptimConfig.max_grad_norm)
 
     def step(self, loss: Tensor) -> None:
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.parameters, self.max_norm)
+        self.clip()
         self.optimizer.step()
         self.optimizer.zero_grad()
 
