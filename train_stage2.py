@@ -8,11 +8,11 @@ from pathlib import Path
 
 import tyro
 
-from smolvla_shared.config import LATENT, LatentConfig, ModelConfig
+from smolvla_shared.config import LATENT, ModelConfig, StageConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stage2Config(LatentConfig):
+class Stage2Config(StageConfig):
     """Train the SmolVLM trunk and the shared expert on the latent actions of a frozen LAQ teacher."""
 
     # The trunk, and what of it trains.
@@ -86,9 +86,8 @@ def main(config: Stage2Config) -> None:
         time_beta=(core_config.time_beta_alpha, core_config.time_beta_beta),
         features=features.prepare_features(core, sources, cameras, config, accelerator),
     )
-    loaders = data.make_loaders(
-        sources, data.group_frames(frames), data.group_frames(held_out_frames), spec, config, accelerator
-    )
+    groups = data.group_frames(frames), data.group_frames(held_out_frames)
+    loaders = data.make_loaders(sources, *groups, spec, config, accelerator, config.data.random_shift)
     preprocessor = Preprocessor(core_config, tokenizer, statistics)
 
     def evaluate() -> dict[str, float]:

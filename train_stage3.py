@@ -10,11 +10,11 @@ from typing import Literal
 
 import tyro
 
-from smolvla_shared.config import ACTION, LATENT, LatentConfig, ModelConfig
+from smolvla_shared.config import ACTION, LATENT, ModelConfig, StageConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stage3Config(LatentConfig):
+class Stage3Config(StageConfig):
     """Train the policy on action chunks, from a Stage 2 artifact or (without one) from the trunk's own weights."""
 
     # The weights file of Stage 2; its manifest decides about the model. None: the scratch arm.
@@ -164,7 +164,8 @@ def main(config: Stage3Config) -> None:
         time_beta=(core_config.time_beta_alpha, core_config.time_beta_beta),
         features=features.prepare_features(core, sources, cameras, config, accelerator),
     )
-    loaders = data.make_loaders(sources, groups, data.group_frames(held_out), spec, config, accelerator)
+    splits = groups, data.group_frames(held_out)
+    loaders = data.make_loaders(sources, *splits, spec, config, accelerator, config.data.random_shift)
     preprocessor = Preprocessor(core_config, tokenizer, statistics)
 
     def evaluate() -> dict[str, float]:

@@ -16,7 +16,7 @@ import tyro
 
 from smolvla_shared import data, model, teacher
 from smolvla_shared.batch import RawBatch
-from smolvla_shared.config import LATENT, DataConfig, LatentConfig, ModelConfig, SourceConfig
+from smolvla_shared.config import LATENT, ModelConfig, PolicyDataConfig, SourceConfig, StageConfig
 from smolvla_shared.losses import masked_mean
 from smolvla_shared.preprocess import Preprocessor
 from smolvla_shared.trunk import load_trunk_tokenizer
@@ -47,9 +47,9 @@ def main(config: Benchmark) -> None:
             )
         )
         seconds = time.perf_counter() - start
-        run = LatentConfig(
+        run = StageConfig(
             run_dir=Path(directory) / "run",
-            data=DataConfig(**vars(config.data)),
+            data=PolicyDataConfig(**vars(config.data)),
             laq_ckpt=config.laq_ckpt,
         )
         sources = data.open_sources(run.data)
@@ -95,7 +95,7 @@ def place(source: int, frame: int) -> RawBatch:
     )
 
 
-def measure(config: Benchmark, run: LatentConfig, sources, cameras, online, kinds) -> dict[str, list[tuple]]:
+def measure(config: Benchmark, run: StageConfig, sources, cameras, online, kinds) -> dict[str, list[tuple]]:
     """(seconds of labelling, of the whole step) of each kind; the same batch by turns, data loading left out."""
     core_config = model.make_core_config(
         ModelConfig(preset="tiny"),

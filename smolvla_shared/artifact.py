@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from smolvla_shared.config import CoreConfig, DataConfig, TeacherKind
+from smolvla_shared.config import CoreConfig, SourceConfig, TeacherKind
 from smolvla_shared.model import PARTS, SmolVLASharedCore
 from smolvla_shared.preprocess import Statistics, pack_tokenizer, unpack_tokenizer
 from smolvla_shared.weights import check_weights, file_sha256, public_state, write_text, write_weights
@@ -202,7 +202,7 @@ def check_agreement(core: CoreConfig, stated: dict[str, Any], where: str = "arti
         )
 
 
-def check_teacher(manifest: Manifest, teacher_id: str, kind: TeacherKind, data: DataConfig) -> None:
+def check_teacher(manifest: Manifest, teacher_id: str, kind: TeacherKind, data: SourceConfig) -> None:
     """Raise ValueError unless Stage 3 would co-train on the latent actions that Stage 2 learned."""
     latents = manifest.latents
     rows = [

@@ -155,6 +155,17 @@ class DataConfig(SourceConfig):
 
     # Share of the episodes held out for evaluation; at least one episode when above 0.
     val_fraction: float = 0.05
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 <= self.val_fraction < 1:
+            raise ValueError(f"--data.val-fraction is a share of the episodes in [0, 1), got {self.val_fraction}")
+
+
+@dataclass(frozen=True)
+class PolicyDataConfig(DataConfig):
+    """Which recordings, and how a policy trains on them."""
+
     # Shift the policy's images at random by up to this share of their side (training only; the teacher's are kept).
     random_shift: float = 0.0
     # Keep what the frozen vision tower makes of every frame in this directory: filled before the first run's training,
@@ -172,8 +183,6 @@ class DataConfig(SourceConfig):
                 "--data.feature-cache keeps features of the frames as recorded, but --data.random-shift "
                 f"{self.random_shift} would train on others: drop one of them"
             )
-        if not 0 <= self.val_fraction < 1:
-            raise ValueError(f"--data.val-fraction is a share of the episodes in [0, 1), got {self.val_fraction}")
 
 
 @dataclass(frozen=True)
@@ -255,9 +264,11 @@ class TeacherOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LatentConfig(RunConfig, TeacherOptions):
-    """The options of the scripts that learn latent actions: whose, and where the labels come from."""
+class StageConfig(RunConfig, TeacherOptions):
+    """The options that Stage 2 and Stage 3 share: the policy's data, and whose latent actions it learns, from where."""
 
+    # Which recordings, and how they are read.
+    data: PolicyDataConfig
     # The teacher: a .safetensors file of `python -m smolvla_shared.teacher train`, or LAPA's .pt file. With --labels
     # cache it may be left out: the cache says whose labels it holds.
     laq_ckpt: Path | None = None

@@ -538,14 +538,18 @@ def make_loaders(
     spec: SampleSpec,
     config: RunConfig,
     accelerator: Accelerator,
+    random_shift: float = 0.0,
 ) -> Loaders:
-    """Loaders of a run; held-out batches are read in the process itself, so that they take no workers from training."""
+    """Loaders of a run; held-out batches are read in the process itself, so that they take no workers from training.
+
+    random_shift: of training samples (SampleDataset)
+    """
     process = accelerator.process_index, accelerator.num_processes
 
     def train(first_step: int) -> DataLoader:
         steps = first_step, config.steps
         sampler = StepSampler(training, config.seed, config.batch_size, *steps, *process, config.accumulation_steps)
-        samples = SampleDataset(sources, spec, config.seed, random_shift=config.data.random_shift)
+        samples = SampleDataset(sources, spec, config.seed, random_shift)
         return make_loader(samples, sampler, config.data.num_workers)
 
     def validate() -> DataLoader:

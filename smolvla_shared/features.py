@@ -20,7 +20,7 @@ from torch import Tensor
 from smolvla_shared import data
 from smolvla_shared.artifact import fingerprints
 from smolvla_shared.cache import RowCache, dataset_fingerprint
-from smolvla_shared.config import RunConfig
+from smolvla_shared.config import StageConfig
 from smolvla_shared.labels import label_directories
 from smolvla_shared.model import SmolVLASharedCore, parameters_by_part
 from smolvla_shared.preprocess import prepare_images
@@ -60,7 +60,7 @@ def prepare_features(
     core: SmolVLASharedCore,
     sources: list[data.Source],
     cameras: tuple[str, ...],
-    config: RunConfig,
+    config: StageConfig,
     accelerator: Accelerator,
 ) -> dict[str, tuple[Path, ...]]:
     """For SampleSpec.features: each camera's file of image tokens for every source, filled where frames are missing;
@@ -105,7 +105,7 @@ def feature_store(
     tower: str,
     square_side: dict[str, int],
     core: SmolVLASharedCore,
-    config: RunConfig,
+    config: StageConfig,
 ) -> RowCache:
     key = FeatureKey(
         tower=tower,
@@ -126,7 +126,7 @@ def token_shape(core: SmolVLASharedCore) -> tuple[int, int]:
     return tokens, core.trunk.hidden_size
 
 
-def check_size(stores: dict, unfinished: dict, core: SmolVLASharedCore, config: RunConfig, accelerator) -> None:
+def check_size(stores: dict, unfinished: dict, core: SmolVLASharedCore, config: StageConfig, accelerator) -> None:
     """Announce what the cache takes. Raises ValueError where that is more than allowed, or than the disk has."""
     options = config.data
     frame_bytes = np.prod(token_shape(core)) * getattr(torch, options.feature_cache_dtype).itemsize
@@ -157,7 +157,7 @@ def fill(
     source: data.Source,
     camera: str,
     square_side: dict[str, int],
-    config: RunConfig,
+    config: StageConfig,
     accelerator: Accelerator,
 ) -> None:
     """Compute the image tokens of every frame; every process does its share."""

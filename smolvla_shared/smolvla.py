@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from smolvla_shared.artifact import check_agreement
-from smolvla_shared.config import CoreConfig, DataConfig, ModelConfig
+from smolvla_shared.config import CoreConfig, ModelConfig, SourceConfig
 from smolvla_shared.model import SmolVLASharedCore, make_core_config
 from smolvla_shared.preprocess import Statistics, pack_tokenizer
 from smolvla_shared.trunk import load_trunk_config, load_trunk_tokenizer, load_trunk_weights, trunk_location
@@ -289,7 +289,7 @@ def load_init(model: ModelConfig) -> Checkpoint | None:
     return checkpoint
 
 
-def init_cameras(data: DataConfig, init: Checkpoint | None) -> DataConfig:
+def init_cameras(data: SourceConfig, init: Checkpoint | None) -> SourceConfig:
     """The data options with cameras for all places of the checkpoint's, if there is one.
 
     To SmolVLA a camera is its place in the order: those that the user names take the places in turn; by default they

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from smolvla_shared import data, health
 from smolvla_shared.batch import RawBatch, to_device
 from smolvla_shared.cache import RowCache, dataset_fingerprint
-from smolvla_shared.config import LATENT, LatentConfig, RunConfig, SourceConfig, TeacherKind, TeacherOptions
+from smolvla_shared.config import LATENT, RunConfig, SourceConfig, StageConfig, TeacherKind, TeacherOptions
 from smolvla_shared.labels import (
     CachedLabels,
     LabelKey,
@@ -74,7 +74,7 @@ class OnlineLabels:
         return self.choose(self.laq.encode(unit_range(raw.pairs)))
 
 
-def open_labels(config: LatentConfig, sources: list[data.Source], camera: str) -> Labels:
+def open_labels(config: StageConfig, sources: list[data.Source], camera: str) -> Labels:
     """The latent targets that the options name; an online teacher is on the CPU still.
 
     Raises ValueError for a teacher that cannot be loaded, and for a cache that is not complete or whose key differs.
@@ -479,18 +479,6 @@ class TeacherConfig(RunConfig):
     settle_share: float = 0.2
     # Warn when the slots effectively use fewer codes than this on average, three times in a row.
     collapse_below: float = 1.5
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.data.feature_cache:
-            raise ValueError(
-                "--data.feature-cache is of the policy's vision tower, a teacher sees pixels: leave it out"
-            )
-        if self.data.random_shift:
-            raise ValueError(
-                f"--data.random-shift {self.data.random_shift} moves the policy's images; in a teacher's pairs it "
-                "would be a motion: leave it out"
-            )
 
 
 def start_laq(config: TeacherConfig) -> LAQ:

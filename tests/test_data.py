@@ -391,16 +391,18 @@ def test_two_processes_read_what_one_reads(video, images):
 
 def test_held_out_batches_are_the_same_every_time(video, tmp_path):
     config = RunConfig(
-        run_dir=tmp_path, data=DataConfig(roots=("x",), num_workers=0, random_shift=0.3), batch_size=4, eval_samples=8
+        run_dir=tmp_path, data=DataConfig(roots=("x",), num_workers=0), steps=1, batch_size=4, eval_samples=8
     )
     train, held_out = data.split_sources([video], config.data, seed=0)
     groups = data.group_frames(train), data.group_frames(held_out)
-    loaders = data.make_loaders([video], *groups, SPEC, config, Accelerator(cpu=True))
+    loaders = data.make_loaders([video], *groups, SPEC, config, Accelerator(cpu=True), random_shift=0.3)
     first, second = list(loaders.held_out()), list(loaders.held_out())
     assert len(first) == 2
     for one, other in zip(first, second):
         assert_equal(one, other)
         assert torch.equal(one.images[0], one.pairs[:, 0])  # not augmented
+    (augmented,) = loaders.train(0)
+    assert not torch.equal(augmented.images[0], augmented.pairs[:, 0])
     names = {f"{video.name} episode {e}" for e in np.searchsorted(video.episode_to, held_out[0][1], side="right")}
     assert {key.rsplit(" frame ", 1)[0] for batch in first for key in batch.keys} <= names
     assert data.make_loaders([video], groups[0], [], SPEC, config, Accelerator(cpu=True)).held_out is None

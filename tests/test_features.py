@@ -14,7 +14,7 @@ from smolvla_shared import data
 from smolvla_shared import features as features_module
 from smolvla_shared.batch import Batch
 from smolvla_shared.cache import RowCache
-from smolvla_shared.config import ACTION, DataConfig, ModelConfig, RunConfig
+from smolvla_shared.config import ACTION, ModelConfig, PolicyDataConfig, StageConfig
 from smolvla_shared.features import prepare_features
 from smolvla_shared.losses import masked_mean
 from smolvla_shared.model import SmolVLASharedCore, freeze, make_core_config
@@ -38,9 +38,9 @@ def core() -> SmolVLASharedCore:
     return core
 
 
-def run_config(directory: Path, *roots: Path, **options) -> RunConfig:
+def run_config(directory: Path, *roots: Path, **options) -> StageConfig:
     options = {"roots": roots, "num_workers": 0, "feature_cache": directory / "features"} | options
-    return RunConfig(run_dir=directory / "run", data=DataConfig(**options))
+    return StageConfig(run_dir=directory / "run", data=PolicyDataConfig(**options))
 
 
 def read(sources, features: dict, places: list[tuple[int, int]]) -> data.RawBatch:

@@ -15,7 +15,7 @@ import torch
 from forked import Forked, start_server
 
 from smolvla_shared import data
-from smolvla_shared.config import LATENT, DataConfig, LatentConfig, SourceConfig
+from smolvla_shared.config import LATENT, PolicyDataConfig, SourceConfig, StageConfig
 from smolvla_shared.labels import label_directories
 from smolvla_shared.laq import LAQ, load_laq, save_laq
 from smolvla_shared.teacher import LabelConfig, OnlineLabels, label, latent_statistics, open_labels
@@ -41,8 +41,8 @@ def cache(request, tmp_path_factory, laq_checkpoint, video_dataset, image_datase
     return request.param, directory
 
 
-def latent_config(tmp_path: Path, *roots: Path, **options) -> LatentConfig:
-    return LatentConfig(**{"run_dir": tmp_path / "run", "data": DataConfig(roots=roots, num_workers=0)} | options)
+def latent_config(tmp_path: Path, *roots: Path, **options) -> StageConfig:
+    return StageConfig(**{"run_dir": tmp_path / "run", "data": PolicyDataConfig(roots=roots, num_workers=0)} | options)
 
 
 def raw_batch(sources, labels, places: list[tuple[int, int]]) -> data.RawBatch:

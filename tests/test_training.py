@@ -406,7 +406,7 @@ def train_core(
     """Six steps of Stage 2 on real video, with augmentation, running average and held-out evaluation."""
     config = make_config(
         run_dir,
-        data=DataConfig(roots=(video,), num_workers=0, random_shift=0.1, val_fraction=0.2),
+        data=DataConfig(roots=(video,), num_workers=0, val_fraction=0.2),
         **{"steps": 6, "batch_size": 4, "accumulation_steps": 2, "ema_decay": 0.9, "eval_samples": 4} | options,
     )
     accelerator = make_accelerator()
@@ -418,7 +418,7 @@ def train_core(
     core = make_core().to(device)
     freeze(core, ["vision tower", "connector"])
     spec = data.SampleSpec((camera,), state_dim=4, label_camera=camera, draws={LATENT: (4, 8)})
-    loaders = data.make_loaders(sources, *groups, spec, config, accelerator)
+    loaders = data.make_loaders(sources, *groups, spec, config, accelerator, random_shift=0.1)
     statistics = {
         LATENT: Statistics((0.0,) * 32, (1.0,) * 32),
         "state": data.vector_statistics(sources, data.STATE_KEY),
