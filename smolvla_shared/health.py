@@ -1,7 +1,7 @@
 """Label health: are a teacher's latent actions worth learning? Measurements on frame pairs, a verdict, pictures.
 
-What can go wrong, and what shows it, is listed with `Thresholds`. teacher.py reads the frames and
-runs the teacher; everything here is arithmetic on what came out.
+What can go wrong, and what shows it, is listed with `Thresholds`. check.py reads the frames and runs
+the teacher; everything here is arithmetic on what came out.
 """
 
 import json
@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from smolvla_shared.config import TeacherKind
+from smolvla_shared.config import SourceConfig, TeacherKind
+from smolvla_shared.labels import Labels
 from smolvla_shared.laq import perplexity
 from smolvla_shared.weights import write_text
 
@@ -313,6 +314,35 @@ def read_verdict(path: Path) -> Verdict:
         raise ValueError(f"{path}: schema_version {report.get('schema_version')!r}, expected {SCHEMA!r}")
     values = {name: report[name] for name in (f.name for f in fields(Verdict))}
     return Verdict(**values | {"reasons": tuple(report["reasons"])})
+
+
+def check_report(path: Path | None, accept: bool, labels: Labels, data: SourceConfig, camera: str) -> dict[str, Any]:
+    """The fields of artifact.Latents about label health. Raises ValueError for a report on other labels, or a failed
+    verdict that was not accepted.
+    """
+    if path is None:
+        return {}
+    verdict = read_verdict(path)
+    rows = [
+        f"  {what}: this run {here}, {path.name} {there}"
+        for what, here, there in (
+            ("teacher", labels.teacher_id, verdict.teacher_id),
+            ("--teacher-kind", labels.kind, verdict.teacher_kind),
+            ("--data.frame-gap-s", data.frame_gap_s, verdict.frame_gap_s),
+            ("label camera", camera, verdict.camera),
+        )
+        if here != there
+    ]
+    if rows:
+        raise ValueError("--label-health is about other labels, check these:\n" + "\n".join(rows))
+    if verdict.verdict == "fail" and not accept:
+        raise ValueError(
+            f"{path}: these labels failed the check:\n  " + "\n  ".join(verdict.reasons) + "\nStage 2 would learn "
+            "them well, and its own losses would not show that they are worth nothing: a constant, the camera or the "
+            "scene instead of the motion. Stage 3 would then gain nothing over its scratch arm. Mend the teacher, or "
+            "pass --accept-label-health for a control arm"
+        )
+    return {"health": verdict.verdict, "health_reasons": verdict.reasons}
 
 
 def summary(found: dict[str, Any], verdict: Verdict, warnings: list[str]) -> str:

@@ -1,7 +1,7 @@
-"""Where latent targets come from: the interface, and the label cache, one implementation of it.
+"""Where latent targets come from: the teacher in every step, or a label cache, behind one interface.
 
-teacher.py has the other, which runs the teacher in every step. A cache directory holds the labels of any number of
-datasets, each under a key of all that decides about a label (cache.py):
+A cache directory holds the labels of any number of datasets, each under a key of all that decides about a label
+(cache.py):
 
     <directory>/<dataset>/indices.npy     [frames, S] codes; 0 where the episode ends before the second frame
     <directory>/<dataset>/mask.npy        [frames] bool, False there
@@ -21,6 +21,8 @@ from torch import Tensor
 from smolvla_shared.batch import RawBatch
 from smolvla_shared.cache import MANIFEST, RowCache
 from smolvla_shared.config import TeacherKind
+from smolvla_shared.laq import LAQ, LatentActions, teacher_id
+from smolvla_shared.preprocess import unit_range
 
 # How a recorded frame becomes what the teacher sees (LAQ.resize); raised when that changes.
 PREPROCESSING = "1: uint8 / 255, antialiased bilinear to the teacher's square"
@@ -43,6 +45,27 @@ class Labels(Protocol):
 
     def __call__(self, raw: RawBatch) -> Tensor:
         """[B, S, D] float32; without meaning where raw.pair_mask is False."""
+
+
+class OnlineLabels:
+    """Labels from the teacher itself, on the device that it is on."""
+
+    def __init__(self, laq: LAQ, kind: TeacherKind, camera: str):
+        self.laq, self.kind, self.camera = laq, kind, camera
+        self.teacher_id = teacher_id(laq)
+        self.shape = laq.config.code_seq_len, laq.config.quant_dim
+        self.pair_size = laq.config.image_size
+
+    def to(self, device: torch.device) -> None:
+        self.laq.to(device)
+
+    def choose(self, latents: LatentActions) -> Tensor:  # [B, S, D]
+        """Those of its latents that are the labels."""
+        return latents.continuous if self.kind == "continuous" else latents.vectors
+
+    @torch.no_grad()
+    def __call__(self, raw: RawBatch) -> Tensor:  # [B, S, D]
+        return self.choose(self.laq.encode(unit_range(raw.pairs)))
 
 
 @dataclass(frozen=True)

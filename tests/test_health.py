@@ -9,10 +9,12 @@ import torch
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
 from smolvla_shared import data, health
+from smolvla_shared.check import CheckConfig, check, observe
 from smolvla_shared.config import OptimConfig, SourceConfig
 from smolvla_shared.health import THRESHOLDS, Observations, Verdict, judge, measure
+from smolvla_shared.labels import OnlineLabels
 from smolvla_shared.laq import LAQ, LAQConfig, LatentActions, PairBatch, load_laq, replace_dead_codes, save_laq
-from smolvla_shared.teacher import CheckConfig, OnlineLabels, check, main, observe
+from smolvla_shared.teacher import main
 from smolvla_shared.training import learning_rate
 
 CAMERA = "observation.image"

@@ -18,7 +18,7 @@ PACKAGE = ROOT / "smolvla_shared"
 # A module imports only modules above it.
 ORDER = (
     "config batch preprocess flow losses weights cache stopping trunk model laq labels artifact health smolvla data "
-    "features metrics sharding checkpoint training teacher policy evaluate train_stage2 train_stage3 rollout"
+    "features metrics sharding checkpoint training check teacher policy evaluate train_stage2 train_stage3 rollout"
 ).split()
 SCRIPTS = ORDER[-3:]
 USES_LEROBOT = {"smolvla", "data", "policy", "evaluate", *SCRIPTS}

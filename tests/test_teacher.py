@@ -10,9 +10,10 @@ import torch
 
 from smolvla_shared import data, training
 from smolvla_shared.config import DataConfig, OptimConfig
+from smolvla_shared.labels import OnlineLabels
 from smolvla_shared.laq import LAQ, LAQConfig, load_laq, teacher_id
 from smolvla_shared.preprocess import unit_range
-from smolvla_shared.teacher import OnlineLabels, TeacherConfig, latent_statistics, main, train_teacher
+from smolvla_shared.teacher import TeacherConfig, latent_statistics, main, train_teacher
 
 CAMERA = "observation.image"
 SMALL = LAQConfig(

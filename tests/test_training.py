@@ -21,9 +21,10 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from smolvla_shared import data, teacher, training
+from smolvla_shared import data, training
 from smolvla_shared.batch import Batch, FlowTarget, RawBatch
 from smolvla_shared.config import LATENT, DataConfig, ModelConfig, OptimConfig, RunConfig
+from smolvla_shared.labels import OnlineLabels
 from smolvla_shared.laq import load_laq
 from smolvla_shared.losses import masked_mean
 from smolvla_shared.model import SmolVLASharedCore, freeze, make_core_config
@@ -413,7 +414,7 @@ def train_core(
     sources = data.open_sources(config.data)
     groups = [data.group_frames(frames) for frames in data.split_sources(sources, config.data, config.seed)]
     camera = "observation.image"
-    labels = teacher.OnlineLabels(load_laq(laq_checkpoint), "quantized", camera)
+    labels = OnlineLabels(load_laq(laq_checkpoint), "quantized", camera)
     labels.laq.to(device)
     core = make_core().to(device)
     freeze(core, ["vision tower", "connector"])

@@ -1,0 +1,248 @@
+"""The command `teacher check`: read frame pairs, run the teacher on them, and have health.py judge what comes out."""
+
+import collections
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from smolvla_shared import data, health
+from smolvla_shared.config import SourceConfig, TeacherOptions
+from smolvla_shared.labels import OnlineLabels
+from smolvla_shared.laq import LAQ, load_laq
+from smolvla_shared.preprocess import unit_range
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckConfig(TeacherOptions):
+    """Measure whether a teacher's latent actions are worth learning: writes label_health.json and pictures, prints a
+    verdict with reasons, and exits with code 1 if it fails."""
+
+    # The teacher: a .safetensors file of `teacher train`, or LAPA's .pt file.
+    laq_ckpt: Path
+    # New directory for the report and its pictures.
+    out: Path
+    # Recordings to measure on. Where they have actions, probes tell how much of them is in the latents.
+    data: SourceConfig
+    # Frame pairs to look at, drawn from all datasets.
+    pairs: int = 5000
+    # Pairs of them that get the costlier measurements: still pairs, past and future, reconstruction.
+    detailed_pairs: int = 500
+    # Frame gaps, in seconds, to compare by the probe.
+    gaps: tuple[float, ...] = ()
+    # How the actions of a gap add up: their `sum` (velocities, deltas) or their `change` (absolute positions).
+    actions: Literal["sum", "change"] = "sum"
+    # Which pairs are drawn, and the random teacher's weights.
+    seed: int = 0
+
+    def __post_init__(self):
+        if min(self.pairs, self.detailed_pairs) < 2:
+            raise ValueError(
+                f"--pairs and --detailed-pairs must be at least 2, got {self.pairs} and {self.detailed_pairs}"
+            )
+
+
+@torch.no_grad()
+def random_teacher(laq: LAQ, frames: Tensor, seed: int) -> LAQ:  # [B, 2, 3, H, W]
+    """A teacher of the same shape with random weights. Its codes are latents of `frames`: a codebook that never meets
+    its latents would make all pairs alike, and too easy a control.
+    """
+    torch.manual_seed(seed)
+    with frames.device:
+        control = LAQ(laq.config).requires_grad_(False).eval()
+    latents = control.encode(frames).continuous.flatten(0, 1)
+    control.vq.codebooks[:] = latents[torch.randint(len(latents), (laq.config.codebook_size,))]
+    return control
+
+
+def summed_actions(source: data.Source, rows: np.ndarray, mode: str, dim: int) -> Tensor:  # [n, A]
+    """What the actions did between the frames of each pair; NaN where the dataset has none."""
+    if data.ACTION_KEY not in source.features:
+        return torch.full((len(rows), dim), float("nan"))
+    actions = torch.from_numpy(np.asarray(source.vectors[:][data.ACTION_KEY], np.float64)).view(-1, dim)
+    if mode == "change":
+        return actions[rows + source.gap] - actions[rows]
+    total = F.pad(actions.cumsum(0), (0, 0, 1, 0))
+    return total[rows + source.gap] - total[rows]
+
+
+def draw_rows(sources: list[data.Source], config: CheckConfig) -> list[np.ndarray]:
+    """Rows with pairs, drawn from each source in proportion to what it has; sorted."""
+    rng = np.random.default_rng(config.seed)
+    valid = [source.rows_with_pairs(np.arange(source.num_frames)) for source in sources]
+    share = min(1.0, config.pairs / sum(map(len, valid)))
+    return [np.sort(rng.choice(rows, round(share * len(rows)), replace=False)) for rows in valid]
+
+
+def teacher_frames(
+    teacher: OnlineLabels, source: data.Source, rows: np.ndarray, gaps: tuple[int, ...], num_workers: int
+) -> Iterator[tuple[np.ndarray, Tensor, Tensor]]:
+    """Blocks of rows, the frames that lie `gaps` gaps from each [n, gaps, 3, H, W] as the teacher sees them, and
+    whether the episode has them [n, gaps].
+    """
+    blocks = data.episode_blocks(source, rows, size=64)
+    frames = data.FrameBlocks(source, teacher.camera, blocks, tuple(gap * source.gap for gap in gaps))
+    device = teacher.laq.vq.codebooks.device
+    progress = tqdm(total=len(rows), desc=f"{Path(source.name).name}, gap {source.gap_s:.3g} s", unit="pair")
+    for block, (pictures, places, has) in zip(blocks, data.block_loader(frames, num_workers)):
+        yield block, teacher.laq.resize(unit_range(pictures.to(device)))[places.to(device)], has
+        progress.update(len(block))
+    progress.close()
+
+
+@torch.no_grad()
+def observe(
+    teacher: OnlineLabels, sources: list[data.Source], config: CheckConfig
+) -> tuple[health.Observations, Tensor, Tensor]:
+    """What health.py judges, of pairs drawn from the sources; and (past, present, future) frames [M, 3, 3, H, W] of the
+    detailed ones with their latents [M, S, D].
+    """
+    drawn = draw_rows(sources, config)
+    total = sum(map(len, drawn))
+    is_detailed = torch.zeros(total, dtype=torch.bool)
+    order = torch.randperm(total, generator=torch.Generator().manual_seed(config.seed))
+    is_detailed[order[: config.detailed_pairs]] = True
+    dim = data.common_dim(sources, data.ACTION_KEY)
+    columns = collections.defaultdict(list)
+    detailed = collections.defaultdict(list)
+    control = None
+    seen = first_episode = 0
+    for source, rows in zip(sources, drawn):
+        columns["actions"].append(summed_actions(source, rows, config.actions, dim))
+        for block, frames, has in teacher_frames(teacher, source, rows, (-1, 0, 1), config.data.num_workers):
+            pairs = frames[:, 1:]
+            if control is None:
+                control = OnlineLabels(random_teacher(teacher.laq, pairs, config.seed), teacher.kind, teacher.camera)
+            codes = teacher.laq.encode(pairs)
+            latents = teacher.choose(codes)
+            new = {
+                "episodes": torch.full((len(block),), first_episode + source.episode_of(block[0])),
+                "indices": codes.indices,
+                "latents": latents.flatten(1),
+                "random_latents": control.choose(control.laq.encode(pairs)).flatten(1),
+                "change": health.cell_change(*pairs.unbind(1)).amax(1),
+                "shift": health.image_shift(*pairs.cpu().unbind(1)),
+            }
+            some = is_detailed[seen : seen + len(block)]
+            kept = {"triples": frames, "latents": latents, "has_past": has[:, 0]}
+            for into, values in ((columns, new), (detailed, {n: v.cpu()[some] for n, v in kept.items()})):
+                for name, value in values.items():
+                    into[name].append(value.cpu())
+            seen += len(block)
+        first_episode += len(source.episode_from)
+    details = {name: torch.cat(values) for name, values in detailed.items()}
+    found = {name: torch.cat(values) for name, values in columns.items()} | observe_details(teacher, **details)
+    return health.Observations(**found), details["triples"], details["latents"]
+
+
+@torch.no_grad()
+def probe_at(teacher: OnlineLabels, sources: list[data.Source], config: CheckConfig) -> list[float | None] | None:
+    """health.probe at the frame gap of these sources, which have actions."""
+    dim, columns, first_episode = data.common_dim(sources, data.ACTION_KEY), collections.defaultdict(list), 0
+    for source, rows in zip(sources, draw_rows(sources, config)):
+        columns["actions"].append(summed_actions(source, rows, config.actions, dim))
+        for block, pairs, _ in teacher_frames(teacher, source, rows, (0, 1), config.data.num_workers):
+            columns["latents"].append(teacher.choose(teacher.laq.encode(pairs)).flatten(1).cpu())
+            columns["episodes"].append(torch.full((len(block),), first_episode + source.episode_of(block[0])))
+        first_episode += len(source.episode_from)
+    return health.probe(**{name: torch.cat(values) for name, values in columns.items()})
+
+
+@torch.no_grad()
+def observe_details(
+    teacher: OnlineLabels, triples: Tensor, latents: Tensor, has_past: Tensor
+) -> dict[str, Tensor]:  # [M, 3, 3, H, W], [M, S, D], [M]
+    """The costlier measurements: still pairs, the present from either side (where it has a past), reconstruction."""
+    laq = teacher.laq
+    device = laq.vq.codebooks.device
+    columns = collections.defaultdict(list)
+    # Another pair's latent: the next of a random order, so that it is not that of the frame after.
+    order = torch.randperm(len(latents), generator=torch.Generator().manual_seed(0))
+    others = torch.empty_like(latents)
+    others[order] = latents[order.roll(1)]
+    for frames, own, other, has in zip(*(values.split(64) for values in (triples, latents, others, has_past))):
+        frames = frames.to(device)
+        past, now, future = frames.unbind(1)
+        still = laq.encode(torch.stack([now, now], dim=1))
+        new = {
+            "still_indices": still.indices,
+            "still_latents": teacher.choose(still).flatten(1),
+            "past_to_now": teacher.choose(laq.encode(torch.stack([past, now], dim=1))).flatten(1),
+            "future_to_now": teacher.choose(laq.encode(torch.stack([future, now], dim=1))).flatten(1),
+            "own_error": (laq.reconstruct(frames[:, 1:], own.to(device)) - future).square().mean((1, 2, 3)),
+            "other_error": (laq.reconstruct(frames[:, 1:], other.to(device)) - future).square().mean((1, 2, 3)),
+            "copy_error": (now - future).square().mean((1, 2, 3)),
+        }
+        for name, values in new.items():
+            columns[name].append(values.cpu()[has] if name.endswith("_to_now") else values.cpu())
+    return {name: torch.cat(values) for name, values in columns.items()}
+
+
+@torch.no_grad()
+def draw_transfer(path: Path, laq: LAQ, triples: Tensor, latents: Tensor) -> None:
+    """The latent transfer test on six pairs: what the decoder makes of a frame with another pair's latent."""
+    device = laq.vq.codebooks.device
+    rows = torch.linspace(0, len(triples) - 1, 6).round().long()
+    pairs, own = triples[rows, 1:].to(device), latents[rows].to(device)
+    from_own, from_other = laq.reconstruct(pairs, own), laq.reconstruct(pairs, own.roll(1, 0))
+    columns = {
+        "t": pairs[:, 0],
+        "t + gap": pairs[:, 1],
+        "from its latent": from_own,
+        "from the row above's": from_other,
+        "their difference x 4": 0.5 + 4 * (from_own - from_other),
+    }
+    health.draw_transfer(path, {title: images.cpu() for title, images in columns.items()})
+
+
+def sources_with_actions(config: SourceConfig) -> list[data.Source]:
+    """The datasets that a probe can use, with the pairs of this frame gap. Raises ValueError if there are none."""
+    sources = [source for source in data.open_sources(config) if data.ACTION_KEY in source.features]
+    if not sources:
+        raise ValueError("--gaps compares frame gaps by the probe, but none of the datasets has actions: leave it out")
+    data.valid_pair_share(sources, [(i, np.arange(source.num_frames)) for i, source in enumerate(sources)])
+    return sources
+
+
+def check(config: CheckConfig) -> None:
+    if config.out.exists():
+        raise ValueError(f"--out {config.out} exists: name a new directory")
+    laq = load_laq(config.laq_ckpt, config.laq_code_seq_len, config.laq_image_size)
+    sources = data.open_sources(config.data)
+    _, camera = data.choose_cameras(sources, config.data)
+    all_frames = [(index, np.arange(source.num_frames)) for index, source in enumerate(sources)]
+    valid_share = data.valid_pair_share(sources, all_frames)
+    by_gap = {gap: sources_with_actions(replace(config.data, frame_gap_s=gap)) for gap in sorted(config.gaps)}
+    print(data.describe(sources, with_pairs=True))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    teacher = OnlineLabels(laq.to(device), config.teacher_kind, camera)
+
+    seen, triples, latents = observe(teacher, sources, config)
+    found = health.measure(seen, laq.config.codebook_size) | {"invalid_share": 1 - valid_share}
+    sweep = {gap: probe_at(teacher, others, config) for gap, others in by_gap.items()}
+    found["probe_by_gap"] = sweep
+    failures, warnings = health.judge(found, config.teacher_kind)
+    verdict = health.Verdict(
+        verdict="fail" if failures else "pass",
+        reasons=tuple(failures),
+        teacher_id=teacher.teacher_id,
+        teacher_kind=teacher.kind,
+        frame_gap_s=config.data.frame_gap_s,
+        camera=camera,
+    )
+
+    config.out.mkdir(parents=True)
+    health.draw_usage(config.out / "codes.png", found["codes"]["counts"])
+    draw_transfer(config.out / "transfer.png", laq, triples, latents)
+    if found["probe"]["latents"]:
+        health.draw_probe(config.out / "probe.png", found["probe"], sweep)
+    health.write_report(config.out / "label_health.json", verdict, found, warnings)
+    print(health.summary(found, verdict, warnings))
+    print(f"report and pictures: {config.out}")
+    raise SystemExit(int(verdict.verdict == "fail"))
