@@ -43,7 +43,7 @@ def main(config: Stage2Config) -> None:
     frames, held_out_frames = data.split_sources(sources, config.data, config.seed)
     pair_share = data.valid_pair_share(sources, frames)
     labels = teacher.open_labels(config, sources, label_camera)
-    report = health.check_report(config.label_health, config.accept_label_health, labels, config.data, label_camera)
+    verdict = health.check_report(config.label_health, config.accept_label_health, labels, config.data, label_camera)
     code_seq_len, latent_dim = labels.shape
     state_dim = data.common_dim(sources, data.STATE_KEY) if config.model.use_state else 0
     accelerator = training.make_accelerator(config)
@@ -73,7 +73,7 @@ def main(config: Stage2Config) -> None:
     accelerator.print(
         f"Stage 2: {data.plan(data.group_frames(frames), config)}; cameras {', '.join(cameras)}; {labels.kind} "
         f"latents of teacher {labels.teacher_id[:12]} ({config.labels}) on {label_camera}, {pair_share:.1%} of the "
-        f"frames have a pair; label health: {report.get('health', 'not measured (teacher check, --label-health)')}"
+        f"frames have a pair; label health: {verdict.get('health', 'not measured (teacher check, --label-health)')}"
     )
 
     spec = data.SampleSpec(
@@ -112,7 +112,7 @@ def main(config: Stage2Config) -> None:
             tokenizer,
             statistics,
             artifact.Latents(
-                labels.teacher_id, labels.kind, config.data.frame_gap_s, label_camera, pair_share, **report
+                labels.teacher_id, labels.kind, config.data.frame_gap_s, label_camera, pair_share, **verdict
             ),
             artifact.Origin(
                 **training.origin(config, config.steps, [source.name for source in sources]),

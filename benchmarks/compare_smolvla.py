@@ -407,9 +407,8 @@ def memory_rows(options: Options) -> Iterator[Row]:
     yield Row("    of it activations", None, kept[1], "GB", against=kept[0])
 
 
-@torch.no_grad()
 def break_down(models: Models, options: Options) -> str:
-    """How near each part's forward pass comes to the machine's speed of plain matrix products."""
+    """How near each part's forward pass in training comes to the machine's speed of plain matrix products."""
     core = models.core
     batch, cached = (our_batch(core, observe(1, models.side), cached=flag) for flag in (False, True))
     prefix, target = core.encode(batch), batch.targets[ACTION]

@@ -200,6 +200,10 @@ class OptimConfig:
     # Largest gradient norm; larger ones are scaled down.
     max_grad_norm: float = 10.0
 
+    def __post_init__(self):
+        if self.max_grad_norm <= 0:
+            raise ValueError(f"--optim.max-grad-norm must be above 0 (inf: no limit), got {self.max_grad_norm}")
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:

@@ -289,7 +289,7 @@ def load_init(model: ModelConfig) -> Checkpoint | None:
     return checkpoint
 
 
-def init_cameras(data: SourceConfig, init: Checkpoint | None) -> SourceConfig:
+def init_cameras[Config: SourceConfig](data: Config, init: Checkpoint | None) -> Config:
     """The data options with cameras for all places of the checkpoint's, if there is one.
 
     To SmolVLA a camera is its place in the order: those that the user names take the places in turn; by default they

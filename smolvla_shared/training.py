@@ -93,15 +93,15 @@ def make_optimizer(parameters: list[nn.Parameter], config: OptimConfig) -> torch
     return torch.optim.AdamW(parameters, **options, fused=True)
 
 
-def clip_gradients(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], max_norm: float) -> Tensor:
-    """Have the fused optimizer scale gradients down to `max_norm` as it reads them; returns their norm.
+def clip_gradients(optimizer: torch.optim.AdamW, parameters: list[nn.Parameter], max_norm: float) -> Tensor:
+    """Have the fused AdamW's next step read the gradients scaled down to `max_norm` at most; returns their norm.
 
-    Gradients times min(1, max_norm / norm), as torch.nn.utils.clip_grad_norm_ writes them, which is one more pass over
-    all of them; the fused kernels divide by a number anyway, made for gradients that were scaled up in float16.
+    The gradients times min(1, max_norm / norm), like torch.nn.utils.clip_grad_norm_, but without a pass of its own over
+    all of them: the kernels divide by a scale anyway, that of gradients which were scaled up to fit float16.
     """
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     norm = whole(torch.nn.utils.get_total_norm(gradients))
-    optimizer.grad_scale = (norm / max_norm).clamp(min=1)
+    optimizer.grad_scale = (norm.float() / max_norm).clamp(min=1)
     return norm
 
 

@@ -191,8 +191,8 @@ class Trunk(nn.Module):
         state = state_token[:, None].to(image_text.dtype)
         valid = torch.cat([image_valid.flatten(1), text_mask, state_mask[:, None]], dim=1)  # [B, P]
 
-        # Under a frozen trunk the state token alone depends on something trained: where it is a part of its own,
-        # autograd walks back through no other. Elsewhere one part takes half the operations.
+        # When a frozen trunk is trained with, the state token alone depends on what trains: as a part of its own, it is
+        # the only one that autograd walks back through. In all other cases one part takes half the kernel calls.
         if state.requires_grad and not image_text.requires_grad:
             parts, spans = [image_text, state], [slice(-1), slice(-1, None)]
         else:

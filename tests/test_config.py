@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from lerobot.policies.smolvla.smolvlm_with_expert import get_intermediate_size
 
-from smolvla_shared.config import CoreConfig, DataConfig, ModelConfig, RunConfig, expert_mlp_width
+from smolvla_shared.config import CoreConfig, DataConfig, ModelConfig, OptimConfig, RunConfig, expert_mlp_width
 
 CORE = CoreConfig(
     model_name="tiny",
@@ -79,6 +79,12 @@ def test_model_config_states_a_trunk_or_none():
 def test_data_config_refuses(options, message):
     with pytest.raises(ValueError, match=message):
         DataConfig(**options)
+
+
+@pytest.mark.parametrize("norm", [0.0, -1.0])
+def test_a_gradient_norm_that_nothing_can_have_is_refused(norm):
+    with pytest.raises(ValueError, match=r"--optim\.max-grad-norm must be above 0.*got"):
+        OptimConfig(max_grad_norm=norm)
 
 
 @pytest.mark.parametrize("name", ["steps", "batch_size", "accumulation_steps", "save_every", "log_every", "eval_every"])

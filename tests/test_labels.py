@@ -16,9 +16,9 @@ from forked import Forked, start_server
 
 from smolvla_shared import data
 from smolvla_shared.config import LATENT, PolicyDataConfig, SourceConfig, StageConfig
-from smolvla_shared.labels import label_directories
+from smolvla_shared.labels import OnlineLabels, label_directories
 from smolvla_shared.laq import LAQ, load_laq, save_laq
-from smolvla_shared.teacher import LabelConfig, OnlineLabels, label, latent_statistics, open_labels
+from smolvla_shared.teacher import LabelConfig, label, latent_statistics, open_labels
 
 CAMERA = "observation.image"
 

@@ -1,4 +1,4 @@
-"""teacher.py: labels are LAQ's own, statistics are those of the pairs, and a short training learns."""
+"""Online labels are LAQ's own; teacher.py: statistics are those of the pairs, and a short training learns."""
 
 import json
 from dataclasses import replace
@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import tyro
 
 from smolvla_shared import data, training
 from smolvla_shared.config import DataConfig, OptimConfig
@@ -239,8 +240,8 @@ def test_an_unknown_command_names_the_known_ones():
 
 @pytest.mark.parametrize("option", ["random-shift", "feature-cache"])
 def test_a_teacher_has_no_options_of_the_policys_data(tmp_path, video_dataset, capsys, option):
-    arguments = ["train", "--run-dir", str(tmp_path / "run"), "--data.roots", str(video_dataset)]
+    arguments = ["--run-dir", str(tmp_path / "run"), "--data.roots", str(video_dataset)]
+    assert tyro.cli(TeacherConfig, args=arguments).data.roots == (video_dataset,)
     with pytest.raises(SystemExit) as stopped:
-        main([*arguments, f"--data.{option}", "0.1"])
+        tyro.cli(TeacherConfig, args=[*arguments, f"--data.{option}", "0.1"])
     assert stopped.value.code == 2 and f"--data.{option}" in capsys.readouterr().err
-    assert not (tmp_path / "run").exists()

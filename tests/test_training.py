@@ -42,7 +42,7 @@ def make_config(run_dir: Path, **options) -> RunConfig:
         "log_every": 1,
         "eval_every": 100,
         "save_every": 100,
-        "optim": OptimConfig(lr=1e-2, warmup_steps=2, weight_decay=0.1, max_grad_norm=0.5),
+        "optim": OptimConfig(lr=1e-2, warmup_steps=2, weight_decay=0.1, max_grad_norm=14.0),
     }
     run_dir.mkdir(exist_ok=True)
     return RunConfig(run_dir=run_dir, **defaults | options)
@@ -169,7 +169,8 @@ def test_a_run_is_the_plain_loop(tmp_path, accumulation_steps, ema_decay):
         for key, value in by_hand.items():
             assert line[key] == pytest.approx(value, abs=1e-5), key
         assert line["samples"] == 8 * line["step"]
-    assert max(line["grad_norm"] for line in log) > config.optim.max_grad_norm  # clipping did happen
+    norms = [line["grad_norm"] for line in log]
+    assert min(norms) < config.optim.max_grad_norm < max(norms)  # clipping happened, and not always
 
 
 def test_metrics_are_means_since_the_last_line(tmp_path):
