@@ -109,7 +109,7 @@ def notes_of(runs: Path, name: str) -> list[dict]:
 def assert_near(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     """Adam divides by the gradient's size: where that is all rounding, so is the step. As a whole weights agree.
 
-    Found were 5e-7 to 1.5e-5 of their size after 20 steps, which move the trained ones by percents.
+    Found were 5e-7 to 1.5e-5 of their size after 20 steps.
     """
     assert {key: (t.shape, t.dtype) for key, t in found.items()} == {
         key: (t.shape, t.dtype) for key, t in expected.items()
