@@ -57,13 +57,13 @@ def main(config: RolloutConfig) -> None:
     from lerobot.envs.configs import EnvConfig
     from lerobot.policies.factory import make_pre_post_processors
 
-    from smolvla_shared import evaluate
-    from smolvla_shared.policy import HLRPSmolVLASharedPolicy
-    from smolvla_shared.training import versions
+    from smolvla_shared import rollouts
+    from smolvla_shared.lerobot_policy import HLRPSmolVLASharedPolicy
+    from smolvla_shared.run import versions
 
-    evaluate.render_headless()
+    rollouts.render_headless()
     seeds = range(config.seed, config.seed + config.episodes)
-    evaluate.check_environment(config.env.type, config.env.task, seeds)
+    rollouts.check_environment(config.env.type, config.env.task, seeds)
     policy = HLRPSmolVLASharedPolicy.from_pretrained(config.policy_path)
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
     policy.config.device = device
@@ -80,9 +80,9 @@ def main(config: RolloutConfig) -> None:
     )
     # The environment is rendered at the size that the policy was trained on.
     image_size = next(f.shape[-1] for f in policy.config.input_features.values() if len(f.shape) == 3)
-    environments = evaluate.make_environments(config.env.type, config.env.task, image_size, config.num_envs)
-    task = evaluate.task_text(config.env.type, config.env.task)
-    episodes = evaluate.run_episodes(
+    environments = rollouts.make_environments(config.env.type, config.env.task, image_size, config.num_envs)
+    task = rollouts.task_text(config.env.type, config.env.task)
+    episodes = rollouts.run_episodes(
         policy, preprocess, postprocess, environments, task, seeds, config.max_steps, config.rename
     )
     provenance = {
@@ -94,7 +94,7 @@ def main(config: RolloutConfig) -> None:
         "versions": versions(),
     }
     fps = EnvConfig.get_choice_class(config.env.type)().fps
-    results = evaluate.write_results(episodes, out, fps, config.videos, provenance)
+    results = rollouts.write_results(episodes, out, fps, config.videos, provenance)
     environments.close()
     low, high = results["wilson_95"]
     print(f"results, contact sheet{' and videos' if config.videos else ''}: {out}")

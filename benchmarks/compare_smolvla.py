@@ -33,13 +33,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from smolvla_shared.batch import Batch, FlowTarget
 from smolvla_shared.config import ACTION, LATENT, ModelConfig, OptimConfig
-from smolvla_shared.features import token_shape
+from smolvla_shared.feature_cache import token_shape
+from smolvla_shared.lerobot_policy import to_batch
+from smolvla_shared.lerobot_smolvla import lerobot_names
 from smolvla_shared.losses import masked_mean
 from smolvla_shared.model import SmolVLASharedCore, configure_layers, freeze, frozen_parts, make_core_config
-from smolvla_shared.policy import to_batch
 from smolvla_shared.preprocess import pad_width
-from smolvla_shared.smolvla import lerobot_names
-from smolvla_shared.training import clip_gradients, make_optimizer
+from smolvla_shared.run_optimizer import clip_gradients, make_optimizer
 from smolvla_shared.trunk import trunk_location
 
 # HuggingFaceTB/SmolVLM2-500M-Video-Instruct with the 16 of its 32 language layers that SmolVLA keeps.

@@ -14,9 +14,10 @@ from pathlib import Path
 import torch
 import tyro
 
-from smolvla_shared import data, model, teacher
+from smolvla_shared import data, data_loader, data_order, label_cache, model
 from smolvla_shared.batch import RawBatch
-from smolvla_shared.config import LATENT, ModelConfig, PolicyDataConfig, SourceConfig, StageConfig
+from smolvla_shared.config import LATENT, DataConfig, ModelConfig, PolicyDataConfig, StageOptions
+from smolvla_shared.labels import latent_statistics, open_labels
 from smolvla_shared.losses import masked_mean
 from smolvla_shared.preprocess import Preprocessor
 from smolvla_shared.trunk import load_trunk_tokenizer
@@ -27,7 +28,7 @@ class Benchmark:
     # The teacher.
     laq_ckpt: Path
     # Recordings to label.
-    data: SourceConfig
+    data: DataConfig
     # Samples of a step.
     batch_size: int = 32
     # Steps of each kind.
@@ -41,33 +42,33 @@ def main(config: Benchmark) -> None:
     with tempfile.TemporaryDirectory() as directory:
         cache = Path(directory) / "labels"
         start = time.perf_counter()
-        teacher.label(
-            teacher.LabelConfig(
+        label_cache.label(
+            label_cache.LabelConfig(
                 label_cache=cache, laq_ckpt=config.laq_ckpt, data=config.data, batch_size=config.label_batch_size
             )
         )
         seconds = time.perf_counter() - start
-        run = StageConfig(
+        run = StageOptions(
             run_dir=Path(directory) / "run",
             data=PolicyDataConfig(**vars(config.data)),
             laq_ckpt=config.laq_ckpt,
         )
-        sources = data.open_sources(run.data)
-        cameras, camera = data.choose_cameras(sources, run.data)
-        pairs = sum(len(s.rows_with_pairs(torch.arange(s.num_frames).numpy())) for s in sources)
+        datasets = data.open_datasets(run.data)
+        cameras, camera = data.choose_cameras(datasets, run.data)
+        pairs = sum(len(s.rows_with_pairs(torch.arange(s.num_frames).numpy())) for s in datasets)
         print(f"labelled {pairs:,} pairs at {pairs / seconds:,.0f} pairs/s, start-up included")
 
-        online = teacher.open_labels(run, sources, camera)
-        cached = teacher.open_labels(replace(run, labels="cache", label_cache=cache), sources, camera)
+        online = open_labels(run, datasets, camera)
+        cached = open_labels(replace(run, labels="cache", label_cache=cache), datasets, camera)
         in_memory = {
-            (s, f): cached(place(s, f))[0] for s, source in enumerate(sources) for f in range(source.num_frames)
+            (s, f): cached(place(s, f))[0] for s, dataset in enumerate(datasets) for f in range(dataset.num_frames)
         }
         kinds = {
-            "in memory": lambda raw: torch.stack([in_memory[place] for place in zip(raw.source, raw.frame)]),
+            "in memory": lambda raw: torch.stack([in_memory[place] for place in zip(raw.dataset, raw.row)]),
             "cached": cached,
             "online": online,
         }
-        times = measure(config, run, sources, cameras, online, kinds)
+        times = measure(config, run, datasets, cameras, online, kinds)
     print(f"\n{'labels':<12}{'label s':>10}{'step s':>10}{'step / in memory':>18}")
     for kind, rows in times.items():
         label_s, step_s = (statistics.median(column) for column in zip(*rows))
@@ -75,7 +76,7 @@ def main(config: Benchmark) -> None:
         print(f"{kind:<12}{label_s:>10.5f}{step_s:>10.4f}{ratio:>18.3f}")
 
 
-def place(source: int, frame: int) -> RawBatch:
+def place(dataset: int, frame: int) -> RawBatch:
     """A raw batch of which only the place of its one sample is known."""
     empty = torch.empty(0)
     return RawBatch(
@@ -89,13 +90,13 @@ def place(source: int, frame: int) -> RawBatch:
         action_mask=empty,
         noise={},
         time={},
-        source=[source],
-        frame=[frame],
+        dataset=[dataset],
+        row=[frame],
         keys=[""],
     )
 
 
-def measure(config: Benchmark, run: StageConfig, sources, cameras, online, kinds) -> dict[str, list[tuple]]:
+def measure(config: Benchmark, run: StageOptions, datasets, cameras, online, kinds) -> dict[str, list[tuple]]:
     """(seconds of labelling, of the whole step) of each kind; the same batch by turns, data loading left out."""
     core_config = model.make_core_config(
         ModelConfig(preset="tiny"),
@@ -105,15 +106,17 @@ def measure(config: Benchmark, run: StageConfig, sources, cameras, online, kinds
     )
     core = model.SmolVLASharedCore(core_config)
     optimizer = torch.optim.AdamW(core.parameters())
-    frames, _ = data.split_sources(sources, run.data, seed=0)
-    targets = {LATENT: teacher.latent_statistics(online, sources, frames, seed=0)}
+    frames, _ = data_order.split_datasets(datasets, 0.05, seed=0)
+    targets = {LATENT: latent_statistics(online, datasets, frames, seed=0)}
     preprocessor = Preprocessor(core_config, load_trunk_tokenizer("tiny", None), targets)
-    spec = data.SampleSpec(
+    spec = data_loader.SampleSpec(
         cameras, label_camera=online.camera, pair_size=online.pair_size, draws={LATENT: online.shape}
     )
-    sampler = data.StepSampler(data.group_frames(frames), 0, config.batch_size, 0, config.steps + 2)
+    sampler = data_order.StepSampler(data_order.group_rows(frames), 0, config.batch_size, 0, config.steps + 2)
     times: dict[str, list[tuple]] = {kind: [] for kind in kinds}
-    for step, raw in enumerate(data.make_loader(data.SampleDataset(sources, spec, 0), sampler, num_workers=0)):
+    for step, raw in enumerate(
+        data_loader.make_loader(data_loader.SampleDataset(datasets, spec, 0), sampler, num_workers=0)
+    ):
         for kind, labels in kinds.items():
             start = time.perf_counter()
             latents = labels(raw)

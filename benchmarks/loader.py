@@ -26,7 +26,7 @@ from lerobot.configs.video import RGBEncoderConfig
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from torch.utils.data import DataLoader, RandomSampler
 
-from smolvla_shared import data
+from smolvla_shared import data, data_loader, data_order
 from smolvla_shared.config import DataConfig
 
 CAMERAS = ("observation.images.top", "observation.images.wrist")
@@ -112,19 +112,19 @@ def lerobot_loader(root: Path, stage: int, options: Options) -> DataLoader:
 def our_loader(root: Path, stage: int, caches: str, options: Options) -> DataLoader:
     """caches: "none", "labels" or "labels and features", of what is read from a cache and not from the videos."""
     config = DataConfig(roots=(root,), frame_gap_s=GAP_S, val_fraction=0)
-    sources = data.open_sources(config)
-    frames, _ = data.split_sources(sources, config, seed=0)
-    spec = data.SampleSpec(CAMERAS, state_dim=6)
+    datasets = data.open_datasets(config)
+    frames, _ = data_order.split_datasets(datasets, 0, seed=0)
+    spec = data_loader.SampleSpec(CAMERAS, state_dim=6)
     if stage == 3:
         spec = replace(spec, chunk_size=CHUNK_SIZE, action_dim=6)
     elif caches == "none":
         spec = replace(spec, label_camera=CAMERAS[0])
     if "features" in caches:
         file = root.parent / "tokens.npy"  # as at 500M
-        np.save(file, np.zeros((sources[0].num_frames, 64, 960), np.int16))
+        np.save(file, np.zeros((datasets[0].num_frames, 64, 960), np.int16))
         spec = replace(spec, features=dict.fromkeys(CAMERAS, (file,)))
-    sampler = data.StepSampler(data.group_frames(frames), 0, options.batch_size, 0, 10**6)
-    return data.make_loader(data.SampleDataset(sources, spec, seed=0), sampler, options.num_workers)
+    sampler = data_order.StepSampler(data_order.group_rows(frames), 0, options.batch_size, 0, 10**6)
+    return data_loader.make_loader(data_loader.SampleDataset(datasets, spec, seed=0), sampler, options.num_workers)
 
 
 def samples_per_s(make_loader: partial, options: Options) -> float:

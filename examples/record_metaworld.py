@@ -3,7 +3,7 @@
     python examples/record_metaworld.py --kind video --root data/video --tasks window-open-v3 door-open-v3 --episodes 25
     python examples/record_metaworld.py --kind labelled --root data/labelled --tasks plate-slide-v3 --episodes 30
 
-The environment is the one of the rollouts (smolvla_shared.evaluate.make_metaworld): what is recorded is what a policy
+The environment is the one of the rollouts (smolvla_shared.rollouts.make_metaworld): what is recorded is what a policy
 will see. Object positions come from seeds that rollouts refuse to use, so that theirs are unseen.
 """
 
@@ -20,7 +20,7 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from smolvla_shared.evaluate import FIRST_RECORDING_SEED, make_metaworld, metaworld_tasks, render_headless
+from smolvla_shared.rollouts import FIRST_RECORDING_SEED, make_metaworld, metaworld_tasks, render_headless
 
 SEEDS_PER_RECORDING = 10_000_000
 FPS = 80  # Meta-World's control rate

@@ -3,4 +3,4 @@
 LeRobot imports every installed distribution whose name starts with `lerobot_policy_`, under the same module name.
 """
 
-import smolvla_shared.policy  # noqa: F401  (importing it registers the policy)
+import smolvla_shared.lerobot_policy  # noqa: F401  (importing it registers the policy)

@@ -7,7 +7,7 @@ the field, what was expected, what was found, and the fix.
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from smolvla_shared.config import CoreConfig, SourceConfig, TeacherKind
-from smolvla_shared.model import PARTS, SmolVLASharedCore
+from smolvla_shared.config import CoreConfig, TeacherKind
+from smolvla_shared.files import file_sha256, public_state, write_text, write_weights
+from smolvla_shared.model import PARTS
 from smolvla_shared.preprocess import Statistics, pack_tokenizer, unpack_tokenizer
-from smolvla_shared.weights import check_weights, file_sha256, public_state, write_text, write_weights
 
 SCHEMA = "smolvla_shared.v1"
 ARTIFACT_NAME = "smolvla_shared_stage2_artifact"
-OPTIONAL_PREFIX = "action_head."  # the one part that a latent-only Stage 2 may leave out
 
 
 @dataclass(frozen=True)
@@ -38,6 +37,13 @@ class Latents:
     # Verdict of `teacher check` on the labels (health.py), and its reasons where it is "fail" and was accepted.
     health: str = "not measured"
     health_reasons: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return (
+            f"{self.teacher_kind} latents of teacher {self.teacher_id[:12]} on {self.label_camera}, "
+            f"{self.frame_gap_s:.3g} s apart; {self.valid_pair_share:.1%} of the frames have a pair; label health: "
+            + (f"{self.health} (teacher check, --label-health)" if self.health == "not measured" else self.health)
+        )
 
 
 @dataclass(frozen=True)
@@ -182,57 +188,6 @@ def load_artifact(path: Path) -> Artifact:
                 "another artifact. Copy all three files again"
             )
     return Artifact(manifest, load_file(path), unpack_tokenizer(tokenizer_path.read_text()))
-
-
-def check_agreement(core: CoreConfig, stated: dict[str, Any], where: str = "artifact") -> None:
-    """Raise ValueError that lists, side by side, what the command line states and a recorded core contradicts.
-
-    `stated` maps CoreConfig fields to the values that the user gave; None was not given.
-    """
-    recorded = asdict(core)
-    rows = [
-        f"  {name}: command line {value}, {where} {recorded[name]}"
-        for name, value in stated.items()
-        if value is not None and value != recorded[name]
-    ]
-    if rows:
-        raise ValueError(
-            f"the command line contradicts the {where} (leave these options out to take its values):\n"
-            + "\n".join(rows)
-        )
-
-
-def check_teacher(manifest: Manifest, teacher_id: str, kind: TeacherKind, data: SourceConfig) -> None:
-    """Raise ValueError unless Stage 3 would co-train on the latent actions that Stage 2 learned."""
-    latents = manifest.latents
-    rows = [
-        f"  {what}: command line {stated}, artifact {recorded}"
-        for what, stated, recorded in (
-            ("teacher (--laq-ckpt)", teacher_id, latents.teacher_id),
-            ("--teacher-kind", kind, latents.teacher_kind),
-            ("--data.frame-gap-s", data.frame_gap_s, latents.frame_gap_s),
-            ("--data.label-camera", data.label_camera or latents.label_camera, latents.label_camera),
-        )
-        if stated != recorded
-    ]
-    if rows:
-        raise ValueError("co-training needs the latent actions of the artifact's Stage 2:\n" + "\n".join(rows))
-
-
-def build_core(artifact: Artifact, **changes: Any) -> tuple[SmolVLASharedCore, bool]:
-    """The artifact's core, with `changes` to its CoreConfig (the action head's sizes, say), weights loaded strictly.
-
-    Returns it and whether its action head is fresh: `action_head.*` may be absent, all of it, and nothing else.
-    """
-    core = SmolVLASharedCore(replace(artifact.manifest.core, **changes))
-    expected, found = public_state(core.state_dict()), artifact.state_dict
-    head = {key for key in expected if key.startswith(OPTIONAL_PREFIX)}
-    has_fresh_head = bool(head) and not head & found.keys()
-    if has_fresh_head:
-        expected = {key: tensor for key, tensor in expected.items() if key not in head}
-    check_weights("the artifact", expected, found)
-    core.load_state_dict(found, strict=not has_fresh_head)
-    return core, has_fresh_head
 
 
 def fingerprints(weights: dict[str, Tensor]) -> dict[str, str]:

@@ -34,8 +34,8 @@ class RawBatch:
     time: dict[str, Tensor]  # by target, [B, K] float32
     # B, which dataset of the run a sample is from and which row of it: its place in a cache. Not tensors: they stay on
     # the host, where caches are read.
-    source: list[int]
-    frame: list[int]
+    dataset: list[int]
+    row: list[int]
     keys: list[str]  # B names of the samples: dataset, episode and frame
 
     def __len__(self) -> int:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from smolvla_shared.weights import write_text
+from smolvla_shared.files import write_text
 
 MANIFEST = "cache.json"
 # Of a data file the fingerprint reads this many bytes at either end, and its size: videos are too long to hash whole.

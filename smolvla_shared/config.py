@@ -126,10 +126,10 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
-class SourceConfig:
+class DataConfig:
     """Which recordings, and which pairs of their frames."""
 
-    # Hub ids of LeRobotDatasets (v3); looked up in the local LeRobot cache first.
+    # Hub ids of LeRobotDatasets (v3). The local LeRobot cache is looked up first.
     repo_ids: tuple[str, ...] = ()
     # Local directories of LeRobotDatasets (v3), instead of or beside repo_ids.
     roots: tuple[Path, ...] = ()
@@ -139,7 +139,7 @@ class SourceConfig:
     label_camera: str | None = None
     # Time between the two frames of a pair, seconds.
     frame_gap_s: float = 0.5
-    # Loader processes a training process; 0 loads in the training process itself.
+    # Loader processes for each training process; 0 loads in the training process itself.
     num_workers: int = 4
 
     def __post_init__(self):
@@ -150,30 +150,17 @@ class SourceConfig:
 
 
 @dataclass(frozen=True)
-class DataConfig(SourceConfig):
-    """Which recordings, and how a run trains on them."""
-
-    # Share of the episodes held out for evaluation; at least one episode when above 0.
-    val_fraction: float = 0.05
-
-    def __post_init__(self):
-        super().__post_init__()
-        if not 0 <= self.val_fraction < 1:
-            raise ValueError(f"--data.val-fraction is a share of the episodes in [0, 1), got {self.val_fraction}")
-
-
-@dataclass(frozen=True)
 class PolicyDataConfig(DataConfig):
     """Which recordings, and how a policy trains on them."""
 
-    # Shift the policy's images at random by up to this share of their side (training only; the teacher's are kept).
+    # Shift the policy's images at random by up to this share of their side (training only, never the teacher's pairs).
     random_shift: float = 0.0
-    # Keep what the frozen vision tower makes of every frame in this directory: filled before the first run's training,
-    # then read instead of the frames, by any run with the same tower and data.
+    # Directory of the feature cache: the frozen vision tower's output for every frame, computed once before training.
+    # Every run with the same tower and data reads it.
     feature_cache: Path | None = None
-    # How it is stored; bfloat16 is half as large and rounds the features to 8 bits.
+    # Type of the cached features; bfloat16 takes half the space and rounds them to 8 bits.
     feature_cache_dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    # The most it may take on the disk, GB (10^9 bytes).
+    # Largest size of the feature cache on the disk, GB (10^9 bytes).
     feature_cache_gb: float = 100.0
 
     def __post_init__(self):
@@ -213,6 +200,8 @@ class RunConfig:
     run_dir: Path
     # Which recordings, and how they are read.
     data: DataConfig
+    # Share of each dataset's episodes held out for evaluation; at least one episode when above 0.
+    val_fraction: float = 0.05
     # Optimizer steps of the whole run. Raised on --resume, the learning rate follows the longer cosine from there on.
     steps: int = 20_000
     # Samples in a step, over all processes and accumulation steps.
@@ -251,6 +240,8 @@ class RunConfig:
         for name in ("steps", "batch_size", "accumulation_steps", "save_every", "log_every", "eval_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
+        if not 0 <= self.val_fraction < 1:
+            raise ValueError(f"--val-fraction is a share of the episodes in [0, 1), got {self.val_fraction}")
         if self.keep < 0:
             raise ValueError(f"--keep must be 0 (all) or a number of checkpoints, got {self.keep}")
 
@@ -268,11 +259,15 @@ class TeacherOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StageConfig(RunConfig, TeacherOptions):
-    """The options that Stage 2 and Stage 3 share: the policy's data, and whose latent actions it learns, from where."""
+class StageOptions(TeacherOptions):
+    """The options that Stage 2 and Stage 3 share: the model, the policy's data, and whose latent actions it learns."""
 
     # Which recordings, and how they are read.
     data: PolicyDataConfig
+    # The trunk, and which of its parts train.
+    model: ModelConfig = field(default_factory=ModelConfig)
+    # (noise, time) draws that are trained on one prefix pass of a sample.
+    flow_draws: int = 1
     # The teacher: a .safetensors file of `python -m smolvla_shared.teacher train`, or LAPA's .pt file. With --labels
     # cache it may be left out: the cache says whose labels it holds.
     laq_ckpt: Path | None = None
@@ -282,7 +277,6 @@ class StageConfig(RunConfig, TeacherOptions):
     label_cache: Path | None = None
 
     def __post_init__(self):
-        super().__post_init__()
         if (self.labels == "cache") != (self.label_cache is not None):
             raise ValueError(
                 f"--labels cache and --label-cache <directory> belong together, got --labels {self.labels} and "

@@ -1,31 +1,18 @@
-"""Where latent targets come from: the teacher in every step, or a label cache, behind one interface.
+"""Where latent targets come from, behind one interface: the teacher itself in every step, or a label cache."""
 
-A cache directory holds the labels of any number of datasets, each under a key of all that decides about a label
-(cache.py):
-
-    <directory>/<dataset>/indices.npy     [frames, S] codes; 0 where the episode ends before the second frame
-    <directory>/<dataset>/mask.npy        [frames] bool, False there
-    <directory>/<dataset>/continuous.npy  [frames, S, D], the latents before quantisation (kind `continuous` only)
-    <directory>/<dataset>/codebook.npy    [C, D]
-"""
-
-import json
-from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from smolvla_shared.batch import RawBatch
-from smolvla_shared.cache import MANIFEST, RowCache
-from smolvla_shared.config import TeacherKind
-from smolvla_shared.laq import LAQ, LatentActions, teacher_id
-from smolvla_shared.preprocess import unit_range
-
-# How a recorded frame becomes what the teacher sees (LAQ.resize); raised when that changes.
-PREPROCESSING = "1: uint8 / 255, antialiased bilinear to the teacher's square"
+from smolvla_shared import data, data_loader, data_order
+from smolvla_shared.batch import RawBatch, to_device
+from smolvla_shared.config import LATENT, StageOptions, TeacherKind
+from smolvla_shared.label_cache import CachedLabels, cached_teacher_id, label_directories, label_key, label_store
+from smolvla_shared.laq import LAQ, LatentActions
+from smolvla_shared.laq_files import load_laq, teacher_id
+from smolvla_shared.preprocess import Statistics, unit_range
 
 
 class Labels(Protocol):
@@ -68,63 +55,49 @@ class OnlineLabels:
         return self.choose(self.laq.encode(unit_range(raw.pairs)))
 
 
-@dataclass(frozen=True)
-class LabelKey:
-    """All that decides about the labels of a dataset."""
+def open_labels(config: StageOptions, datasets: list[data.RobotDataset], camera: str) -> Labels:
+    """The latent targets that the options name; on the CPU still (Labels.to).
 
-    teacher_id: str  # sha256 of the teacher's configuration and weights
-    teacher_kind: TeacherKind
-    frame_gap_s: float
-    camera: str
-    dataset: str  # cache.dataset_fingerprint
-    versions: dict[str, str]  # of the libraries that decode and compute
-    preprocessing: str = PREPROCESSING
-
-
-def label_directories(cache: Path, names: list[str]) -> list[Path]:
-    """Where the labels of each dataset are kept: the last two parts of its repo id or path, joined."""
-    directories = [cache / "--".join(Path(name).parts[-2:]) for name in names]
-    if len(set(directories)) < len(directories):
-        raise ValueError(f"two of {names} end in the same names: give them label caches of their own")
-    return directories
+    Raises ValueError for a teacher that cannot be loaded, and for a cache that is not complete or whose key differs.
+    """
+    laq = load_laq(config.laq_ckpt, config.laq_code_seq_len, config.laq_image_size) if config.laq_ckpt else None
+    if config.labels == "online":
+        assert laq is not None  # both scripts' options see to it
+        return OnlineLabels(laq, config.teacher_kind, camera)
+    directories = label_directories(config.label_cache, [dataset.name for dataset in datasets])
+    teacher = teacher_id(laq) if laq else cached_teacher_id(directories[0])
+    keys = [label_key(dataset, teacher, config.teacher_kind, camera) for dataset in datasets]
+    return CachedLabels([label_store(*x) for x in zip(directories, keys, [s.num_frames for s in datasets])])
 
 
-def label_store(directory: Path, key: LabelKey, num_frames: int) -> RowCache:
-    return RowCache(directory, asdict(key), num_frames, shard_rows=128)
+def latent_statistics(
+    labels: Labels,
+    datasets: list[data.RobotDataset],
+    frames: list[tuple[int, np.ndarray]],
+    seed: int,
+    device: torch.device | str = "cpu",
+    recorded: Statistics | None = None,
+) -> Statistics:
+    """Mean and standard deviation of the latent targets over up to 512 valid training pairs, drawn with the seed; or
+    those `recorded` with a latent head that has learned these latents.
 
-
-def cached_teacher_id(directory: Path) -> str:
-    """Whose labels a directory holds. Raises ValueError if it holds none."""
-    if not (directory / MANIFEST).is_file():
-        there = sorted(path.name for path in directory.parent.glob("*/")) or "nothing"
+    Moves the labels to the device.
+    """
+    labels.to(device)
+    if recorded:
+        return recorded
+    spec = data_loader.SampleSpec(
+        cameras=(), label_camera=labels.camera, pair_size=labels.pair_size, draws={LATENT: labels.shape}
+    )
+    sampler = data_order.StepSampler(data_order.group_rows(frames), seed, batch_size=32, first_step=0, last_step=16)
+    loader = data_loader.make_loader(data_loader.SampleDataset(datasets, spec, seed), sampler, num_workers=0)
+    vectors = [labels(to_device(raw, device)).flatten(1).cpu()[raw.pair_mask] for raw in loader]
+    statistics = Statistics.of(torch.cat(vectors))
+    if max(statistics.std) == 0:
         raise ValueError(
-            f"--label-cache: there are no labels at {directory} (in {directory.parent}: {there}); "
-            "make them with `python -m smolvla_shared.teacher label`"
+            "the teacher gives every pair the same latent action: its codebook has collapsed, or the pairs do not "
+            "move (try a larger --data.frame-gap-s, or train the teacher longer)"
         )
-    return json.loads((directory / MANIFEST).read_text())["key"]["teacher_id"]
-
-
-class CachedLabels:
-    """Labels of one or several datasets from complete caches; reads neither teacher nor frames."""
-
-    camera = None
-    pair_size = 0
-
-    def __init__(self, stores: list[RowCache]):
-        """stores: of the run's datasets, in its order. Raises ValueError for what RowCache.open refuses."""
-        self.teacher_id: str = stores[0].key["teacher_id"]
-        self.kind: TeacherKind = stores[0].key["teacher_kind"]
-        arrays = [store.open() for store in stores]
-        # [C, D]; the same for every dataset, since the teacher is.
-        self.codebook = torch.from_numpy(np.load(stores[0].directory / "codebook.npy"))
-        self.rows = [a["continuous" if self.kind == "continuous" else "indices"] for a in arrays]
-        self.shape = (arrays[0]["indices"].shape[1], self.codebook.shape[1])
-
-    def to(self, device: torch.device) -> None:
-        self.codebook = self.codebook.to(device)
-
-    def __call__(self, raw: RawBatch) -> Tensor:  # [B, S, D]
-        places = zip(raw.source, raw.frame, strict=True)
-        rows = torch.from_numpy(np.stack([self.rows[source][frame] for source, frame in places]))
-        rows = rows.to(self.codebook.device, non_blocking=True)
-        return rows if self.kind == "continuous" else self.codebook[rows.long()]
+    # A dimension that never changes carries nothing; a floor keeps rounding from being blown up to a target.
+    floor = 1e-3 * max(statistics.std)
+    return Statistics(statistics.mean, tuple(max(std, floor) for std in statistics.std))

@@ -10,23 +10,15 @@ The inverse-dynamics VQ model of LAPA (arXiv 2410.11758) with noise substitution
 More dimensions than in batch.py's legend: E token width, h, w patches of a frame, C codes, M heads.
 """
 
-import hashlib
-import json
-import re
-from dataclasses import asdict, dataclass, fields
-from pathlib import Path
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.distributed
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from smolvla_shared.preprocess import stretch, unit_range
-from smolvla_shared.weights import check_weights, file_sha256, public_state, write_text, write_weights
-
-SCHEMA = "smolvla_shared.laq.v1"
 
 # The second convolution of the slot CNN by S: (kernel, stride, padding). The first halves the grid, for every S.
 FIRST_CONV = ((3, 3), 2, 1)
@@ -465,143 +457,3 @@ def replace_dead_codes(laq: LAQ, counts: Tensor, threshold: float, generator: to
     scale = 0.01 * living.norm(dim=-1, keepdim=True) / codebook.shape[1] ** 0.5
     codebook[dead.to(codebook.device)] = living + scale * noise
     return len(source)
-
-
-def teacher_id(laq: LAQ) -> str:
-    """sha256 of the config and the public weights: two teachers that share it give equal labels, whatever their files.
-
-    The config is part of it because image_size changes the labels without changing a weight.
-    """
-    digest = hashlib.sha256(json.dumps(asdict(laq.config), sort_keys=True).encode())
-    for key, tensor in public_state(laq.state_dict()).items():
-        digest.update(f"{key} {list(tensor.shape)}".encode())
-        digest.update(tensor.cpu().contiguous().numpy())
-    return digest.hexdigest()
-
-
-def save_laq(laq: LAQ, path: Path, extra: dict[str, Any] | None = None) -> None:
-    """Write `path` (.safetensors) and a .json beside it: config, hash of the weights, and `extra` as the source."""
-    weights = public_state(laq.state_dict())
-    manifest = {
-        "schema_version": SCHEMA,
-        "kind": "laq",
-        "config": asdict(laq.config),
-        "weights": {
-            "sha256": write_weights(path, weights),
-            "tensors": len(weights),
-            "parameters": sum(tensor.numel() for tensor in weights.values()),
-        },
-        "teacher_id": teacher_id(laq),
-        "source": extra or {},
-    }
-    write_text(path.with_suffix(".json"), json.dumps(manifest, indent=2) + "\n")
-
-
-def load_laq(path: Path, code_seq_len: int | None = None, image_size: int | None = None) -> LAQ:
-    """A frozen LAQ in eval mode, on the CPU, from our .safetensors or LAPA's .pt.
-
-    LAPA's files do not say the image size (default 256). It and the weights' shapes tell S. What is given here must
-    agree with the file; every key and shape must match.
-    """
-    path = Path(path)
-    if path.suffix not in (".safetensors", ".pt"):
-        raise ValueError(f"--laq-ckpt {path}: expected a .safetensors file of this package or a .pt file of LAPA")
-    if not path.is_file():
-        raise ValueError(
-            f"--laq-ckpt {path}: no such file; pass LAPA's laq_openx.pt, or the .safetensors file that "
-            f"`python -m smolvla_shared.teacher train` writes"
-        )
-    if path.suffix == ".pt":
-        state = read_lapa_state(path)
-        config = infer_config(path, state, code_seq_len, image_size)
-    else:
-        config = read_config(path)
-        for option, given, found in [
-            ("--laq-code-seq-len", code_seq_len, config.code_seq_len),
-            ("--laq-image-size", image_size, config.image_size),
-        ]:
-            if given not in (None, found):
-                raise ValueError(
-                    f"{option} {given}, but {path.with_suffix('.json')} says {found}: leave the option out"
-                )
-        state = load_file(path)
-    with torch.device("meta"):
-        laq = LAQ(config)
-    check_weights(str(path), expected=public_state(laq.state_dict()), found=state)
-    state["vq._usage"] = torch.zeros(laq.vq._usage.shape, dtype=torch.int64)
-    laq.load_state_dict(state, assign=True)
-    return laq.requires_grad_(False).eval()
-
-
-def read_config(path: Path) -> LAQConfig:
-    """The config beside our .safetensors `path`, after checking schema and hash."""
-    manifest_path = path.with_suffix(".json")
-    if not manifest_path.is_file():
-        raise ValueError(f"--laq-ckpt {path}: {manifest_path.name} is missing beside it; the two belong together")
-    manifest = json.loads(manifest_path.read_text())
-    if manifest.get("schema_version") != SCHEMA:
-        raise ValueError(f"{manifest_path}: schema_version {manifest.get('schema_version')!r}, expected {SCHEMA!r}")
-    expected, found = {field.name for field in fields(LAQConfig)}, set(manifest["config"])
-    if found != expected:
-        raise ValueError(
-            f"{manifest_path}: config lacks {sorted(expected - found)} and has unknown {sorted(found - expected)}"
-        )
-    sha256 = file_sha256(path)
-    if manifest["weights"]["sha256"] != sha256:
-        raise ValueError(
-            f"{path} has sha256 {sha256}, but {manifest_path.name} says {manifest['weights']['sha256']}: "
-            f"the file was changed or cut short, copy both again"
-        )
-    return LAQConfig(**manifest["config"])
-
-
-def read_lapa_state(path: Path) -> dict[str, Tensor]:
-    """LAPA's state dict, without the `module.` that DDP put before its keys."""
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    return {key.removeprefix("module."): tensor for key, tensor in state.items()}
-
-
-def infer_config(path: Path, state: dict[str, Tensor], code_seq_len: int | None, image_size: int | None) -> LAQConfig:
-    """The config that the shapes of LAPA's weights and the two options tell."""
-
-    def shape(key: str) -> torch.Size:
-        if key not in state:
-            raise ValueError(f"{path}: {key} is missing; this is not a LAQ checkpoint of LAPA")
-        return state[key].shape
-
-    def depth(transformer: str) -> int:
-        return len({m[1] for key in state if (m := re.match(rf"{transformer}\.layers\.(\d+)\.", key))})
-
-    dim, pixels = shape("to_patch_emb_first_frame.2.weight")
-    heads, _, dim_head = shape("enc_spatial_transformer.layers.0.1.null_kv")
-    codebook_size, quant_dim = shape("vq.codebooks")
-    patch_size = round((pixels / 3) ** 0.5)
-    image_size = image_size or LAQConfig.image_size
-    kernel = tuple(shape("vq.cnn_encoder.2.weight")[2:]) if "vq.cnn_encoder.2.weight" in state else None
-    candidates = [S for S, conv in SECOND_CONV.items() if (conv and conv[0]) == kernel]
-    if code_seq_len is None:  # the kernel leaves at most two candidates, and one grid of patches suits only one of them
-        fitting = [S for S in candidates if slots_of_grid(S, image_size // patch_size) == S]
-        code_seq_len = fitting[0] if fitting else candidates[0] if candidates else LAQConfig.code_seq_len
-    if code_seq_len not in candidates:
-        raise ValueError(
-            f"--laq-code-seq-len {code_seq_len}, but the slot CNN of {path} has a second kernel of {kernel}, "
-            f"which is that of {' or '.join(map(str, candidates)) or 'no known code_seq_len'}"
-        )
-    try:
-        return LAQConfig(
-            dim=dim,
-            quant_dim=quant_dim,
-            codebook_size=codebook_size,
-            image_size=image_size,
-            patch_size=patch_size,
-            spatial_depth=depth("enc_spatial_transformer"),
-            temporal_depth=depth("enc_temporal_transformer"),
-            dim_head=dim_head,
-            heads=heads,
-            code_seq_len=code_seq_len,
-        )
-    except ValueError as error:
-        raise ValueError(
-            f"{path} does not go with --laq-image-size {image_size}, --laq-code-seq-len {code_seq_len} "
-            f"(given or default): {error}"
-        ) from error

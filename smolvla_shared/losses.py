@@ -1,6 +1,14 @@
-"""Unreduced losses and masked means; knows no model."""
+"""Unreduced losses and masked means: plain functions that know no model."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from torch import Tensor
+
+from smolvla_shared.batch import Batch
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
 def token_error(prediction: Tensor, target: Tensor) -> Tensor:
@@ -14,7 +22,7 @@ def masked_sum(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def masked_mean(values: Tensor, mask: Tensor, count: Tensor | None = None) -> Tensor:
-    """Mean of the values where mask (0 if nowhere).
+    """Mean of the values where mask; 0 if the mask is False everywhere.
 
     `count` replaces the number of valid values when this batch is a part of a larger one, spread over accumulation
     steps or processes: the parts' results then add up to the mean over the whole.
@@ -22,3 +30,9 @@ def masked_mean(values: Tensor, mask: Tensor, count: Tensor | None = None) -> Te
     if count is None:
         count = mask.sum()
     return masked_sum(values, mask) / count.clamp(min=1)
+
+
+def valid_tokens(batches: Sequence[Batch], accelerator: "Accelerator") -> dict[str, Tensor]:
+    """Valid tokens of each target in a whole step: over these batches (accumulation) and over all processes."""
+    counts = {name: sum(batch.masks[name].sum() for batch in batches) for name in batches[0].masks}
+    return {name: accelerator.reduce(count.float(), "sum") for name, count in counts.items()}

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from collections.abc import Collection
 from functools import partial
 
 import torch
@@ -12,7 +13,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from smolvla_shared import flow, losses
 from smolvla_shared.batch import Batch, FlowTarget
-from smolvla_shared.config import PRESETS, CoreConfig, ModelConfig
+from smolvla_shared.config import ACTION, LATENT, PRESETS, CoreConfig, ModelConfig
 from smolvla_shared.trunk import Expert, Prefix, Trunk, load_trunk_config
 
 NUM_TRUNK_LAYERS = 16  # SmolVLA keeps the first half of SmolVLM2-500M's 32 language layers
@@ -178,13 +179,24 @@ def freeze(core: SmolVLASharedCore, parts: list[str]) -> None:
             parameter.requires_grad_(False)
 
 
-def frozen_parts(model: ModelConfig, core: CoreConfig) -> list[str]:
-    """The parts that the --model.freeze-* options name; a pretrained trunk is frozen unless they say otherwise."""
+def frozen_parts(model: ModelConfig, core: CoreConfig, targets: Collection[str]) -> list[str]:
+    """The parts that do not train: those that --model.freeze-* names, and heads without a target.
+
+    A pretrained trunk is frozen unless the options say otherwise.
+    """
     freeze_trunk = core.has_pretrained_trunk if model.freeze_trunk is None else model.freeze_trunk
     freeze_vision = core.has_pretrained_trunk if model.freeze_vision is None else model.freeze_vision
     parts = ["vision tower", "connector"] if freeze_vision or freeze_trunk else []
     parts += ["language layers"] if freeze_trunk else []
-    return parts + (["state projection"] if model.freeze_state_projection else [])
+    parts += ["state projection"] if model.freeze_state_projection else []
+    heads = {LATENT: core.latent_vector_dim, ACTION: core.action_dim}
+    return parts + [f"{name} head" for name, width in heads.items() if width and name not in targets]
+
+
+def prepare_to_train(core: SmolVLASharedCore, model: ModelConfig, targets: Collection[str]) -> None:
+    """Freeze, checkpoint and compile as the --model options say, for training on these targets."""
+    freeze(core, frozen_parts(model, core.config, targets))
+    configure_layers(core, model)
 
 
 def parameter_table(core: SmolVLASharedCore) -> str:

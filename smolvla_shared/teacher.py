@@ -6,175 +6,29 @@ python -m smolvla_shared.teacher check --laq-ckpt laq.safetensors --data.roots m
 """
 
 import sys
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
-from importlib import metadata
 from pathlib import Path
 
-import numpy as np
 import torch
 import tyro
 from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
-from smolvla_shared import data
-from smolvla_shared.batch import RawBatch, to_device
-from smolvla_shared.cache import RowCache, dataset_fingerprint
-from smolvla_shared.check import CheckConfig, check
-from smolvla_shared.config import LATENT, RunConfig, SourceConfig, StageConfig, TeacherKind, TeacherOptions
-from smolvla_shared.labels import (
-    CachedLabels,
-    LabelKey,
-    Labels,
-    OnlineLabels,
-    cached_teacher_id,
-    label_directories,
-    label_store,
-)
-from smolvla_shared.laq import (
-    LAQ,
-    LAQConfig,
-    PairBatch,
-    load_laq,
-    perplexity,
-    replace_dead_codes,
-    save_laq,
-    teacher_id,
-)
-from smolvla_shared.preprocess import Statistics, unit_range
+from smolvla_shared import data, data_loader, data_order
+from smolvla_shared.batch import RawBatch
+from smolvla_shared.config import RunConfig
+from smolvla_shared.label_cache import LabelConfig, label
+from smolvla_shared.label_check import CheckConfig, check
+from smolvla_shared.laq import LAQ, LAQConfig, PairBatch, perplexity, replace_dead_codes
+from smolvla_shared.laq_files import load_laq, save_laq
+from smolvla_shared.losses import masked_mean, valid_tokens
+from smolvla_shared.preprocess import unit_range
+from smolvla_shared.refusals import refuse_differences
 
 TEACHER_FILE = "laq.safetensors"
 NOISE = "nsvq"  # the key of the quantiser's noise in a RawBatch
-
-
-# --- labels -----------------------------------------------------------------------------------------------------------
-
-
-def open_labels(config: StageConfig, sources: list[data.Source], camera: str) -> Labels:
-    """The latent targets that the options name; an online teacher is on the CPU still.
-
-    Raises ValueError for a teacher that cannot be loaded, and for a cache that is not complete or whose key differs.
-    """
-    laq = load_laq(config.laq_ckpt, config.laq_code_seq_len, config.laq_image_size) if config.laq_ckpt else None
-    if config.labels == "online":
-        assert laq is not None  # both scripts' options see to it
-        return OnlineLabels(laq, config.teacher_kind, camera)
-    directories = label_directories(config.label_cache, [source.name for source in sources])
-    teacher = teacher_id(laq) if laq else cached_teacher_id(directories[0])
-    keys = [label_key(source, teacher, config.teacher_kind, camera) for source in sources]
-    return CachedLabels([label_store(*x) for x in zip(directories, keys, [s.num_frames for s in sources])])
-
-
-def label_key(source: data.Source, teacher: str, kind: TeacherKind, camera: str) -> LabelKey:
-    return LabelKey(
-        teacher_id=teacher,
-        teacher_kind=kind,
-        frame_gap_s=source.gap_s,
-        camera=camera,
-        dataset=dataset_fingerprint(source.dataset.root),
-        versions={name: metadata.version(name) for name in ("torch", "lerobot", data.video_decoder())},
-    )
-
-
-def latent_statistics(
-    labels: Labels,
-    sources: list[data.Source],
-    frames: list[tuple[int, np.ndarray]],
-    seed: int,
-    device: torch.device | str = "cpu",
-) -> Statistics:
-    """Mean and standard deviation of the latent targets over up to 512 valid training pairs, drawn with the seed."""
-    spec = data.SampleSpec(
-        cameras=(), label_camera=labels.camera, pair_size=labels.pair_size, draws={LATENT: labels.shape}
-    )
-    sampler = data.StepSampler(data.group_frames(frames), seed, batch_size=32, first_step=0, last_step=16)
-    loader = data.make_loader(data.SampleDataset(sources, spec, seed), sampler, num_workers=0)
-    vectors = [labels(to_device(raw, device)).flatten(1).cpu()[raw.pair_mask] for raw in loader]
-    statistics = Statistics.of(torch.cat(vectors))
-    if max(statistics.std) == 0:
-        raise ValueError(
-            "the teacher gives every pair the same latent action: its codebook has collapsed, or the pairs do not "
-            "move (try a larger --data.frame-gap-s, or train the teacher longer)"
-        )
-    # A dimension that never changes carries nothing; a floor keeps rounding from being blown up to a target.
-    floor = 1e-3 * max(statistics.std)
-    return Statistics(statistics.mean, tuple(max(std, floor) for std in statistics.std))
-
-
-@dataclass(frozen=True, kw_only=True)
-class LabelConfig(TeacherOptions):
-    """Write the latent actions of every frame of the datasets into a cache, for --labels cache of the scripts. A
-    command that was killed goes on where it stopped when it is run again."""
-
-    # The teacher: a .safetensors file of `teacher train`, or LAPA's .pt file.
-    laq_ckpt: Path
-    # Directory of the label cache; each dataset gets one of its own in it.
-    label_cache: Path
-    # Which recordings, and which pairs of their frames.
-    data: SourceConfig
-    # Pairs that the teacher sees at once.
-    batch_size: int = 64
-
-
-def label(config: LabelConfig) -> None:
-    accelerator = Accelerator()
-    laq = load_laq(config.laq_ckpt, config.laq_code_seq_len, config.laq_image_size)
-    sources = data.open_sources(config.data)
-    _, camera = data.choose_cameras(sources, config.data)
-    data.valid_pair_share(sources, [(i, np.arange(source.num_frames)) for i, source in enumerate(sources)])
-    directories = label_directories(config.label_cache, [source.name for source in sources])
-    stores = [
-        label_store(directory, label_key(source, teacher_id(laq), config.teacher_kind, camera), source.num_frames)
-        for directory, source in zip(directories, sources)
-    ]
-    unfinished = [not store.is_complete() for store in stores]  # all keys are compared before any work
-    laq.to(accelerator.device)
-    for source, store, todo in zip(sources, stores, unfinished):
-        if todo:
-            label_dataset(laq, source, camera, store, config, accelerator)
-        accelerator.print(f"{store.directory}: {source.num_frames:,} frames {'labelled' if todo else 'were labelled'}")
-
-
-@torch.no_grad()
-def label_dataset(
-    laq: LAQ, source: data.Source, camera: str, store: RowCache, config: LabelConfig, accelerator: Accelerator
-) -> None:
-    """Fill the label cache of a dataset; every process does its share of the shards."""
-    slots, width = laq.config.code_seq_len, laq.config.quant_dim
-
-    def empty(num_rows: int) -> dict[str, np.ndarray]:
-        arrays = {
-            "indices": np.zeros((num_rows, slots), np.min_scalar_type(laq.config.codebook_size - 1)),
-            "mask": np.zeros(num_rows, bool),
-        }
-        if config.teacher_kind == "continuous":
-            arrays["continuous"] = np.zeros((num_rows, slots, width), np.float32)
-        return arrays
-
-    def compute(frames: Tensor, places: Tensor) -> dict[str, np.ndarray]:
-        latents = laq.encode(laq.resize(unit_range(frames))[places])
-        arrays = {"indices": latents.indices.numpy(force=True), "mask": np.ones(len(places), bool)}
-        if config.teacher_kind == "continuous":
-            arrays["continuous"] = latents.continuous.numpy(force=True)
-        return arrays
-
-    if accelerator.is_main_process:
-        store.claim()
-        np.save(store.directory / "codebook.npy", laq.vq.codebooks.numpy(force=True))
-    data.fill_cache(
-        store,
-        source,
-        camera,
-        offsets=(0, source.gap),
-        blocks_of=lambda rows: data.episode_blocks(source, source.rows_with_pairs(np.array(rows)), config.batch_size),
-        empty=empty,
-        compute=compute,
-        num_workers=config.data.num_workers,
-        accelerator=accelerator,
-    )
-
-
-# --- training ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,69 +58,56 @@ def start_laq(config: TeacherConfig) -> LAQ:
     stated = {name: value for name, value in asdict(config.laq).items() if value != default[name]}
     given = load_laq(config.init_from, stated.get("code_seq_len"), stated.get("image_size"))
     shape = asdict(given.config)
-    rows = [
-        f"  {name}: command line {value}, file {shape[name]}" for name, value in stated.items() if value != shape[name]
-    ]
-    if rows:
-        raise ValueError(f"--init-from {config.init_from} brings its own shape, leave these out:\n" + "\n".join(rows))
+    refuse_differences(
+        f"--init-from {config.init_from} brings its own shape, leave these out",
+        [(name, value, shape[name]) for name, value in stated.items()],
+        found="file",
+    )
     laq = LAQ(given.config)
     laq.load_state_dict(given.state_dict())
     return laq
 
 
-def train_teacher(config: TeacherConfig) -> None:
-    from smolvla_shared.checkpoint import check_run
-    from smolvla_shared.training import make_accelerator, origin, train
+@torch.no_grad()
+def reconstruction_errors(laq: LAQ, batches: Iterable[RawBatch], accelerator: Accelerator) -> dict[str, float]:
+    """Held-out pixel error of the second frame predicted from its codes, beside that of repeating the first frame."""
+    sums = torch.zeros(3, device=accelerator.device)
+    for raw in batches:
+        frames = laq.resize(unit_range(raw.pairs.to(accelerator.device)))
+        mask = raw.pair_mask.to(accelerator.device)
+        predicted = laq.reconstruct(frames)
+        errors = [(p - frames[:, 1]).square().mean((1, 2, 3)) * mask for p in (predicted, frames[:, 0])]
+        sums += torch.stack([errors[0].sum(), errors[1].sum(), mask.sum()])
+    error, of_first_frame, count = accelerator.reduce(sums, "sum").tolist()
+    count = max(count, 1)
+    return {"val/reconstruction": error / count, "val/reconstruction_of_first_frame": of_first_frame / count}
 
-    accelerator = make_accelerator(config)
-    if accelerator.is_fsdp2:
-        raise ValueError("a teacher fits every GPU and is not divided: use configs/accelerate/ddp_8gpu.yaml")
-    sources = data.open_sources(config.data)
-    _, label_camera = data.choose_cameras(sources, config.data)
-    frames, held_out_frames = data.split_sources(sources, config.data, config.seed)
-    pair_share = data.valid_pair_share(sources, frames)
-    resume_from = check_run(config, accelerator)
-    laq = start_laq(config)
-    accelerator.print(data.describe(sources, with_pairs=True))
-    accelerator.print(
-        f"LAQ {f'from {config.init_from}' if config.init_from else 'with fresh weights'}: "
-        f"{sum(p.numel() for p in laq.parameters()):,} parameters; a latent action is {laq.config.code_seq_len} codes "
-        f"out of {laq.config.codebook_size}; {data.plan(data.group_frames(frames), config)}; pairs of {label_camera}, "
-        f"{pair_share:.1%} of the frames have one"
-    )
 
-    spec = data.SampleSpec(
-        cameras=(),
-        label_camera=label_camera,
-        pair_size=laq.config.image_size,
-        draws={NOISE: (laq.config.code_seq_len, laq.config.quant_dim)},
-    )
-    loaders = data.make_loaders(
-        sources, data.group_frames(frames), data.group_frames(held_out_frames), spec, config, accelerator
-    )
+class CodebookKeeper:
+    """Replaces dead codes every `replace_every` steps, reports how the codes are used, and warns of a collapse."""
 
-    def prepare(raw: RawBatch) -> PairBatch:
-        return PairBatch(raw.pairs, raw.pair_mask, raw.noise[NOISE][:, 0])
+    def __init__(self, laq: LAQ, config: TeacherConfig):
+        self.laq, self.config = laq, config
+        self.collapsed = 0  # reports in a row
 
-    collapsed = 0  # reports in a row
-
-    def replace_and_report(step: int) -> dict[str, float]:
-        nonlocal collapsed
+    def after_step(self, step: int) -> dict[str, float]:
+        """What there is to log after this step."""
+        config, vq = self.config, self.laq.vq
         if step % config.replace_every:
             return {}
-        usage = laq.vq._usage.clone()
-        laq.vq._usage.zero_()
+        usage = vq._usage.clone()
+        vq._usage.zero_()
         replaced = 0
         if step <= (1 - config.settle_share) * config.steps:
             generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
-            replaced = replace_dead_codes(laq, usage, config.dead_below, generator)
+            replaced = replace_dead_codes(self.laq, usage, config.dead_below, generator)
         per_slot = perplexity(usage.float())
-        collapsed = collapsed + 1 if per_slot.mean() < config.collapse_below else 0
-        if collapsed == 3 and accelerator.is_main_process:
+        self.collapsed = self.collapsed + 1 if per_slot.mean() < config.collapse_below else 0
+        if self.collapsed == 3:
             tqdm.write(
                 f"warning: at step {step} a slot effectively uses {per_slot.mean():.2f} codes of "
-                f"{laq.config.codebook_size}: the codebook has collapsed. If it does not recover, fine-tune a healthy "
-                "teacher (--init-from), lower --optim.lr, or replace dead codes more often (--replace-every)"
+                f"{self.laq.config.codebook_size}: the codebook has collapsed. If it does not recover, fine-tune a "
+                "healthy teacher (--init-from), lower --optim.lr, or replace dead codes more often (--replace-every)"
             )
         return {
             "usage/perplexity": per_slot.mean().item(),
@@ -275,38 +116,60 @@ def train_teacher(config: TeacherConfig) -> None:
             **{f"usage/perplexity_of_slot_{slot}": value for slot, value in enumerate(per_slot.tolist())},
         }
 
-    def evaluate() -> dict[str, float]:
-        """Error of the reconstruction from the codes, beside that of repeating the first frame."""
-        sums = torch.zeros(3, device=accelerator.device)
-        for raw in loaders.held_out():
-            frames = laq.resize(unit_range(raw.pairs.to(accelerator.device)))
-            mask = raw.pair_mask.to(accelerator.device)
-            predicted = laq.reconstruct(frames)
-            errors = [(p - frames[:, 1]).square().mean((1, 2, 3)) * mask for p in (predicted, frames[:, 0])]
-            sums += torch.stack([errors[0].sum(), errors[1].sum(), mask.sum()])
-        reconstruction, copy, count = accelerator.reduce(sums, "sum").tolist()
-        return {"reconstruction": reconstruction / max(count, 1), "reconstruction_of_first_frame": copy / max(count, 1)}
+
+def train_teacher(config: TeacherConfig) -> None:
+    from smolvla_shared.run import Run, origin, start_run
+
+    # What a user can get wrong is refused here, before Run makes the run directory.
+    datasets = data.open_datasets(config.data)
+    _, label_camera = data.choose_cameras(datasets, config.data)
+    training, held_out = data_order.split_datasets(datasets, config.val_fraction, config.seed)
+    pair_share = data.valid_pair_share(datasets, training)
+    accelerator, resume_from = start_run(config)
+    if accelerator.is_fsdp2:
+        raise ValueError("a teacher fits every GPU and is not sharded: use configs/accelerate/ddp_8gpu.yaml")
+    laq = start_laq(config)
+    groups = data_order.group_rows(training), data_order.group_rows(held_out)
+    accelerator.print(
+        f"{data.describe(datasets, with_pairs=True)}\n"
+        f"LAQ {f'from {config.init_from}' if config.init_from else 'with fresh weights'}: "
+        f"{sum(p.numel() for p in laq.parameters()):,} parameters; a latent action is {laq.config.code_seq_len} codes "
+        f"out of {laq.config.codebook_size}; {data_order.plan(groups[0], config)}; pairs of {label_camera}, "
+        f"{pair_share:.1%} of the frames have one"
+    )
+    spec = data_loader.SampleSpec(
+        cameras=(),
+        label_camera=label_camera,
+        pair_size=laq.config.image_size,
+        draws={NOISE: (laq.config.code_seq_len, laq.config.quant_dim)},
+    )
+    loaders = data_loader.make_loaders(datasets, *groups, spec, config, accelerator)
+    keeper = CodebookKeeper(laq, config)
 
     def export(directory: Path, weights: dict[str, Tensor], step: int) -> None:
         directory.mkdir(parents=True)
         with torch.device("meta"):
             published = LAQ(laq.config)
         published.load_state_dict(weights, assign=True)
-        source = origin(config, step, [s.name for s in sources])
+        source = origin(config, step, [dataset.name for dataset in datasets])
         source |= {"frame_gap_s": config.data.frame_gap_s, "label_camera": label_camera}
         save_laq(published, directory / TEACHER_FILE, extra=source)
 
-    train(
-        config,
-        accelerator,
-        laq,
-        loaders.train,
-        prepare,
-        evaluate=torch.no_grad()(evaluate) if loaders.held_out else None,
-        export=export,
-        after_step=replace_and_report,
-        resume_from=resume_from,
-    )
+    with Run(config, accelerator, laq, resume_from, export) as run:
+        for raws in run.steps(loaders.train):
+            batches = [PairBatch(raw.pairs, raw.pair_mask, raw.noise[NOISE][:, 0]) for raw in raws]
+            counts = valid_tokens(batches, accelerator)
+            run.mark("preprocess")
+            for batch in run.passes(batches):
+                errors = run.core(batch)  # {"reconstruction": [B]}: squared pixel error of each pair
+                parts = {name: masked_mean(errors[name], batch.masks[name], counts[name]) for name in errors}
+                run.backward(sum(parts.values()))
+                run.record(parts, errors, batch.masks)
+            run.update()
+            run.log(keeper.after_step(run.step))
+            if run.evaluates and loaders.held_out:
+                with run.evaluation():
+                    run.log(reconstruction_errors(laq, loaders.held_out(), accelerator))
     accelerator.print(f"teacher: {config.run_dir / 'checkpoints' / 'last' / 'pretrained_model' / TEACHER_FILE}")
 
 

@@ -8,6 +8,7 @@ prefix never sees the suffix, therefore the same code serves training and sampli
 
 import json
 import math
+import re
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -334,16 +335,23 @@ def load_trunk_tokenizer(name: str, revision: str | None) -> PreTrainedTokenizer
     return AutoTokenizer.from_pretrained(trunk_location(name), revision=revision)
 
 
-def load_trunk_weights(trunk: Trunk, name: str, revision: str | None) -> None:
-    """Fill the trunk with a SmolVLM's pretrained weights.
+def load_trunk_weights(config: CoreConfig) -> dict[str, Tensor]:
+    """A SmolVLM's pretrained weights, by their names in a core.
 
-    Strict: only the language layers beyond those kept and the final norm may be left over.
+    Left out are the language layers beyond those kept and the final norm, which nothing reads. Raises ValueError where
+    weights are missing.
     """
-    vlm, report = SmolVLMModel.from_pretrained(trunk_location(name), revision=revision, output_loading_info=True)
-    if report["missing_keys"]:  # transformers initialises them at random and goes on
-        raise ValueError(f"--model.name {name}: the weights lack {', '.join(sorted(report['missing_keys']))}")
-    num_layers = len(trunk.vlm.text_model.layers)
-    dropped = {f"text_model.layers.{i}." for i in range(num_layers, 1000)} | {"text_model.norm."}
-    trunk.vlm.load_state_dict(
-        {key: value for key, value in vlm.state_dict().items() if not any(key.startswith(prefix) for prefix in dropped)}
+    vlm, report = SmolVLMModel.from_pretrained(
+        trunk_location(config.model_name), revision=config.model_revision, output_loading_info=True
     )
+    if report["missing_keys"]:  # transformers initialises them at random and goes on
+        raise ValueError(
+            f"--model.name {config.model_name}: the weights lack {', '.join(sorted(report['missing_keys']))}"
+        )
+    unread = re.compile(r"text_model\.(norm\.|layers\.(\d+)\.)")
+
+    def is_read(name: str) -> bool:
+        match = unread.match(name)
+        return match is None or (match[2] is not None and int(match[2]) < config.num_trunk_layers)
+
+    return {f"trunk.vlm.{name}": tensor for name, tensor in vlm.state_dict().items() if is_read(name)}

@@ -118,7 +118,8 @@ def laq_checkpoint(tmp_path_factory) -> Path:
     """
     import torch
 
-    from smolvla_shared.laq import LAQ, LAQConfig, save_laq
+    from smolvla_shared.laq import LAQ, LAQConfig
+    from smolvla_shared.laq_files import save_laq
 
     torch.manual_seed(0)
     sizes = {"dim": 32, "quant_dim": 8, "codebook_size": 8, "image_size": 64, "patch_size": 8}

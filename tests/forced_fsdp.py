@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp._fully_shard import _fsdp_param_group as param_group
 from torch.distributed.tensor import DTensor
 
-from smolvla_shared import training
+from smolvla_shared import run
 from smolvla_shared.batch import Batch
 from smolvla_shared.model import SmolVLASharedCore
 
@@ -76,7 +76,7 @@ class Notes:
 
     def __init__(self):
         self.clear()
-        gather, reduce, save = param_group.foreach_all_gather, param_group.foreach_reduce, training.save_checkpoint
+        gather, reduce, save = param_group.foreach_all_gather, param_group.foreach_reduce, run.save_checkpoint
 
         def foreach_all_gather(params, *args):
             self.gathered.update(param._param_fqn for param in params)
@@ -95,7 +95,7 @@ class Notes:
             save(config, state, accelerator, *args)
 
         param_group.foreach_all_gather, param_group.foreach_reduce = foreach_all_gather, foreach_reduce
-        training.save_checkpoint = save_checkpoint
+        run.save_checkpoint = save_checkpoint
         nn.modules.module.register_module_forward_pre_hook(self.check_weight)
 
     def clear(self) -> None:

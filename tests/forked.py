@@ -73,7 +73,7 @@ def serve() -> None:
     import matplotlib.pyplot  # noqa: F401
 
     import smolvla_shared.evaluate
-    import smolvla_shared.training  # noqa: F401
+    import smolvla_shared.run  # noqa: F401
 
     pid = 0
     for line in sys.stdin:

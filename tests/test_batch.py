@@ -19,8 +19,8 @@ def make_raw_batch() -> RawBatch:
         action_mask=torch.ones(2, 5, dtype=torch.bool),
         noise={"action": torch.zeros(2, 1, 5, 3)},
         time={"action": torch.zeros(2, 1)},
-        source=[0, 0],
-        frame=[0, 1],
+        dataset=[0, 0],
+        row=[0, 1],
         keys=["a/0/0", "a/0/1"],
     )
 

@@ -71,8 +71,8 @@ def test_model_config_states_a_trunk_or_none():
     ("options", "message"),
     [
         ({}, r"--data\.repo-ids.*--data\.roots"),
-        ({"repo_ids": ("a/b",), "val_fraction": 1.0}, r"--data\.val-fraction.*got 1\.0"),
-        ({"repo_ids": ("a/b",), "val_fraction": -0.1}, r"--data\.val-fraction.*got -0\.1"),
+        ({"repo_ids": ("a/b",), "val_fraction": 1.0}, r"--val-fraction.*got 1\.0"),
+        ({"repo_ids": ("a/b",), "val_fraction": -0.1}, r"--val-fraction.*got -0\.1"),
         ({"roots": (Path("a"),), "frame_gap_s": 0.0}, r"--data\.frame-gap-s.*got 0\.0"),
     ],
 )

@@ -17,7 +17,7 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
 import train_stage2
 import train_stage3
-from smolvla_shared import sharding, teacher
+from smolvla_shared import run_sharding, teacher
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "configs" / "accelerate"
@@ -38,7 +38,7 @@ def test_fsdp_settings_are_those_that_we_follow(name, monkeypatch):
         monkeypatch.setenv(setting.upper(), str(value))
     plugin = FullyShardedDataParallelPlugin()
     state = SimpleNamespace(fsdp_plugin=plugin)
-    sharding.check_plugin(SimpleNamespace(distributed_type=DistributedType.FSDP, state=state))
+    run_sharding.check_plugin(SimpleNamespace(distributed_type=DistributedType.FSDP, state=state))
     assert plugin.fsdp_version == 2
 
 

@@ -13,37 +13,39 @@ from accelerate import Accelerator
 from lerobot.configs.video import RGBEncoderConfig
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
-from smolvla_shared import data
+from smolvla_shared import data, data_loader, data_order
 from smolvla_shared.batch import RawBatch
 from smolvla_shared.config import DataConfig, RunConfig
-from smolvla_shared.data import FrameGroup, SampleDataset, SampleKey, SampleSpec, Source, StepSampler
+from smolvla_shared.data import RobotDataset
+from smolvla_shared.data_loader import SampleDataset, SampleSpec
+from smolvla_shared.data_order import RowGroup, SampleKey, StepSampler
 from smolvla_shared.preprocess import resize_with_pad
 
 CAMERA, WRIST = "observation.image", "observation.images.wrist"
 SPEC = SampleSpec(cameras=(CAMERA,), state_dim=4, label_camera=CAMERA, draws={"latent": (4, 8)}, num_draws=2)
 
 
-def open_sources(*roots: Path, **options) -> list[Source]:
-    return data.open_sources(DataConfig(roots=roots, **options))
+def open_datasets(*roots: Path, **options) -> list[RobotDataset]:
+    return data.open_datasets(DataConfig(roots=roots, **options))
 
 
 @pytest.fixture(scope="module")
-def video(video_dataset) -> Source:
-    return open_sources(video_dataset)[0]
+def video(video_dataset) -> RobotDataset:
+    return open_datasets(video_dataset)[0]
 
 
 @pytest.fixture(scope="module")
-def labelled(labelled_dataset) -> Source:
-    return open_sources(labelled_dataset)[0]
+def labelled(labelled_dataset) -> RobotDataset:
+    return open_datasets(labelled_dataset)[0]
 
 
 @pytest.fixture(scope="module")
-def images(image_dataset) -> Source:
-    return open_sources(image_dataset)[0]
+def images(image_dataset) -> RobotDataset:
+    return open_datasets(image_dataset)[0]
 
 
-def lerobot_dataset(source: Source, **options) -> LeRobotDataset:
-    return LeRobotDataset(source.name, root=source.dataset.root, return_uint8=True, **options)
+def lerobot_dataset(dataset: RobotDataset, **options) -> LeRobotDataset:
+    return LeRobotDataset(dataset.name, root=dataset.lerobot.root, return_uint8=True, **options)
 
 
 def in_bytes(image: torch.Tensor) -> torch.Tensor:
@@ -51,8 +53,8 @@ def in_bytes(image: torch.Tensor) -> torch.Tensor:
     return image if image.dtype == torch.uint8 else (image * 255).round().to(torch.uint8)
 
 
-def all_frames(source: Source, index: int = 0) -> list[tuple[int, np.ndarray]]:
-    return [(index, np.arange(source.num_frames))]
+def all_frames(dataset: RobotDataset, index: int = 0) -> list[tuple[int, np.ndarray]]:
+    return [(index, np.arange(dataset.num_frames))]
 
 
 def assert_equal(one: RawBatch, other: RawBatch) -> None:
@@ -96,22 +98,22 @@ def join(batches: list[RawBatch]) -> RawBatch:
 
 @pytest.mark.parametrize("name", ["labelled", "images"])
 def test_a_sample_is_what_lerobot_reads(name, request):
-    source = request.getfixturevalue(name)
-    chunk_size, cameras = 6, tuple(source.meta.camera_keys)
-    deltas = {"action": [i / source.fps for i in range(chunk_size)], CAMERA: [0, source.gap / source.fps]}
-    expected_dataset = lerobot_dataset(source, delta_timestamps=deltas)
+    dataset = request.getfixturevalue(name)
+    chunk_size, cameras = 6, tuple(dataset.meta.camera_keys)
+    deltas = {"action": [i / dataset.fps for i in range(chunk_size)], CAMERA: [0, dataset.gap / dataset.fps]}
+    expected_dataset = lerobot_dataset(dataset, delta_timestamps=deltas)
     spec = SampleSpec(
         cameras=cameras,
-        state_dim=source.vector_dim("observation.state"),
+        state_dim=dataset.vector_dim("observation.state"),
         chunk_size=chunk_size,
-        action_dim=source.vector_dim("action"),
+        action_dim=dataset.vector_dim("action"),
         label_camera=CAMERA,
     )
-    dataset = SampleDataset([source], spec, seed=0)
-    ends = [int(end) for end in source.episode_to]
-    frames = [0, 7, ends[2] - 1, ends[2], ends[4] - source.gap, ends[4] - source.gap - 1, source.num_frames - 1]
+    dataset = SampleDataset([dataset], spec, seed=0)
+    ends = [int(end) for end in dataset.episode_to]
+    frames = [0, 7, ends[2] - 1, ends[2], ends[4] - dataset.gap, ends[4] - dataset.gap - 1, dataset.num_frames - 1]
     for frame in frames:
-        raw, expected = dataset[[SampleKey(step=3, slot=1, source=0, frame=frame)]], expected_dataset[frame]
+        raw, expected = dataset[[SampleKey(step=3, slot=1, dataset=0, row=frame)]], expected_dataset[frame]
         assert torch.equal(raw.images[0][0], in_bytes(expected[CAMERA][0])), frame
         if WRIST in cameras:
             assert torch.equal(raw.images[1][0], in_bytes(expected[WRIST])), frame
@@ -171,13 +173,13 @@ def test_one_dimensional_vectors_and_channels_first(tmp_path):
         recorded.add_frame({CAMERA: picture, "observation.state": vector, "action": 10 * vector, "task": "move"})
     recorded.save_episode()
     recorded.finalize()
-    (source,) = open_sources(tmp_path / "thin")
-    dataset = SampleDataset([source], SampleSpec((CAMERA,), state_dim=1, chunk_size=3, action_dim=1), 0)
+    (dataset,) = open_datasets(tmp_path / "thin")
+    dataset = SampleDataset([dataset], SampleSpec((CAMERA,), state_dim=1, chunk_size=3, action_dim=1), 0)
     raw = dataset[[SampleKey(0, 0, 0, 6)]]
     assert (raw.state.tolist(), raw.actions.tolist()) == ([[6]], [[[60], [70], [70]]])
     assert raw.action_mask.tolist() == [[True, True, False]]
     (image,) = raw.images[0]
-    assert torch.equal(image, lerobot_dataset(source)[6][CAMERA])
+    assert torch.equal(image, lerobot_dataset(dataset)[6][CAMERA])
     assert image.shape == (3, 32, 64)
     assert image[0, :, 40:].float().mean() > 200
 
@@ -189,14 +191,14 @@ def test_a_mixture_of_rates_sizes_and_columns(video, images):
     batch = dataset[[SampleKey(0, slot, slot % 2, 2 + slot) for slot in range(4)]]
     assert batch.images[0].shape == (4, 3, 96, 96)
     assert batch.pairs.shape == (4, 2, 3, 40, 40)
-    assert (batch.source, batch.frame) == ([0, 1, 0, 1], [2, 3, 4, 5])
+    assert (batch.dataset, batch.row) == ([0, 1, 0, 1], [2, 3, 4, 5])
     assert batch.state_mask.tolist() == [True, False, True, False]
     assert batch.action_mask.any(1).tolist() == [False, True, False, True]
     assert not batch.state[1].any()
     assert not batch.actions[0].any()
-    for slot, source in enumerate([video, images] * 2):
-        reference = lerobot_dataset(source)
-        for index, frame in enumerate((2 + slot, 2 + slot + source.gap)):
+    for slot, dataset in enumerate([video, images] * 2):
+        reference = lerobot_dataset(dataset)
+        for index, frame in enumerate((2 + slot, 2 + slot + dataset.gap)):
             picture = in_bytes(reference[frame][CAMERA])[None].float() / 255
             expected = F.interpolate(picture, (40, 40), mode="bilinear", antialias=True)[0]
             assert torch.equal(batch.pairs[slot, index], expected), (slot, index)
@@ -211,32 +213,32 @@ def test_a_frame_looks_the_same_whichever_others_are_in_its_batch(video, images)
 
 
 def test_statistics_are_those_of_the_frames(video, labelled):
-    for key, sources in {"observation.state": [video, labelled], "action": [video, labelled]}.items():
-        found = data.vector_statistics(sources, key)
-        rows = [s.dataset.hf_dataset.with_format("numpy")[key][:] for s in sources if key in s.features]
+    for key, datasets in {"observation.state": [video, labelled], "action": [video, labelled]}.items():
+        found = data.vector_statistics(datasets, key)
+        rows = [s.lerobot.hf_dataset.with_format("numpy")[key][:] for s in datasets if key in s.features]
         values = np.concatenate(rows).astype(np.float64)
         assert np.allclose(found.mean, values.mean(0), atol=1e-5)
         assert np.allclose(found.std, values.std(0), atol=1e-5)
 
 
 def test_the_split_is_by_whole_episodes(video):
-    train, held_out = data.split_episodes(video, 0.25, seed=0)
+    train, held_out = data_order.split_episodes(video, 0.25, seed=0)
     episodes = [set(np.searchsorted(video.episode_to, frames, side="right")) for frames in (train, held_out)]
     assert (len(episodes[0]), len(episodes[1])) == (6, 2)
     assert sorted([*train, *held_out]) == list(range(video.num_frames))
     assert not episodes[0] & episodes[1]
-    assert [list(x) for x in data.split_episodes(video, 0.25, seed=0)] == [list(train), list(held_out)]
-    assert len({tuple(data.split_episodes(video, 0.25, seed)[1]) for seed in range(5)}) > 1
-    assert len(data.split_episodes(video, 0.0, seed=0)[1]) == 0
-    assert len(data.split_episodes(video, 0.01, seed=0)[1]) > 0  # a share above 0 is at least an episode
+    assert [list(x) for x in data_order.split_episodes(video, 0.25, seed=0)] == [list(train), list(held_out)]
+    assert len({tuple(data_order.split_episodes(video, 0.25, seed)[1]) for seed in range(5)}) > 1
+    assert len(data_order.split_episodes(video, 0.0, seed=0)[1]) == 0
+    assert len(data_order.split_episodes(video, 0.01, seed=0)[1]) > 0  # a share above 0 is at least an episode
 
 
 # --- order ------------------------------------------------------------------------------------------------------------
 
 
-def groups_of(*sizes: int, shares: tuple[float, ...] = (1.0,)) -> list[FrameGroup]:
-    """Groups of frames that can be told apart: group g is source g."""
-    return [FrameGroup(np.stack([np.full(n, g), np.arange(n)], 1), s) for g, (n, s) in enumerate(zip(sizes, shares))]
+def groups_of(*sizes: int, shares: tuple[float, ...] = (1.0,)) -> list[RowGroup]:
+    """Groups of frames that can be told apart: group g is dataset g."""
+    return [RowGroup(np.stack([np.full(n, g), np.arange(n)], 1), s) for g, (n, s) in enumerate(zip(sizes, shares))]
 
 
 def keys_of(groups, first_step, last_step, seed=0, batch_size=8, **options) -> list[list[SampleKey]]:
@@ -248,7 +250,7 @@ def flat(passes: list[list[SampleKey]]) -> list[SampleKey]:
 
 
 def test_every_frame_once_an_epoch():
-    frames = [key.frame for key in flat(keys_of(groups_of(30), 0, 15))]  # 120 samples, 4 epochs, none ends with a step
+    frames = [key.row for key in flat(keys_of(groups_of(30), 0, 15))]  # 120 samples, 4 epochs, none ends with a step
     epochs = [frames[start : start + 30] for start in range(0, 120, 30)]
     for epoch in epochs:
         assert sorted(epoch) == list(range(30))
@@ -257,20 +259,20 @@ def test_every_frame_once_an_epoch():
 
 
 def test_every_frame_once_an_epoch_when_a_step_spans_several():
-    frames = [key.frame for key in flat(keys_of(groups_of(3), 0, 3))]
+    frames = [key.row for key in flat(keys_of(groups_of(3), 0, 3))]
     assert [sorted(frames[start : start + 3]) for start in range(0, 24, 3)] == [[0, 1, 2]] * 8
 
 
 def test_the_plan_says_how_often_each_group_is_read():
     config = RunConfig(run_dir=Path("x"), data=DataConfig(roots=(Path("x"),)), steps=2000, batch_size=8)
-    assert data.plan(groups_of(100), config) == "2,000 steps of 8 samples = 160 x 100 training frames"
-    mixture = data.plan(groups_of(1000, 100, shares=(0.75, 0.25)), config)
+    assert data_order.plan(groups_of(100), config) == "2,000 steps of 8 samples = 160 x 100 training frames"
+    mixture = data_order.plan(groups_of(1000, 100, shares=(0.75, 0.25)), config)
     assert mixture == "2,000 steps of 8 samples = 12 x 1,000 training frames + 40 x 100 training frames"
 
 
 def test_every_group_goes_through_its_own_frames():
     keys = flat(keys_of(groups_of(30, 7, shares=(0.75, 0.25)), 0, 20))
-    big, small = ([key.frame for key in keys if key.source == source] for source in (0, 1))
+    big, small = ([key.row for key in keys if key.dataset == dataset] for dataset in (0, 1))
     assert sorted(big[:30]) == list(range(30))
     assert sorted(small[:7]) == sorted(small[7:14]) == list(range(7))
 
@@ -279,10 +281,10 @@ def test_every_group_goes_through_its_own_frames():
 def test_shares_hold_in_every_batch_and_are_spread_over_its_blocks(shares):
     groups = groups_of(*[50] * len(shares), shares=shares)
     for step in keys_of(groups, 0, 10, batch_size=64):
-        counts = Counter(key.source for key in step)
+        counts = Counter(key.dataset for key in step)
         assert [counts[group] for group in range(len(shares))] == [64 * share for share in shares]
     for block in keys_of(groups, 0, 1, batch_size=64, accumulation_steps=4):  # 16 slots each
-        counts = Counter(key.source for key in block)
+        counts = Counter(key.dataset for key in block)
         assert all(abs(counts[group] - 16 * share) <= 1.5 for group, share in enumerate(shares)), counts
 
 
@@ -334,7 +336,7 @@ def test_a_batch_decoded_together_is_its_samples(video, images):
     """Frames of several episodes, out of order and repeated, of two datasets."""
     dataset = SampleDataset([video, images], replace(SPEC, pair_size=40), seed=0, random_shift=0.1)
     places = [(0, 150), (1, 60), (0, 3), (0, 150), (1, 0), (0, 19), (0, 20)]
-    keys = [data.SampleKey(0, slot, *place) for slot, place in enumerate(places)]
+    keys = [data_order.SampleKey(0, slot, *place) for slot, place in enumerate(places)]
     together = dataset[keys]
     assert_equal(join([dataset[[key]] for key in keys]), together)
 
@@ -345,7 +347,7 @@ def test_where_frames_lie_changes_nothing(video):
     one, two = SampleDataset([video], SPEC, seed=0), SampleDataset([video, video], SPEC, seed=0)
     whole = one[[SampleKey(0, slot, 0, frame) for slot, frame in enumerate(places)]]
     merged = two[[SampleKey(0, slot, slot % 2, frame) for slot, frame in enumerate(places)]]
-    assert_equal(replace(merged, source=whole.source), whole)
+    assert_equal(replace(merged, dataset=whole.dataset), whole)
     for raw in (whole, merged):  # decoded once, sent once: the first frames of the pairs are the images
         assert raw.images[0].data_ptr() == raw.pairs.data_ptr()
 
@@ -371,7 +373,8 @@ def test_worker_processes_change_nothing(video, images):
     groups = groups_of(60, 60, shares=(0.5, 0.5))
     dataset = SampleDataset([video, images], replace(SPEC, pair_size=40), seed=0, random_shift=0.1)
     here, there = (
-        list(data.make_loader(dataset, StepSampler(groups, 0, 4, 0, 3), num_workers=workers)) for workers in (0, 2)
+        list(data_loader.make_loader(dataset, StepSampler(groups, 0, 4, 0, 3), num_workers=workers))
+        for workers in (0, 2)
     )
     assert len(here) == len(there) == 3
     for one, other in zip(here, there):
@@ -382,8 +385,10 @@ def test_two_processes_read_what_one_reads(video, images):
     """Batches of one sample, so that each holds frames of a single size."""
     dataset = SampleDataset([video, images], replace(SPEC, pair_size=40), seed=0, random_shift=0.1)
     groups = groups_of(60, 60, shares=(0.5, 0.5))
-    whole = list(data.make_loader(dataset, StepSampler(groups, 0, 4, 0, 2), num_workers=0))
-    shards = [data.make_loader(dataset, StepSampler(groups, 0, 4, 0, 2, p, 2, 2), num_workers=0) for p in range(2)]
+    whole = list(data_loader.make_loader(dataset, StepSampler(groups, 0, 4, 0, 2), num_workers=0))
+    shards = [
+        data_loader.make_loader(dataset, StepSampler(groups, 0, 4, 0, 2, p, 2, 2), num_workers=0) for p in range(2)
+    ]
     passes = [batch for pair in zip(*shards) for batch in pair]  # 2 steps x 2 passes x 2 processes
     for step in range(2):
         assert_equal(join(passes[4 * step : 4 * step + 4]), whole[step])
@@ -393,9 +398,9 @@ def test_held_out_batches_are_the_same_every_time(video, tmp_path):
     config = RunConfig(
         run_dir=tmp_path, data=DataConfig(roots=("x",), num_workers=0), steps=1, batch_size=4, eval_samples=8
     )
-    train, held_out = data.split_sources([video], config.data, seed=0)
-    groups = data.group_frames(train), data.group_frames(held_out)
-    loaders = data.make_loaders([video], *groups, SPEC, config, Accelerator(cpu=True), random_shift=0.3)
+    train, held_out = data_order.split_datasets([video], config.val_fraction, seed=0)
+    groups = data_order.group_rows(train), data_order.group_rows(held_out)
+    loaders = data_loader.make_loaders([video], *groups, SPEC, config, Accelerator(cpu=True), random_shift=0.3)
     first, second = list(loaders.held_out()), list(loaders.held_out())
     assert len(first) == 2
     for one, other in zip(first, second):
@@ -405,7 +410,7 @@ def test_held_out_batches_are_the_same_every_time(video, tmp_path):
     assert not torch.equal(augmented.images[0], augmented.pairs[:, 0])
     names = {f"{video.name} episode {e}" for e in np.searchsorted(video.episode_to, held_out[0][1], side="right")}
     assert {key.rsplit(" frame ", 1)[0] for batch in first for key in batch.keys} <= names
-    assert data.make_loaders([video], groups[0], [], SPEC, config, Accelerator(cpu=True)).held_out is None
+    assert data_loader.make_loaders([video], groups[0], [], SPEC, config, Accelerator(cpu=True)).held_out is None
 
 
 # --- refused ----------------------------------------------------------------------------------------------------------
@@ -413,12 +418,12 @@ def test_held_out_batches_are_the_same_every_time(video, tmp_path):
 
 def test_a_directory_that_is_no_dataset_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"no LeRobotDataset at .*nowhere.*no such directory"):
-        open_sources(tmp_path / "nowhere")
+        open_datasets(tmp_path / "nowhere")
     (tmp_path / "pictures").mkdir()
     with pytest.raises(ValueError, match=r"meta/info.json is missing \(found: \['pictures'\]\)"):
-        open_sources(tmp_path)
+        open_datasets(tmp_path)
     with pytest.raises(ValueError, match=r"no LeRobotDataset at .*nobody/nothing"):
-        data.open_sources(DataConfig(repo_ids=("nobody/nothing",)))
+        data.open_datasets(DataConfig(repo_ids=("nobody/nothing",)))
 
 
 def test_cameras_are_those_that_all_datasets_have(video, images):
@@ -437,7 +442,7 @@ def test_cameras_are_those_that_all_datasets_have(video, images):
 @pytest.mark.parametrize("gap, near", [(0.02, "0.05, 0.1"), (0.09, "0.05, 0.1")])
 def test_a_gap_that_is_no_whole_number_of_frames_is_refused(video_dataset, gap, near):
     with pytest.raises(ValueError, match=rf"frame-gap-s {gap} is not a whole .* at 20 fps: take one near {near}"):
-        _ = open_sources(video_dataset, frame_gap_s=gap)[0].gap
+        _ = open_datasets(video_dataset, frame_gap_s=gap)[0].gap
 
 
 def test_different_widths_are_refused(video, labelled, images):
@@ -450,7 +455,7 @@ def test_different_widths_are_refused(video, labelled, images):
 
 def test_too_few_episodes_to_hold_one_out_are_refused(video):
     with pytest.raises(ValueError, match=r"has 8 episode\(s\), too few to hold out a share of 0.99"):
-        data.split_episodes(video, 0.99, seed=0)
+        data_order.split_episodes(video, 0.99, seed=0)
 
 
 def test_a_share_that_gets_no_sample_is_refused():
@@ -459,6 +464,6 @@ def test_a_share_that_gets_no_sample_is_refused():
 
 
 def test_video_without_a_single_whole_pair_is_refused(video_dataset):
-    (source,) = sources = open_sources(video_dataset, frame_gap_s=5)
+    (dataset,) = datasets = open_datasets(video_dataset, frame_gap_s=5)
     with pytest.raises(ValueError, match=r"no episode is longer than --data.frame-gap-s.*5 s"):
-        data.valid_pair_share(sources, all_frames(source))
+        data.valid_pair_share(datasets, all_frames(dataset))

@@ -17,11 +17,13 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "smolvla_shared"
 # A module imports only modules above it.
 ORDER = (
-    "config batch preprocess flow losses weights cache stopping trunk model laq labels artifact health smolvla data "
-    "features metrics sharding checkpoint training check teacher policy evaluate train_stage2 train_stage3 rollout"
+    "config batch preprocess flow losses refusals files cache run_signals trunk model laq laq_files data data_order "
+    "data_loader data_blocks label_cache labels artifact label_health label_check feature_cache lerobot_policy "
+    "lerobot_smolvla initial evaluate run_sharding run_optimizer run_metrics run_checkpoint run teacher rollouts "
+    "train_stage2 train_stage3 rollout"
 ).split()
 SCRIPTS = ORDER[-3:]
-USES_LEROBOT = {"smolvla", "data", "policy", "evaluate", *SCRIPTS}
+USES_LEROBOT = {"data", "lerobot_policy", "lerobot_smolvla", "rollouts", *SCRIPTS}
 
 SOURCES = {path.stem: path for path in PACKAGE.glob("*.py") if path.stem != "__init__"}
 SOURCES |= {name: ROOT / f"{name}.py" for name in SCRIPTS if (ROOT / f"{name}.py").exists()}

@@ -14,11 +14,12 @@ import pytest
 import torch
 from forked import Forked, start_server
 
-from smolvla_shared import data
-from smolvla_shared.config import LATENT, PolicyDataConfig, SourceConfig, StageConfig
-from smolvla_shared.labels import OnlineLabels, label_directories
-from smolvla_shared.laq import LAQ, load_laq, save_laq
-from smolvla_shared.teacher import LabelConfig, label, latent_statistics, open_labels
+from smolvla_shared import data, data_blocks, data_loader, data_order
+from smolvla_shared.config import LATENT, DataConfig, PolicyDataConfig, StageOptions
+from smolvla_shared.label_cache import LabelConfig, label, label_directories
+from smolvla_shared.labels import OnlineLabels, latent_statistics, open_labels
+from smolvla_shared.laq import LAQ
+from smolvla_shared.laq_files import load_laq, save_laq
 
 CAMERA = "observation.image"
 
@@ -29,8 +30,10 @@ def laq(laq_checkpoint) -> LAQ:
 
 
 def label_config(cache: Path, laq_checkpoint: Path, *roots: Path, **options) -> LabelConfig:
-    source = SourceConfig(roots=roots, num_workers=0)
-    return LabelConfig(**{"label_cache": cache, "laq_ckpt": laq_checkpoint, "data": source, "batch_size": 16} | options)
+    dataset = DataConfig(roots=roots, num_workers=0)
+    return LabelConfig(
+        **{"label_cache": cache, "laq_ckpt": laq_checkpoint, "data": dataset, "batch_size": 16} | options
+    )
 
 
 @pytest.fixture(scope="module", params=["quantized", "continuous"])
@@ -41,41 +44,41 @@ def cache(request, tmp_path_factory, laq_checkpoint, video_dataset, image_datase
     return request.param, directory
 
 
-def latent_config(tmp_path: Path, *roots: Path, **options) -> StageConfig:
-    return StageConfig(**{"run_dir": tmp_path / "run", "data": PolicyDataConfig(roots=roots, num_workers=0)} | options)
+def latent_config(tmp_path: Path, *roots: Path, **options) -> StageOptions:
+    return StageOptions(**{"run_dir": tmp_path / "run", "data": PolicyDataConfig(roots=roots, num_workers=0)} | options)
 
 
-def raw_batch(sources, labels, places: list[tuple[int, int]]) -> data.RawBatch:
-    spec = data.SampleSpec(
+def raw_batch(datasets, labels, places: list[tuple[int, int]]) -> data.RawBatch:
+    spec = data_loader.SampleSpec(
         cameras=(), label_camera=labels.camera, pair_size=labels.pair_size, draws={LATENT: labels.shape}
     )
-    dataset = data.SampleDataset(sources, spec, seed=0)
-    return dataset[[data.SampleKey(0, slot, *place) for slot, place in enumerate(places)]]
+    dataset = data_loader.SampleDataset(datasets, spec, seed=0)
+    return dataset[[data_order.SampleKey(0, slot, *place) for slot, place in enumerate(places)]]
 
 
 def test_cached_labels_are_the_online_ones_to_the_bit(cache, tmp_path, laq_checkpoint, video_dataset, image_dataset):
     kind, directory = cache
     config = latent_config(tmp_path, video_dataset, image_dataset, teacher_kind=kind, laq_ckpt=laq_checkpoint)
-    sources = data.open_sources(config.data)
-    online = open_labels(config, sources, CAMERA)
-    cached = open_labels(replace(config, labels="cache", label_cache=directory), sources, CAMERA)
+    datasets = data.open_datasets(config.data)
+    online = open_labels(config, datasets, CAMERA)
+    cached = open_labels(replace(config, labels="cache", label_cache=directory), datasets, CAMERA)
     assert isinstance(online, OnlineLabels)
     assert (cached.teacher_id, cached.kind, cached.shape) == (online.teacher_id, kind, online.shape)
     assert (cached.camera, cached.pair_size) == (None, 0)  # no pair is read, no second frame decoded
     # Batches as the command has made them: blocks of 16 rows of one episode.
     compared = 0
-    for index, source in enumerate(sources):
-        for block in data.episode_blocks(source, source.rows_with_pairs(np.arange(source.num_frames)), 16):
+    for index, dataset in enumerate(datasets):
+        for block in data_blocks.episode_blocks(dataset, dataset.rows_with_pairs(np.arange(dataset.num_frames)), 16):
             places = [(index, int(row)) for row in block]
-            raw, without_pairs = raw_batch(sources, online, places), raw_batch(sources, cached, places)
+            raw, without_pairs = raw_batch(datasets, online, places), raw_batch(datasets, cached, places)
             assert without_pairs.pairs is None
             assert torch.equal(raw.pair_mask, without_pairs.pair_mask)
             assert torch.equal(online(raw), cached(without_pairs))
             compared += len(block)
     assert compared > 150
-    frames = data.split_sources(sources, config.data, 0)[0]
-    assert latent_statistics(cached, sources, frames, 0).mean == pytest.approx(
-        latent_statistics(online, sources, frames, 0).mean, abs=1e-6
+    frames = data_order.split_datasets(datasets, 0.05, 0)[0]
+    assert latent_statistics(cached, datasets, frames, 0).mean == pytest.approx(
+        latent_statistics(online, datasets, frames, 0).mean, abs=1e-6
     )
 
 
@@ -89,12 +92,12 @@ def test_what_a_cache_consists_of(cache, laq, video_dataset, image_dataset):
         key = json.loads((name / "cache.json").read_text())["key"]
         assert key["teacher_kind"] == kind
         assert {"torch", "lerobot"} < key["versions"].keys()
-        source = data.open_sources(
-            SourceConfig(roots=(next(r for r in (video_dataset, image_dataset) if r.name in name.name),))
+        dataset = data.open_datasets(
+            DataConfig(roots=(next(r for r in (video_dataset, image_dataset) if r.name in name.name),))
         )[0]
-        rows = np.arange(source.num_frames)
-        assert np.array_equal(np.flatnonzero(arrays["mask"]), source.rows_with_pairs(rows))
-        assert 0 < (~arrays["mask"]).sum() == len(source.episode_from) * source.gap
+        rows = np.arange(dataset.num_frames)
+        assert np.array_equal(np.flatnonzero(arrays["mask"]), dataset.rows_with_pairs(rows))
+        assert 0 < (~arrays["mask"]).sum() == len(dataset.episode_from) * dataset.gap
 
 
 def test_a_dataset_that_is_labelled_is_not_labelled_again(cache, laq_checkpoint, video_dataset, capsys):
@@ -111,7 +114,7 @@ def test_any_other_key_is_a_miss_with_both_sides(cache, tmp_path, laq, video_dat
     other = LAQ(laq.config)
     save_laq(other, tmp_path / "other.safetensors")
     config = latent_config(tmp_path, video_dataset, teacher_kind=kind, labels="cache", label_cache=directory)
-    open_labels(config, data.open_sources(config.data), CAMERA)  # without --laq-ckpt: whoever's labels these are
+    open_labels(config, data.open_datasets(config.data), CAMERA)  # without --laq-ckpt: whoever's labels these are
     gap = replace(config, data=replace(config.data, frame_gap_s=0.25))
     for wrong, line in [
         (gap, "  frame_gap_s: asked for 0.25, found 0.5"),
@@ -122,7 +125,7 @@ def test_any_other_key_is_a_miss_with_both_sides(cache, tmp_path, laq, video_dat
         ),
     ]:
         with pytest.raises(ValueError, match="was made for something else") as error:
-            open_labels(wrong, data.open_sources(wrong.data), CAMERA)
+            open_labels(wrong, data.open_datasets(wrong.data), CAMERA)
         (difference,) = str(error.value).splitlines()[1:]
         assert difference.startswith(line)
 
@@ -130,7 +133,7 @@ def test_any_other_key_is_a_miss_with_both_sides(cache, tmp_path, laq, video_dat
 def test_what_a_user_can_get_wrong(tmp_path, laq_checkpoint, video_dataset, labelled_dataset):
     config = latent_config(tmp_path, video_dataset, labels="cache", label_cache=tmp_path / "none")
     with pytest.raises(ValueError, match=r"there are no labels at .*none/.*; make them with `python -m smolvla_shared"):
-        open_labels(config, data.open_sources(config.data), CAMERA)
+        open_labels(config, data.open_datasets(config.data), CAMERA)
     with pytest.raises(ValueError, match="--labels cache and --label-cache <directory> belong together"):
         latent_config(tmp_path, video_dataset, labels="cache")
     with pytest.raises(ValueError, match="end in the same names"):
@@ -207,7 +210,7 @@ def test_training_from_the_cache_is_training_online(server, tmp_path, laq_checkp
     """Stage 2, and Stage 3 that co-trains: losses and held-out errors are the same, and no teacher is needed."""
     label(label_config(tmp_path / "labels", laq_checkpoint, video_dataset, labelled_dataset))
     sizes = "--steps 6 --batch-size 4 --log-every 1 --eval-every 3 --eval-samples 8 --data.num-workers 0".split()
-    sizes += "--data.val-fraction 0.2 --model.preset tiny --optim.lr 1e-3 --optim.warmup-steps 1".split()
+    sizes += "--val-fraction 0.2 --model.preset tiny --optim.lr 1e-3 --optim.warmup-steps 1".split()
     commands = {
         "stage2": ["train_stage2.py", *sizes, "--data.roots", video_dataset],
         "stage3": ["train_stage3.py", *sizes, "--data.roots", labelled_dataset, "--video-roots", video_dataset],

@@ -184,8 +184,8 @@ def make_raw_batch() -> RawBatch:
         action_mask=torch.tensor([[True, True, True], [True, False, False]]),
         noise={"latent": torch.zeros(2, 4, 2, 3), "action": torch.ones(2, 4, 3, 4)},
         time={"latent": torch.zeros(2, 4), "action": torch.ones(2, 4)},
-        source=[0, 0],
-        frame=[0, 1],
+        dataset=[0, 0],
+        row=[0, 1],
         keys=["a", "b"],
     )
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
-from smolvla_shared.evaluate import make_metaworld
+from smolvla_shared.rollouts import make_metaworld
 
 ROOT = Path(__file__).parents[1]
 TASK, SIZE = "plate-slide-v3", 64

@@ -19,15 +19,15 @@ from forked import Forked, start_server
 from safetensors.torch import load_file
 from test_training import equal, metrics_of
 
-from smolvla_shared.checkpoint import STATE_FILE, damage
-from smolvla_shared.stopping import EXIT_STOPPED, STOPPED_FILE
+from smolvla_shared.run_checkpoint import STATE_FILE, damage
+from smolvla_shared.run_signals import EXIT_STOPPED, STOPPED_FILE
 
 pytestmark = pytest.mark.slow
 
 STEPS = 18
 # Lines of metrics.jsonl that span checkpoints, evaluations between them.
 SIZES = f"--steps {STEPS} --save-every 4 --eval-every 7 --log-every 3 --keep 3 --batch-size 4 --eval-samples 4".split()
-SIZES += "--ema-decay 0.9 --accumulation-steps 2 --data.num-workers 0 --data.val-fraction 0.2".split()
+SIZES += "--ema-decay 0.9 --accumulation-steps 2 --data.num-workers 0 --val-fraction 0.2".split()
 SIZES += "--optim.warmup-steps 3".split()
 TINY_LAQ = "--laq.dim 32 --laq.quant-dim 8 --laq.image-size 64 --laq.patch-size 8 --laq.spatial-depth 1".split()
 TINY_LAQ += "--laq.temporal-depth 1 --laq.dim-head 16 --laq.heads 2 --optim.lr 5e-3 --replace-every 5".split()

@@ -16,14 +16,14 @@ from safetensors.torch import load_file
 import train_stage2
 import train_stage3
 from smolvla_shared.artifact import load_artifact
-from smolvla_shared.laq import load_laq, teacher_id
+from smolvla_shared.laq_files import load_laq, teacher_id
 from smolvla_shared.model import PARTS, SmolVLASharedCore
 
 ROOT = Path(__file__).parent.parent
 LAUNCH = ["-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/cpu.yaml"]
 # Two checkpoints and two evaluations each.
 SIZES = "--steps 4 --save-every 2 --eval-every 2 --log-every 1 --batch-size 4 --eval-samples 4".split()
-SIZES += "--data.val-fraction 0.2 --optim.lr 1e-3 --optim.warmup-steps 1".split()
+SIZES += "--val-fraction 0.2 --optim.lr 1e-3 --optim.warmup-steps 1".split()
 # Fine-tuning: a fresh codebook would need long to be used.
 TEACHER_SIZES = "--steps 20 --save-every 10 --eval-every 10 --replace-every 4".split()
 ARTIFACT = Path("artifacts") / "smolvla_shared_stage2_artifact.safetensors"
@@ -196,7 +196,7 @@ def test_stage_3_writes_a_policy_that_acts(runs, labelled_dataset, name, has_lat
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
     from lerobot.policies.factory import make_pre_post_processors
 
-    from smolvla_shared.policy import HLRPSmolVLASharedPolicy
+    from smolvla_shared.lerobot_policy import HLRPSmolVLASharedPolicy
 
     policy = HLRPSmolVLASharedPolicy.from_pretrained(runs / name / POLICY)
     core = policy.config.core
@@ -259,7 +259,7 @@ STAGES = {
         ),
         ("2", "--data.roots {video} --laq-ckpt {laq} --data.frame-gap-s 0.02", "not a whole number of frames"),
         ("2", "--data.roots {video} --laq-ckpt {laq} --data.frame-gap-s 5", "no episode is longer"),
-        ("2", "--data.roots {video} --laq-ckpt {laq} --data.val-fraction 0.99", "too few to hold out"),
+        ("2", "--data.roots {video} --laq-ckpt {laq} --val-fraction 0.99", "too few to hold out"),
         ("2", "--data.roots {video} --laq-ckpt {laq} --accumulation-steps 3", "--batch-size 64 .* not divisible"),
         ("2", "--data.roots {video} --laq-ckpt {laq} --resume", "--resume: there is no run at"),
         ("3", "--data.roots {video}", "has no 'action' column.*action-free video goes into --video-roots"),

@@ -9,12 +9,13 @@ import pytest
 import torch
 import tyro
 
-from smolvla_shared import data, training
+from smolvla_shared import data, data_loader, data_order, run
 from smolvla_shared.config import DataConfig, OptimConfig
-from smolvla_shared.labels import OnlineLabels
-from smolvla_shared.laq import LAQ, LAQConfig, load_laq, teacher_id
+from smolvla_shared.labels import OnlineLabels, latent_statistics
+from smolvla_shared.laq import LAQ, LAQConfig
+from smolvla_shared.laq_files import load_laq, teacher_id
 from smolvla_shared.preprocess import unit_range
-from smolvla_shared.teacher import TeacherConfig, latent_statistics, main, train_teacher
+from smolvla_shared.teacher import TeacherConfig, main, train_teacher
 
 CAMERA = "observation.image"
 SMALL = LAQConfig(
@@ -37,13 +38,13 @@ def laq(laq_checkpoint) -> LAQ:
 
 
 @pytest.fixture(scope="module")
-def source(video_dataset) -> data.Source:
-    return data.open_sources(DataConfig(roots=(video_dataset,)))[0]
+def dataset(video_dataset) -> data.RobotDataset:
+    return data.open_datasets(DataConfig(roots=(video_dataset,)))[0]
 
 
 @pytest.fixture(scope="module")
-def image_source(image_dataset) -> data.Source:
-    return data.open_sources(DataConfig(roots=(image_dataset,)))[0]
+def image_source(image_dataset) -> data.RobotDataset:
+    return data.open_datasets(DataConfig(roots=(image_dataset,)))[0]
 
 
 def make_config(run_dir: Path, *roots: Path, **options) -> TeacherConfig:
@@ -63,51 +64,53 @@ def make_config(run_dir: Path, *roots: Path, **options) -> TeacherConfig:
 
 
 @pytest.mark.parametrize("kind", ["quantized", "continuous"])
-def test_online_labels_are_what_laq_encodes(laq, source, image_source, kind):
+def test_online_labels_are_what_laq_encodes(laq, dataset, image_source, kind):
     """Also in a mixture of sizes: a label does not depend on what else is in it."""
     labels = OnlineLabels(laq, kind, CAMERA)
     assert (labels.kind, labels.shape, labels.teacher_id) == (kind, (4, 8), teacher_id(laq))
-    spec = data.SampleSpec(cameras=(), label_camera=labels.camera, pair_size=labels.pair_size)
-    for sources in [source], [source, image_source]:
-        dataset = data.SampleDataset(sources, spec, seed=0)
-        raw = dataset[[data.SampleKey(0, slot, slot % len(sources), 3 + slot) for slot in range(4)]]
+    spec = data_loader.SampleSpec(cameras=(), label_camera=labels.camera, pair_size=labels.pair_size)
+    for datasets in [dataset], [dataset, image_source]:
+        dataset = data_loader.SampleDataset(datasets, spec, seed=0)
+        raw = dataset[[data_order.SampleKey(0, slot, slot % len(datasets), 3 + slot) for slot in range(4)]]
         found = labels(raw)
         assert not found.requires_grad
-        for slot in range(0, 4, len(sources)):  # the video's
-            frames = [source.dataset[3 + slot + gap][CAMERA] for gap in (0, source.gap)]
+        for slot in range(0, 4, len(datasets)):  # the video's
+            frames = [dataset.lerobot[3 + slot + gap][CAMERA] for gap in (0, dataset.gap)]
             latents = laq.encode(torch.stack(frames)[None])
             expected = latents.vectors if kind == "quantized" else latents.continuous
             torch.testing.assert_close(found[slot : slot + 1], expected, rtol=1e-5, atol=1e-6)
 
 
-def test_statistics_are_those_of_the_valid_pairs(laq, source):
+def test_statistics_are_those_of_the_valid_pairs(laq, dataset):
     frames = np.arange(8, 72)  # 64 frames of four episodes: the 512 samples are each of them eight times
-    found = latent_statistics(OnlineLabels(laq, "quantized", CAMERA), [source], [(0, frames)], seed=0)
-    ends = source.episode_to[np.searchsorted(source.episode_to, frames, side="right")]
-    valid = frames[frames + source.gap < ends]
+    found = latent_statistics(OnlineLabels(laq, "quantized", CAMERA), [dataset], [(0, frames)], seed=0)
+    ends = dataset.episode_to[np.searchsorted(dataset.episode_to, frames, side="right")]
+    valid = frames[frames + dataset.gap < ends]
     assert 0 < len(valid) < len(frames)
-    recorded = source.dataset
-    pairs = torch.stack([torch.stack([recorded[f][CAMERA], recorded[f + source.gap][CAMERA]]) for f in valid.tolist()])
+    recorded = dataset.lerobot
+    pairs = torch.stack([torch.stack([recorded[f][CAMERA], recorded[f + dataset.gap][CAMERA]]) for f in valid.tolist()])
     vectors = laq.encode(pairs).vectors.flatten(1).double()
     assert np.allclose(found.mean, vectors.mean(0), atol=1e-6)
     std = vectors.std(0, correction=0)
     assert np.allclose(found.std, std.clamp(min=1e-3 * std.max()), atol=1e-6)
 
 
-def test_a_dimension_without_variance_gets_a_floor(laq, source):
+def test_a_dimension_without_variance_gets_a_floor(laq, dataset):
     with torch.no_grad():
         laq.vq.codebooks[:, 3] = 0.25
-    found = latent_statistics(OnlineLabels(laq, "quantized", CAMERA), [source], [(0, np.arange(source.num_frames))], 0)
+    found = latent_statistics(
+        OnlineLabels(laq, "quantized", CAMERA), [dataset], [(0, np.arange(dataset.num_frames))], 0
+    )
     constant = [3, 11, 19, 27]  # in each of the four slots
     assert [found.mean[i] for i in constant] == [0.25] * 4
     assert [found.std[i] for i in constant] == [1e-3 * max(found.std)] * 4
 
 
-def test_a_collapsed_teacher_is_refused(laq, source):
+def test_a_collapsed_teacher_is_refused(laq, dataset):
     with torch.no_grad():
         laq.vq.codebooks[:] = laq.vq.codebooks[0].clone()
     with pytest.raises(ValueError, match="same latent action: its codebook has collapsed, or the pairs do not move"):
-        latent_statistics(OnlineLabels(laq, "quantized", CAMERA), [source], [(0, np.arange(source.num_frames))], 0)
+        latent_statistics(OnlineLabels(laq, "quantized", CAMERA), [dataset], [(0, np.arange(dataset.num_frames))], 0)
 
 
 @pytest.fixture(scope="module")
@@ -157,15 +160,15 @@ def test_held_out_errors_are_of_the_exported_teacher(run_dir, video_dataset):
     """The logged errors again, from the file and from frames that LeRobot reads."""
     teacher = load_laq(run_dir / "checkpoints" / "last" / "pretrained_model" / "laq.safetensors")
     config = make_config(run_dir, video_dataset)
-    sources = data.open_sources(config.data)
-    _, held_out = data.split_sources(sources, config.data, config.seed)
-    sampler = data.StepSampler(data.group_frames(held_out), config.seed, 8, 0, 2)
+    datasets = data.open_datasets(config.data)
+    _, held_out = data_order.split_datasets(datasets, config.val_fraction, config.seed)
+    sampler = data_order.StepSampler(data_order.group_rows(held_out), config.seed, 8, 0, 2)
     keys = [key for keys in sampler for key in keys]
-    source, errors, copies = sources[0], [], []
+    dataset, errors, copies = datasets[0], [], []
     for key in keys:
-        end = source.episode_to[np.searchsorted(source.episode_to, key.frame, side="right")]
-        if key.frame + source.gap < end:
-            frames = torch.stack([source.dataset[f][CAMERA] for f in (key.frame, key.frame + source.gap)])[None]
+        end = dataset.episode_to[np.searchsorted(dataset.episode_to, key.row, side="right")]
+        if key.row + dataset.gap < end:
+            frames = torch.stack([dataset.lerobot[f][CAMERA] for f in (key.row, key.row + dataset.gap)])[None]
             frames = teacher.resize(frames)
             errors.append((teacher.reconstruct(frames)[0] - frames[0, 1]).square().mean().item())
             copies.append((frames[0, 0] - frames[0, 1]).square().mean().item())
@@ -180,7 +183,7 @@ def test_frames_of_several_sizes_have_the_range_that_laq_expects(tmp_path, video
     def keep(config, accelerator, module, make_batches, prepare, **_):
         wiring.update(make_batches=make_batches, prepare=prepare)
 
-    monkeypatch.setattr(training, "train", keep)
+    monkeypatch.setattr(run, "train", keep)
     for name, roots in {"one": [video_dataset], "two": [video_dataset, image_dataset]}.items():
         train_teacher(make_config(tmp_path / name, *roots))
         raw = next(iter(wiring["make_batches"](0)))

@@ -21,11 +21,11 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from smolvla_shared import data, training
+from smolvla_shared import data, data_loader, data_order, run
 from smolvla_shared.batch import Batch, FlowTarget, RawBatch
 from smolvla_shared.config import LATENT, DataConfig, ModelConfig, OptimConfig, RunConfig
 from smolvla_shared.labels import OnlineLabels
-from smolvla_shared.laq import load_laq
+from smolvla_shared.laq_files import load_laq
 from smolvla_shared.losses import masked_mean
 from smolvla_shared.model import SmolVLASharedCore, freeze, make_core_config
 from smolvla_shared.preprocess import Preprocessor, Statistics
@@ -114,7 +114,7 @@ def train_points(config: RunConfig, accelerator: Accelerator | None = None, **op
     module = options.pop("module", None) or Regression()
     make_batches = options.pop("make_batches", lambda step: passes(step, *split))
     prepare = options.pop("prepare", lambda raw: raw)
-    weights = training.train(config, accelerator, module, make_batches, prepare, **options)
+    weights = run.train(config, accelerator, module, make_batches, prepare, **options)
     assert bool(weights) == accelerator.is_main_process
     if weights:
         module.load_state_dict(weights)
@@ -187,7 +187,7 @@ def test_metrics_are_means_since_the_last_line(tmp_path):
 def test_the_learning_rate_is_linear_then_a_cosine(warmup_steps):
     config = OptimConfig(lr=2e-3, warmup_steps=warmup_steps, final_lr_share=0.1)
     num_steps = 25
-    found = [training.learning_rate(step, num_steps, config) for step in range(num_steps + 1)]
+    found = [run.learning_rate(step, num_steps, config) for step in range(num_steps + 1)]
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=2e-3)
     reference = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_steps - warmup_steps, eta_min=2e-4)
     assert found[:warmup_steps] == pytest.approx([2e-3 * (step + 1) / 5 for step in range(warmup_steps)])
@@ -254,7 +254,7 @@ def train_tiny_core(run_dir: Path, accelerator: Accelerator, resume_from: Path |
     def batches(first_step: int) -> Iterator[Batch]:
         return tiny_batches(accelerator, config.accumulation_steps, first_step)
 
-    training.train(config, accelerator, core, batches, lambda raw: raw, after_step=after_step, resume_from=resume_from)
+    run.train(config, accelerator, core, batches, lambda raw: raw, after_step=after_step, resume_from=resume_from)
     return core
 
 
@@ -352,12 +352,12 @@ class Breaks(Regression):
 def test_a_step_that_is_not_finite_is_told_and_never_applied(tmp_path, monkeypatch, what, is_free):
     """On a CPU at once; on a GPU, where asking is not free, at the next line of the log, as if it had been at once."""
 
-    class Gradients(training.FiniteGradients):
+    class Gradients(run.FiniteGradients):
         def __init__(self, *args):
             super().__init__(*args)
             self.is_free = is_free
 
-    monkeypatch.setattr(training, "FiniteGradients", Gradients)
+    monkeypatch.setattr(run, "FiniteGradients", Gradients)
     config = make_config(tmp_path / "run", steps=9, save_every=2 if is_free else 7, log_every=6, accumulation_steps=2)
     steps_taken = []
 
@@ -412,18 +412,21 @@ def train_core(
         **{"steps": 6, "batch_size": 4, "accumulation_steps": 2, "ema_decay": 0.9, "eval_samples": 4} | options,
     )
     accelerator = make_accelerator()
-    sources = data.open_sources(config.data)
-    groups = [data.group_frames(frames) for frames in data.split_sources(sources, config.data, config.seed)]
+    datasets = data.open_datasets(config.data)
+    groups = [
+        data_order.group_rows(frames)
+        for frames in data_order.split_datasets(datasets, config.val_fraction, config.seed)
+    ]
     camera = "observation.image"
     labels = OnlineLabels(load_laq(laq_checkpoint), "quantized", camera)
     labels.laq.to(device)
     core = make_core().to(device)
     freeze(core, ["vision tower", "connector"])
-    spec = data.SampleSpec((camera,), state_dim=4, label_camera=camera, draws={LATENT: (4, 8)})
-    loaders = data.make_loaders(sources, *groups, spec, config, accelerator, random_shift=0.1)
+    spec = data_loader.SampleSpec((camera,), state_dim=4, label_camera=camera, draws={LATENT: (4, 8)})
+    loaders = data_loader.make_loaders(datasets, *groups, spec, config, accelerator, random_shift=0.1)
     statistics = {
         LATENT: Statistics((0.0,) * 32, (1.0,) * 32),
-        "state": data.vector_statistics(sources, data.STATE_KEY),
+        "state": data.vector_statistics(datasets, data.STATE_KEY),
     }
     preprocessor = Preprocessor(core.config, load_trunk_tokenizer("tiny", None), statistics)
 
@@ -436,10 +439,10 @@ def train_core(
         return {}
 
     def evaluate() -> dict[str, float]:
-        return training.held_out_errors(core, loaders.held_out(), prepare, accelerator)
+        return run.held_out_errors(core, loaders.held_out(), prepare, accelerator)
 
     resume_from = (run_dir / "checkpoints" / "last").resolve() if resume else None
-    training.train(
+    run.train(
         config,
         accelerator,
         core,
@@ -527,7 +530,7 @@ class BlockingCopies(TorchFunctionMode):
         if isinstance(result, Tensor) and result.device.type != "cpu":
             is_copy = function is Tensor.to and args[0].device.type == "cpu" and not kwargs.get("non_blocking")
             if is_copy or function in (torch.tensor, torch.as_tensor):
-                package = str(Path(training.__file__).parent)
+                package = str(Path(run.__file__).parent)
                 self.found += [line for line in traceback.format_stack() if package in line][-1:]
         return result
 
@@ -570,7 +573,7 @@ def test_held_out_errors_are_what_they_say():
         text = torch.arange(5).expand(size, 5)
         batches.append(Batch(normal(1, 3, 64, 64), present, text, text >= 0, normal(32), present[:, 0], targets))
     before = {key: value.clone() for key, value in core.state_dict().items()}
-    found = training.held_out_errors(core, batches, lambda raw: raw, make_accelerator())
+    found = run.held_out_errors(core, batches, lambda raw: raw, make_accelerator())
     assert equal(before, dict(core.state_dict()))
     assert found.keys() == {f"{t}{kind}" for t in ("latent", "action") for kind in ("", "_error", "_error_of_mean")}
     for name, width in (("latent", 8), ("action", 3)):

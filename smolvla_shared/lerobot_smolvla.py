@@ -1,17 +1,21 @@
 """LeRobot's SmolVLA checkpoints, in and out: configuration, weights, statistics and tokenizer as ours, and back.
 
+python -m smolvla_shared.lerobot_smolvla import <directory or hub id> <new directory>
+python -m smolvla_shared.lerobot_smolvla export <pretrained_model> <new directory>
+
 What no action depends on is not kept: the trunk's final norm and output layer, language layers beyond those in use, and
 LeRobot's options of training and execution. Padding of text and prefix (pad_language_to, prefix_length) is masked.
 """
 
 import json
 import re
+import sys
 from dataclasses import asdict, dataclass, replace
-from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import tyro
 from draccus.utils import DecodingError
 from lerobot.configs import FeatureType, PolicyFeature
 from lerobot.configs.policies import PreTrainedConfig
@@ -20,12 +24,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from smolvla_shared.artifact import check_agreement
-from smolvla_shared.config import CoreConfig, ModelConfig, SourceConfig
-from smolvla_shared.model import SmolVLASharedCore, make_core_config
+from smolvla_shared.config import CoreConfig
+from smolvla_shared.files import check_weights, find_directory, new_directory, public_state, write_weights
+from smolvla_shared.lerobot_policy import SavedPolicy, load_saved, save_policy
+from smolvla_shared.model import SmolVLASharedCore
 from smolvla_shared.preprocess import Statistics, pack_tokenizer
-from smolvla_shared.trunk import load_trunk_config, load_trunk_tokenizer, load_trunk_weights, trunk_location
-from smolvla_shared.weights import check_weights, find_directory, public_state, write_weights
+from smolvla_shared.trunk import load_trunk_config, load_trunk_tokenizer, trunk_location
 
 if TYPE_CHECKING:  # LeRobot's policies take seconds to import
     from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
@@ -43,6 +47,7 @@ LEROBOT_PREFIX = {  # by ours
     "state_proj.": "model.state_proj.",
     "action_head.": "model.action_",  # in_proj, out_proj, time_mlp_in, time_mlp_out
 }
+TOKEN_EMBEDDING = "trunk.vlm.text_model.embed_tokens.weight"  # ours
 FINAL_NORM = TRUNK + "text_model.norm.weight"
 OUTPUT_LAYER = "model.vlm_with_expert.vlm.lm_head.weight"
 LANGUAGE_LAYER = re.compile(re.escape(TRUNK) + r"text_model\.layers\.(\d+)\.")
@@ -55,11 +60,11 @@ STATISTIC = re.compile(
 )
 
 
-def lerobot_names(core: SmolVLASharedCore) -> dict[str, str]:
+def lerobot_names(weights: dict[str, Tensor]) -> dict[str, str]:
     """LeRobot's name of every weight of a core, by ours; without the latent head, which SmolVLA does not have."""
     return {
         name: theirs + name.removeprefix(ours)
-        for name in public_state(core.state_dict())
+        for name in public_state(weights)
         for ours, theirs in LEROBOT_PREFIX.items()
         if name.startswith(ours)
     }
@@ -86,7 +91,7 @@ class Checkpoint:
 
     name: str  # as the user gave it
     core: CoreConfig
-    weights: dict[str, Tensor]  # by LeRobot's names
+    weights: dict[str, Tensor]  # by our names
     unread: tuple[str, ...]  # LeRobot's names of the tensors that were left out
     tokenizer: PreTrainedTokenizerFast
     statistics: dict[str, Tensor]  # by "file: key", as found
@@ -171,10 +176,15 @@ def load_checkpoint(name: str) -> Checkpoint:
     core = core_config(config, vlm, tokenizer)
     core = replace(core, torch_dtype="bfloat16" if trunk_dtypes == {torch.bfloat16} else "float32")
     unread = {key for key in tensors if is_unread(key, core.num_trunk_layers)}
+    with torch.device("meta"):
+        state = SmolVLASharedCore(core).state_dict()
+    names = lerobot_names(state)
+    found = {key: tensor for key, tensor in tensors.items() if key not in buffers | unread}
+    check_weights(name, {theirs: state[ours] for ours, theirs in names.items()}, found)
     return Checkpoint(
         name=name,
         core=core,
-        weights={key: tensor for key, tensor in tensors.items() if key not in buffers | unread},
+        weights={ours: found[theirs] for ours, theirs in names.items()},
         unread=tuple(sorted(unread)),
         tokenizer=tokenizer,
         statistics=statistics,
@@ -267,89 +277,11 @@ def core_config(config: "SmolVLAConfig", vlm: dict[str, Any], tokenizer: PreTrai
     )
 
 
-def build_core(checkpoint: Checkpoint, **changes: Any) -> SmolVLASharedCore:
-    """The checkpoint's core, with `changes` to its CoreConfig, weights loaded strictly; a latent head stays fresh."""
-    core = SmolVLASharedCore(replace(checkpoint.core, **changes))
-    names, state = lerobot_names(core), core.state_dict()
-    check_weights(checkpoint.name, {theirs: state[ours] for ours, theirs in names.items()}, checkpoint.weights)
-    core.load_state_dict(state | {ours: checkpoint.weights[theirs] for ours, theirs in names.items()})
-    return core
-
-
-# --- a core to train --------------------------------------------------------------------------------------------------
-
-
-def load_init(model: ModelConfig) -> Checkpoint | None:
-    """The checkpoint that --init-from names, if any. Raises ValueError where --model options contradict it."""
-    if model.init_from is None:
-        return None
-    checkpoint = load_checkpoint(model.init_from)
-    stated = {"model_name": model.stated_name, "model_revision": model.revision}
-    check_agreement(checkpoint.core, stated, f"checkpoint {model.init_from}")
-    return checkpoint
-
-
-def init_cameras[Config: SourceConfig](data: Config, init: Checkpoint | None) -> Config:
-    """The data options with cameras for all places of the checkpoint's, if there is one.
-
-    To SmolVLA a camera is its place in the order: those that the user names take the places in turn; by default they
-    must have the checkpoint's names.
-    """
-    return replace(data, cameras=data.cameras or init.cameras) if init else data
-
-
-def init_statistics(init: Checkpoint, dims: dict[str, int]) -> dict[str, Statistics]:
-    """The checkpoint's statistics, for data whose state and action have the widths in `dims`."""
-    rows = [
-        f"  {field}: the data {dims[field]}, the checkpoint {asdict(init.core)[field]}"
-        for field in ("state_dim", "action_dim")
-        if dims[field] != asdict(init.core)[field]
-    ]
-    if rows:
-        raise ValueError(f"--normalization artifact: {init.name} has other vectors:\n" + "\n".join(rows))
-    return init.normalization()
-
-
-def describe(init: Checkpoint, cameras: tuple[str, ...]) -> str:
-    """What training starts from, in words."""
-    pairs = zip_longest(cameras, init.cameras[: len(cameras)], fillvalue="one more")
-    places = ", ".join(f"{camera} as {place}" for camera, place in pairs)
-    return f"from {init.name}: cameras {places}; left out, nothing reads them: {', '.join(init.unread) or 'none'}"
-
-
-def make_core(
-    model: ModelConfig, init: Checkpoint | None, cameras: tuple[str, ...], **dims: int
-) -> tuple[SmolVLASharedCore, PreTrainedTokenizerFast]:
-    """A core to train and its tokenizer: a checkpoint's, or a SmolVLM's weights under a fresh expert.
-
-    `dims` are CoreConfig's data-dependent fields. The weights are float32, whatever they were stored in.
-    """
-    if init:
-        return build_core(init, cameras=cameras, torch_dtype="float32", **dims), init.tokenizer
-    config = make_core_config(model, cameras, **dims)
-    core = SmolVLASharedCore(config)
-    if config.has_pretrained_trunk:
-        load_trunk_weights(core.trunk, config.model_name, config.model_revision)
-    return core, load_trunk_tokenizer(config.model_name, config.model_revision)
-
-
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
-def save_checkpoint(
-    directory: Path,
-    core: SmolVLASharedCore,
-    tokenizer: PreTrainedTokenizerFast,
-    stats: dict[str, dict[str, Any]],
-    image_shapes: dict[str, tuple[int, ...]],
-    optional_cameras: tuple[str, ...],
-    rename_map: dict[str, str],
-    n_action_steps: int,
-    device: str,
-) -> None:
-    """Write a core as a LeRobot SmolVLA policy with its processors.
-
-    stats: {feature: {"mean": [A], "std": [A]}} of observation.state and action
+def save_checkpoint(directory: Path, policy: SavedPolicy) -> None:
+    """Write a policy as a LeRobot SmolVLA policy with its processors.
 
     LeRobot reads the trunk's configuration and tokenizer from where the core's trunk came from. Its final norm and
     output layer, which LeRobot keeps and never reads, become ones and the token embedding.
@@ -358,7 +290,7 @@ def save_checkpoint(
     from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
     from lerobot.policies.smolvla.processor_smolvla import make_smolvla_pre_post_processors
 
-    ours = core.config
+    ours, optional_cameras = policy.config.core, policy.config.optional_cameras
     numbered = tuple(f"{EMPTY_CAMERA}{index}" for index in range(len(optional_cameras)))
     problems = []
     if not ours.state_dim:
@@ -366,16 +298,16 @@ def save_checkpoint(
     if set(optional_cameras) != set(numbered):
         problems.append(f"optional cameras of other names than {EMPTY_CAMERA}<number>: {', '.join(optional_cameras)}")
     trunk_tokenizer = load_trunk_tokenizer(ours.model_name, ours.model_revision)
-    if pack_tokenizer(trunk_tokenizer) != pack_tokenizer(tokenizer):
+    if pack_tokenizer(trunk_tokenizer) != pack_tokenizer(policy.tokenizer):
         problems.append(f"another tokenizer than that of {ours.model_name}")
-    features = {key: PolicyFeature(FeatureType.VISUAL, image_shapes[key]) for key in ours.cameras}
+    features = {key: PolicyFeature(FeatureType.VISUAL, f.shape) for key, f in policy.config.image_features.items()}
     config = SmolVLAConfig(
         input_features=features | {keys.OBS_STATE: PolicyFeature(FeatureType.STATE, (ours.state_dim,))},
         output_features={keys.ACTION: PolicyFeature(FeatureType.ACTION, (ours.action_dim,))},
-        device=device,
+        device=policy.config.device,
         push_to_hub=False,
         chunk_size=ours.chunk_size,
-        n_action_steps=n_action_steps,
+        n_action_steps=policy.config.n_action_steps,
         max_state_dim=ours.max_state_dim,
         max_action_dim=ours.max_action_dim,
         resize_imgs_with_padding=(ours.image_size, ours.image_size),
@@ -401,12 +333,85 @@ def save_checkpoint(
     if problems:
         raise ValueError("LeRobot's SmolVLA cannot express:\n  " + "\n  ".join(problems))
 
-    state, embedding = core.state_dict(), core.trunk.vlm.text_model.embed_tokens.weight
-    weights = {theirs: state[name] for name, theirs in lerobot_names(core).items()}
-    weights[FINAL_NORM], weights[OUTPUT_LAYER] = torch.ones_like(embedding[0]), embedding.detach().clone()
+    weights = {theirs: policy.weights[name] for name, theirs in lerobot_names(policy.weights).items()}
+    embedding = policy.weights[TOKEN_EMBEDDING]
+    weights[FINAL_NORM], weights[OUTPUT_LAYER] = torch.ones_like(embedding[0]), embedding.clone()
     write_weights(directory / WEIGHTS_NAME, weights)
     config.save_pretrained(directory)
+    names = {"state": keys.OBS_STATE, "action": keys.ACTION}
+    stats = {names[name]: dict(zip(("mean", "std"), of.tensors())) for name, of in policy.statistics.items()}
     preprocessor, postprocessor = make_smolvla_pre_post_processors(config, stats)
-    preprocessor.steps[0].rename_map = rename_map
+    preprocessor.steps[0].rename_map = policy.rename_map
     for processor in (preprocessor, postprocessor):
         processor.save_pretrained(directory)
+
+
+# --- commands ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ImportConfig:
+    """Make a policy of this project from a LeRobot SmolVLA policy."""
+
+    # The SmolVLA policy: a directory or a hub id.
+    source: tyro.conf.Positional[str]
+    # The new directory.
+    out: tyro.conf.Positional[Path]
+    # Whose statistics to take, of a checkpoint that has several robots'.
+    robot: str | None = None
+
+
+def import_smolvla(config: ImportConfig) -> None:
+    with new_directory(config.out) as directory:
+        checkpoint = load_checkpoint(config.source)
+        save_policy(
+            directory,
+            checkpoint.core,
+            checkpoint.weights,
+            checkpoint.tokenizer,
+            checkpoint.normalization(config.robot),
+            checkpoint.n_action_steps,
+            {"smolvla": config.source},
+            checkpoint.image_shapes,
+            checkpoint.optional_cameras,
+            checkpoint.rename_map,
+        )
+    print(f"{config.out}: {len(checkpoint.weights)} tensors of {config.source}")
+    print(f"left out, no action depends on them: {', '.join(checkpoint.unread) or 'none'}")
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """Make a LeRobot SmolVLA policy from a policy of this project."""
+
+    # The policy's directory (pretrained_model) or hub id.
+    source: tyro.conf.Positional[str]
+    # The new directory.
+    out: tyro.conf.Positional[Path]
+
+
+def export_smolvla(config: ExportConfig) -> None:
+    with new_directory(config.out) as directory:
+        policy = load_saved(config.source)
+        save_checkpoint(directory, policy)
+    core = policy.config.core
+    print(f"{config.out}: LeRobot reads the trunk's configuration and tokenizer from {trunk_location(core.model_name)}")
+    if core.model_revision:
+        print(f"left out, LeRobot reads the newest: the trunk's revision {core.model_revision}")
+    if core.latent_vector_dim:
+        print("left out, SmolVLA has none: the latent head")
+
+
+COMMANDS = {"import": (ImportConfig, import_smolvla), "export": (ExportConfig, export_smolvla)}
+
+
+def main() -> None:
+    name = sys.argv[1] if len(sys.argv) > 1 else "nothing"
+    if name not in COMMANDS:
+        raise SystemExit(f"python -m smolvla_shared.lerobot_smolvla {{{','.join(COMMANDS)}}} [--help]; got {name}")
+    config_class, command = COMMANDS[name]
+    command(tyro.cli(config_class, prog=f"python -m smolvla_shared.lerobot_smolvla {name}", args=sys.argv[2:]))
+
+
+if __name__ == "__main__":
+    main()

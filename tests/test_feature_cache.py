@@ -10,12 +10,12 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from smolvla_shared import data
-from smolvla_shared import features as features_module
+from smolvla_shared import data, data_loader, data_order
+from smolvla_shared import feature_cache as features_module
 from smolvla_shared.batch import Batch
 from smolvla_shared.cache import RowCache
-from smolvla_shared.config import ACTION, ModelConfig, PolicyDataConfig, StageConfig
-from smolvla_shared.features import prepare_features
+from smolvla_shared.config import ACTION, ModelConfig, PolicyDataConfig, StageOptions
+from smolvla_shared.feature_cache import prepare_features
 from smolvla_shared.losses import masked_mean
 from smolvla_shared.model import SmolVLASharedCore, freeze, make_core_config
 from smolvla_shared.preprocess import Preprocessor, Statistics
@@ -38,15 +38,15 @@ def core() -> SmolVLASharedCore:
     return core
 
 
-def run_config(directory: Path, *roots: Path, **options) -> StageConfig:
+def run_config(directory: Path, *roots: Path, **options) -> StageOptions:
     options = {"roots": roots, "num_workers": 0, "feature_cache": directory / "features"} | options
-    return StageConfig(run_dir=directory / "run", data=PolicyDataConfig(**options))
+    return StageOptions(run_dir=directory / "run", data=PolicyDataConfig(**options))
 
 
-def read(sources, features: dict, places: list[tuple[int, int]]) -> data.RawBatch:
-    spec = data.SampleSpec((CAMERA,), chunk_size=4, action_dim=2, draws={ACTION: (4, 32)}, features=features)
-    dataset = data.SampleDataset(sources, spec, seed=0)
-    return dataset[[data.SampleKey(0, slot, *place) for slot, place in enumerate(places)]]
+def read(datasets, features: dict, places: list[tuple[int, int]]) -> data.RawBatch:
+    spec = data_loader.SampleSpec((CAMERA,), chunk_size=4, action_dim=2, draws={ACTION: (4, 32)}, features=features)
+    dataset = data_loader.SampleDataset(datasets, spec, seed=0)
+    return dataset[[data_order.SampleKey(0, slot, *place) for slot, place in enumerate(places)]]
 
 
 def train_once(core: SmolVLASharedCore, raw: data.RawBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -65,17 +65,17 @@ def test_training_from_the_cache_is_training_from_the_frames(
 ):
     roots = (image_dataset, video_dataset) if mixed else (image_dataset,)  # of different sizes
     config = run_config(tmp_path, *roots, cameras=(CAMERA,), feature_cache_dtype=dtype)
-    sources = data.open_sources(config.data)
-    features = prepare_features(core, sources, (CAMERA,), config, accelerator)
-    places = [(0, 0), (0, 25), (0, sources[0].num_frames - 1)] + [(1, 7)] * mixed
-    expected_loss, expected = train_once(core, read(sources, {}, places))
+    datasets = data.open_datasets(config.data)
+    features = prepare_features(core, datasets, (CAMERA,), config, accelerator)
+    places = [(0, 0), (0, 25), (0, datasets[0].num_frames - 1)] + [(1, 7)] * mixed
+    expected_loss, expected = train_once(core, read(datasets, {}, places))
 
     def fail(*_) -> None:
         raise AssertionError("a frame was decoded, or went through the tower")
 
-    monkeypatch.setattr(data.Source, "read_frames", fail)
+    monkeypatch.setattr(data.RobotDataset, "read_frames", fail)
     monkeypatch.setattr(core.trunk, "embed_images", fail)
-    raw = read(sources, features, places)
+    raw = read(datasets, features, places)
     assert raw.images[0].shape == (len(places), 16, 128)
     assert raw.images[0].dtype == getattr(torch, dtype)
     loss, grads = train_once(core, raw)
@@ -87,19 +87,19 @@ def test_training_from_the_cache_is_training_from_the_frames(
 
 def test_features_reach_the_workers_of_a_loader(tmp_path, core, accelerator, image_dataset):
     config = run_config(tmp_path, image_dataset)
-    sources = data.open_sources(config.data)
-    features = prepare_features(core, sources, (CAMERA,), config, accelerator)
-    spec = data.SampleSpec((CAMERA,), features=features)
-    dataset = data.SampleDataset(sources, spec, seed=0)
-    sampler = data.StepSampler(data.group_frames([(0, np.arange(20))]), 0, 4, 0, 2)
-    batches = [list(data.make_loader(dataset, sampler, num_workers)) for num_workers in (0, 1)]
+    datasets = data.open_datasets(config.data)
+    features = prepare_features(core, datasets, (CAMERA,), config, accelerator)
+    spec = data_loader.SampleSpec((CAMERA,), features=features)
+    dataset = data_loader.SampleDataset(datasets, spec, seed=0)
+    sampler = data_order.StepSampler(data_order.group_rows([(0, np.arange(20))]), 0, 4, 0, 2)
+    batches = [list(data_loader.make_loader(dataset, sampler, num_workers)) for num_workers in (0, 1)]
     for here, there in zip(*batches):
         assert torch.equal(here.images[0], there.images[0])
 
 
 def test_a_filling_that_was_killed_goes_on(tmp_path, core, accelerator, image_dataset, monkeypatch):
     config = run_config(tmp_path, image_dataset, feature_cache_dtype="float32")
-    sources = data.open_sources(config.data)
+    datasets = data.open_datasets(config.data)
     monkeypatch.setattr(features_module, "SHARD_ROWS", 50)
     write, written = RowCache.write, []
 
@@ -111,40 +111,40 @@ def test_a_filling_that_was_killed_goes_on(tmp_path, core, accelerator, image_da
 
     monkeypatch.setattr(RowCache, "write", die_at_the_third)
     with pytest.raises(KeyboardInterrupt):
-        prepare_features(core, sources, (CAMERA,), config, accelerator)
+        prepare_features(core, datasets, (CAMERA,), config, accelerator)
     monkeypatch.setattr(RowCache, "write", lambda self, rows, arrays: written.append(rows) or write(self, rows, arrays))
-    features = prepare_features(core, sources, (CAMERA,), config, accelerator)
+    features = prepare_features(core, datasets, (CAMERA,), config, accelerator)
     assert written == [range(start, min(start + 50, 188)) for start in (0, 50, 100, 150)]
     whole = run_config(tmp_path / "whole", image_dataset, feature_cache_dtype="float32")
-    expected = prepare_features(core, sources, (CAMERA,), whole, accelerator)
+    expected = prepare_features(core, datasets, (CAMERA,), whole, accelerator)
     assert np.array_equal(np.load(features[CAMERA][0]), np.load(expected[CAMERA][0]))
     # Nothing is computed again; nor where another run finishes the cache after this one has looked.
     monkeypatch.setattr(RowCache, "write", None)
-    assert prepare_features(core, sources, (CAMERA,), config, accelerator) == features
+    assert prepare_features(core, datasets, (CAMERA,), config, accelerator) == features
     is_complete, looked = RowCache.is_complete, iter([False])
     monkeypatch.setattr(RowCache, "is_complete", lambda self: next(looked, is_complete(self)))
-    assert prepare_features(core, sources, (CAMERA,), config, accelerator) == features
+    assert prepare_features(core, datasets, (CAMERA,), config, accelerator) == features
 
 
 def test_another_tower_precision_or_storage_is_refused(tmp_path, core, accelerator, image_dataset):
     config = run_config(tmp_path, image_dataset)
-    sources = data.open_sources(config.data)
-    prepare_features(core, sources, (CAMERA,), config, accelerator)
+    datasets = data.open_datasets(config.data)
+    prepare_features(core, datasets, (CAMERA,), config, accelerator)
     torch.manual_seed(1)
     other = SmolVLASharedCore(core.config)
     other.load_state_dict(core.state_dict())
     freeze(other, ["vision tower", "connector"])
-    prepare_features(other, sources, (CAMERA,), config, accelerator)  # the same weights: the same features
+    prepare_features(other, datasets, (CAMERA,), config, accelerator)  # the same weights: the same features
     other.expert.norm.weight.data += 1
-    prepare_features(other, sources, (CAMERA,), config, accelerator)  # no part of the tower
+    prepare_features(other, datasets, (CAMERA,), config, accelerator)  # no part of the tower
     other.trunk.vlm.connector.modality_projection.proj.weight.data[0, 0] += 1
     with pytest.raises(ValueError, match=r"made for something else.*\n  tower: asked for .*, found"):
-        prepare_features(other, sources, (CAMERA,), config, accelerator)
+        prepare_features(other, datasets, (CAMERA,), config, accelerator)
     with pytest.raises(ValueError, match=r"\n  computed_in: asked for .*precision bf16, found .*precision no"):
-        prepare_features(core, sources, (CAMERA,), replace(config, precision="bf16"), accelerator)
+        prepare_features(core, datasets, (CAMERA,), replace(config, precision="bf16"), accelerator)
     in_float32 = run_config(tmp_path, image_dataset, feature_cache_dtype="float32")
     with pytest.raises(ValueError, match=r"\n  stored_in: asked for float32, found bfloat16"):
-        prepare_features(core, sources, (CAMERA,), in_float32, accelerator)
+        prepare_features(core, datasets, (CAMERA,), in_float32, accelerator)
 
 
 def test_what_would_make_the_features_wrong_is_refused(tmp_path, core, accelerator, image_dataset):
@@ -154,26 +154,26 @@ def test_what_would_make_the_features_wrong_is_refused(tmp_path, core, accelerat
     trained = SmolVLASharedCore(core.config)
     freeze(trained, ["vision tower"])
     with pytest.raises(ValueError, match=r"the tower trains.*--model\.freeze-vision True"):
-        prepare_features(trained, data.open_sources(config.data), (CAMERA,), config, accelerator)
+        prepare_features(trained, data.open_datasets(config.data), (CAMERA,), config, accelerator)
     assert not config.data.feature_cache.exists()
 
 
 def test_the_size_is_announced_and_bounded(tmp_path, core, accelerator, image_dataset, capsys, monkeypatch):
     config = run_config(tmp_path, image_dataset, feature_cache_gb=1e-4)
-    sources = data.open_sources(config.data)
+    datasets = data.open_datasets(config.data)
     size = 188 * 16 * 128 * 2 / 1e9  # 0.00077 GB
     with pytest.raises(ValueError, match=r"would take 0\.00077 GB, more than --data\.feature-cache-gb 0\.0001"):
-        prepare_features(core, sources, (CAMERA,), config, accelerator)
+        prepare_features(core, datasets, (CAMERA,), config, accelerator)
     assert not config.data.feature_cache.exists()
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("usage", (), {"free": size * 1.5e9}))
     config = run_config(tmp_path, image_dataset)
     with pytest.raises(
         ValueError, match=rf"needs 0\.00154 GB while it is filled, {re.escape(str(tmp_path))} has 0\.00116"
     ):
-        prepare_features(core, sources, (CAMERA,), config, accelerator)
+        prepare_features(core, datasets, (CAMERA,), config, accelerator)
     monkeypatch.undo()
     capsys.readouterr()
-    prepare_features(core, sources, (CAMERA,), config, accelerator)
+    prepare_features(core, datasets, (CAMERA,), config, accelerator)
     assert "0.00077 GB of bfloat16, of which 0.00077 GB are made now" in capsys.readouterr().out
     manifest = json.loads(next(config.data.feature_cache.glob(f"*--images/{CAMERA}/cache.json")).read_text())
     assert manifest["arrays"]["tokens"] == {"dtype": "int16", "shape": [188, 16, 128]}

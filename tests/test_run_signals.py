@@ -10,14 +10,14 @@ import pytest
 from test_training import equal, make_accelerator, make_config, metrics_of, names_in, train_points
 from torch.utils.data import Dataset
 
-from smolvla_shared import data, metrics
-from smolvla_shared.checkpoint import check_run
-from smolvla_shared.stopping import EXIT_STOPPED, SIGNALS, STOPPED_FILE, StopSignals
+from smolvla_shared import data_loader, run_metrics
+from smolvla_shared.run_checkpoint import check_run
+from smolvla_shared.run_signals import EXIT_STOPPED, SIGNALS, STOPPED_FILE, StopSignals
 
 
 @pytest.fixture(autouse=True)
 def no_curves(monkeypatch):
-    monkeypatch.setattr(metrics, "plot_curves", lambda lines, path: None)
+    monkeypatch.setattr(run_metrics, "plot_curves", lambda lines, path: None)
 
 
 def send(number: signal.Signals, at: int, times: int = 1):
@@ -101,5 +101,5 @@ def test_workers_of_a_fork_server_that_runs_already_do_not_see_the_signals_eithe
     started = multiprocessing.get_context("forkserver").Process(target=time.sleep, args=(0,))
     started.start()
     started.join()
-    (masks,) = data.make_loader(Masks(), [[0]], num_workers=1)
+    (masks,) = data_loader.make_loader(Masks(), [[0]], num_workers=1)
     assert set(SIGNALS) <= set(masks)

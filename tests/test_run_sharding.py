@@ -20,7 +20,7 @@ from torch import Tensor
 
 import train_stage2
 import train_stage3
-from smolvla_shared import sharding, teacher
+from smolvla_shared import run_sharding, teacher
 from smolvla_shared.artifact import load_artifact
 from smolvla_shared.config import DataConfig
 from smolvla_shared.model import SmolVLASharedCore
@@ -30,7 +30,7 @@ ARTIFACT = Path("artifacts") / "smolvla_shared_stage2_artifact.safetensors"
 PROCESSES = 2
 # Accumulation, a running average that is evaluated halfway, a checkpoint to resume from. Vision is frozen.
 SIZES = "--steps 20 --save-every 15 --eval-every 10 --log-every 1 --batch-size 4 --accumulation-steps 2".split()
-SIZES += "--eval-samples 4 --data.val-fraction 0.2 --data.num-workers 0".split()
+SIZES += "--eval-samples 4 --val-fraction 0.2 --data.num-workers 0".split()
 SIZES += "--optim.lr 1e-3 --optim.warmup-steps 2 --ema-decay 0.9".split()
 
 
@@ -195,7 +195,7 @@ def plain_core(run_dir: Path, name: str) -> SmolVLASharedCore:
         core = SmolVLASharedCore(artifact.manifest.core)
         core.load_state_dict(artifact.state_dict)
         return core
-    from smolvla_shared.policy import HLRPSmolVLASharedPolicy
+    from smolvla_shared.lerobot_policy import HLRPSmolVLASharedPolicy
 
     return HLRPSmolVLASharedPolicy.from_pretrained(run_dir / "checkpoints" / "last" / "pretrained_model").model
 
@@ -254,7 +254,7 @@ def test_settings_that_would_be_ignored_are_refused(monkeypatch, setting, value,
     plugin = FullyShardedDataParallelPlugin(**{"fsdp_version": 2} | {setting: value})
     accelerator = SimpleNamespace(distributed_type=DistributedType.FSDP, state=SimpleNamespace(fsdp_plugin=plugin))
     with pytest.raises(ValueError, match=rf"asks for {message}; .*configs/accelerate/fsdp2_8gpu.yaml"):
-        sharding.check_plugin(accelerator)
+        run_sharding.check_plugin(accelerator)
 
 
 def test_a_teacher_is_not_divided(monkeypatch, tmp_path):

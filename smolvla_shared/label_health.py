@@ -5,7 +5,7 @@ the teacher; everything here is arithmetic on what came out.
 """
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,10 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from smolvla_shared.config import SourceConfig, TeacherKind
+from smolvla_shared.artifact import Latents
+from smolvla_shared.config import TeacherKind
+from smolvla_shared.files import write_text
 from smolvla_shared.labels import Labels
 from smolvla_shared.laq import perplexity
-from smolvla_shared.weights import write_text
+from smolvla_shared.refusals import refuse_differences
 
 SCHEMA = "smolvla_shared.label_health.v1"
 FOLDS = 5
@@ -316,33 +318,36 @@ def read_verdict(path: Path) -> Verdict:
     return Verdict(**values | {"reasons": tuple(report["reasons"])})
 
 
-def check_report(path: Path | None, accept: bool, labels: Labels, data: SourceConfig, camera: str) -> dict[str, Any]:
-    """The fields of artifact.Latents about label health. Raises ValueError for a report on other labels, or a failed
-    verdict that was not accepted.
+def recorded_latents(
+    labels: Labels, report: Path | None, accept: bool, frame_gap_s: float, camera: str, pair_share: float
+) -> Latents:
+    """What an artifact records of the latent actions that a run learns, with the verdict of their health report.
+
+    Raises ValueError for a report on other labels, or a failed verdict that was not accepted.
     """
-    if path is None:
-        return {}
-    verdict = read_verdict(path)
-    rows = [
-        f"  {what}: this run {here}, {path.name} {there}"
-        for what, here, there in (
+    latents = Latents(labels.teacher_id, labels.kind, frame_gap_s, camera, pair_share)
+    if report is None:
+        return latents
+    verdict = read_verdict(report)
+    refuse_differences(
+        "--label-health is about other labels",
+        [
             ("teacher", labels.teacher_id, verdict.teacher_id),
             ("--teacher-kind", labels.kind, verdict.teacher_kind),
-            ("--data.frame-gap-s", data.frame_gap_s, verdict.frame_gap_s),
+            ("--data.frame-gap-s", frame_gap_s, verdict.frame_gap_s),
             ("label camera", camera, verdict.camera),
-        )
-        if here != there
-    ]
-    if rows:
-        raise ValueError("--label-health is about other labels, check these:\n" + "\n".join(rows))
+        ],
+        asked="this run",
+        found=report.name,
+    )
     if verdict.verdict == "fail" and not accept:
         raise ValueError(
-            f"{path}: these labels failed the check:\n  " + "\n  ".join(verdict.reasons) + "\nStage 2 would learn "
+            f"{report}: these labels failed the check:\n  " + "\n  ".join(verdict.reasons) + "\nStage 2 would learn "
             "them well, and its own losses would not show that they are worth nothing: a constant, the camera or the "
             "scene instead of the motion. Stage 3 would then gain nothing over its scratch arm. Mend the teacher, or "
             "pass --accept-label-health for a control arm"
         )
-    return {"health": verdict.verdict, "health_reasons": verdict.reasons}
+    return replace(latents, health=verdict.verdict, health_reasons=verdict.reasons)
 
 
 def summary(found: dict[str, Any], verdict: Verdict, warnings: list[str]) -> str:

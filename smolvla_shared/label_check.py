@@ -12,10 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from smolvla_shared import data, health
-from smolvla_shared.config import SourceConfig, TeacherOptions
+from smolvla_shared import data, data_blocks, label_health, laq_files
+from smolvla_shared.config import DataConfig, TeacherOptions
 from smolvla_shared.labels import OnlineLabels
-from smolvla_shared.laq import LAQ, load_laq
+from smolvla_shared.laq import LAQ
+from smolvla_shared.laq_files import load_laq
 from smolvla_shared.preprocess import unit_range
 
 
@@ -29,7 +30,7 @@ class CheckConfig(TeacherOptions):
     # New directory for the report and its pictures.
     out: Path
     # Recordings to measure on. Where they have actions, probes tell how much of them is in the latents.
-    data: SourceConfig
+    data: DataConfig
     # Frame pairs to look at, drawn from all datasets.
     pairs: int = 5000
     # Pairs of them that get the costlier measurements: still pairs, past and future, reconstruction.
@@ -61,36 +62,36 @@ def random_teacher(laq: LAQ, frames: Tensor, seed: int) -> LAQ:  # [B, 2, 3, H, 
     return control
 
 
-def summed_actions(source: data.Source, rows: np.ndarray, mode: str, dim: int) -> Tensor:  # [n, A]
+def summed_actions(dataset: data.RobotDataset, rows: np.ndarray, mode: str, dim: int) -> Tensor:  # [n, A]
     """What the actions did between the frames of each pair; NaN where the dataset has none."""
-    if data.ACTION_KEY not in source.features:
+    if data.ACTION_KEY not in dataset.features:
         return torch.full((len(rows), dim), float("nan"))
-    actions = torch.from_numpy(np.asarray(source.vectors[:][data.ACTION_KEY], np.float64)).view(-1, dim)
+    actions = torch.from_numpy(np.asarray(dataset.vectors[:][data.ACTION_KEY], np.float64)).view(-1, dim)
     if mode == "change":
-        return actions[rows + source.gap] - actions[rows]
+        return actions[rows + dataset.gap] - actions[rows]
     total = F.pad(actions.cumsum(0), (0, 0, 1, 0))
-    return total[rows + source.gap] - total[rows]
+    return total[rows + dataset.gap] - total[rows]
 
 
-def draw_rows(sources: list[data.Source], config: CheckConfig) -> list[np.ndarray]:
-    """Rows with pairs, drawn from each source in proportion to what it has; sorted."""
+def draw_rows(datasets: list[data.RobotDataset], config: CheckConfig) -> list[np.ndarray]:
+    """Rows with pairs, drawn from each dataset in proportion to what it has; sorted."""
     rng = np.random.default_rng(config.seed)
-    valid = [source.rows_with_pairs(np.arange(source.num_frames)) for source in sources]
+    valid = [dataset.rows_with_pairs(np.arange(dataset.num_frames)) for dataset in datasets]
     share = min(1.0, config.pairs / sum(map(len, valid)))
     return [np.sort(rng.choice(rows, round(share * len(rows)), replace=False)) for rows in valid]
 
 
 def teacher_frames(
-    teacher: OnlineLabels, source: data.Source, rows: np.ndarray, gaps: tuple[int, ...], num_workers: int
+    teacher: OnlineLabels, dataset: data.RobotDataset, rows: np.ndarray, gaps: tuple[int, ...], num_workers: int
 ) -> Iterator[tuple[np.ndarray, Tensor, Tensor]]:
     """Blocks of rows, the frames that lie `gaps` gaps from each [n, gaps, 3, H, W] as the teacher sees them, and
     whether the episode has them [n, gaps].
     """
-    blocks = data.episode_blocks(source, rows, size=64)
-    frames = data.FrameBlocks(source, teacher.camera, blocks, tuple(gap * source.gap for gap in gaps))
+    blocks = data_blocks.episode_blocks(dataset, rows, size=64)
+    frames = data_blocks.FrameBlocks(dataset, teacher.camera, blocks, tuple(gap * dataset.gap for gap in gaps))
     device = teacher.laq.vq.codebooks.device
-    progress = tqdm(total=len(rows), desc=f"{Path(source.name).name}, gap {source.gap_s:.3g} s", unit="pair")
-    for block, (pictures, places, has) in zip(blocks, data.block_loader(frames, num_workers)):
+    progress = tqdm(total=len(rows), desc=f"{Path(dataset.name).name}, gap {dataset.gap_s:.3g} s", unit="pair")
+    for block, (pictures, places, has) in zip(blocks, data_blocks.block_loader(frames, num_workers)):
         yield block, teacher.laq.resize(unit_range(pictures.to(device)))[places.to(device)], has
         progress.update(len(block))
     progress.close()
@@ -98,36 +99,36 @@ def teacher_frames(
 
 @torch.no_grad()
 def observe(
-    teacher: OnlineLabels, sources: list[data.Source], config: CheckConfig
-) -> tuple[health.Observations, Tensor, Tensor]:
-    """What health.py judges, of pairs drawn from the sources; and (past, present, future) frames [M, 3, 3, H, W] of the
-    detailed ones with their latents [M, S, D].
+    teacher: OnlineLabels, datasets: list[data.RobotDataset], config: CheckConfig
+) -> tuple[label_health.Observations, Tensor, Tensor]:
+    """What label_health.py judges, of pairs drawn from the datasets; and, of the detailed pairs, the (past, present,
+    future) frames [M, 3, 3, H, W] and the latents [M, S, D].
     """
-    drawn = draw_rows(sources, config)
+    drawn = draw_rows(datasets, config)
     total = sum(map(len, drawn))
     is_detailed = torch.zeros(total, dtype=torch.bool)
     order = torch.randperm(total, generator=torch.Generator().manual_seed(config.seed))
     is_detailed[order[: config.detailed_pairs]] = True
-    dim = data.common_dim(sources, data.ACTION_KEY)
+    dim = data.common_dim(datasets, data.ACTION_KEY)
     columns = collections.defaultdict(list)
     detailed = collections.defaultdict(list)
     control = None
     seen = first_episode = 0
-    for source, rows in zip(sources, drawn):
-        columns["actions"].append(summed_actions(source, rows, config.actions, dim))
-        for block, frames, has in teacher_frames(teacher, source, rows, (-1, 0, 1), config.data.num_workers):
+    for dataset, rows in zip(datasets, drawn):
+        columns["actions"].append(summed_actions(dataset, rows, config.actions, dim))
+        for block, frames, has in teacher_frames(teacher, dataset, rows, (-1, 0, 1), config.data.num_workers):
             pairs = frames[:, 1:]
             if control is None:
                 control = OnlineLabels(random_teacher(teacher.laq, pairs, config.seed), teacher.kind, teacher.camera)
             codes = teacher.laq.encode(pairs)
             latents = teacher.choose(codes)
             new = {
-                "episodes": torch.full((len(block),), first_episode + source.episode_of(block[0])),
+                "episodes": torch.full((len(block),), first_episode + dataset.episode_of(block[0])),
                 "indices": codes.indices,
                 "latents": latents.flatten(1),
                 "random_latents": control.choose(control.laq.encode(pairs)).flatten(1),
-                "change": health.cell_change(*pairs.unbind(1)).amax(1),
-                "shift": health.image_shift(*pairs.cpu().unbind(1)),
+                "change": label_health.cell_change(*pairs.unbind(1)).amax(1),
+                "shift": label_health.image_shift(*pairs.cpu().unbind(1)),
             }
             some = is_detailed[seen : seen + len(block)]
             kept = {"triples": frames, "latents": latents, "has_past": has[:, 0]}
@@ -135,23 +136,25 @@ def observe(
                 for name, value in values.items():
                     into[name].append(value.cpu())
             seen += len(block)
-        first_episode += len(source.episode_from)
+        first_episode += len(dataset.episode_from)
     details = {name: torch.cat(values) for name, values in detailed.items()}
     found = {name: torch.cat(values) for name, values in columns.items()} | observe_details(teacher, **details)
-    return health.Observations(**found), details["triples"], details["latents"]
+    return label_health.Observations(**found), details["triples"], details["latents"]
 
 
 @torch.no_grad()
-def probe_at(teacher: OnlineLabels, sources: list[data.Source], config: CheckConfig) -> list[float | None] | None:
-    """health.probe at the frame gap of these sources, which have actions."""
-    dim, columns, first_episode = data.common_dim(sources, data.ACTION_KEY), collections.defaultdict(list), 0
-    for source, rows in zip(sources, draw_rows(sources, config)):
-        columns["actions"].append(summed_actions(source, rows, config.actions, dim))
-        for block, pairs, _ in teacher_frames(teacher, source, rows, (0, 1), config.data.num_workers):
+def probe_at(
+    teacher: OnlineLabels, datasets: list[data.RobotDataset], config: CheckConfig
+) -> list[float | None] | None:
+    """health.probe at the frame gap of these datasets, which have actions."""
+    dim, columns, first_episode = data.common_dim(datasets, data.ACTION_KEY), collections.defaultdict(list), 0
+    for dataset, rows in zip(datasets, draw_rows(datasets, config)):
+        columns["actions"].append(summed_actions(dataset, rows, config.actions, dim))
+        for block, pairs, _ in teacher_frames(teacher, dataset, rows, (0, 1), config.data.num_workers):
             columns["latents"].append(teacher.choose(teacher.laq.encode(pairs)).flatten(1).cpu())
-            columns["episodes"].append(torch.full((len(block),), first_episode + source.episode_of(block[0])))
-        first_episode += len(source.episode_from)
-    return health.probe(**{name: torch.cat(values) for name, values in columns.items()})
+            columns["episodes"].append(torch.full((len(block),), first_episode + dataset.episode_of(block[0])))
+        first_episode += len(dataset.episode_from)
+    return label_health.probe(**{name: torch.cat(values) for name, values in columns.items()})
 
 
 @torch.no_grad()
@@ -198,51 +201,51 @@ def draw_transfer(path: Path, laq: LAQ, triples: Tensor, latents: Tensor) -> Non
         "from the row above's": from_other,
         "their difference x 4": 0.5 + 4 * (from_own - from_other),
     }
-    health.draw_transfer(path, {title: images.cpu() for title, images in columns.items()})
+    label_health.draw_transfer(path, {title: images.cpu() for title, images in columns.items()})
 
 
-def sources_with_actions(config: SourceConfig) -> list[data.Source]:
+def datasets_with_actions(config: DataConfig) -> list[data.RobotDataset]:
     """The datasets that a probe can use, with the pairs of this frame gap. Raises ValueError if there are none."""
-    sources = [source for source in data.open_sources(config) if data.ACTION_KEY in source.features]
-    if not sources:
+    datasets = [dataset for dataset in data.open_datasets(config) if data.ACTION_KEY in dataset.features]
+    if not datasets:
         raise ValueError("--gaps compares frame gaps by the probe, but none of the datasets has actions: leave it out")
-    data.valid_pair_share(sources, [(i, np.arange(source.num_frames)) for i, source in enumerate(sources)])
-    return sources
+    data.valid_pair_share(datasets, [(i, np.arange(dataset.num_frames)) for i, dataset in enumerate(datasets)])
+    return datasets
 
 
 def check(config: CheckConfig) -> None:
     if config.out.exists():
         raise ValueError(f"--out {config.out} exists: name a new directory")
     laq = load_laq(config.laq_ckpt, config.laq_code_seq_len, config.laq_image_size)
-    sources = data.open_sources(config.data)
-    _, camera = data.choose_cameras(sources, config.data)
-    all_frames = [(index, np.arange(source.num_frames)) for index, source in enumerate(sources)]
-    valid_share = data.valid_pair_share(sources, all_frames)
-    by_gap = {gap: sources_with_actions(replace(config.data, frame_gap_s=gap)) for gap in sorted(config.gaps)}
-    print(data.describe(sources, with_pairs=True))
+    datasets = data.open_datasets(config.data)
+    _, camera = data.choose_cameras(datasets, config.data)
+    all_frames = [(index, np.arange(dataset.num_frames)) for index, dataset in enumerate(datasets)]
+    valid_share = data.valid_pair_share(datasets, all_frames)
+    by_gap = {gap: datasets_with_actions(replace(config.data, frame_gap_s=gap)) for gap in sorted(config.gaps)}
+    print(data.describe(datasets, with_pairs=True))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     teacher = OnlineLabels(laq.to(device), config.teacher_kind, camera)
 
-    seen, triples, latents = observe(teacher, sources, config)
-    found = health.measure(seen, laq.config.codebook_size) | {"invalid_share": 1 - valid_share}
+    seen, triples, latents = observe(teacher, datasets, config)
+    found = label_health.measure(seen, laq.config.codebook_size) | {"invalid_share": 1 - valid_share}
     sweep = {gap: probe_at(teacher, others, config) for gap, others in by_gap.items()}
     found["probe_by_gap"] = sweep
-    failures, warnings = health.judge(found, config.teacher_kind)
-    verdict = health.Verdict(
+    failures, warnings = label_health.judge(found, config.teacher_kind)
+    verdict = label_health.Verdict(
         verdict="fail" if failures else "pass",
         reasons=tuple(failures),
-        teacher_id=teacher.teacher_id,
+        teacher_id=laq_files.teacher_id,
         teacher_kind=teacher.kind,
         frame_gap_s=config.data.frame_gap_s,
         camera=camera,
     )
 
     config.out.mkdir(parents=True)
-    health.draw_usage(config.out / "codes.png", found["codes"]["counts"])
+    label_health.draw_usage(config.out / "codes.png", found["codes"]["counts"])
     draw_transfer(config.out / "transfer.png", laq, triples, latents)
     if found["probe"]["latents"]:
-        health.draw_probe(config.out / "probe.png", found["probe"], sweep)
-    health.write_report(config.out / "label_health.json", verdict, found, warnings)
-    print(health.summary(found, verdict, warnings))
+        label_health.draw_probe(config.out / "probe.png", found["probe"], sweep)
+    label_health.write_report(config.out / "label_health.json", verdict, found, warnings)
+    print(label_health.summary(found, verdict, warnings))
     print(f"report and pictures: {config.out}")
     raise SystemExit(int(verdict.verdict == "fail"))

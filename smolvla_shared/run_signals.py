@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 
-from smolvla_shared.weights import write_text
+from smolvla_shared.files import write_text
 
 # What schedulers send before they take the machine away (SIGUSR1 with `#SBATCH --signal=USR1@120`), and Ctrl-C.
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)

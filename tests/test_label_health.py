@@ -8,14 +8,15 @@ import pytest
 import torch
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
-from smolvla_shared import data, health
-from smolvla_shared.check import CheckConfig, check, observe
-from smolvla_shared.config import OptimConfig, SourceConfig
-from smolvla_shared.health import THRESHOLDS, Observations, Verdict, judge, measure
+from smolvla_shared import data, label_health
+from smolvla_shared.config import DataConfig, OptimConfig
+from smolvla_shared.label_check import CheckConfig, check, observe
+from smolvla_shared.label_health import THRESHOLDS, Observations, Verdict, judge, measure
 from smolvla_shared.labels import OnlineLabels
-from smolvla_shared.laq import LAQ, LAQConfig, LatentActions, PairBatch, load_laq, replace_dead_codes, save_laq
+from smolvla_shared.laq import LAQ, LAQConfig, LatentActions, PairBatch, replace_dead_codes
+from smolvla_shared.laq_files import load_laq, save_laq
+from smolvla_shared.run_optimizer import learning_rate
 from smolvla_shared.teacher import main
-from smolvla_shared.training import learning_rate
 
 CAMERA = "observation.image"
 GENERATOR = torch.Generator().manual_seed(0)
@@ -30,7 +31,7 @@ def normal(*shape: int) -> torch.Tensor:
 
 def test_code_usage_of_known_codes():
     indices = torch.tensor([[0, 1], [1, 1], [2, 1], [3, 1]])
-    assert health.code_usage(indices, 8) == {
+    assert label_health.code_usage(indices, 8) == {
         "perplexity": pytest.approx([4.0, 1.0]),
         "used_codes": [4, 1],
         "counts": [[1, 1, 1, 1, 0, 0, 0, 0], [0, 4, 0, 0, 0, 0, 0, 0]],
@@ -42,7 +43,7 @@ def test_code_usage_of_known_codes():
 def test_the_probe_finds_what_is_linear_and_nothing_else():
     features, episodes = normal(600, 5), torch.arange(600) // 20
     targets = torch.stack([features[:, 0] - 2 * features[:, 3], normal(600), torch.ones(600)], 1)
-    exact, noise, constant = health.r2(health.out_of_fold(features, targets, episodes), targets)
+    exact, noise, constant = label_health.r2(label_health.out_of_fold(features, targets, episodes), targets)
     assert exact > 0.999
     assert -0.05 < noise < 0.05
     assert constant is None
@@ -53,11 +54,11 @@ def test_the_probe_is_split_by_episode():
     episodes = torch.arange(400) // 20
     features = torch.nn.functional.one_hot(episodes).double()
     targets = normal(20)[episodes][:, None]
-    (by_episode,) = health.r2(health.out_of_fold(features, targets, episodes), targets)
-    (by_row,) = health.r2(health.out_of_fold(features, targets, torch.arange(400)), targets)
+    (by_episode,) = label_health.r2(label_health.out_of_fold(features, targets, episodes), targets)
+    (by_row,) = label_health.r2(label_health.out_of_fold(features, targets, torch.arange(400)), targets)
     assert by_episode < 0.05
     assert by_row > 0.9
-    assert health.out_of_fold(features, targets, torch.zeros(400, dtype=torch.int64)) is None
+    assert label_health.out_of_fold(features, targets, torch.zeros(400, dtype=torch.int64)) is None
 
 
 def textured(count: int, size: int = 64) -> torch.Tensor:
@@ -69,17 +70,17 @@ def test_the_shift_of_a_picture_is_found_and_that_of_an_object_is_not():
     frames = textured(4)
     shifts = [(0, 0), (3, -5), (-7, 2), (10, 10)]
     moved = torch.stack([frame.roll(shift, (1, 2)) for frame, shift in zip(frames, shifts)])
-    assert health.image_shift(frames, moved).tolist() == [list(shift) for shift in shifts]
+    assert label_health.image_shift(frames, moved).tolist() == [list(shift) for shift in shifts]
     one, other = frames.clone(), frames.clone()
     one[:, :, 20:36, 20:36] = 1
     other[:, :, 26:42, 24:40] = 1
-    assert health.image_shift(one, other).tolist() == [[0, 0]] * 4
+    assert label_health.image_shift(one, other).tolist() == [[0, 0]] * 4
 
 
 def test_the_change_of_a_picture_is_that_of_its_liveliest_cell():
     frames = torch.zeros(2, 3, 64, 64)
     frames[1, :, 8:16, 16:24] = 0.5  # one of the 8 x 8 cells
-    change = health.cell_change(frames[:1], frames[1:])
+    change = label_health.cell_change(frames[:1], frames[1:])
     assert change.shape == (1, 64)
     assert (change.amax().item(), change[0, 10].item(), (change > 0).sum().item()) == (0.5, 0.5, 1)
 
@@ -110,7 +111,7 @@ def observations(count: int = 400, **changes: torch.Tensor) -> Observations:
 def verdict_of(seen: Observations, kind="quantized", invalid_share=0.0) -> tuple[list[str], list[str]]:
     found = measure(seen, codebook_size=8) | {"invalid_share": invalid_share, "probe_by_gap": {}}
     json.dumps(found, allow_nan=False)
-    assert health.summary(found, Verdict("pass", (), "0", kind, 0.5, CAMERA), [])
+    assert label_health.summary(found, Verdict("pass", (), "0", kind, 0.5, CAMERA), [])
     return judge(found, kind)
 
 
@@ -205,20 +206,20 @@ def test_a_teacher_that_encodes_the_action_scores_near_1(laq, labelled_dataset, 
     sees = SeesTheSquare(laq.config)
     config = CheckConfig(
         out=tmp_path,
-        data=SourceConfig(roots=(labelled_dataset,), frame_gap_s=0.2, num_workers=0),
+        data=DataConfig(roots=(labelled_dataset,), frame_gap_s=0.2, num_workers=0),
         pairs=400,
         laq_ckpt=tmp_path,
     )
-    sources = data.open_sources(config.data)
+    datasets = data.open_datasets(config.data)
     seen, triples, latents = observe(
-        OnlineLabels(sees, "continuous", CAMERA), sources, replace(config, detailed_pairs=40)
+        OnlineLabels(sees, "continuous", CAMERA), datasets, replace(config, detailed_pairs=40)
     )
-    by_hand = np.array(sources[0].dataset.hf_dataset["action"])
+    by_hand = np.array(datasets[0].lerobot.hf_dataset["action"])
     assert seen.actions.shape[1] == 4
-    rows = sources[0].rows_with_pairs(np.arange(sources[0].num_frames))  # all of them: there are fewer than asked for
+    rows = datasets[0].rows_with_pairs(np.arange(datasets[0].num_frames))  # all of them: there are fewer than asked for
     assert np.allclose(seen.actions, [by_hand[row : row + 4].sum(0) for row in rows], atol=1e-5)
     assert len(triples) == len(latents) == 40
-    scores = health.probe(seen.latents, seen.actions, seen.episodes)
+    scores = label_health.probe(seen.latents, seen.actions, seen.episodes)
     assert min(scores[:2]) > 0.95  # the square's velocity
     assert abs(scores[3]) < 0.2  # noise
     assert judge(measure(seen, 8) | {"invalid_share": 0.0}, "continuous")[1]  # names what it misses
@@ -316,7 +317,7 @@ def test_a_teacher_of_a_shaking_camera_fails(tmp_path):
 
 
 def test_what_a_user_can_get_wrong(laq_checkpoint, video_dataset, tmp_path, capsys):
-    config = CheckConfig(out=tmp_path, laq_ckpt=laq_checkpoint, data=SourceConfig(roots=(video_dataset,)))
+    config = CheckConfig(out=tmp_path, laq_ckpt=laq_checkpoint, data=DataConfig(roots=(video_dataset,)))
     with pytest.raises(ValueError, match=r"--out .* exists: name a new directory"):
         check(config)
     for command, directory in {"check": "--out", "label": "--label-cache"}.items():
@@ -331,4 +332,4 @@ def test_what_a_user_can_get_wrong(laq_checkpoint, video_dataset, tmp_path, caps
         check(new)
     assert not new.out.exists()
     with pytest.raises(ValueError, match=r"no such file; `python -m smolvla_shared.teacher check` writes it"):
-        health.read_verdict(tmp_path / "label_health.json")
+        label_health.read_verdict(tmp_path / "label_health.json")

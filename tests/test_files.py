@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from smolvla_shared.weights import (
+from smolvla_shared.files import (
     check_weights,
     file_sha256,
     find_directory,

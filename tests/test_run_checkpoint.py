@@ -12,14 +12,14 @@ import pytest
 import torch
 from test_training import Regression, equal, make_accelerator, make_config, metrics_of, names_in, train_points
 
-from smolvla_shared import metrics
-from smolvla_shared.checkpoint import TrainingState, check_run, checkpoint_bytes, claim_run, last_checkpoint
-from smolvla_shared.training import learning_rate
+from smolvla_shared import run_metrics
+from smolvla_shared.run_checkpoint import TrainingState, check_run, checkpoint_bytes, claim_run, last_checkpoint
+from smolvla_shared.run_optimizer import learning_rate
 
 
 @pytest.fixture(autouse=True)
 def no_curves(monkeypatch):
-    monkeypatch.setattr(metrics, "plot_curves", lambda lines, path: None)  # most of the time of such short runs
+    monkeypatch.setattr(run_metrics, "plot_curves", lambda lines, path: None)  # most of the time of such short runs
 
 
 def test_a_new_run_claims_its_directory_and_another_is_refused(tmp_path):

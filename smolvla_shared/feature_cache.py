@@ -17,11 +17,11 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from smolvla_shared import data
+from smolvla_shared import data, data_blocks
 from smolvla_shared.artifact import fingerprints
 from smolvla_shared.cache import RowCache, dataset_fingerprint
-from smolvla_shared.config import StageConfig
-from smolvla_shared.labels import label_directories
+from smolvla_shared.config import StageOptions
+from smolvla_shared.label_cache import label_directories
 from smolvla_shared.model import SmolVLASharedCore, parameters_by_part
 from smolvla_shared.preprocess import prepare_images
 
@@ -58,12 +58,12 @@ def tower_id(core: SmolVLASharedCore) -> str:
 
 def prepare_features(
     core: SmolVLASharedCore,
-    sources: list[data.Source],
+    datasets: list[data.RobotDataset],
     cameras: tuple[str, ...],
-    config: StageConfig,
+    config: StageOptions,
     accelerator: Accelerator,
 ) -> dict[str, tuple[Path, ...]]:
-    """For SampleSpec.features: each camera's file of image tokens for every source, filled where frames are missing;
+    """For SampleSpec.features: each camera's file of image tokens for every dataset, filled where frames are missing;
     nothing without --data.feature-cache. A run that was killed meanwhile goes on where it stopped.
 
     Raises ValueError for a tower that trains, a cache of something else, and one that is too large.
@@ -77,35 +77,35 @@ def prepare_features(
             "--data.feature-cache keeps what the vision tower makes of a frame, but here the tower trains and its "
             "features change: pass --model.freeze-vision True, or leave the cache out"
         )
-    directories = label_directories(options.feature_cache, [source.name for source in sources])
-    square_side = data.square_sides(sources, cameras)
+    directories = label_directories(options.feature_cache, [dataset.name for dataset in datasets])
+    square_side = data.square_sides(datasets, cameras)
     tower = tower_id(core)
     stores = {
-        (camera, index): feature_store(directories[index] / camera, source, camera, tower, square_side, core, config)
+        (camera, index): feature_store(directories[index] / camera, dataset, camera, tower, square_side, core, config)
         for camera in cameras
-        for index, source in enumerate(sources)
+        for index, dataset in enumerate(datasets)
     }
     unfinished = {place: store for place, store in stores.items() if not store.is_complete()}
     check_size(stores, unfinished, core, config, accelerator)
     core.to(accelerator.device)
     for (camera, index), store in unfinished.items():
-        fill(store, core, sources[index], camera, square_side, config, accelerator)
+        fill(store, core, datasets[index], camera, square_side, config, accelerator)
     for store in stores.values():
         store.open()
     return {
-        camera: tuple(stores[camera, index].directory / "tokens.npy" for index in range(len(sources)))
+        camera: tuple(stores[camera, index].directory / "tokens.npy" for index in range(len(datasets)))
         for camera in cameras
     }
 
 
 def feature_store(
     directory: Path,
-    source: data.Source,
+    dataset: data.RobotDataset,
     camera: str,
     tower: str,
     square_side: dict[str, int],
     core: SmolVLASharedCore,
-    config: StageConfig,
+    config: StageOptions,
 ) -> RowCache:
     key = FeatureKey(
         tower=tower,
@@ -114,10 +114,10 @@ def feature_store(
         image_size=core.config.image_size,
         square_side=square_side.get(camera),
         camera=camera,
-        dataset=dataset_fingerprint(source.dataset.root),
+        dataset=dataset_fingerprint(dataset.lerobot.root),
         versions={name: metadata.version(name) for name in ("torch", "lerobot", data.video_decoder())},
     )
-    return RowCache(directory, asdict(key), source.num_frames, SHARD_ROWS)
+    return RowCache(directory, asdict(key), dataset.num_frames, SHARD_ROWS)
 
 
 def token_shape(core: SmolVLASharedCore) -> tuple[int, int]:
@@ -126,7 +126,7 @@ def token_shape(core: SmolVLASharedCore) -> tuple[int, int]:
     return tokens, core.trunk.hidden_size
 
 
-def check_size(stores: dict, unfinished: dict, core: SmolVLASharedCore, config: StageConfig, accelerator) -> None:
+def check_size(stores: dict, unfinished: dict, core: SmolVLASharedCore, config: StageOptions, accelerator) -> None:
     """Announce what the cache takes. Raises ValueError where that is more than allowed, or than the disk has."""
     options = config.data
     frame_bytes = np.prod(token_shape(core)) * getattr(torch, options.feature_cache_dtype).itemsize
@@ -154,10 +154,10 @@ def check_size(stores: dict, unfinished: dict, core: SmolVLASharedCore, config: 
 def fill(
     store: RowCache,
     core: SmolVLASharedCore,
-    source: data.Source,
+    dataset: data.RobotDataset,
     camera: str,
     square_side: dict[str, int],
-    config: StageConfig,
+    config: StageOptions,
     accelerator: Accelerator,
 ) -> None:
     """Compute the image tokens of every frame; every process does its share."""
@@ -171,12 +171,12 @@ def fill(
         tokens = tokens.to(dtype)
         return {"tokens": (tokens.view(torch.int16) if stored is np.int16 else tokens).numpy(force=True)}
 
-    data.fill_cache(
+    data_blocks.fill_cache(
         store,
-        source,
+        dataset,
         camera,
         offsets=(0,),
-        blocks_of=lambda rows: data.episode_blocks(source, np.array(rows), FRAMES_AT_ONCE),
+        blocks_of=lambda rows: data_blocks.episode_blocks(dataset, np.array(rows), FRAMES_AT_ONCE),
         empty=lambda num_rows: {"tokens": np.zeros((num_rows, *token_shape(core)), stored)},
         compute=compute,
         num_workers=config.data.num_workers,

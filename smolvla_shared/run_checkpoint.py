@@ -14,10 +14,9 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_state_dict
 
 from smolvla_shared.config import RunConfig
-from smolvla_shared.metrics import Window
-from smolvla_shared.sharding import gather, scatter_
-from smolvla_shared.stopping import STOPPED_FILE
-from smolvla_shared.weights import file_sha256, sync, write_text
+from smolvla_shared.files import file_sha256, sync, write_text
+from smolvla_shared.run_sharding import gather, scatter_
+from smolvla_shared.run_signals import STOPPED_FILE
 
 # What a resumed run may do differently and still be the same run: bit-equal, but for accumulation_steps and the number
 # of processes, which only change the rounding, and for steps, whose schedule holds from there on.
@@ -40,14 +39,12 @@ class TrainingState:
     module: nn.Module
     optimizer: torch.optim.Optimizer
     step: int = 0
-    # Running average of the trained parameters, by name; empty without --ema-decay.
+    # Exponential moving average (EMA) of the trained parameters, by name; empty without --ema-decay.
     ema: dict[str, Tensor] = field(default_factory=dict)
-    # What the next line of metrics.jsonl is the mean of.
-    window: Window = field(default_factory=Window)
 
 
 class ema_weights:
-    """Within this context the module holds the averaged weights, if there are any."""
+    """Within this context the module holds the EMA weights, if there are any."""
 
     def __init__(self, state: TrainingState):
         parameters = dict(state.module.named_parameters())
@@ -68,8 +65,8 @@ class ema_weights:
 
 
 @torch.no_grad()
-def update_average(state: TrainingState, decay: float) -> None:
-    """Move the running average towards the weights. It forgets its start as fast as it can: early on it is a mean."""
+def update_ema(state: TrainingState, decay: float) -> None:
+    """Move the EMA towards the weights. Early on the decay is smaller, so that the EMA forgets its start soon."""
     decay = min(decay, (1 + state.step) / (10 + state.step))
     trained = [parameter for parameter in state.module.parameters() if parameter.requires_grad]
     torch._foreach_lerp_(list(state.ema.values()), trained, 1 - decay)
@@ -188,7 +185,7 @@ def damage(checkpoint: Path) -> list[str]:
 
 
 def exported_weights(state: TrainingState, accelerator: Accelerator) -> dict[str, Tensor]:
-    """The weights to publish, whole, on the main process: the running average where there is one."""
+    """The weights to publish, whole, on the main process: the EMA where there is one, else the last step's."""
     return gather(state.module.state_dict(), accelerator) | gather(state.ema, accelerator)
 
 
@@ -205,7 +202,6 @@ def save_checkpoint(config: RunConfig, state: TrainingState, accelerator: Accele
         "model": gather(state.module.state_dict(), accelerator),
         "optimizer": get_optimizer_state_dict(state.module, state.optimizer, options=FULL_STATE),
         "ema": gather(state.ema, accelerator),
-        "window": state.window.state_dict(accelerator),
     }
     if not accelerator.is_main_process:
         return
@@ -275,7 +271,6 @@ def load_checkpoint(checkpoint: Path, state: TrainingState, accelerator: Acceler
     state.step = record["step"]
     for name, average in state.ema.items():
         scatter_(average, record["ema"][name])
-    state.window.load_state_dict(record["window"], accelerator)
 
 
 def checkpoint_bytes(state: TrainingState, has_export: bool) -> int:

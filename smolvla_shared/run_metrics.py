@@ -16,9 +16,8 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
-from smolvla_shared.batch import to_device
-from smolvla_shared.config import RunConfig
-from smolvla_shared.weights import write_text
+from smolvla_shared.config import LATENT, RunConfig
+from smolvla_shared.files import write_text
 
 
 class MetricsLog:
@@ -73,10 +72,7 @@ def plot_curves(metrics: list[dict[str, float]], path: Path) -> None:
 
 
 class Window:
-    """What has happened since the last line of metrics.jsonl; on the device until it is read.
-
-    A checkpoint between two lines holds it, so that a resumed run writes the lines of one that never stopped.
-    """
+    """The sums of everything since the last line of metrics.jsonl; on the device until they are read."""
 
     def __init__(self):
         self.clear()
@@ -84,15 +80,16 @@ class Window:
     def clear(self) -> None:
         self.steps = 0
         self.losses: dict[str, Tensor] = {}  # this process's parts, summed over the steps
-        self.slots: dict[str, Tensor] = {}  # [2, tokens]: sum of each token's valid errors, and their number
+        self.slots: dict[str, Tensor] = {}  # [2, S]: sum of the valid errors of each latent slot, and their number
         self.extra: dict[str, float] = {}  # the newest of what is not averaged
 
-    def add(self, parts: dict[str, Tensor], slots: dict[str, Tensor], extra: dict[str, float]) -> None:
-        """One step: the parts of its losses, of some targets [2, tokens] as above, other metrics."""
-        self.steps += 1
-        self.losses = {name: self.losses.get(name, 0) + part for name, part in parts.items()}
-        self.slots = {name: self.slots.get(name, 0) + sums for name, sums in slots.items()}
-        self.extra |= extra
+    def add(self, losses: dict[str, Tensor], errors: dict[str, Tensor], masks: dict[str, Tensor]) -> None:
+        """A pass: its parts of the losses, and the errors of its tokens, [B, T] or [B], with their masks."""
+        self.losses |= {name: self.losses.get(name, 0) + part.detach() for name, part in losses.items()}
+        if LATENT in errors:
+            mask = masks[LATENT]
+            sums = torch.stack([(errors[LATENT].detach() * mask).sum(0), mask.sum(0)])
+            self.slots[LATENT] = self.slots.get(LATENT, 0) + sums
 
     def read(self, accelerator: Accelerator) -> dict[str, float]:
         """Mean losses and errors of each slot over the window's steps, and the newest extra metrics."""
@@ -101,17 +98,6 @@ class Window:
             errors, counts = accelerator.reduce(sums, "sum")
             means |= {f"slot/{name}_{slot}": e for slot, e in enumerate(errors / counts.clamp(min=1))}
         return {name: mean.item() for name, mean in means.items()} | self.extra
-
-    def state_dict(self, accelerator: Accelerator) -> dict[str, Any]:
-        sums = {"losses": self.losses, "slots": self.slots}
-        reduced = {kind: {n: accelerator.reduce(s, "sum").cpu() for n, s in of.items()} for kind, of in sums.items()}
-        return {"steps": self.steps, "extra": self.extra} | reduced
-
-    def load_state_dict(self, state: dict[str, Any], accelerator: Accelerator) -> None:
-        """The sums go to the main process: what is added to them is summed over all of them."""
-        self.steps, self.extra = state["steps"], state["extra"]
-        if accelerator.is_main_process:
-            self.losses, self.slots = to_device([state["losses"], state["slots"]], accelerator.device)
 
 
 class StepClock:
@@ -189,8 +175,8 @@ class Recorder:
 
     FIRST_REPORT = 20  # steps after which it tells how long it will take
 
-    def __init__(self, config: RunConfig, accelerator: Accelerator, window: Window, step: int):
-        self.config, self.accelerator, self.window = config, accelerator, window
+    def __init__(self, config: RunConfig, accelerator: Accelerator, step: int):
+        self.config, self.accelerator, self.window = config, accelerator, Window()
         self.is_main = accelerator.is_main_process
         self.step = self.first_step = step
         if self.is_main:
@@ -211,9 +197,8 @@ class Recorder:
         if error is None and self.step > self.first_step:
             self.accelerator.print(verdict(self.clock.read()))
 
-    def add(self, parts: dict[str, Tensor], slots: dict[str, Tensor], extra: dict[str, float]) -> None:
-        """A step is done (Window.add)."""
-        self.window.add(parts, slots, extra)
+    def step_done(self) -> None:
+        self.window.steps += 1
         self.clock.mark("optimizer")
         self.step += 1
         self.bar.update()
@@ -227,10 +212,10 @@ class Recorder:
         """A line of metrics.jsonl: the window's means, these metrics, and seconds of a step by phase."""
         metrics = self.window.read(self.accelerator) | metrics
         self.window.clear()
+        steps, seconds = self.step - self.last_line[0], self.clock.read()  # on every process: marks would pile up
         if not self.is_main:
             return
         self.bar.set_postfix({name: f"{value:.4f}" for name, value in metrics.items() if name.startswith("loss/")})
-        steps, seconds = self.step - self.last_line[0], self.clock.read()
         spent, self.last_line = seconds - self.last_line[1], (self.step, seconds)
         samples_per_s = steps * self.config.batch_size / (spent.total() - spent[OTHER])
         metrics |= {"samples": self.step * self.config.batch_size, "time/samples_per_s": samples_per_s}

@@ -1,4 +1,4 @@
-"""metrics.py: metrics.jsonl survives a kill, curves are drawn, trackers get the same, and a verdict on the speed."""
+"""run_metrics.py: metrics.jsonl survives a kill, curves are drawn, trackers get the same, a verdict on the speed."""
 
 import json
 import time
@@ -9,11 +9,11 @@ import pytest
 import torch
 from test_training import Regression, make_config, metrics_of, passes, train_points
 
-from smolvla_shared import metrics, training
-from smolvla_shared.checkpoint import check_run
+from smolvla_shared import run, run_metrics
 from smolvla_shared.config import LATENT
 from smolvla_shared.losses import masked_mean
-from smolvla_shared.metrics import MetricsLog, StepClock, plot_curves, verdict
+from smolvla_shared.run_checkpoint import check_run
+from smolvla_shared.run_metrics import MetricsLog, StepClock, plot_curves, verdict
 
 
 def test_a_log_is_cut_at_the_step_of_the_checkpoint(tmp_path):
@@ -75,7 +75,7 @@ def test_the_verdict_names_what_bounds_the_steps(seconds, words):
 
 
 def test_a_run_whose_data_is_slow_is_called_data_bound(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(metrics, "plot_curves", lambda lines, path: None)
+    monkeypatch.setattr(run_metrics, "plot_curves", lambda lines, path: None)
     config = make_config(tmp_path / "run", steps=25, log_every=5, batch_size=8)
 
     def slow(step: int):
@@ -99,7 +99,7 @@ def test_a_run_whose_data_is_slow_is_called_data_bound(tmp_path, capsys, monkeyp
 
 def test_latent_errors_are_logged_for_each_slot(tmp_path, monkeypatch):
     """Means over the valid ones of all steps since the last line."""
-    monkeypatch.setattr(metrics, "plot_curves", lambda lines, path: None)
+    monkeypatch.setattr(run_metrics, "plot_curves", lambda lines, path: None)
     config = make_config(tmp_path / "run", steps=4, log_every=2, accumulation_steps=2)
     errors, masks = [], []
 
@@ -131,10 +131,10 @@ def test_latent_errors_are_logged_for_each_slot(tmp_path, monkeypatch):
 
 
 def test_a_tracker_that_is_not_installed_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "find_spec", lambda name: None)
+    monkeypatch.setattr(run, "find_spec", lambda name: None)
     config = make_config(tmp_path / "run", trackers=("tensorboard", "wandb"))
     with pytest.raises(ValueError, match="--trackers tensorboard wandb: not installed here: pip install tensorboard w"):
-        training.make_accelerator(config)
+        run.make_accelerator(config)
 
 
 def train_tracked(config, **options):
@@ -149,9 +149,9 @@ def train_tracked(config, **options):
         return {}
 
     with pytest.raises(Stop):
-        train_points(config, training.make_accelerator(config), after_step=stop)
+        train_points(config, run.make_accelerator(config), after_step=stop)
     resumed = replace(config, resume=True)
-    accelerator = training.make_accelerator(resumed)
+    accelerator = run.make_accelerator(resumed)
     train_points(resumed, accelerator, resume_from=check_run(resumed, accelerator))
 
 
@@ -198,7 +198,7 @@ def test_wandb_works_offline(tmp_path, monkeypatch):
 def test_trackio_gets_the_lines_of_the_log(tmp_path, monkeypatch):
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
     config = make_config(tmp_path / "run", steps=3, trackers=("trackio",))
-    train_points(config, training.make_accelerator(config))
+    train_points(config, run.make_accelerator(config))
     import sqlite3
 
     [database] = (tmp_path / "trackio").glob("*.db")

@@ -3,22 +3,15 @@
 LeRobot's commands (lerobot-eval, lerobot-train --policy.path) find the three by their names in this module. A saved
 policy is self-contained: the trunk's config is in config.json, the tokenizer is in the preprocessor's state, and
 loading asks no hub.
-
-LeRobot's SmolVLA policies become ours, and ours theirs:
-
-python -m smolvla_shared.policy import-smolvla <directory or hub id> <new directory>
-python -m smolvla_shared.policy export-smolvla <pretrained_model> <new directory>
 """
 
 import json
-import sys
 from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-import tyro
 from lerobot.configs import FeatureType, NormalizationMode, PipelineFeatureType, PolicyFeature
 from lerobot.configs.policies import PreTrainedConfig
 from lerobot.lerobot_types import TransitionKey
@@ -39,9 +32,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
-from smolvla_shared import losses, smolvla
+from smolvla_shared import losses
 from smolvla_shared.batch import Batch, FlowTarget
 from smolvla_shared.config import ACTION, CoreConfig, OptimConfig, RunConfig
+from smolvla_shared.files import check_weights, find_directory, write_text, write_weights
 from smolvla_shared.model import SmolVLASharedCore
 from smolvla_shared.preprocess import (
     Statistics,
@@ -52,8 +46,7 @@ from smolvla_shared.preprocess import (
     stack_cameras,
     unpack_tokenizer,
 )
-from smolvla_shared.trunk import load_trunk_tokenizer, trunk_location
-from smolvla_shared.weights import check_weights, find_directory, new_directory, write_text, write_weights
+from smolvla_shared.trunk import load_trunk_tokenizer
 
 ACTION_IS_PAD = "action_is_pad"  # [B, T] bool, LeRobot's mark of actions past the episode's end
 WEIGHTS_NAME = "model.safetensors"
@@ -370,7 +363,7 @@ def make_hlrp_smolvla_shared_pre_post_processors(
     )
 
 
-# --- saving -----------------------------------------------------------------------------------------------------------
+# --- files -----------------------------------------------------------------------------------------------------------
 
 
 def save_policy(
@@ -415,88 +408,27 @@ def save_policy(
         processor.save_pretrained(directory)
 
 
-# --- from and to LeRobot's SmolVLA ------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
-class ImportConfig:
-    """Make a policy of this project from a LeRobot SmolVLA policy."""
+class SavedPolicy:
+    """A saved policy, in the core's terms."""
 
-    # The SmolVLA policy: a directory or a hub id.
-    source: tyro.conf.Positional[str]
-    # The new directory.
-    out: tyro.conf.Positional[Path]
-    # Whose statistics to take, of a checkpoint that has several robots'.
-    robot: str | None = None
-
-
-def import_smolvla(config: ImportConfig) -> None:
-    with new_directory(config.out) as directory:
-        checkpoint = smolvla.load_checkpoint(config.source)
-        statistics = checkpoint.normalization(config.robot)
-        core = smolvla.build_core(checkpoint)
-        save_policy(
-            directory,
-            core.config,
-            core.state_dict(),
-            checkpoint.tokenizer,
-            statistics,
-            checkpoint.n_action_steps,
-            {"smolvla": config.source},
-            checkpoint.image_shapes,
-            checkpoint.optional_cameras,
-            checkpoint.rename_map,
-        )
-    print(f"{config.out}: {len(checkpoint.weights)} tensors of {config.source}")
-    print(f"left out, no action depends on them: {', '.join(checkpoint.unread) or 'none'}")
+    config: HLRPSmolVLASharedConfig
+    weights: dict[str, Tensor]  # of the core
+    tokenizer: PreTrainedTokenizerFast
+    statistics: dict[str, Statistics]  # of "action" and, if the core has a state, "state"
+    rename_map: dict[str, str]  # our names of observations, by those that they arrive with
 
 
-@dataclass(frozen=True)
-class ExportConfig:
-    """Make a LeRobot SmolVLA policy from a policy of this project."""
-
-    # The policy's directory (pretrained_model) or hub id.
-    source: tyro.conf.Positional[str]
-    # The new directory.
-    out: tyro.conf.Positional[Path]
-
-
-def export_smolvla(config: ExportConfig) -> None:
+def load_saved(name: str) -> SavedPolicy:
+    """Read a policy back from its directory or hub id. Raises ValueError as HLRPSmolVLASharedPolicy.from_pretrained."""
     from lerobot.policies.factory import make_pre_post_processors
 
-    with new_directory(config.out) as directory:
-        policy = HLRPSmolVLASharedPolicy.from_pretrained(config.source)
-        preprocessor, _ = make_pre_post_processors(policy.config, config.source)
-        rename, _, tokenize, _, normalize = preprocessor.steps
-        smolvla.save_checkpoint(
-            directory,
-            policy.model,
-            tokenize.tokenizer,
-            normalize.stats,
-            {key: feature.shape for key, feature in policy.config.image_features.items()},
-            policy.config.optional_cameras,
-            rename.rename_map,
-            policy.config.n_action_steps,
-            policy.config.device,
-        )
-    core = policy.config.core
-    print(f"{config.out}: LeRobot reads the trunk's configuration and tokenizer from {trunk_location(core.model_name)}")
-    if core.model_revision:
-        print(f"left out, LeRobot reads the newest: the trunk's revision {core.model_revision}")
-    if core.latent_vector_dim:
-        print("left out, SmolVLA has none: the latent head")
-
-
-COMMANDS = {"import-smolvla": (ImportConfig, import_smolvla), "export-smolvla": (ExportConfig, export_smolvla)}
-
-
-def main() -> None:
-    name = sys.argv[1] if len(sys.argv) > 1 else "nothing"
-    if name not in COMMANDS:
-        raise SystemExit(f"python -m smolvla_shared.policy {{{','.join(COMMANDS)}}} [--help]; got {name}")
-    config_class, command = COMMANDS[name]
-    command(tyro.cli(config_class, prog=f"python -m smolvla_shared.policy {name}", args=sys.argv[2:]))
-
-
-if __name__ == "__main__":
-    main()
+    policy = HLRPSmolVLASharedPolicy.from_pretrained(name)
+    preprocessor, _ = make_pre_post_processors(policy.config, name)
+    rename, _, tokenize, _, normalize = preprocessor.steps
+    statistics = {
+        ours: Statistics(*(torch.as_tensor(normalize.stats[key][of]).tolist() for of in ("mean", "std")))
+        for key, ours in ((keys.OBS_STATE, "state"), (keys.ACTION, ACTION))
+        if key in normalize.stats
+    }
+    return SavedPolicy(policy.config, policy.model.state_dict(), tokenize.tokenizer, statistics, rename.rename_map)

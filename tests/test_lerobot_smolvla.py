@@ -20,8 +20,8 @@ from safetensors.torch import load_file, save_file
 
 import train_stage2
 import train_stage3
-from smolvla_shared import policy as ours
-from smolvla_shared import smolvla
+from smolvla_shared import lerobot_policy as ours
+from smolvla_shared import lerobot_smolvla
 from smolvla_shared.artifact import ARTIFACT_NAME, load_artifact
 from smolvla_shared.config import DataConfig, ModelConfig
 from smolvla_shared.model import SmolVLASharedCore, make_core_config
@@ -169,7 +169,7 @@ def test_commands_and_policies_work_elsewhere(checkpoint, tmp_path):
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    command = ["-m", "smolvla_shared.policy"]
+    command = ["-m", "smolvla_shared.lerobot_policy"]
     printed = run(*command, "import-smolvla", checkpoint, tmp_path / "imported")
     assert f"left out, no action depends on them: {OUTPUT_LAYER}, {FINAL_NORM}" in printed
     run(*command, "export-smolvla", tmp_path / "imported", tmp_path / "exported")
@@ -298,18 +298,18 @@ def expected_normalization() -> dict[str, Statistics]:
 
 def test_buffers_of_old_checkpoints_are_their_statistics(checkpoint, tmp_path):
     old = without_processors(copy(checkpoint, tmp_path / "old", buffers()))
-    found = smolvla.load_checkpoint(str(old))
+    found = lerobot_smolvla.load_checkpoint(str(old))
     assert found.normalization() == expected_normalization()
     assert not any("normalize" in key for key in (*found.weights, *found.unread))
 
 
 def test_a_robots_statistics_are_taken_when_it_is_named(checkpoint, tmp_path):
     old = copy(checkpoint, tmp_path / "old", buffers("so100_") | buffers("so100-red_", scale=2))
-    old = smolvla.load_checkpoint(str(without_processors(old)))
+    old = lerobot_smolvla.load_checkpoint(str(without_processors(old)))
     assert old.normalization("so100") == expected_normalization()
     assert old.normalization("so100-red")["action"].std == tuple((2 * STATS["action"]["std"]).tolist())
     rename_statistics(new := copy(checkpoint, tmp_path / "new"), "so100.buffer.")
-    new = smolvla.load_checkpoint(str(new))
+    new = lerobot_smolvla.load_checkpoint(str(new))
     assert new.normalization("so100") == expected_normalization()
     for found, robots in ((old, "so100, so100-red"), (new, "so100")):
         with pytest.raises(ValueError, match=rf"(?s)missing: action.mean.*found:.*of the robots {robots}: .*--robot"):
@@ -383,15 +383,17 @@ def test_names_of_a_compiled_model_are_understood(checkpoint, tmp_path):
     tensors = load_file(compiled / "model.safetensors")
     renamed = {key.replace("model.", "model._orig_mod.", 1): tensor for key, tensor in tensors.items()}
     save_file(renamed, compiled / "model.safetensors")
-    assert torch.equal(smolvla.build_core(smolvla.load_checkpoint(str(compiled))).state_proj.bias, tensors[key])
+    assert torch.equal(
+        lerobot_smolvla.build_core(lerobot_smolvla.load_checkpoint(str(compiled))).state_proj.bias, tensors[key]
+    )
 
 
 def test_language_layers_beyond_those_kept_are_left_out(checkpoint, tmp_path):
     layer = "model.vlm_with_expert.vlm.model.text_model.layers.{}.input_layernorm.weight"
     deep = copy(checkpoint, tmp_path / "deep", {layer.format(4): torch.zeros(128), layer.format(31): torch.zeros(128)})
-    found = smolvla.load_checkpoint(str(deep))
+    found = lerobot_smolvla.load_checkpoint(str(deep))
     assert found.unread == (OUTPUT_LAYER, layer.format(31), layer.format(4), FINAL_NORM)
-    smolvla.build_core(found)
+    lerobot_smolvla.build_core(found)
 
 
 @pytest.mark.parametrize(
@@ -412,13 +414,13 @@ def test_language_layers_beyond_those_kept_are_left_out(checkpoint, tmp_path):
 def test_what_has_no_counterpart_is_refused(checkpoint, tmp_path, config, message):
     copy(checkpoint, tmp_path / "changed", config=config)
     with pytest.raises(ValueError, match=rf"(?s)changed is a SmolVLA that has no counterpart here:\n.*{message}"):
-        smolvla.load_checkpoint(str(tmp_path / "changed"))
+        lerobot_smolvla.load_checkpoint(str(tmp_path / "changed"))
 
 
 def test_a_configuration_that_lerobot_does_not_read_is_refused(checkpoint, tmp_path):
     copy(checkpoint, tmp_path / "changed", config={"number_of_legs": 4})
     with pytest.raises(ValueError, match=r"installed LeRobot does not read its config.json: .*number_of_legs"):
-        smolvla.load_checkpoint(str(tmp_path / "changed"))
+        lerobot_smolvla.load_checkpoint(str(tmp_path / "changed"))
 
 
 def test_an_unknown_processor_step_is_refused(checkpoint, tmp_path):
@@ -427,19 +429,19 @@ def test_an_unknown_processor_step_is_refused(checkpoint, tmp_path):
     pipeline["steps"].append({"registry_name": "absolute_actions_processor", "config": {}})
     path.write_text(json.dumps(pipeline))
     with pytest.raises(ValueError, match="processor step absolute_actions_processor: unknown"):
-        smolvla.load_checkpoint(str(path.parent))
+        lerobot_smolvla.load_checkpoint(str(path.parent))
 
 
 def test_what_is_no_smolvla_checkpoint_is_refused(checkpoint, imported, tmp_path):
     with pytest.raises(
         ValueError, match="no SmolVLA checkpoint nobody/nothing: there is no such directory, and the hub"
     ):
-        smolvla.load_checkpoint("nobody/nothing")
+        lerobot_smolvla.load_checkpoint("nobody/nothing")
     with pytest.raises(ValueError, match="holds a policy of type hlrp_smolvla_shared, expected smolvla"):
-        smolvla.load_checkpoint(str(imported))
+        lerobot_smolvla.load_checkpoint(str(imported))
     moved = without_processors(copy(checkpoint, tmp_path / "moved", config={"vlm_model_name": "/nowhere"}))
     with pytest.raises(ValueError, match=r"its vlm_model_name in config.json cannot be loaded: .*/nowhere"):
-        smolvla.load_checkpoint(str(moved))
+        lerobot_smolvla.load_checkpoint(str(moved))
 
 
 def test_an_existing_directory_is_not_written_to(checkpoint, imported):
@@ -482,17 +484,17 @@ def copy_tree(source: Path, directory: Path) -> Path:
 
 def test_a_core_to_train_starts_from_the_checkpoint(checkpoint):
     """Cameras, sizes of the data and the latent head are the run's; everything else is the checkpoint's."""
-    init = smolvla.load_init(ModelConfig(init_from=str(checkpoint)))
-    assert smolvla.init_cameras(DataConfig(repo_ids=("a",)), init).cameras == (WRIST, TOP)
+    init = lerobot_smolvla.load_init(ModelConfig(init_from=str(checkpoint)))
+    assert lerobot_smolvla.init_cameras(DataConfig(repo_ids=("a",)), init).cameras == (WRIST, TOP)
     stated = DataConfig(repo_ids=("a",), cameras=("left", "right", "back"))
-    assert smolvla.init_cameras(stated, init) == stated and smolvla.init_cameras(stated, None) == stated
-    described = smolvla.describe(init, stated.cameras)
+    assert lerobot_smolvla.init_cameras(stated, init) == stated and lerobot_smolvla.init_cameras(stated, None) == stated
+    described = lerobot_smolvla.describe(init, stated.cameras)
     assert f"left as {WRIST}, right as {TOP}, back as one more; left out" in described and FINAL_NORM in described
 
     dims = {"latent_vector_dim": 8, "code_seq_len": 2, "action_dim": 7, "state_dim": 5, "chunk_size": 9}
-    core, tokenizer = smolvla.make_core(ModelConfig(), init, ("left",), **dims)
+    core, tokenizer = lerobot_smolvla.make_core(ModelConfig(), init, ("left",), **dims)
     assert core.config == replace(init.core, cameras=("left",), **dims)
-    expected = smolvla.build_core(init).state_dict()
+    expected = lerobot_smolvla.build_core(init).state_dict()
     state = core.state_dict()
     assert {key for key in state if key not in expected} == {key for key in state if key.startswith("latent_head.")}
     assert all(torch.equal(state[key], expected[key]) for key in expected)
@@ -505,9 +507,9 @@ def test_a_bfloat16_trunk_trains_in_float32(checkpoint, tmp_path):
         for key, tensor in load_file(checkpoint / "model.safetensors").items()
         if key.startswith("model.vlm_with_expert.vlm.model.")
     }
-    init = smolvla.load_checkpoint(str(copy(checkpoint, tmp_path / "low", trunk)))
+    init = lerobot_smolvla.load_checkpoint(str(copy(checkpoint, tmp_path / "low", trunk)))
     assert init.core.torch_dtype == "bfloat16"
-    core, _ = smolvla.make_core(ModelConfig(), init, init.cameras)
+    core, _ = lerobot_smolvla.make_core(ModelConfig(), init, init.cameras)
     assert {parameter.dtype for parameter in core.parameters()} == {torch.float32}
     key = "text_model.layers.0.mlp.up_proj.weight"
     assert torch.equal(core.state_dict()[f"trunk.vlm.{key}"], trunk[f"model.vlm_with_expert.vlm.model.{key}"].float())
@@ -518,14 +520,14 @@ def test_options_that_contradict_the_checkpoint_are_listed(checkpoint):
     with pytest.raises(
         ValueError, match=r"(?s)contradicts the checkpoint .*model_name: .*my/trunk.*model_revision: .*v2"
     ):
-        smolvla.load_init(options)
-    assert smolvla.load_init(ModelConfig()) is None
-    init = smolvla.load_checkpoint(str(checkpoint))
-    assert smolvla.init_statistics(init, {"state_dim": STATE, "action_dim": A}) == expected_normalization()
+        lerobot_smolvla.load_init(options)
+    assert lerobot_smolvla.load_init(ModelConfig()) is None
+    init = lerobot_smolvla.load_checkpoint(str(checkpoint))
+    assert lerobot_smolvla.init_statistics(init, {"state_dim": STATE, "action_dim": A}) == expected_normalization()
     with pytest.raises(
         ValueError, match=r"state_dim: the data 4, the checkpoint 4|action_dim: the data 7, the checkpoint 3"
     ):
-        smolvla.init_statistics(init, {"state_dim": STATE, "action_dim": 7})
+        lerobot_smolvla.init_statistics(init, {"state_dim": STATE, "action_dim": 7})
 
 
 def test_the_option_is_called_init_from():
@@ -534,7 +536,7 @@ def test_the_option_is_called_init_from():
 
 # --- the scripts ------------------------------------------------------------------------------------------------------
 
-SIZES = "--steps 1 --save-every 1 --eval-every 1 --log-every 1 --batch-size 2 --data.val-fraction 0".split()
+SIZES = "--steps 1 --save-every 1 --eval-every 1 --log-every 1 --batch-size 2 --val-fraction 0".split()
 SIZES += "--data.num-workers 0".split()
 
 
@@ -544,7 +546,7 @@ def run_stage(script, run_dir: Path, *options: str | Path) -> None:
 
 
 def ours_by_name(checkpoint: Path, prefix: str) -> dict[str, torch.Tensor]:
-    state = smolvla.build_core(smolvla.load_checkpoint(str(checkpoint))).state_dict()
+    state = lerobot_smolvla.build_core(lerobot_smolvla.load_checkpoint(str(checkpoint))).state_dict()
     return {key: tensor for key, tensor in state.items() if key.startswith(prefix)}
 
 

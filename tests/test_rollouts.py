@@ -1,4 +1,4 @@
-"""evaluate.py: intervals against published values, rollouts in the real environment, results that do not depend on
+"""rollouts.py: intervals against published values, rollouts in the real environment, results that do not depend on
 how many environments run side by side."""
 
 import json
@@ -12,12 +12,12 @@ import torch
 from lerobot.policies.factory import make_pre_post_processors
 from PIL import Image
 
-from smolvla_shared import evaluate
+from smolvla_shared import rollouts
 from smolvla_shared.config import ModelConfig
-from smolvla_shared.evaluate import Episode, wilson_interval
+from smolvla_shared.lerobot_policy import HLRPSmolVLASharedPolicy, save_policy
 from smolvla_shared.model import SmolVLASharedCore, make_core_config
-from smolvla_shared.policy import HLRPSmolVLASharedPolicy, save_policy
 from smolvla_shared.preprocess import Statistics
+from smolvla_shared.rollouts import Episode, wilson_interval
 from smolvla_shared.trunk import load_trunk_tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -66,9 +66,9 @@ def policy_path(tmp_path_factory) -> Path:
 def run(policy_path: Path, num_envs: int, **options) -> list[tuple[Episode, list[np.ndarray]]]:
     policy = HLRPSmolVLASharedPolicy.from_pretrained(policy_path)
     processors = make_pre_post_processors(policy.config, pretrained_path=str(policy_path))
-    environments = evaluate.make_environments("metaworld", TASK, 64, num_envs)
+    environments = rollouts.make_environments("metaworld", TASK, 64, num_envs)
     episodes = list(
-        evaluate.run_episodes(policy, *processors, environments, "slide", range(7, 10), max_steps=9, **options)
+        rollouts.run_episodes(policy, *processors, environments, "slide", range(7, 10), max_steps=9, **options)
     )
     environments.close()
     return episodes
@@ -101,7 +101,7 @@ def test_an_environment_may_lack_an_optional_camera(tmp_path):
 
 def test_the_expert_succeeds_and_doing_nothing_fails():
     """The environment itself: seeds fix the object positions, success is reported, pictures have the size asked for."""
-    env = evaluate.make_metaworld(TASK, 64)
+    env = rollouts.make_metaworld(TASK, 64)
 
     def episode(act) -> tuple[bool, np.ndarray]:
         observation, _ = env.reset(seed=3)
@@ -134,7 +134,7 @@ def test_the_expert_succeeds_and_doing_nothing_fails():
 )
 def test_unknown_environments_and_training_seeds_are_refused(env_type, task, seeds, message):
     with pytest.raises(ValueError, match=message):
-        evaluate.check_environment(env_type, task, seeds)
+        rollouts.check_environment(env_type, task, seeds)
 
 
 def test_results_and_pictures(tmp_path):
@@ -142,14 +142,14 @@ def test_results_and_pictures(tmp_path):
         return [np.full((64, 64, 3), grey, np.uint8)] * 12
 
     episodes = [(Episode(5, True, 12, 3.0), frames(80)), (Episode(6, False, 12, 0.5), frames(160))]
-    evaluate.write_results(iter(episodes), tmp_path / "out", fps=20, with_videos=True, provenance={"seed": 5})
+    rollouts.write_results(iter(episodes), tmp_path / "out", fps=20, with_videos=True, provenance={"seed": 5})
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["success_rate"] == 0.5
     assert results["wilson_95"] == pytest.approx(wilson_interval(1, 2))
     assert results["per_episode"][1] == {"seed": 6, "success": False, "steps": 12, "reward": 0.5}
     sheet = np.asarray(Image.open(tmp_path / "out" / "contact_sheet.png"))
-    assert tuple(sheet[1, -1]) == evaluate.SUCCESS_COLOR
-    assert tuple(sheet[-1, -1]) == evaluate.FAILURE_COLOR
+    assert tuple(sheet[1, -1]) == rollouts.SUCCESS_COLOR
+    assert tuple(sheet[-1, -1]) == rollouts.FAILURE_COLOR
     videos = sorted(path.name for path in (tmp_path / "out").glob("*.mp4"))
     assert videos == ["episode_00005_success.mp4", "episode_00006_failure.mp4"]
 
@@ -169,8 +169,8 @@ def test_an_environment_without_task_text(num_envs, tmp_path):
     save_policy(tmp_path, core_config, weights, tokenizer, statistics, n_action_steps=4, source={}, image_shapes=shapes)
     policy = HLRPSmolVLASharedPolicy.from_pretrained(tmp_path)
     processors = make_pre_post_processors(policy.config, pretrained_path=str(tmp_path))
-    environments = evaluate.make_environments("pusht", "", 96, num_envs)
-    episodes = list(evaluate.run_episodes(policy, *processors, environments, "", range(2), max_steps=5))
+    environments = rollouts.make_environments("pusht", "", 96, num_envs)
+    episodes = list(rollouts.run_episodes(policy, *processors, environments, "", range(2), max_steps=5))
     environments.close()
     assert [(episode.steps, episode.success) for episode, _ in episodes] == [(5, False)] * 2
     assert episodes[0][1][0].shape == (96, 96, 3)

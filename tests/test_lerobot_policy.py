@@ -13,8 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from smolvla_shared.batch import RawBatch
 from smolvla_shared.config import ACTION, ModelConfig
-from smolvla_shared.model import SmolVLASharedCore, make_core_config
-from smolvla_shared.policy import (
+from smolvla_shared.lerobot_policy import (
     HLRPSmolVLASharedConfig,
     HLRPSmolVLASharedPolicy,
     TokenizeTask,
@@ -22,6 +21,7 @@ from smolvla_shared.policy import (
     save_policy,
     to_batch,
 )
+from smolvla_shared.model import SmolVLASharedCore, make_core_config
 from smolvla_shared.preprocess import Preprocessor, Statistics, TextTokenizer
 from smolvla_shared.trunk import load_trunk_tokenizer
 
@@ -89,8 +89,8 @@ def raw_batch(sizes, tasks=TASKS):
         action_mask=torch.arange(T) < torch.tensor([T, 5, 1])[:num, None],
         noise={ACTION: torch.randn(num, 1, T, 32, generator=rng)},
         time={ACTION: torch.tensor([[0.9], [0.2], [0.5]])[:num]},
-        source=[0] * num,
-        frame=list(range(num)),
+        dataset=[0] * num,
+        row=list(range(num)),
         keys=["sample"] * num,
     )
 

@@ -1,0 +1,257 @@
+"""Samples as RawBatches: frames, frame pairs, action chunks, and the noise and times to train them at."""
+
+import multiprocessing
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from smolvla_shared import flow, preprocess
+from smolvla_shared.batch import RawBatch
+from smolvla_shared.config import ACTION, LATENT, CoreConfig, RunConfig
+from smolvla_shared.data import ACTION_KEY, STATE_KEY, RobotDataset, common_size, merge, square_sides
+from smolvla_shared.data_order import RowGroup, SampleKey, StepSampler
+from smolvla_shared.run_signals import hide_worker
+
+if TYPE_CHECKING:
+    from smolvla_shared.labels import Labels
+
+
+@dataclass(frozen=True)
+class SampleSpec:
+    """What a sample consists of, beside its images and its task."""
+
+    cameras: tuple[str, ...]
+    # Width of the state; 0 reads none.
+    state_dim: int = 0
+    # Read action chunks of this many actions of this width; 0 reads none.
+    chunk_size: int = 0
+    action_dim: int = 0
+    # Camera whose frame pairs are read for the teacher; None reads single frames.
+    label_camera: str | None = None
+    # Side of the teacher's square: what pairs become where the datasets' sizes differ, so that a label does not depend
+    # on what else is in the mixture.
+    pair_size: int = 0
+    # Shape [tokens, width] of the noise of each flow target, and how many draws of it a sample gets.
+    draws: dict[str, tuple[int, int]] = field(default_factory=dict)
+    num_draws: int = 1
+    time_beta: tuple[float, float] = (1.5, 1.0)
+    # Files of image tokens, by camera one for each dataset, that are read instead of its frames (features.py).
+    features: dict[str, tuple[Path, ...]] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls,
+        core: CoreConfig,
+        targets: Collection[str],
+        labels: "Labels | None",
+        features: dict[str, tuple[Path, ...]],
+        num_draws: int = 1,
+    ) -> "SampleSpec":
+        """What a core needs of a sample to train on these targets."""
+        draws = {}
+        if ACTION in targets:
+            draws[ACTION] = core.chunk_size, core.max_action_dim
+        if LATENT in targets:
+            draws[LATENT] = core.code_seq_len, core.latent_dim
+        return cls(
+            cameras=core.cameras,
+            state_dim=core.state_dim,
+            chunk_size=core.chunk_size if ACTION in targets else 0,
+            action_dim=core.action_dim if ACTION in targets else 0,
+            label_camera=labels.camera if labels else None,
+            pair_size=labels.pair_size if labels else 0,
+            draws=draws,
+            num_draws=num_draws,
+            time_beta=(core.time_beta_alpha, core.time_beta_beta),
+            features=features,
+        )
+
+
+@lru_cache
+def _mapped(path: Path) -> np.ndarray:
+    """Opened once in each process that reads it: a memory-mapped array would be sent to a loader's worker whole."""
+    return np.load(path, mmap_mode="r")
+
+
+def read_features(path: Path, frame: int) -> Tensor:
+    """Cached image tokens of a frame, [tokens, hidden]."""
+    tokens = torch.from_numpy(np.array(_mapped(path)[frame]))
+    return tokens.view(torch.bfloat16) if tokens.dtype == torch.int16 else tokens
+
+
+class SampleDataset(Dataset):
+    """dataset[keys] is the batch of these samples, whose frames are decoded together.
+
+    `random_shift` augments the policy's images (preprocess.random_shift).
+    """
+
+    def __init__(self, datasets: list[RobotDataset], spec: SampleSpec, seed: int, random_shift: float = 0.0):
+        self.datasets, self.spec, self.seed, self.random_shift = datasets, spec, seed, random_shift
+        # Decided for the run, not for a batch, so that a frame looks the same whichever others it is read with.
+        label_cameras = (spec.label_camera,) if spec.label_camera else ()
+        self.square_side = square_sides(datasets, (*spec.cameras, *label_cameras))
+        from_video = [camera for camera in spec.cameras if camera not in spec.features]
+        self.cameras_to_read = tuple(dict.fromkeys((*from_video, *label_cameras)))
+
+    def __getitem__(self, keys: list[SampleKey]) -> RawBatch:
+        # What is random of a sample is drawn in this order: the shift of each camera, then noise and times.
+        spec, rngs = self.spec, [np.random.default_rng([self.seed, key.step, key.slot]) for key in keys]
+        frames = {camera: self.read_camera(camera, keys) for camera in self.cameras_to_read}
+        images = [
+            self.features(camera, keys) if camera in spec.features else self.images(camera, frames[camera], rngs)
+            for camera in spec.cameras
+        ]
+        states, state_valid, actions, action_valid = zip(*map(self.read_vectors, keys), strict=True)
+        noise, time = {}, {}
+        for name, shape in spec.draws.items():
+            draws = [flow.draw_noise_and_time(rng, spec.num_draws, shape, *spec.time_beta) for rng in rngs]
+            noise[name], time[name] = map(_stack, zip(*draws, strict=True))
+        # Latents that come from a cache need to know, too, where the episode is too short for a pair.
+        pair_valid = [self.has_pair(key) if spec.label_camera or LATENT in spec.draws else True for key in keys]
+        return RawBatch(
+            images=images,
+            tasks=[self.datasets[key.dataset].task(key.row) for key in keys],
+            state=_stack(states),
+            state_mask=torch.tensor(state_valid),
+            pairs=self.pairs(frames[spec.label_camera]) if spec.label_camera else None,
+            pair_mask=torch.tensor(pair_valid),
+            actions=_stack(actions),
+            action_mask=_stack(action_valid),
+            noise=noise,
+            time=time,
+            dataset=[key.dataset for key in keys],
+            row=[key.row for key in keys],
+            keys=[self.datasets[key.dataset].frame_name(key.row) for key in keys],
+        )
+
+    def has_pair(self, key: SampleKey) -> bool:
+        dataset = self.datasets[key.dataset]
+        return key.row + dataset.gap < dataset.episode_to[dataset.episode_of(key.row)]
+
+    def read_camera(self, camera: str, keys: list[SampleKey]) -> list[tuple[np.ndarray, Tensor]]:
+        """What a batch needs of a camera's frames, [n, 3, h, w] uint8, in parts of one size, and their places in it:
+        the label camera's second frames, of t + gap, have places of their own behind those of all B first ones.
+        """
+        parts = []
+        for index in sorted({key.dataset for key in keys}):
+            dataset, places = self.datasets[index], np.flatnonzero([key.dataset == index for key in keys])
+            wanted = [keys[place].row for place in places]
+            if camera == self.spec.label_camera:
+                # Of a pair that the episode's end cuts, which is masked, the frame itself stands in for the second.
+                wanted += [keys[place].row + dataset.gap * self.has_pair(keys[place]) for place in places]
+                places = np.concatenate([places, len(keys) + places])
+            parts.append((places, dataset.read_frames(camera, wanted)))
+        if camera in self.square_side:
+            return parts
+        merged = merge(parts)
+        return [(np.arange(len(merged)), merged)]
+
+    def images(
+        self, camera: str, parts: list[tuple[np.ndarray, Tensor]], rngs: list[np.random.Generator]
+    ) -> Tensor:  # [B, 3, h, w]
+        """The policy's images. Where nothing is done to them they and the pairs are views of the same frames, and a
+        pair's first frame is sent to the training process once.
+        """
+        images = []
+        for places, frames in parts:
+            first = places[places < len(rngs)]
+            own = frames[: len(first)]
+            if self.random_shift:
+                shifts = zip(own, first, strict=True)
+                own = torch.stack([preprocess.random_shift(i, self.random_shift, rngs[place]) for i, place in shifts])
+            images.append((first, common_size(own, self.square_side.get(camera))))
+        return merge(images)
+
+    def pairs(self, parts: list[tuple[np.ndarray, Tensor]]) -> Tensor:  # [B, 2, 3, h, w]
+        """The teacher's frames, never augmented."""
+        if self.spec.label_camera in self.square_side:
+            size = self.spec.pair_size
+            parts = [(places, preprocess.stretch(preprocess.unit_range(f), size)) for places, f in parts]
+        return merge(parts).unflatten(0, (2, -1)).transpose(0, 1)
+
+    def features(self, camera: str, keys: list[SampleKey]) -> Tensor:  # [B, tokens, hidden]
+        files = self.spec.features[camera]
+        return torch.stack([read_features(files[key.dataset], key.row) for key in keys])
+
+    def read_vectors(self, key: SampleKey) -> tuple[np.ndarray, bool, np.ndarray, np.ndarray]:
+        """State [state_dim], whether the dataset has one; action chunk [T, A], which of its actions count [T]."""
+        spec, dataset = self.spec, self.datasets[key.dataset]
+        state, has_state = np.zeros(spec.state_dim, np.float32), bool(spec.state_dim) and STATE_KEY in dataset.features
+        actions = np.zeros((spec.chunk_size, spec.action_dim), np.float32)
+        action_valid = np.zeros(spec.chunk_size, bool)
+        if dataset.vectors is not None:
+            end = int(dataset.episode_to[dataset.episode_of(key.row)])
+            rows = dataset.vectors[key.row : min(key.row + max(spec.chunk_size, 1), end)]
+            if has_state:
+                state = rows[STATE_KEY][0].astype(np.float32).reshape(-1)  # LeRobot stores width 1 as a scalar
+            if spec.chunk_size and ACTION_KEY in dataset.features:
+                chunk = rows[ACTION_KEY].reshape(-1, spec.action_dim)
+                actions[: len(chunk)], action_valid[: len(chunk)] = chunk, True
+                actions[len(chunk) :] = chunk[-1]
+        return state, has_state, actions, action_valid
+
+
+def _stack(arrays: Iterable[np.ndarray]) -> Tensor:
+    return torch.from_numpy(np.stack(list(arrays)))
+
+
+def make_loader(dataset: SampleDataset, sampler: StepSampler, num_workers: int) -> DataLoader:
+    """Batches in the sampler's order."""
+    return make_worker_loader(dataset, num_workers, sampler=sampler, worker_init_fn=hide_worker)
+
+
+def make_worker_loader(dataset: Dataset, num_workers: int, **options: Any) -> DataLoader:
+    """Batches as the dataset makes them. Workers are forked from a clean server process: video decoders do not survive
+    a fork of the training process, and imports are paid once, not once a worker.
+    """
+    if num_workers:
+        multiprocessing.set_forkserver_preload(["smolvla_shared.data_loader"])
+        options |= {"multiprocessing_context": "forkserver", "prefetch_factor": 4}
+    return DataLoader(
+        dataset, batch_size=None, num_workers=num_workers, pin_memory=torch.cuda.is_available(), **options
+    )
+
+
+@dataclass(frozen=True)
+class Loaders:
+    """The loaders of one process: training batches from a given step on, and the same held-out batches every time."""
+
+    train: Callable[[int], DataLoader]
+    held_out: Callable[[], DataLoader] | None  # None without held-out episodes
+
+
+def make_loaders(
+    datasets: list[RobotDataset],
+    training: list[RowGroup],
+    held_out: list[RowGroup],
+    spec: SampleSpec,
+    config: RunConfig,
+    accelerator: Accelerator,
+    random_shift: float = 0.0,
+) -> Loaders:
+    """Loaders of a run; held-out batches are read in the process itself, so that they take no workers from training.
+
+    random_shift: of training samples (SampleDataset)
+    """
+    process = accelerator.process_index, accelerator.num_processes
+
+    def train(first_step: int) -> DataLoader:
+        steps = first_step, config.steps
+        sampler = StepSampler(training, config.seed, config.batch_size, *steps, *process, config.accumulation_steps)
+        samples = SampleDataset(datasets, spec, config.seed, random_shift)
+        return make_loader(samples, sampler, config.data.num_workers)
+
+    def validate() -> DataLoader:
+        steps = 0, max(1, config.eval_samples // config.batch_size)
+        sampler = StepSampler(held_out, config.seed, config.batch_size, *steps, *process)
+        return make_loader(SampleDataset(datasets, spec, config.seed), sampler, num_workers=0)
+
+    return Loaders(train, validate if held_out else None)

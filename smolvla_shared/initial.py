@@ -1,0 +1,228 @@
+"""What training starts from. Whatever it is, it becomes the same thing here: `InitialWeights`.
+
+--stage2-artifact X, --init-from X.safetensors      a Stage 2 artifact
+--init-from <directory or hub id>                   a policy of this project, or a SmolVLA policy of LeRobot's
+neither                                             the trunk's own weights, under a fresh expert
+"""
+
+import json
+from collections.abc import Collection
+from dataclasses import asdict, dataclass, field, replace
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from smolvla_shared import lerobot_policy, lerobot_smolvla
+from smolvla_shared.artifact import Latents, load_artifact
+from smolvla_shared.config import ACTION, CoreConfig, DataConfig, ModelConfig
+from smolvla_shared.files import check_weights, find_directory, public_state
+from smolvla_shared.labels import Labels
+from smolvla_shared.model import (
+    PARTS,
+    SmolVLASharedCore,
+    make_core_config,
+    parameter_table,
+    parameters_by_part,
+    prepare_to_train,
+)
+from smolvla_shared.preprocess import Statistics
+from smolvla_shared.refusals import refuse_differences
+from smolvla_shared.trunk import load_trunk_tokenizer, load_trunk_weights
+
+HEADS = ("latent head", "action head")  # the parts that any initial weights may leave out
+
+
+@dataclass(frozen=True)
+class InitialWeights:
+    """A model to start from, with all that belongs to it."""
+
+    # What it is, in words, with the name that the user gave.
+    name: str
+    # Its configuration. What depends on the data (cameras, state_dim, ...) is replaced by the data's.
+    core: CoreConfig
+    weights: dict[str, Tensor]
+    tokenizer: PreTrainedTokenizerFast
+    # Parts (model.PARTS) that are initialised at random where the weights have nothing of them.
+    may_be_fresh: tuple[str, ...] = HEADS
+    # Statistics it was trained with, by "state", "action" and "latent"; and why there are none, if there are none.
+    statistics: dict[str, Statistics] = field(default_factory=dict)
+    no_statistics: str = ""
+    # The latent actions that its latent head has learned, where that is known.
+    latents: Latents | None = None
+    # For the JSON file beside the weights that are trained from it.
+    provenance: dict[str, Any] = field(default_factory=dict)
+    # Tensors of its file that no action depends on.
+    left_out: tuple[str, ...] = ()
+
+    def data_options[Data: DataConfig](self, options: Data, with_latents: bool) -> Data:
+        """The data options, with the model's own cameras and label camera where the user names none.
+
+        To the model a camera is its place in the order: the cameras that the user names take the places in turn.
+        """
+        label_camera = self.latents.label_camera if self.latents and with_latents else None
+        return replace(
+            options,
+            cameras=options.cameras or self.core.cameras,
+            label_camera=options.label_camera or label_camera,
+        )
+
+    def latent_dims(self, labels: Labels, frame_gap_s: float, label_camera: str) -> dict[str, int]:
+        """The fields of CoreConfig that give a core a latent head for these labels.
+
+        Raises ValueError where its own latent head has learned other latent actions.
+        """
+        if self.latents:
+            refuse_differences(
+                f"{self.name} has learned other latent actions",
+                [
+                    ("teacher (--laq-ckpt)", labels.teacher_id, self.latents.teacher_id),
+                    ("--teacher-kind", labels.kind, self.latents.teacher_kind),
+                    ("--data.frame-gap-s", frame_gap_s, self.latents.frame_gap_s),
+                    ("--data.label-camera", label_camera, self.latents.label_camera),
+                ],
+                found="artifact",
+            )
+        code_seq_len, latent_dim = labels.shape
+        return {"latent_vector_dim": code_seq_len * latent_dim, "code_seq_len": code_seq_len}
+
+    def recorded_statistics(self, dims: dict[str, int]) -> dict[str, Statistics]:
+        """Its statistics of state and action, for data of these widths (CoreConfig's fields; state_dim 0: no state).
+
+        Raises ValueError where it has none, or has them for other widths.
+        """
+        if self.no_statistics:
+            raise ValueError(f"--normalization artifact: {self.no_statistics}")
+        widths = {"state": dims["state_dim"], ACTION: dims["action_dim"]}
+        recorded = {name: self.statistics[name] for name, width in widths.items() if width and name in self.statistics}
+        rows = [(name, widths[name], len(found.mean)) for name, found in recorded.items()]
+        if widths["state"] and "state" not in recorded:
+            rows.append(("state", widths["state"], "none"))
+        refuse_differences(
+            f"--normalization artifact: {self.name} was trained on other vectors (use --normalization data)",
+            rows,
+            asked="dimensions in the data",
+            found="in the artifact",
+        )
+        return recorded
+
+    def build(
+        self, model: ModelConfig, cameras: tuple[str, ...], targets: Collection[str], **dims: int
+    ) -> SmolVLASharedCore:
+        """A core to train on these targets, in float32, with what --model freezes frozen.
+
+        dims: the data-dependent fields of CoreConfig
+
+        Raises ValueError for missing, unknown and misshapen weights. Only whole parts of `may_be_fresh` may be missing.
+        """
+        core = SmolVLASharedCore(replace(self.core, cameras=cameras, torch_dtype="float32", **dims))
+        fresh = tuple(PARTS[part] for part in self.fresh_parts(core))
+        expected = {name: w for name, w in public_state(core.state_dict()).items() if not name.startswith(fresh)}
+        check_weights(self.name, expected, self.weights)
+        core.load_state_dict(self.weights, strict=not fresh)
+        prepare_to_train(core, model, targets)
+        return core
+
+    def fresh_parts(self, core: SmolVLASharedCore) -> list[str]:
+        """The parts of a core that these weights have nothing of: they are initialised at random."""
+        absent = [part for part in self.may_be_fresh if not any(key.startswith(PARTS[part]) for key in self.weights)]
+        return [part for part in absent if part in parameters_by_part(core)]
+
+    def describe(self, core: SmolVLASharedCore, state: Statistics | None = None) -> str:
+        """What a core that was built from it starts from, for the first lines of a run.
+
+        state: the data's statistics of the state, to compare with its own
+        """
+        cameras = core.config.cameras
+        pairs = zip_longest(cameras, self.core.cameras[: len(cameras)] or cameras, fillvalue="one more")
+        places = ", ".join(camera if camera == place else f"{camera} as {place}" for camera, place in pairs)
+        unread = f"; left out, nothing reads them: {', '.join(self.left_out)}" if self.left_out else ""
+        lines = [
+            f"from {self.name}; cameras {places}; freshly initialised: {', '.join(self.fresh_parts(core)) or 'nothing'}"
+            + unread,
+            parameter_table(core),
+        ]
+        if state and "state" in self.statistics:
+            lines.append(f"state statistics: {state.difference(self.statistics['state'])}")
+        return "\n".join(lines)
+
+
+def open_initial(model: ModelConfig, stage2_artifact: Path | None = None) -> InitialWeights:
+    """The initial weights that the options name, read and verified.
+
+    Raises ValueError where there is nothing of that name, it is damaged, or the --model options contradict it.
+    """
+    name = stage2_artifact or model.init_from
+    if name is None:
+        return _of_trunk(model)
+    if stage2_artifact or str(name).endswith(".safetensors"):
+        initial = _of_artifact(Path(name))
+    else:
+        config = find_directory("policy", name, ("config.json",)) / "config.json"
+        is_ours = json.loads(config.read_text()).get("type") == lerobot_policy.HLRPSmolVLASharedPolicy.name
+        initial = _of_policy(str(name)) if is_ours else _of_smolvla(str(name))
+    stated = {"model_name": model.stated_name, "model_revision": model.revision}
+    refuse_differences(
+        f"the command line contradicts {initial.name} (leave these options out to take its values)",
+        [(field, value, asdict(initial.core)[field]) for field, value in stated.items() if value is not None],
+        found="artifact",
+    )
+    return initial
+
+
+def _of_trunk(model: ModelConfig) -> InitialWeights:
+    config = make_core_config(model, cameras=())
+    return InitialWeights(
+        name=f"the trunk's own weights ({config.model_name})",
+        core=config,
+        weights=load_trunk_weights(config) if config.has_pretrained_trunk else {},
+        tokenizer=load_trunk_tokenizer(config.model_name, config.model_revision),
+        may_be_fresh=("expert", "state projection", *HEADS) if config.has_pretrained_trunk else tuple(PARTS),
+        no_statistics="training starts from a trunk, which has no statistics: use --normalization data",
+    )
+
+
+def _of_artifact(path: Path) -> InitialWeights:
+    artifact = load_artifact(path)
+    manifest = artifact.manifest
+    return InitialWeights(
+        name=f"{path} ({manifest.source.run} step {manifest.source.global_step})",
+        core=manifest.core,
+        weights=artifact.state_dict,
+        tokenizer=artifact.tokenizer,
+        statistics=manifest.normalization,
+        latents=manifest.latents,
+        provenance={"stage2_artifact": manifest.weights.sha256},
+    )
+
+
+def _of_policy(name: str) -> InitialWeights:
+    saved = lerobot_policy.load_saved(name)
+    return InitialWeights(
+        name=f"the policy {name}",
+        core=saved.config.core,
+        weights=saved.weights,
+        tokenizer=saved.tokenizer,
+        statistics=saved.statistics,
+        provenance={"policy": name},
+    )
+
+
+def _of_smolvla(name: str) -> InitialWeights:
+    checkpoint = lerobot_smolvla.load_checkpoint(name)
+    try:
+        statistics, problem = checkpoint.normalization(), ""
+    except ValueError as error:  # only needed with --normalization artifact
+        statistics, problem = {}, str(error)
+    return InitialWeights(
+        name=f"the SmolVLA policy {name}",
+        core=checkpoint.core,
+        weights=checkpoint.weights,
+        tokenizer=checkpoint.tokenizer,
+        statistics=statistics,
+        no_statistics=problem,
+        provenance={"smolvla": name},
+        left_out=checkpoint.unread,
+    )

@@ -1,0 +1,271 @@
+"""A training run: everything that keeps it alive, so that a script's loop shows nothing but the method.
+
+    accelerator, resume_from = start_run(config)
+    ...
+    with Run(config, accelerator, core, resume_from, export) as run:
+        for raws in run.steps(loaders.train):          # accumulation_steps raw batches of this process
+            batches = [...]                            # labels, preprocessing
+            counts = valid_tokens(batches, accelerator)
+            for batch in run.passes(batches):
+                errors = run.core(batch)
+                loss = masked_mean(errors[name], batch.masks[name], counts[name])
+                run.backward(loss)
+            run.update()
+
+The parts of a run are in files of their own: run_checkpoint, run_metrics, run_optimizer, run_sharding, run_signals.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import asdict
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration, gather_object, set_seed
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
+from torch.utils.data import DataLoader
+
+from smolvla_shared.batch import RawBatch, to_device
+from smolvla_shared.config import RunConfig
+from smolvla_shared.run_checkpoint import (
+    FULL_STATE,
+    Export,
+    TrainingState,
+    check_run,
+    claim_run,
+    ema_weights,
+    exported_weights,
+    load_checkpoint,
+    plan_checkpoints,
+    save_checkpoint,
+    update_ema,
+)
+from smolvla_shared.run_metrics import OTHER, Recorder
+from smolvla_shared.run_optimizer import FiniteGradients, clip_gradients, learning_rate, make_optimizer
+from smolvla_shared.run_sharding import check_plugin, distribute
+from smolvla_shared.run_signals import StopSignals
+
+
+def start_run(config: RunConfig) -> tuple[Accelerator, Path | None]:
+    """Processes, device, mixed precision and trackers of a run, and the checkpoint that --resume goes on from.
+
+    Also seeds the initial weights. Raises ValueError for everything that can be told before data and model are there
+    (run_checkpoint.check_run); the run directory is not made yet.
+    """
+    if missing := [name for name in config.trackers if not find_spec(name)]:
+        raise ValueError(f"--trackers {' '.join(missing)}: not installed here: pip install {' '.join(missing)}")
+    accelerator = Accelerator(
+        mixed_precision=config.precision,
+        step_scheduler_with_optimizer=False,
+        log_with=list(config.trackers) or None,
+        project_config=ProjectConfiguration(str(config.run_dir), logging_dir=str(config.run_dir / "tensorboard")),
+    )
+    check_plugin(accelerator)
+    resume_from = check_run(config, accelerator)
+    set_seed(config.seed)
+    return accelerator, resume_from
+
+
+class Run:
+    """Keeps a run alive around a script's loop: resuming, signals, accumulation, clipping and the AdamW step, EMA,
+    metrics, checkpoints and export. Use it as a context; see the top of this file.
+
+    core:      what a training pass calls: the given module, whole or sharded over the processes
+    step:      optimizer steps done
+    evaluates: after update(), whether this step is due for an evaluation on held-out samples
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        accelerator: Accelerator,
+        module: nn.Module,
+        resume_from: Path | None = None,
+        export: Export | None = None,
+    ):
+        """Distribute the module, restore the checkpoint that is resumed from, and claim the run directory.
+
+        resume_from: the checkpoint to go on from (start_run)
+        export:      writes what can be used without the run, from whole weights, into a directory of each checkpoint
+
+        Raises ValueError if the disk has no room for the checkpoints to come.
+        """
+        self.config, self.accelerator, self.module, self.export = config, accelerator, module, export
+        self.core = distribute(module, accelerator)
+        self.trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        self.optimizer = make_optimizer(self.trained, config.optim)
+        self.state = TrainingState(module, self.optimizer)
+        if config.ema_decay:
+            self.state.ema = {n: p.detach().clone() for n, p in module.named_parameters() if p.requires_grad}
+        if resume_from:
+            load_checkpoint(resume_from, self.state, accelerator)
+        accelerator.print(plan_checkpoints(config, self.state, export is not None))
+        claim_run(config, accelerator)
+        self.gradients = FiniteGradients(self.optimizer, accelerator.device)
+        self.bad_samples: list[Tensor] = []  # of this step's passes
+        self.evaluates = False
+        module.train()
+
+    def __enter__(self) -> "Run":
+        with ExitStack() as stack:
+            self.signals = stack.enter_context(StopSignals(self.accelerator.num_processes))
+            self.recorder = stack.enter_context(Recorder(self.config, self.accelerator, self.state.step))
+            self.stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.stack.__exit__(*error)
+
+    @property
+    def step(self) -> int:
+        return self.state.step
+
+    def mark(self, phase: str) -> None:
+        """Charge the time since the last mark to this phase of the step, such as "teacher" or "preprocess"."""
+        self.recorder.clock.mark(phase)
+
+    def steps(self, make_batches: Callable[[int], DataLoader]) -> Iterator[list[RawBatch]]:
+        """The raw batches of every step that is left, on the device; accumulation_steps batches for each.
+
+        make_batches: the loader of this process, from a given step on
+
+        What is due after a step happens when the next one is asked for: the line of metrics.jsonl, the checkpoint, the
+        end. Raises SystemExit(EXIT_STOPPED) after a signal (run_signals.py), OSError where a checkpoint cannot be
+        written.
+        """
+        self.make_batches = make_batches
+        with self.signals.hidden():
+            batches = iter(make_batches(self.step))
+        while self.step < self.config.steps:
+            raws = []
+            for _ in range(self.config.accumulation_steps):
+                raw = next(batches)
+                self.mark("data")
+                raws.append(to_device(raw, self.accelerator.device))
+                self.mark("transfer")
+            yield raws
+            self._finish_step()
+
+    def passes[B](self, batches: Sequence[B]) -> Iterator[B]:
+        """The batches of a step, one forward and backward pass each. Gradients are summed over the processes in the
+        last pass only.
+        """
+        for index, batch in enumerate(batches):
+            is_last = index == len(batches) - 1
+            with nullcontext() if is_last else self.accelerator.no_sync(self.core):
+                yield batch
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of a loss that is this process's and pass's part of a sum over all of them."""
+        # If the loss is inf or NaN, so are all gradients (inf * 0 = NaN): every process then sees it in the norm.
+        loss = loss * (1 + 0 * loss.detach())
+        self.mark("forward")
+        # DDP and FSDP average gradients over the processes.
+        self.accelerator.backward(loss * self.accelerator.num_processes)
+        self.mark("backward")
+
+    def record(self, losses: dict[str, Tensor], errors: dict[str, Tensor], masks: dict[str, Tensor]) -> None:
+        """Note a pass for metrics.jsonl: this pass's part of each loss; token errors and masks, [B, T] or [B]."""
+        self.recorder.window.add(losses, errors, masks)
+        bad = [~error.detach().isfinite().reshape(len(error), -1).all(1) for error in errors.values()]
+        self.bad_samples.append(torch.stack(bad).any(0))
+
+    def update(self) -> None:
+        """Clip the gradients and take the optimizer's step; update the EMA.
+
+        Raises FloatingPointError at a step whose gradients are not finite.
+        """
+        config, state = self.config, self.state
+        self.grad_norm = clip_gradients(self.optimizer, self.trained, config.optim.max_grad_norm)
+        self.gradients.watch(self.step + 1, self.grad_norm, torch.cat(self.bad_samples))
+        self.bad_samples.clear()
+        self.rate = learning_rate(self.step, config.steps, config.optim)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if config.ema_decay:
+            update_ema(state, config.ema_decay)
+        state.step += 1
+        self.recorder.step_done()
+
+        is_end = self.step == config.steps
+        self.stops = self.signals.wanted() and not is_end
+        self.evaluates = self.step % config.eval_every == 0 or is_end
+        self.saves = self.step % config.save_every == 0 or is_end or self.stops
+        # A checkpoint ends a line of metrics.jsonl, so that it need not keep the sums of half a line.
+        self.logs = self.step % config.log_every == 0 or self.evaluates or self.saves
+        if bad_step := self.gradients.bad_step(must_know=self.logs):
+            raise self._not_finite(bad_step)
+
+    @contextmanager
+    def evaluation(self) -> Iterator[None]:
+        """Within this context the module is in eval mode and holds the EMA weights, if there are any."""
+        self.module.eval()
+        with ema_weights(self.state):
+            yield
+        self.module.train()
+
+    def log(self, metrics: dict[str, float]) -> None:
+        """Add metrics to the next line of metrics.jsonl."""
+        self.recorder.window.extra |= metrics
+
+    def weights(self) -> dict[str, Tensor]:
+        """The weights to publish, whole, on the main process: the EMA where there is one, else the last step's."""
+        return exported_weights(self.state, self.accelerator)
+
+    def _finish_step(self) -> None:
+        if self.logs:
+            self.recorder.write({"lr": self.rate, "grad_norm": float(self.grad_norm)})
+        if self.saves:
+            save_checkpoint(self.config, self.state, self.accelerator, self.export)
+            self.accelerator.wait_for_everyone()
+        if self.evaluates or self.saves:
+            self.recorder.draw()
+        if self.stops:
+            self.signals.exit(self.config.run_dir, self.step, self.accelerator)
+        self.mark(OTHER)
+
+    def _not_finite(self, step: int) -> FloatingPointError:
+        """Save what reproduces a step whose loss or gradients are not finite; the error to raise.
+
+        Each process writes <run_dir>/not_finite/process<rank>.pt: the step, the fields of its raw batches, and the
+        weights before the step. The batches need not have been kept: what a step reads is a function of the step.
+        """
+        again = iter(self.make_batches(step - 1))
+        raws = [next(again) for _ in range(self.config.accumulation_steps)]
+        path = self.config.run_dir / "not_finite" / f"process{self.accelerator.process_index}.pt"
+        path.parent.mkdir(exist_ok=True)
+        weights = get_model_state_dict(self.module, options=FULL_STATE)
+        torch.save({"step": step, "batches": [asdict(raw) for raw in raws], "weights": weights}, path)
+        keys = [key for raw in raws for key in raw.keys]
+        guilty = [key for key, bad in zip(keys, self.gradients.bad_samples.tolist(), strict=True) if bad]
+        guilty, everyone = gather_object(guilty), gather_object(keys)
+        which = (
+            "the errors of these samples" if guilty else "no sample's error, but the gradient of one or more of these"
+        )
+        return FloatingPointError(
+            f"loss or gradients are not finite at step {step}: {which}: {'; '.join(guilty or everyone)}. The batch and "
+            f"the weights before it: torch.load({str(path)!r}). Nothing of it is in a checkpoint"
+        )
+
+
+def versions() -> dict[str, str]:
+    """Versions of the libraries that decide about the numbers."""
+    return {name: metadata.version(name) for name in ("torch", "transformers", "lerobot", "accelerate", "numpy")}
+
+
+def origin(config: RunConfig, step: int, datasets: list[str]) -> dict[str, Any]:
+    """Where published weights are from, for the JSON file beside them."""
+    return {
+        "run": config.run_dir.name,
+        "global_step": step,
+        "datasets": tuple(datasets),
+        "weights": config.published_weights,
+        "versions": versions(),
+    }
