@@ -49,7 +49,6 @@ def main(config: Benchmark) -> None:
         )
         seconds = time.perf_counter() - start
         run = StageOptions(
-            run_dir=Path(directory) / "run",
             data=PolicyDataConfig(**vars(config.data)),
             laq_ckpt=config.laq_ckpt,
         )

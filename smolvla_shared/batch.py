@@ -9,9 +9,12 @@ Shape legend, used in every comment of this package:
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from smolvla_shared.config import TeacherKind
 
 
 @dataclass
@@ -44,6 +47,25 @@ class RawBatch:
     def pin_memory(self) -> "RawBatch":
         """Called by DataLoader(pin_memory=True): a copy from pinned memory does not make the host wait."""
         return map_tensors(Tensor.pin_memory, self)
+
+
+class Labels(Protocol):
+    """Latent actions of the samples of a batch."""
+
+    teacher_id: str
+    kind: TeacherKind
+    # S, D of a latent action.
+    shape: tuple[int, int]
+    # What it needs of a sample: the camera whose frame pairs are read, None if none is, and the side of the square they
+    # become where the datasets' sizes differ.
+    camera: str | None
+    pair_size: int
+
+    def to(self, device: torch.device) -> None:
+        """Where the batches will be."""
+
+    def __call__(self, raw: RawBatch) -> Tensor:
+        """[B, S, D] float32; without meaning where raw.pair_mask is False."""
 
 
 @dataclass

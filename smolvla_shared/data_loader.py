@@ -5,7 +5,7 @@ from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,14 +14,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from smolvla_shared import flow, preprocess
-from smolvla_shared.batch import RawBatch
+from smolvla_shared.batch import Labels, RawBatch
 from smolvla_shared.config import ACTION, LATENT, CoreConfig, RunConfig
 from smolvla_shared.data import ACTION_KEY, STATE_KEY, RobotDataset, common_size, merge, square_sides
 from smolvla_shared.data_order import RowGroup, SampleKey, StepSampler
 from smolvla_shared.run_signals import hide_worker
-
-if TYPE_CHECKING:
-    from smolvla_shared.labels import Labels
 
 
 @dataclass(frozen=True)
@@ -51,7 +48,7 @@ class SampleSpec:
         cls,
         core: CoreConfig,
         targets: Collection[str],
-        labels: "Labels | None",
+        labels: Labels | None,
         features: dict[str, tuple[Path, ...]],
         num_draws: int = 1,
     ) -> "SampleSpec":

@@ -7,8 +7,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from smolvla_shared import losses
-from smolvla_shared.batch import RawBatch, to_device
-from smolvla_shared.labels import Labels
+from smolvla_shared.batch import Labels, RawBatch, to_device
 from smolvla_shared.model import SmolVLASharedCore
 from smolvla_shared.preprocess import Preprocessor
 

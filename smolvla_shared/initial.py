@@ -17,9 +17,9 @@ from transformers import PreTrainedTokenizerFast
 
 from smolvla_shared import lerobot_policy, lerobot_smolvla
 from smolvla_shared.artifact import Latents, load_artifact
+from smolvla_shared.batch import Labels
 from smolvla_shared.config import ACTION, CoreConfig, DataConfig, ModelConfig
 from smolvla_shared.files import check_weights, find_directory, public_state
-from smolvla_shared.labels import Labels
 from smolvla_shared.model import (
     PARTS,
     SmolVLASharedCore,
@@ -41,7 +41,8 @@ class InitialWeights:
 
     # What it is, in words, with the name that the user gave.
     name: str
-    # Its configuration. What depends on the data (cameras, state_dim, ...) is replaced by the data's.
+    # Its configuration. What depends on the data (cameras, state_dim, ...) is replaced by the data's. Of the cameras,
+    # only those that observations must have.
     core: CoreConfig
     weights: dict[str, Tensor]
     tokenizer: PreTrainedTokenizerFast
@@ -96,9 +97,9 @@ class InitialWeights:
         if self.no_statistics:
             raise ValueError(f"--normalization artifact: {self.no_statistics}")
         widths = {"state": dims["state_dim"], ACTION: dims["action_dim"]}
-        recorded = {name: self.statistics[name] for name, width in widths.items() if width and name in self.statistics}
+        recorded = {name: self.statistics[name] for name in widths if name in self.statistics}
         rows = [(name, widths[name], len(found.mean)) for name, found in recorded.items()]
-        if widths["state"] and "state" not in recorded:
+        if "state" not in recorded and (widths["state"] or not recorded):
             rows.append(("state", widths["state"], "none"))
         refuse_differences(
             f"--normalization artifact: {self.name} was trained on other vectors (use --normalization data)",
@@ -192,6 +193,7 @@ def _of_artifact(path: Path) -> InitialWeights:
         core=manifest.core,
         weights=artifact.state_dict,
         tokenizer=artifact.tokenizer,
+        may_be_fresh=("action head",),  # Stage 2 has always trained the latent head
         statistics=manifest.normalization,
         latents=manifest.latents,
         provenance={"stage2_artifact": manifest.weights.sha256},
@@ -200,9 +202,10 @@ def _of_artifact(path: Path) -> InitialWeights:
 
 def _of_policy(name: str) -> InitialWeights:
     saved = lerobot_policy.load_saved(name)
+    core, optional = saved.config.core, saved.config.optional_cameras
     return InitialWeights(
         name=f"the policy {name}",
-        core=saved.config.core,
+        core=replace(core, cameras=tuple(camera for camera in core.cameras if camera not in optional)),
         weights=saved.weights,
         tokenizer=saved.tokenizer,
         statistics=saved.statistics,
@@ -218,7 +221,7 @@ def _of_smolvla(name: str) -> InitialWeights:
         statistics, problem = {}, str(error)
     return InitialWeights(
         name=f"the SmolVLA policy {name}",
-        core=checkpoint.core,
+        core=replace(checkpoint.core, cameras=checkpoint.cameras),
         weights=checkpoint.weights,
         tokenizer=checkpoint.tokenizer,
         statistics=statistics,

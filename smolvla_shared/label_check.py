@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from smolvla_shared import data, data_blocks, label_health, laq_files
+from smolvla_shared import data, data_blocks, label_health
 from smolvla_shared.config import DataConfig, TeacherOptions
 from smolvla_shared.labels import OnlineLabels
 from smolvla_shared.laq import LAQ
@@ -234,7 +234,7 @@ def check(config: CheckConfig) -> None:
     verdict = label_health.Verdict(
         verdict="fail" if failures else "pass",
         reasons=tuple(failures),
-        teacher_id=laq_files.teacher_id,
+        teacher_id=teacher.teacher_id,
         teacher_kind=teacher.kind,
         frame_gap_s=config.data.frame_gap_s,
         camera=camera,

@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from smolvla_shared.artifact import Latents
+from smolvla_shared.batch import Labels
 from smolvla_shared.config import TeacherKind
 from smolvla_shared.files import write_text
-from smolvla_shared.labels import Labels
 from smolvla_shared.laq import perplexity
 from smolvla_shared.refusals import refuse_differences
 

@@ -1,37 +1,16 @@
 """Where latent targets come from, behind one interface: the teacher itself in every step, or a label cache."""
 
-from typing import Protocol
-
 import numpy as np
 import torch
 from torch import Tensor
 
 from smolvla_shared import data, data_loader, data_order
-from smolvla_shared.batch import RawBatch, to_device
+from smolvla_shared.batch import Labels, RawBatch, to_device
 from smolvla_shared.config import LATENT, StageOptions, TeacherKind
 from smolvla_shared.label_cache import CachedLabels, cached_teacher_id, label_directories, label_key, label_store
 from smolvla_shared.laq import LAQ, LatentActions
 from smolvla_shared.laq_files import load_laq, teacher_id
 from smolvla_shared.preprocess import Statistics, unit_range
-
-
-class Labels(Protocol):
-    """Latent actions of the samples of a batch."""
-
-    teacher_id: str
-    kind: TeacherKind
-    # S, D of a latent action.
-    shape: tuple[int, int]
-    # What it needs of a sample: the camera whose frame pairs are read, None if none is, and the side of the square they
-    # become where the datasets' sizes differ.
-    camera: str | None
-    pair_size: int
-
-    def to(self, device: torch.device) -> None:
-        """Where the batches will be."""
-
-    def __call__(self, raw: RawBatch) -> Tensor:
-        """[B, S, D] float32; without meaning where raw.pair_mask is False."""
 
 
 class OnlineLabels:

@@ -138,7 +138,7 @@ class Checkpoint:
                 + "\n  ".join(problems)
                 + "\nfound:\n  "
                 + ("\n  ".join(sorted(self.statistics)) or "none")
-                + (f"\nof the robots {', '.join(robots)}: import-smolvla takes one by --robot" if robots else "")
+                + (f"\nof the robots {', '.join(robots)}: the import takes one by --robot" if robots else "")
                 + "\ntraining from it with --init-from takes, unless told otherwise, the statistics of your data"
             )
         return result
@@ -300,7 +300,8 @@ def save_checkpoint(directory: Path, policy: SavedPolicy) -> None:
     trunk_tokenizer = load_trunk_tokenizer(ours.model_name, ours.model_revision)
     if pack_tokenizer(trunk_tokenizer) != pack_tokenizer(policy.tokenizer):
         problems.append(f"another tokenizer than that of {ours.model_name}")
-    features = {key: PolicyFeature(FeatureType.VISUAL, f.shape) for key, f in policy.config.image_features.items()}
+    shapes = {key: feature.shape for key, feature in policy.config.image_features.items()}
+    features = {key: PolicyFeature(FeatureType.VISUAL, shapes[key]) for key in ours.cameras}
     config = SmolVLAConfig(
         input_features=features | {keys.OBS_STATE: PolicyFeature(FeatureType.STATE, (ours.state_dim,))},
         output_features={keys.ACTION: PolicyFeature(FeatureType.ACTION, (ours.action_dim,))},

@@ -135,8 +135,8 @@ class Run:
         make_batches: the loader of this process, from a given step on
 
         What is due after a step happens when the next one is asked for: the line of metrics.jsonl, the checkpoint, the
-        end. Raises SystemExit(EXIT_STOPPED) after a signal (run_signals.py), OSError where a checkpoint cannot be
-        written.
+        end. Raises FloatingPointError after a step whose gradients are not finite, SystemExit(EXIT_STOPPED) after a
+        signal (run_signals.py), OSError where a checkpoint cannot be written.
         """
         self.make_batches = make_batches
         with self.signals.hidden():
@@ -176,10 +176,7 @@ class Run:
         self.bad_samples.append(torch.stack(bad).any(0))
 
     def update(self) -> None:
-        """Clip the gradients and take the optimizer's step; update the EMA.
-
-        Raises FloatingPointError at a step whose gradients are not finite.
-        """
+        """Clip the gradients and take the optimizer's step, unless they are not finite; update the EMA."""
         config, state = self.config, self.state
         self.grad_norm = clip_gradients(self.optimizer, self.trained, config.optim.max_grad_norm)
         self.gradients.watch(self.step + 1, self.grad_norm, torch.cat(self.bad_samples))
@@ -194,14 +191,8 @@ class Run:
         state.step += 1
         self.recorder.step_done()
 
-        is_end = self.step == config.steps
-        self.stops = self.signals.wanted() and not is_end
-        self.evaluates = self.step % config.eval_every == 0 or is_end
-        self.saves = self.step % config.save_every == 0 or is_end or self.stops
-        # A checkpoint ends a line of metrics.jsonl, so that it need not keep the sums of half a line.
-        self.logs = self.step % config.log_every == 0 or self.evaluates or self.saves
-        if bad_step := self.gradients.bad_step(must_know=self.logs):
-            raise self._not_finite(bad_step)
+        self.is_end = self.step == config.steps
+        self.evaluates = self.step % config.eval_every == 0 or self.is_end
 
     @contextmanager
     def evaluation(self) -> Iterator[None]:
@@ -220,14 +211,20 @@ class Run:
         return exported_weights(self.state, self.accelerator)
 
     def _finish_step(self) -> None:
-        if self.logs:
+        stops = self.signals.wanted() and not self.is_end
+        saves = self.step % self.config.save_every == 0 or self.is_end or stops
+        # A checkpoint ends a line of metrics.jsonl, so that it need not keep the sums of half a line.
+        logs = self.step % self.config.log_every == 0 or self.evaluates or saves
+        if bad_step := self.gradients.bad_step(must_know=logs):
+            raise self._not_finite(bad_step)
+        if logs:
             self.recorder.write({"lr": self.rate, "grad_norm": float(self.grad_norm)})
-        if self.saves:
+        if saves:
             save_checkpoint(self.config, self.state, self.accelerator, self.export)
             self.accelerator.wait_for_everyone()
-        if self.evaluates or self.saves:
+        if self.evaluates or saves:
             self.recorder.draw()
-        if self.stops:
+        if stops:
             self.signals.exit(self.config.run_dir, self.step, self.accelerator)
         self.mark(OTHER)
 

@@ -121,13 +121,13 @@ def train_teacher(config: TeacherConfig) -> None:
     from smolvla_shared.run import Run, origin, start_run
 
     # What a user can get wrong is refused here, before Run makes the run directory.
+    accelerator, resume_from = start_run(config)
+    if accelerator.is_fsdp2:
+        raise ValueError("a teacher fits every GPU and is not sharded: use configs/accelerate/ddp_8gpu.yaml")
     datasets = data.open_datasets(config.data)
     _, label_camera = data.choose_cameras(datasets, config.data)
     training, held_out = data_order.split_datasets(datasets, config.val_fraction, config.seed)
     pair_share = data.valid_pair_share(datasets, training)
-    accelerator, resume_from = start_run(config)
-    if accelerator.is_fsdp2:
-        raise ValueError("a teacher fits every GPU and is not sharded: use configs/accelerate/ddp_8gpu.yaml")
     laq = start_laq(config)
     groups = data_order.group_rows(training), data_order.group_rows(held_out)
     accelerator.print(

@@ -72,7 +72,7 @@ def serve() -> None:
     import lerobot.policies.factory  # noqa: F401
     import matplotlib.pyplot  # noqa: F401
 
-    import smolvla_shared.evaluate
+    import smolvla_shared.rollouts
     import smolvla_shared.run  # noqa: F401
 
     pid = 0

@@ -71,14 +71,18 @@ def test_model_config_states_a_trunk_or_none():
     ("options", "message"),
     [
         ({}, r"--data\.repo-ids.*--data\.roots"),
-        ({"repo_ids": ("a/b",), "val_fraction": 1.0}, r"--val-fraction.*got 1\.0"),
-        ({"repo_ids": ("a/b",), "val_fraction": -0.1}, r"--val-fraction.*got -0\.1"),
         ({"roots": (Path("a"),), "frame_gap_s": 0.0}, r"--data\.frame-gap-s.*got 0\.0"),
     ],
 )
 def test_data_config_refuses(options, message):
     with pytest.raises(ValueError, match=message):
         DataConfig(**options)
+
+
+@pytest.mark.parametrize("share", [1.0, -0.1])
+def test_a_share_of_held_out_episodes_that_nothing_can_have_is_refused(share):
+    with pytest.raises(ValueError, match=rf"--val-fraction.*got {share}"):
+        RunConfig(run_dir=Path("run"), data=DataConfig(roots=(Path("a"),)), val_fraction=share)
 
 
 @pytest.mark.parametrize("norm", [0.0, -1.0])

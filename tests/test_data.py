@@ -109,11 +109,11 @@ def test_a_sample_is_what_lerobot_reads(name, request):
         action_dim=dataset.vector_dim("action"),
         label_camera=CAMERA,
     )
-    dataset = SampleDataset([dataset], spec, seed=0)
+    samples = SampleDataset([dataset], spec, seed=0)
     ends = [int(end) for end in dataset.episode_to]
     frames = [0, 7, ends[2] - 1, ends[2], ends[4] - dataset.gap, ends[4] - dataset.gap - 1, dataset.num_frames - 1]
     for frame in frames:
-        raw, expected = dataset[[SampleKey(step=3, slot=1, dataset=0, row=frame)]], expected_dataset[frame]
+        raw, expected = samples[[SampleKey(step=3, slot=1, dataset=0, row=frame)]], expected_dataset[frame]
         assert torch.equal(raw.images[0][0], in_bytes(expected[CAMERA][0])), frame
         if WRIST in cameras:
             assert torch.equal(raw.images[1][0], in_bytes(expected[WRIST])), frame
@@ -126,7 +126,7 @@ def test_a_sample_is_what_lerobot_reads(name, request):
         if spec.state_dim:
             assert torch.equal(raw.state[0], expected["observation.state"])
         assert raw.state_mask.tolist() == [bool(spec.state_dim)]
-    valid = dataset[[SampleKey(0, 0, 0, frame) for frame in frames]].pair_mask.tolist()
+    valid = samples[[SampleKey(0, 0, 0, frame) for frame in frames]].pair_mask.tolist()
     assert sorted(set(valid)) == [False, True]  # both kinds were among them
 
 
@@ -174,8 +174,8 @@ def test_one_dimensional_vectors_and_channels_first(tmp_path):
     recorded.save_episode()
     recorded.finalize()
     (dataset,) = open_datasets(tmp_path / "thin")
-    dataset = SampleDataset([dataset], SampleSpec((CAMERA,), state_dim=1, chunk_size=3, action_dim=1), 0)
-    raw = dataset[[SampleKey(0, 0, 0, 6)]]
+    samples = SampleDataset([dataset], SampleSpec((CAMERA,), state_dim=1, chunk_size=3, action_dim=1), 0)
+    raw = samples[[SampleKey(0, 0, 0, 6)]]
     assert (raw.state.tolist(), raw.actions.tolist()) == ([[6]], [[[60], [70], [70]]])
     assert raw.action_mask.tolist() == [[True, True, False]]
     (image,) = raw.images[0]

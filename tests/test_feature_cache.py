@@ -12,14 +12,15 @@ from accelerate import Accelerator
 
 from smolvla_shared import data, data_loader, data_order
 from smolvla_shared import feature_cache as features_module
-from smolvla_shared.batch import Batch
+from smolvla_shared.batch import Batch, RawBatch
 from smolvla_shared.cache import RowCache
-from smolvla_shared.config import ACTION, ModelConfig, PolicyDataConfig, StageOptions
+from smolvla_shared.config import ACTION, ModelConfig, PolicyDataConfig
 from smolvla_shared.feature_cache import prepare_features
 from smolvla_shared.losses import masked_mean
 from smolvla_shared.model import SmolVLASharedCore, freeze, make_core_config
 from smolvla_shared.preprocess import Preprocessor, Statistics
 from smolvla_shared.trunk import load_trunk_tokenizer
+from train_stage3 import Stage3Config
 
 CAMERA = "observation.image"
 STATISTICS = {ACTION: Statistics((0.0,) * 2, (1.0,) * 2)}
@@ -38,18 +39,18 @@ def core() -> SmolVLASharedCore:
     return core
 
 
-def run_config(directory: Path, *roots: Path, **options) -> StageOptions:
+def run_config(directory: Path, *roots: Path, **options) -> Stage3Config:
     options = {"roots": roots, "num_workers": 0, "feature_cache": directory / "features"} | options
-    return StageOptions(run_dir=directory / "run", data=PolicyDataConfig(**options))
+    return Stage3Config(run_dir=directory / "run", data=PolicyDataConfig(**options))
 
 
-def read(datasets, features: dict, places: list[tuple[int, int]]) -> data.RawBatch:
+def read(datasets, features: dict, places: list[tuple[int, int]]) -> RawBatch:
     spec = data_loader.SampleSpec((CAMERA,), chunk_size=4, action_dim=2, draws={ACTION: (4, 32)}, features=features)
     dataset = data_loader.SampleDataset(datasets, spec, seed=0)
     return dataset[[data_order.SampleKey(0, slot, *place) for slot, place in enumerate(places)]]
 
 
-def train_once(core: SmolVLASharedCore, raw: data.RawBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def train_once(core: SmolVLASharedCore, raw: RawBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The loss and its gradients."""
     batch: Batch = Preprocessor(core.config, load_trunk_tokenizer("tiny", None), STATISTICS)(raw)
     core.zero_grad()

@@ -15,6 +15,7 @@ import torch
 from forked import Forked, start_server
 
 from smolvla_shared import data, data_blocks, data_loader, data_order
+from smolvla_shared.batch import RawBatch
 from smolvla_shared.config import LATENT, DataConfig, PolicyDataConfig, StageOptions
 from smolvla_shared.label_cache import LabelConfig, label, label_directories
 from smolvla_shared.labels import OnlineLabels, latent_statistics, open_labels
@@ -45,10 +46,10 @@ def cache(request, tmp_path_factory, laq_checkpoint, video_dataset, image_datase
 
 
 def latent_config(tmp_path: Path, *roots: Path, **options) -> StageOptions:
-    return StageOptions(**{"run_dir": tmp_path / "run", "data": PolicyDataConfig(roots=roots, num_workers=0)} | options)
+    return StageOptions(**{"data": PolicyDataConfig(roots=roots, num_workers=0)} | options)
 
 
-def raw_batch(datasets, labels, places: list[tuple[int, int]]) -> data.RawBatch:
+def raw_batch(datasets, labels, places: list[tuple[int, int]]) -> RawBatch:
     spec = data_loader.SampleSpec(
         cameras=(), label_camera=labels.camera, pair_size=labels.pair_size, draws={LATENT: labels.shape}
     )

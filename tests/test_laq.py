@@ -14,7 +14,8 @@ import torch.multiprocessing
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from smolvla_shared.laq import LAQ, LAQConfig, PairBatch, perplexity, public_state, replace_dead_codes
+from smolvla_shared.files import public_state
+from smolvla_shared.laq import LAQ, LAQConfig, PairBatch, perplexity, replace_dead_codes
 from smolvla_shared.laq_files import load_laq, save_laq, teacher_id
 
 DATA = Path(__file__).parent / "data" / "laq"

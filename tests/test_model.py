@@ -427,7 +427,14 @@ TINY, PRETRAINED = make_config(), replace(make_config(), model_name="someone/smo
     ],
 )
 def test_options_name_the_frozen_parts(options, config, parts):
-    assert frozen_parts(ModelConfig(**options), config) == parts
+    assert frozen_parts(ModelConfig(**options), config, ["latent", "action"]) == parts
+
+
+def test_a_head_without_a_target_is_frozen():
+    both = replace(TINY, latent_vector_dim=32, code_seq_len=4, action_dim=4)
+    assert frozen_parts(ModelConfig(), both, ["latent"]) == ["action head"]
+    assert frozen_parts(ModelConfig(), both, ["action"]) == ["latent head"]
+    assert frozen_parts(ModelConfig(), replace(both, action_dim=0), ["latent"]) == []
 
 
 def read_table(table: str) -> dict[str, tuple[int, int]]:

@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 import torch
 from forked import Forked, start_server
+from helpers import equal, metrics_of
 from safetensors.torch import load_file
-from test_training import equal, metrics_of
 
 from smolvla_shared.run_checkpoint import STATE_FILE, damage
 from smolvla_shared.run_signals import EXIT_STOPPED, STOPPED_FILE

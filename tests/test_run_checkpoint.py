@@ -1,4 +1,4 @@
-"""checkpoint.py: whole checkpoints only, damaged ones told, and what a resumed run may change."""
+"""run_checkpoint.py: whole checkpoints only, damaged ones told, and what a resumed run may change."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_training import Regression, equal, make_accelerator, make_config, metrics_of, names_in, train_points
+from helpers import Regression, equal, make_accelerator, make_config, metrics_of, names_in, train_points
 
 from smolvla_shared import run_metrics
 from smolvla_shared.run_checkpoint import TrainingState, check_run, checkpoint_bytes, claim_run, last_checkpoint

@@ -7,12 +7,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_training import Regression, make_config, metrics_of, passes, train_points
+from helpers import Regression, make_config, metrics_of, passes, train_points
 
 from smolvla_shared import run, run_metrics
 from smolvla_shared.config import LATENT
 from smolvla_shared.losses import masked_mean
-from smolvla_shared.run_checkpoint import check_run
 from smolvla_shared.run_metrics import MetricsLog, StepClock, plot_curves, verdict
 
 
@@ -134,7 +133,7 @@ def test_a_tracker_that_is_not_installed_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(run, "find_spec", lambda name: None)
     config = make_config(tmp_path / "run", trackers=("tensorboard", "wandb"))
     with pytest.raises(ValueError, match="--trackers tensorboard wandb: not installed here: pip install tensorboard w"):
-        run.make_accelerator(config)
+        run.start_run(config)[0]
 
 
 def train_tracked(config, **options):
@@ -149,10 +148,10 @@ def train_tracked(config, **options):
         return {}
 
     with pytest.raises(Stop):
-        train_points(config, run.make_accelerator(config), after_step=stop)
+        train_points(config, run.start_run(config)[0], after_step=stop)
     resumed = replace(config, resume=True)
-    accelerator = run.make_accelerator(resumed)
-    train_points(resumed, accelerator, resume_from=check_run(resumed, accelerator))
+    accelerator, resume_from = run.start_run(resumed)
+    train_points(resumed, accelerator, resume_from=resume_from)
 
 
 @pytest.mark.slow
@@ -198,7 +197,7 @@ def test_wandb_works_offline(tmp_path, monkeypatch):
 def test_trackio_gets_the_lines_of_the_log(tmp_path, monkeypatch):
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
     config = make_config(tmp_path / "run", steps=3, trackers=("trackio",))
-    train_points(config, run.make_accelerator(config))
+    train_points(config, run.start_run(config)[0])
     import sqlite3
 
     [database] = (tmp_path / "trackio").glob("*.db")

@@ -260,6 +260,6 @@ def test_settings_that_would_be_ignored_are_refused(monkeypatch, setting, value,
 def test_a_teacher_is_not_divided(monkeypatch, tmp_path):
     monkeypatch.setattr(Accelerator, "is_fsdp2", True)
     config = teacher.TeacherConfig(run_dir=tmp_path / "run", data=DataConfig(roots=(tmp_path,)))
-    with pytest.raises(ValueError, match=r"not divided: use configs/accelerate/ddp_8gpu\.yaml"):
+    with pytest.raises(ValueError, match=r"not sharded: use configs/accelerate/ddp_8gpu\.yaml"):
         teacher.train_teacher(config)
     assert not config.run_dir.exists()

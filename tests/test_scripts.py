@@ -264,7 +264,7 @@ STAGES = {
         ("2", "--data.roots {video} --laq-ckpt {laq} --resume", "--resume: there is no run at"),
         ("3", "--data.roots {video}", "has no 'action' column.*action-free video goes into --video-roots"),
         ("3", "--data.roots {labelled} {images}", "action have different widths"),
-        ("3", "--data.roots {labelled} --normalization artifact", "the artifact's statistics have none"),
+        ("3", "--data.roots {labelled} --normalization artifact", "starts from a trunk, which has no statistics"),
         ("3", "--data.roots {labelled} --stage2-artifact nowhere.safetensors", "nowhere.safetensors does not exist"),
     ],
 )

@@ -9,10 +9,10 @@ import pytest
 import torch
 import tyro
 
-from smolvla_shared import data, data_loader, data_order, run
+from smolvla_shared import data, data_loader, data_order
 from smolvla_shared.config import DataConfig, OptimConfig
 from smolvla_shared.labels import OnlineLabels, latent_statistics
-from smolvla_shared.laq import LAQ, LAQConfig
+from smolvla_shared.laq import LAQ, LAQConfig, PairBatch
 from smolvla_shared.laq_files import load_laq, teacher_id
 from smolvla_shared.preprocess import unit_range
 from smolvla_shared.teacher import TeacherConfig, main, train_teacher
@@ -59,8 +59,8 @@ def make_config(run_dir: Path, *roots: Path, **options) -> TeacherConfig:
         "replace_every": 20,
         "laq": SMALL,
     }
-    data_config = DataConfig(roots=roots, num_workers=0, val_fraction=0.2)
-    return TeacherConfig(run_dir=run_dir, data=data_config, **defaults | options)
+    data_config = DataConfig(roots=roots, num_workers=0)
+    return TeacherConfig(run_dir=run_dir, data=data_config, val_fraction=0.2, **defaults | options)
 
 
 @pytest.mark.parametrize("kind", ["quantized", "continuous"])
@@ -70,8 +70,8 @@ def test_online_labels_are_what_laq_encodes(laq, dataset, image_source, kind):
     assert (labels.kind, labels.shape, labels.teacher_id) == (kind, (4, 8), teacher_id(laq))
     spec = data_loader.SampleSpec(cameras=(), label_camera=labels.camera, pair_size=labels.pair_size)
     for datasets in [dataset], [dataset, image_source]:
-        dataset = data_loader.SampleDataset(datasets, spec, seed=0)
-        raw = dataset[[data_order.SampleKey(0, slot, slot % len(datasets), 3 + slot) for slot in range(4)]]
+        samples = data_loader.SampleDataset(datasets, spec, seed=0)
+        raw = samples[[data_order.SampleKey(0, slot, slot % len(datasets), 3 + slot) for slot in range(4)]]
         found = labels(raw)
         assert not found.requires_grad
         for slot in range(0, 4, len(datasets)):  # the video's
@@ -178,16 +178,16 @@ def test_held_out_errors_are_of_the_exported_teacher(run_dir, video_dataset):
 
 
 def test_frames_of_several_sizes_have_the_range_that_laq_expects(tmp_path, video_dataset, image_dataset, monkeypatch):
-    wiring = {}
+    forward, seen = LAQ.forward, []
 
-    def keep(config, accelerator, module, make_batches, prepare, **_):
-        wiring.update(make_batches=make_batches, prepare=prepare)
+    def spy(laq: LAQ, batch: PairBatch) -> dict[str, torch.Tensor]:
+        seen.append(batch.frames)
+        return forward(laq, batch)
 
-    monkeypatch.setattr(run, "train", keep)
+    monkeypatch.setattr(LAQ, "forward", spy)
     for name, roots in {"one": [video_dataset], "two": [video_dataset, image_dataset]}.items():
-        train_teacher(make_config(tmp_path / name, *roots))
-        raw = next(iter(wiring["make_batches"](0)))
-        frames = wiring["prepare"](raw).frames
+        train_teacher(make_config(tmp_path / name, *roots, steps=1))
+        frames = seen.pop()
         assert frames.shape == (8, 2, 3, *{"one": (96, 96), "two": (64, 64)}[name])
         assert frames.dtype == {"one": torch.uint8, "two": torch.float32}[name]
         assert 200 / 255 < unit_range(frames).max() <= 1  # what LAQ makes of them: the square is bright

@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -210,17 +211,23 @@ def assert_loaded(trunk: Trunk, weights: dict[str, torch.Tensor]) -> None:
     assert all(torch.equal(own[name], weights[name]) for name in own)
 
 
-def test_a_whole_smolvlm_is_loaded(config, checkpoint):
+def loaded(config: CoreConfig, checkpoint: Path) -> Trunk:
+    """A trunk with the weights of a SmolVLM's directory, all of them and no others."""
+    weights = load_trunk_weights(replace(config, model_name=str(checkpoint)))
     trunk = Trunk(config)
-    load_trunk_weights(trunk, str(checkpoint), None)
+    trunk.load_state_dict({name.removeprefix("trunk."): tensor for name, tensor in weights.items()})
+    return trunk
+
+
+def test_a_whole_smolvlm_is_loaded(config, checkpoint):
+    trunk = loaded(config, checkpoint)
     weights = load_file(checkpoint / "model.safetensors")
     assert_loaded(trunk, {name.removeprefix("model."): tensor for name, tensor in weights.items()})
 
 
 def test_a_smolvlm_without_language_head_is_loaded(config, checkpoint, tmp_path):
     SmolVLMModel.from_pretrained(checkpoint).save_pretrained(tmp_path / "base")
-    trunk = Trunk(config)
-    load_trunk_weights(trunk, str(tmp_path / "base"), None)
+    trunk = loaded(config, tmp_path / "base")
     assert_loaded(trunk, load_file(tmp_path / "base" / "model.safetensors"))
 
 
@@ -232,16 +239,16 @@ def test_incomplete_weights_are_refused(config, checkpoint, name):
     del weights[f"model.{name}"]
     save_file(weights, checkpoint / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=rf"--model\.name {checkpoint}: the weights lack {re.escape(name)}"):
-        load_trunk_weights(Trunk(config), str(checkpoint), None)
+        loaded(config, checkpoint)
 
 
 def test_weights_of_another_architecture_are_refused(config, checkpoint):
     wider = json.loads(json.dumps(config.vlm))
     wider["text_config"]["intermediate_size"] = 512
-    with pytest.raises(RuntimeError, match=r"size mismatch for text_model\.layers\.0\.mlp\.gate_proj\.weight"):
-        load_trunk_weights(Trunk(replace(config, vlm=wider)), str(checkpoint), None)
-    with pytest.raises(RuntimeError, match=r"Missing key.*text_model\.layers\.6\."):
-        load_trunk_weights(Trunk(replace(config, num_trunk_layers=8)), str(checkpoint), None)
+    with pytest.raises(RuntimeError, match=r"size mismatch for vlm\.text_model\.layers\.0\.mlp\.gate_proj\.weight"):
+        loaded(replace(config, vlm=wider), checkpoint)
+    with pytest.raises(RuntimeError, match=r"Missing key.*vlm\.text_model\.layers\.6\."):
+        loaded(replace(config, num_trunk_layers=8), checkpoint)
 
 
 def test_building_a_trunk_leaves_its_config_alone(config):

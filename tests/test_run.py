@@ -1,7 +1,6 @@
-"""training.py: a step is what its formula says however it is split, and a resumed run is the run it goes on with."""
+"""run.py: a step is what its formula says however it is split, and a resumed run is the run it goes on with."""
 
 import importlib
-import json
 import math
 import os
 import re
@@ -11,114 +10,41 @@ import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate import Accelerator
+from helpers import (
+    Points,
+    Regression,
+    equal,
+    make_accelerator,
+    make_config,
+    make_core,
+    metrics_of,
+    points,
+    train,
+    train_points,
+)
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from smolvla_shared import data, data_loader, data_order, run
 from smolvla_shared.batch import Batch, FlowTarget, RawBatch
-from smolvla_shared.config import LATENT, DataConfig, ModelConfig, OptimConfig, RunConfig
+from smolvla_shared.config import LATENT, DataConfig, OptimConfig, RunConfig
+from smolvla_shared.evaluate import held_out_errors
 from smolvla_shared.labels import OnlineLabels
 from smolvla_shared.laq_files import load_laq
 from smolvla_shared.losses import masked_mean
-from smolvla_shared.model import SmolVLASharedCore, freeze, make_core_config
+from smolvla_shared.model import SmolVLASharedCore, freeze
 from smolvla_shared.preprocess import Preprocessor, Statistics
+from smolvla_shared.run_optimizer import FiniteGradients, learning_rate
 from smolvla_shared.trunk import load_trunk_tokenizer
 
-NOT_REPEATABLE = "time/"
-
-
-def make_config(run_dir: Path, **options) -> RunConfig:
-    defaults = {
-        "data": DataConfig(roots=("x",)),
-        "steps": 4,
-        "batch_size": 8,
-        "log_every": 1,
-        "eval_every": 100,
-        "save_every": 100,
-        "optim": OptimConfig(lr=1e-2, warmup_steps=2, weight_decay=0.1, max_grad_norm=14.0),
-    }
-    run_dir.mkdir(exist_ok=True)
-    return RunConfig(run_dir=run_dir, **defaults | options)
-
-
-def make_accelerator() -> Accelerator:
-    return Accelerator(cpu=True, step_scheduler_with_optimizer=False)
-
-
-def metrics_of(run_dir: Path) -> list[dict[str, float]]:
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if not key.startswith(NOT_REPEATABLE)} for line in lines]
-
-
 # --- a module small enough to train by hand ---------------------------------------------------------------------------
-
-
-@dataclass
-class Points:
-    """Two regression targets, of which masks hide many values: [B, 3] -> [B, 5] and [B, 2]."""
-
-    x: Tensor
-    y: dict[str, Tensor]
-    masks: dict[str, Tensor]
-    keys: list[str]
-
-
-class Regression(nn.Module):
-    def __init__(self):
-        super().__init__()
-        generator = torch.Generator().manual_seed(0)
-        self.heads = nn.ModuleDict({"a": nn.Linear(3, 5), "b": nn.Linear(3, 2)})
-        self.frozen = nn.Linear(3, 3).requires_grad_(False)
-        for parameter in self.parameters():
-            parameter.data = torch.randn(parameter.shape, generator=generator)
-
-    def forward(self, batch: Points) -> dict[str, Tensor]:
-        return {name: (head(self.frozen(batch.x)) - batch.y[name]).square() for name, head in self.heads.items()}
-
-
-def points(step: int) -> Points:
-    """The 8 samples of a step. The masks are uneven: of "a" a sample has 0 to 5 valid values, of "b" most have none."""
-    generator = torch.Generator().manual_seed(step)
-    x = torch.randn(8, 3, generator=generator)
-    y = {"a": torch.randn(8, 5, generator=generator), "b": torch.randn(8, 2, generator=generator)}
-    masks = {"a": torch.arange(5) < torch.randint(0, 6, (8, 1), generator=generator), "b": torch.zeros(8, 2) > 0}
-    masks["b"][step % 8] = True
-    return Points(x, y, masks, [f"step {step} slot {slot}" for slot in range(8)])
-
-
-def passes(first_step: int, process: int = 0, num_processes: int = 1, accumulation_steps: int = 1) -> Iterator[Points]:
-    """The forward passes of one process, dealt as StepSampler deals them."""
-    size = 8 // (num_processes * accumulation_steps)
-    step = first_step
-    while True:
-        whole = points(step)
-        for number in range(accumulation_steps):
-            start = (number * num_processes + process) * size
-            part = slice(start, start + size)
-            y, masks = ({name: value[part] for name, value in of.items()} for of in (whole.y, whole.masks))
-            yield Points(whole.x[part], y, masks, whole.keys[part])
-        step += 1
-
-
-def train_points(config: RunConfig, accelerator: Accelerator | None = None, **options) -> Regression:
-    accelerator = accelerator or make_accelerator()
-    split = accelerator.process_index, accelerator.num_processes, config.accumulation_steps
-    options = {"loss_weights": {"b": 0.3}} | options
-    module = options.pop("module", None) or Regression()
-    make_batches = options.pop("make_batches", lambda step: passes(step, *split))
-    prepare = options.pop("prepare", lambda raw: raw)
-    weights = run.train(config, accelerator, module, make_batches, prepare, **options)
-    assert bool(weights) == accelerator.is_main_process
-    if weights:
-        module.load_state_dict(weights)
-    return module
 
 
 def train_by_hand(config: RunConfig) -> tuple[Regression, list[dict[str, float]]]:
@@ -187,7 +113,7 @@ def test_metrics_are_means_since_the_last_line(tmp_path):
 def test_the_learning_rate_is_linear_then_a_cosine(warmup_steps):
     config = OptimConfig(lr=2e-3, warmup_steps=warmup_steps, final_lr_share=0.1)
     num_steps = 25
-    found = [run.learning_rate(step, num_steps, config) for step in range(num_steps + 1)]
+    found = [learning_rate(step, num_steps, config) for step in range(num_steps + 1)]
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=2e-3)
     reference = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_steps - warmup_steps, eta_min=2e-4)
     assert found[:warmup_steps] == pytest.approx([2e-3 * (step + 1) / 5 for step in range(warmup_steps)])
@@ -254,21 +180,15 @@ def train_tiny_core(run_dir: Path, accelerator: Accelerator, resume_from: Path |
     def batches(first_step: int) -> Iterator[Batch]:
         return tiny_batches(accelerator, config.accumulation_steps, first_step)
 
-    run.train(config, accelerator, core, batches, lambda raw: raw, after_step=after_step, resume_from=resume_from)
+    train(config, accelerator, core, batches, after_step=after_step, resume_from=resume_from)
     return core
-
-
-def make_core(**dims) -> SmolVLASharedCore:
-    torch.manual_seed(0)
-    dims = {"state_dim": 4, "latent_vector_dim": 32, "code_seq_len": 4} | dims
-    return SmolVLASharedCore(make_core_config(ModelConfig(preset="tiny"), ("observation.image",), **dims))
 
 
 @pytest.mark.slow
 def test_two_processes_equal_one(tmp_path):
     code = (
         f"import sys, pathlib; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
-        f"import test_training; test_training.run_as_one_of_two(pathlib.Path({str(tmp_path)!r}))\n"
+        f"import test_run; test_run.run_as_one_of_two(pathlib.Path({str(tmp_path)!r}))\n"
     )
     (tmp_path / "script.py").write_text(code)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -309,10 +229,6 @@ def assert_same_losses(run_dir: Path, reference: Path) -> None:
 # --- what is saved ---------------------------------------------------------------------------------------------------
 
 
-def names_in(directory: Path) -> list[str]:
-    return sorted(path.name for path in directory.iterdir())
-
-
 def test_the_average_is_exported_and_training_goes_on_from_the_weights(tmp_path):
     config = make_config(tmp_path / "run", steps=4, save_every=2, ema_decay=0.9)
     exported = {}
@@ -347,18 +263,20 @@ class Breaks(Regression):
         return errors
 
 
-@pytest.mark.parametrize("is_free", [True, False])
+@pytest.mark.parametrize("checks_every_step", [True, False])
 @pytest.mark.parametrize("what", ["loss", "gradient"])
-def test_a_step_that_is_not_finite_is_told_and_never_applied(tmp_path, monkeypatch, what, is_free):
-    """On a CPU at once; on a GPU, where asking is not free, at the next line of the log, as if it had been at once."""
+def test_a_step_that_is_not_finite_is_told_and_never_applied(tmp_path, monkeypatch, what, checks_every_step):
+    """On a CPU at once. On a GPU, where asking would stall it, at the next line of the log, with the same outcome."""
 
-    class Gradients(run.FiniteGradients):
+    class Gradients(FiniteGradients):
         def __init__(self, *args):
             super().__init__(*args)
-            self.is_free = is_free
+            self.checks_every_step = checks_every_step
 
     monkeypatch.setattr(run, "FiniteGradients", Gradients)
-    config = make_config(tmp_path / "run", steps=9, save_every=2 if is_free else 7, log_every=6, accumulation_steps=2)
+    config = make_config(
+        tmp_path / "run", steps=9, save_every=2 if checks_every_step else 7, log_every=6, accumulation_steps=2
+    )
     steps_taken = []
 
     def after_step(step: int) -> dict[str, float]:
@@ -371,7 +289,7 @@ def test_a_step_that_is_not_finite_is_told_and_never_applied(tmp_path, monkeypat
     )
     with pytest.raises(FloatingPointError, match=rf"not finite at step 4: .*: {samples} .*torch.load\('.*process0.pt'"):
         train_points(config, module=module, after_step=after_step)
-    assert len(steps_taken) == (4 if is_free else 6)
+    assert len(steps_taken) == (4 if checks_every_step else 6)
     assert not torch.equal(steps_taken[1]["heads.a.weight"], steps_taken[2]["heads.a.weight"])
     for later in steps_taken[3:]:
         assert equal(later, steps_taken[2])
@@ -386,7 +304,8 @@ def test_a_step_that_is_not_finite_is_told_and_never_applied(tmp_path, monkeypat
     loss = sum(masked_mean(again(batch)["a"], batch.masks["a"]) for batch in batches)
     loss.backward()
     assert not (loss.isfinite() and again.heads["a"].weight.grad.isfinite().all())
-    assert metrics_of(config.run_dir) == []  # the first line would have been that of step 6
+    # The checkpoint of step 2 ended a line; the next would have been that of step 4 or 6.
+    assert [line["step"] for line in metrics_of(config.run_dir)] == ([2] if checks_every_step else [])
 
 
 # --- the real model on recorded video ---------------------------------------------------------------------------------
@@ -408,7 +327,8 @@ def train_core(
     """Six steps of Stage 2 on real video, with augmentation, running average and held-out evaluation."""
     config = make_config(
         run_dir,
-        data=DataConfig(roots=(video,), num_workers=0, val_fraction=0.2),
+        data=DataConfig(roots=(video,), num_workers=0),
+        val_fraction=0.2,
         **{"steps": 6, "batch_size": 4, "accumulation_steps": 2, "ema_decay": 0.9, "eval_samples": 4} | options,
     )
     accelerator = make_accelerator()
@@ -439,15 +359,15 @@ def train_core(
         return {}
 
     def evaluate() -> dict[str, float]:
-        return run.held_out_errors(core, loaders.held_out(), prepare, accelerator)
+        return held_out_errors(core, loaders.held_out(), preprocessor, accelerator, labels)
 
     resume_from = (run_dir / "checkpoints" / "last").resolve() if resume else None
-    run.train(
+    train(
         config,
         accelerator,
         core,
         loaders.train,
-        prepare,
+        prepare=prepare,
         evaluate=evaluate if config.eval_every < 100 else None,
         after_step=stop,
         resume_from=resume_from,
@@ -455,37 +375,26 @@ def train_core(
     return core
 
 
-def equal(one, other) -> bool:
-    """Equal to the bit, through dictionaries and lists; a saved tuple comes back as a list."""
-    if isinstance(one, Tensor):
-        return one.dtype == other.dtype and torch.equal(one, other)
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(equal(one[key], other[key]) for key in one)
-    if isinstance(one, list | tuple):
-        return len(one) == len(other) and all(equal(a, b) for a, b in zip(one, other))
-    return one == other
-
-
 def test_a_stopped_and_resumed_run_is_the_uninterrupted_one(tmp_path, video_dataset, laq_checkpoint):
     """Weights, running average, optimizer and metrics, to the bit; stopped a step after the checkpoint."""
-    options = {"save_every": 3, "eval_every": 2, "log_every": 2}  # a line of metrics.jsonl spans the checkpoint
+    options = {"save_every": 3, "eval_every": 2, "log_every": 2}
     whole = train_core(tmp_path / "whole", video_dataset, laq_checkpoint, **options)
     with pytest.raises(Stop):
         train_core(tmp_path / "cut", video_dataset, laq_checkpoint, stop_after=5, **options)
     assert (tmp_path / "cut" / "checkpoints" / "last").readlink() == Path("000003")
-    assert [line["step"] for line in metrics_of(tmp_path / "cut")] == [2, 4]
+    assert [line["step"] for line in metrics_of(tmp_path / "cut")] == [2, 3, 4]
     resumed = train_core(tmp_path / "cut", video_dataset, laq_checkpoint, resume=True, **options)
     assert equal(dict(whole.state_dict()), dict(resumed.state_dict()))
     records = [
         torch.load(tmp_path / run / "checkpoints" / "last" / "training_state" / "state.pt", weights_only=True)
         for run in ("whole", "cut")
     ]
-    assert records[0].keys() == {"step", "model", "optimizer", "ema", "window"}
+    assert records[0].keys() == {"step", "model", "optimizer", "ema"}
     assert records[0]["step"] == 6
     for key, value in records[0].items():
         assert equal(value, records[1][key]), key
     metrics = metrics_of(tmp_path / "whole")
-    assert [line["step"] for line in metrics] == [2, 4, 6]
+    assert [line["step"] for line in metrics] == [2, 3, 4, 6]  # a checkpoint ends a line
     assert {"loss/latent", "val/latent", "val/latent_error", "val/latent_error_of_mean"} <= metrics[0].keys()
     assert metrics == metrics_of(tmp_path / "cut")
 
@@ -573,9 +482,9 @@ def test_held_out_errors_are_what_they_say():
         text = torch.arange(5).expand(size, 5)
         batches.append(Batch(normal(1, 3, 64, 64), present, text, text >= 0, normal(32), present[:, 0], targets))
     before = {key: value.clone() for key, value in core.state_dict().items()}
-    found = run.held_out_errors(core, batches, lambda raw: raw, make_accelerator())
+    found = held_out_errors(core, batches, lambda raw, latents: raw, make_accelerator())
     assert equal(before, dict(core.state_dict()))
-    assert found.keys() == {f"{t}{kind}" for t in ("latent", "action") for kind in ("", "_error", "_error_of_mean")}
+    assert found.keys() == {f"val/{t}{kind}" for t in ("latent", "action") for kind in ("", "_error", "_error_of_mean")}
     for name, width in (("latent", 8), ("action", 3)):
         tokens = [
             batch.targets[name].value[row, token, :width]
@@ -583,7 +492,7 @@ def test_held_out_errors_are_what_they_say():
             for row, token in batch.targets[name].mask.nonzero().tolist()
         ]
         of_mean = sum((token**2).mean().item() for token in tokens) / len(tokens)
-        assert found[f"{name}_error_of_mean"] == pytest.approx(of_mean, rel=1e-5)
+        assert found[f"val/{name}_error_of_mean"] == pytest.approx(of_mean, rel=1e-5)
 
         def loss(change, name: str = name) -> float:
             """The flow-matching error of all tokens after a change of the target's draws."""
@@ -594,7 +503,7 @@ def test_held_out_errors_are_what_they_say():
                 masks.append(batch.targets[name].mask.flatten())
             return masked_mean(torch.cat(errors), torch.cat(masks)).item()
 
-        assert found[name] == pytest.approx(loss(lambda target: target), rel=1e-5)
+        assert found[f"val/{name}"] == pytest.approx(loss(lambda target: target), rel=1e-5)
         # At t = 1 the velocity's error is that of the predicted mean: (noise - mean) - (noise - target).
         at_one = loss(lambda target: replace(target, noise=target.noise[:, :1], time=torch.ones(len(target.noise), 1)))
-        assert found[f"{name}_error"] == pytest.approx(at_one, rel=1e-4)
+        assert found[f"val/{name}_error"] == pytest.approx(at_one, rel=1e-4)

@@ -1,0 +1,166 @@
+"""Shared by several test modules: a module small enough to train by hand, the smallest real model, comparisons."""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from smolvla_shared.config import DataConfig, ModelConfig, OptimConfig, RunConfig
+from smolvla_shared.losses import masked_mean, valid_tokens
+from smolvla_shared.model import SmolVLASharedCore, make_core_config
+from smolvla_shared.run import Run
+
+NOT_REPEATABLE = "time/"
+
+
+def make_config(run_dir: Path, **options) -> RunConfig:
+    defaults = {
+        "data": DataConfig(roots=("x",)),
+        "steps": 4,
+        "batch_size": 8,
+        "log_every": 1,
+        "eval_every": 100,
+        "save_every": 100,
+        "optim": OptimConfig(lr=1e-2, warmup_steps=2, weight_decay=0.1, max_grad_norm=14.0),
+    }
+    run_dir.mkdir(exist_ok=True)
+    return RunConfig(run_dir=run_dir, **defaults | options)
+
+
+def make_accelerator() -> Accelerator:
+    return Accelerator(cpu=True, step_scheduler_with_optimizer=False)
+
+
+def metrics_of(run_dir: Path) -> list[dict[str, float]]:
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if not key.startswith(NOT_REPEATABLE)} for line in lines]
+
+
+# --- a module small enough to train by hand ---------------------------------------------------------------------------
+
+
+@dataclass
+class Points:
+    """Two regression targets, of which masks hide many values: [B, 3] -> [B, 5] and [B, 2]."""
+
+    x: Tensor
+    y: dict[str, Tensor]
+    masks: dict[str, Tensor]
+    keys: list[str]
+
+
+class Regression(nn.Module):
+    def __init__(self):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.heads = nn.ModuleDict({"a": nn.Linear(3, 5), "b": nn.Linear(3, 2)})
+        self.frozen = nn.Linear(3, 3).requires_grad_(False)
+        for parameter in self.parameters():
+            parameter.data = torch.randn(parameter.shape, generator=generator)
+
+    def forward(self, batch: Points) -> dict[str, Tensor]:
+        return {name: (head(self.frozen(batch.x)) - batch.y[name]).square() for name, head in self.heads.items()}
+
+
+def points(step: int) -> Points:
+    """The 8 samples of a step. The masks are uneven: of "a" a sample has 0 to 5 valid values, of "b" most have none."""
+    generator = torch.Generator().manual_seed(step)
+    x = torch.randn(8, 3, generator=generator)
+    y = {"a": torch.randn(8, 5, generator=generator), "b": torch.randn(8, 2, generator=generator)}
+    masks = {"a": torch.arange(5) < torch.randint(0, 6, (8, 1), generator=generator), "b": torch.zeros(8, 2) > 0}
+    masks["b"][step % 8] = True
+    return Points(x, y, masks, [f"step {step} slot {slot}" for slot in range(8)])
+
+
+def passes(first_step: int, process: int = 0, num_processes: int = 1, accumulation_steps: int = 1) -> Iterator[Points]:
+    """The forward passes of one process, dealt as StepSampler deals them."""
+    size = 8 // (num_processes * accumulation_steps)
+    step = first_step
+    while True:
+        whole = points(step)
+        for number in range(accumulation_steps):
+            start = (number * num_processes + process) * size
+            part = slice(start, start + size)
+            y, masks = ({name: value[part] for name, value in of.items()} for of in (whole.y, whole.masks))
+            yield Points(whole.x[part], y, masks, whole.keys[part])
+        step += 1
+
+
+def train(
+    config: RunConfig,
+    accelerator: Accelerator,
+    module: nn.Module,
+    make_batches: Callable[[int], Any],
+    *,
+    prepare: Callable[[Any], Any] = lambda raw: raw,
+    weight: dict[str, float] | None = None,
+    evaluate: Callable[[], dict[str, float]] | None = None,
+    after_step: Callable[[int], dict[str, float]] = lambda step: {},
+    export: Callable[[Path, dict[str, Tensor], int], None] | None = None,
+    resume_from: Path | None = None,
+) -> dict[str, Tensor]:
+    """The loop of the scripts; returns the weights to publish.
+
+    after_step: called after every update; what it returns is logged
+    """
+    with Run(config, accelerator, module, resume_from, export) as run:
+        for raws in run.steps(make_batches):
+            batches = [prepare(raw) for raw in raws]
+            counts = valid_tokens(batches, accelerator)
+            run.mark("preprocess")
+            for batch in run.passes(batches):
+                errors = run.core(batch)
+                parts = {name: masked_mean(errors[name], batch.masks[name], counts[name]) for name in errors}
+                run.backward(sum((weight or {}).get(name, 1.0) * part for name, part in parts.items()))
+                run.record(parts, errors, batch.masks)
+            run.update()
+            run.log(after_step(run.step))
+            if evaluate and run.evaluates:
+                with run.evaluation():
+                    run.log(evaluate())
+    return run.weights()
+
+
+def train_points(config: RunConfig, accelerator: Accelerator | None = None, **options) -> Regression:
+    """Train a Regression on the points; its loss is a + 0.3 b."""
+    accelerator = accelerator or make_accelerator()
+    split = accelerator.process_index, accelerator.num_processes, config.accumulation_steps
+    module = options.pop("module", None) or Regression()
+    make_batches = options.pop("make_batches", lambda step: passes(step, *split))
+    weights = train(config, accelerator, module, make_batches, **{"weight": {"b": 0.3}} | options)
+    assert bool(weights) == accelerator.is_main_process
+    if weights:
+        module.load_state_dict(weights)
+    return module
+
+
+# --- the real model ---------------------------------------------------------------------------------------------------
+
+
+def make_core(**dims) -> SmolVLASharedCore:
+    torch.manual_seed(0)
+    dims = {"state_dim": 4, "latent_vector_dim": 32, "code_seq_len": 4} | dims
+    return SmolVLASharedCore(make_core_config(ModelConfig(preset="tiny"), ("observation.image",), **dims))
+
+
+# --- comparing --------------------------------------------------------------------------------------------------------
+
+
+def names_in(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
+
+
+def equal(one, other) -> bool:
+    """Equal to the bit, through dictionaries and lists; a saved tuple comes back as a list."""
+    if isinstance(one, Tensor):
+        return one.dtype == other.dtype and torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(equal(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(equal(a, b) for a, b in zip(one, other))
+    return one == other
