@@ -49,8 +49,8 @@ def main(config: Stage2Config) -> None:
     training, held_out = data_order.split_datasets(datasets, config.val_fraction, config.seed)
     labels = open_labels(config, datasets, label_camera)
     dims = initial.latent_dims(labels, options.frame_gap_s, label_camera)
-    about = options.frame_gap_s, label_camera, data.valid_pair_share(datasets, training)
-    latents = recorded_latents(labels, config.label_health, config.accept_label_health, *about)
+    of_pairs = options.frame_gap_s, label_camera, data.valid_pair_share(datasets, training)
+    latents = recorded_latents(labels, config.label_health, config.accept_label_health, *of_pairs)
     dims["state_dim"] = data.common_dim(datasets, data.STATE_KEY) if config.model.use_state else 0
     accelerator, resume_from = start_run(config)
 
@@ -85,8 +85,7 @@ def main(config: Stage2Config) -> None:
 
     weights = run.weights()
     if accelerator.is_main_process:
-        after = artifact.fingerprints(weights)
-        changed = tuple(part for part in after if after[part] != before[part])
+        changed = artifact.changed_parts(before, weights)
         source = artifact.Origin(**origin(config, run.step, [d.name for d in datasets]), changed_parts=changed)
         contents = core.config, weights, initial.tokenizer, statistics, latents, source
         print("artifact:", artifact.save_artifact(config.run_dir / "artifacts", *contents))

@@ -1,6 +1,41 @@
 """Train a robot policy from video first, actions second.
 
-A SmolVLA-like policy with two flow-matching heads on one shared expert: one head learns latent actions, which a frozen
-LAQ teacher reads from video without action labels; the other then learns robot actions from a few labels.
-Start reading at `config.py` and `batch.py`, then `model.py`. Importing this package imports none of its modules.
+A SmolVLA-like policy has two flow-matching heads on one shared expert. The latent head learns latent actions, which a
+frozen LAQ teacher reads from video without action labels. The action head then learns robot actions from a few labels.
+
+The method, in reading order (with train_stage2.py and train_stage3.py, where the training steps are):
+
+    config          every option; CoreConfig, the one description of a model
+    batch           the contract between data and model; the shape legend of all comments
+    preprocess      images, text and vectors as the model reads them, in training and in a rollout
+    flow            flow matching: the path, its velocity, Euler steps
+    losses          unreduced errors, masked means
+    trunk           SmolVLM as a prefix encoder, the attention masks, the expert
+    model           SmolVLASharedCore: one prefix pass, then the expert for each head
+    laq, laq_layers     the teacher: an inverse-dynamics VQ model, LAPA's
+    teacher         its training step, and the commands train, label, check
+    labels          where latent targets come from: the teacher, or a cache
+    data_order      held-out episodes, mixtures, and which sample a slot of a step is
+    data_loader     samples as batches: frames, frame pairs, action chunks, noise and times
+    artifact        the hand-over from Stage 2 to Stage 3
+
+What surrounds it:
+
+    data            reading LeRobotDatasets
+    data_blocks     every frame of a dataset, once and in order
+    initial         what training starts from: a trunk, an artifact, a SmolVLA policy, a policy of this project
+    evaluate        errors on held-out samples
+    rollouts        episodes in environments, their statistics and pictures
+    lerobot_policy, lerobot_processor     the policy as LeRobot sees it
+    lerobot_smolvla                       LeRobot's SmolVLA checkpoints, in and out
+
+Machinery, which the method can be understood without:
+
+    run             keeps a run alive around a script's loop
+    run_checkpoint, run_metrics, run_optimizer, run_sharding, run_signals     its parts
+    label_cache, label_check, label_health     labels kept in files; whether labels are worth learning
+    cache, feature_cache                       rows computed once; the frozen vision tower's output
+    laq_files, files, refusals                 teachers in files; weights and texts in files; refusals
+
+Importing this package imports none of its modules.
 """

@@ -7,7 +7,7 @@ the field, what was expected, what was found, and the fix.
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from smolvla_shared.config import CoreConfig, TeacherKind
 from smolvla_shared.files import file_sha256, public_state, write_text, write_weights
 from smolvla_shared.model import PARTS
 from smolvla_shared.preprocess import Statistics, pack_tokenizer, unpack_tokenizer
+from smolvla_shared.refusals import decode, read_json, refuse_schema
 
 SCHEMA = "smolvla_shared.v1"
 ARTIFACT_NAME = "smolvla_shared_stage2_artifact"
@@ -101,45 +102,19 @@ def _body_sha256(body: dict[str, Any]) -> str:
     return sha256(json.dumps(body, sort_keys=True).encode())
 
 
-def _check_fields(cls: type, values: Any, where: str) -> None:
-    """Raise a ValueError that names the unknown and the missing fields of an object of the manifest."""
-    if not isinstance(values, dict):
-        raise ValueError(f"artifact manifest: {where} should be an object, found {values!r}")
-    names = {f.name for f in fields(cls)}
-    if unknown := sorted(values.keys() - names):
-        raise ValueError(f"artifact manifest: unknown field(s) in {where}: {unknown}; it has {sorted(names)}")
-    if missing := sorted(names - values.keys()):
-        raise ValueError(f"artifact manifest: missing field(s) in {where}: {missing}")
-
-
-def _build(cls: type, values: dict[str, Any]) -> Any:
-    return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
-
-
-def from_json(text: str, path: Path) -> Manifest:
-    """Parse a manifest strictly."""
-    body = json.loads(text)
-    schema = body.get("schema_version")
-    if schema != SCHEMA:
-        raise ValueError(f"{path}: schema_version is {schema!r}, this version reads {SCHEMA!r}: export it again")
+def read_manifest(path: Path) -> Manifest:
+    """A manifest, read strictly. Raises ValueError for another schema, wrong fields, and an edit by hand."""
+    body = read_json(path)
+    refuse_schema(path, body, SCHEMA)
     written_sha256 = body.pop("manifest_sha256", None)
-    _check_fields(Manifest, body, "the manifest")
-    sections = {"core": CoreConfig, "latents": Latents, "source": Origin, "weights": Weights}
-    for key, cls in sections.items():
-        _check_fields(cls, body[key], key)
-    if not isinstance(body["normalization"], dict):
-        raise ValueError(f"artifact manifest: normalization should be an object, found {body['normalization']!r}")
-    for key, values in body["normalization"].items():
-        _check_fields(Statistics, values, f"normalization.{key}")
-    # After the names, which tell more, and before the values are used.
+    manifest = decode(Manifest, body, f"artifact manifest {path}")
+    # After the fields, which tell more.
     if written_sha256 != _body_sha256(body):
         raise ValueError(
             f"{path}: the manifest does not match its own manifest_sha256 ({written_sha256}): a field was edited "
             "after it was written. Export the artifact again from its run"
         )
-    parsed = {key: _build(cls, body[key]) for key, cls in sections.items()}
-    parsed["normalization"] = {key: _build(Statistics, values) for key, values in body["normalization"].items()}
-    return _build(Manifest, body | parsed)
+    return manifest
 
 
 def save_artifact(
@@ -180,7 +155,7 @@ def load_artifact(path: Path) -> Artifact:
     for needed in (path, manifest_path, tokenizer_path):
         if not needed.is_file():
             raise ValueError(f"--stage2-artifact {path}: {needed} does not exist; Stage 2 writes three files together")
-    manifest = from_json(manifest_path.read_text(), manifest_path)
+    manifest = read_manifest(manifest_path)
     for file, expected in ((path, manifest.weights.sha256), (tokenizer_path, manifest.tokenizer_sha256)):
         if (found := file_sha256(file)) != expected:
             raise ValueError(
@@ -199,3 +174,8 @@ def fingerprints(weights: dict[str, Tensor]) -> dict[str, str]:
             digest.update(tensor.cpu().float().contiguous().numpy())
         result[part] = digest.hexdigest()
     return result
+
+
+def changed_parts(before: dict[str, str], weights: dict[str, Tensor]) -> tuple[str, ...]:
+    """The parts whose fingerprints are no longer those from before."""
+    return tuple(part for part, fingerprint in fingerprints(weights).items() if fingerprint != before[part])

@@ -19,7 +19,7 @@ from smolvla_shared.batch import Labels
 from smolvla_shared.config import TeacherKind
 from smolvla_shared.files import write_text
 from smolvla_shared.laq import perplexity
-from smolvla_shared.refusals import refuse_differences
+from smolvla_shared.refusals import decode, read_json, refuse_differences, refuse_schema
 
 SCHEMA = "smolvla_shared.label_health.v1"
 FOLDS = 5
@@ -311,11 +311,10 @@ def read_verdict(path: Path) -> Verdict:
     """The verdict of a label_health.json. Raises ValueError if there is none."""
     if not path.is_file():
         raise ValueError(f"--label-health {path}: no such file; `python -m smolvla_shared.teacher check` writes it")
-    report = json.loads(path.read_text())
-    if report.get("schema_version") != SCHEMA:
-        raise ValueError(f"{path}: schema_version {report.get('schema_version')!r}, expected {SCHEMA!r}")
-    values = {name: report[name] for name in (f.name for f in fields(Verdict))}
-    return Verdict(**values | {"reasons": tuple(report["reasons"])})
+    report = read_json(path)
+    refuse_schema(path, report, SCHEMA)
+    names = {field.name for field in fields(Verdict)}
+    return decode(Verdict, {name: value for name, value in report.items() if name in names}, str(path))
 
 
 def recorded_latents(

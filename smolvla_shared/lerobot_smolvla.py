@@ -9,10 +9,9 @@ LeRobot's options of training and execution. Padding of text and prefix (pad_lan
 
 import json
 import re
-import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 import tyro
@@ -403,15 +402,13 @@ def export_smolvla(config: ExportConfig) -> None:
         print("left out, SmolVLA has none: the latent head")
 
 
-COMMANDS = {"import": (ImportConfig, import_smolvla), "export": (ExportConfig, export_smolvla)}
-
-
 def main() -> None:
-    name = sys.argv[1] if len(sys.argv) > 1 else "nothing"
-    if name not in COMMANDS:
-        raise SystemExit(f"python -m smolvla_shared.lerobot_smolvla {{{','.join(COMMANDS)}}} [--help]; got {name}")
-    config_class, command = COMMANDS[name]
-    command(tyro.cli(config_class, prog=f"python -m smolvla_shared.lerobot_smolvla {name}", args=sys.argv[2:]))
+    config = tyro.cli(
+        Annotated[ImportConfig, tyro.conf.subcommand("import")]
+        | Annotated[ExportConfig, tyro.conf.subcommand("export")],
+        prog="python -m smolvla_shared.lerobot_smolvla",
+    )
+    import_smolvla(config) if isinstance(config, ImportConfig) else export_smolvla(config)
 
 
 if __name__ == "__main__":

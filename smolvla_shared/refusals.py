@@ -1,7 +1,11 @@
-"""Refusing what does not fit: both sides, in the same words everywhere."""
+"""Refusing what does not fit: both sides in the same words everywhere, and JSON read strictly into dataclasses."""
 
+import json
 from collections.abc import Iterable
-from typing import Any
+from dataclasses import is_dataclass
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 
 def refuse_differences(
@@ -14,3 +18,81 @@ def refuse_differences(
     differences = [f"  {name}: {asked} {one}, {found} {other}" for name, one, other in rows if one != other]
     if differences:
         raise ValueError("\n".join([f"{title}:", *differences, *filter(None, [fix])]))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises ValueError, with the path, for everything else that may be there."""
+    try:
+        value = json.loads(path.read_bytes())
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:  # not JSON, or not text
+        raise ValueError(f"{path} is not JSON ({error}): it is damaged, write or copy it again") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} should hold a JSON object, it holds {shown(value)}")
+    return value
+
+
+def refuse_schema(path: Path, body: dict[str, Any], schema: str) -> None:
+    """Raise ValueError unless the JSON object of a file names this schema."""
+    if (found := body.get("schema_version")) != schema:
+        raise ValueError(f"{path}: schema_version is {found!r}, this version reads {schema!r}: write it again")
+
+
+def decode[T](cls: type[T], values: Any, where: str) -> T:
+    """A dataclass from JSON values: every field must be there, no other, and each of its type.
+
+    A field with a default is not filled in, and no value is converted, but for an integer that is a float's. Raises
+    ValueError that lists everything wrong, each with its place, or that the dataclass itself raises.
+    """
+    problems: list[str] = []
+    decoded = _decode(cls, values, "", problems)
+    if problems:
+        raise ValueError(f"{where} does not hold what it should:\n  " + "\n  ".join(problems))
+    return decoded
+
+
+def _decode(kind: Any, value: Any, at: str, problems: list[str]) -> Any:
+    origin, arguments = get_origin(kind), get_args(kind)
+    if is_dataclass(kind):
+        return _decode_fields(kind, value, at, problems)
+    if origin in (Union, UnionType):  # X | None
+        if value is None and type(None) in arguments:
+            return None
+        (kind,) = (argument for argument in arguments if argument is not type(None))
+        return _decode(kind, value, at, problems)
+    if origin is tuple and isinstance(value, list) and arguments[-1] is ...:
+        return tuple(_decode(arguments[0], item, f"{at}[{index}]", problems) for index, item in enumerate(value))
+    if origin is dict and isinstance(value, dict):
+        return {key: _decode(arguments[1], item, f"{at}.{key}" if at else key, problems) for key, item in value.items()}
+    if kind is float and type(value) is int:
+        return float(value)
+    is_right = value in arguments if origin is Literal else kind is Any or type(value) is kind
+    if not is_right:
+        expected = "one of " + ", ".join(map(repr, arguments)) if origin is Literal else _in_words(kind)
+        problems.append(f"{at}: expected {expected}, found {shown(value)}")
+    return value
+
+
+def _decode_fields(cls: Any, value: Any, at: str, problems: list[str]) -> Any:
+    if not isinstance(value, dict):
+        problems.append(f"{at or 'the whole'}: expected an object, found {shown(value)}")
+        return None
+    hints, prefix, before = get_type_hints(cls), f"{at}." if at else "", len(problems)
+    problems += [f"{prefix}{name}: missing" for name in hints if name not in value]
+    problems += [f"{prefix}{name}: unknown; there are {', '.join(hints)}" for name in value if name not in hints]
+    fields = {
+        name: _decode(hint, value[name], prefix + name, problems) for name, hint in hints.items() if name in value
+    }
+    return None if len(problems) > before else cls(**fields)
+
+
+def _in_words(kind: Any) -> str:
+    words = {str: "a text", int: "a whole number", float: "a number", bool: "true or false"}
+    return words.get(kind) or {tuple: "a list", dict: "an object"}.get(get_origin(kind), str(kind))
+
+
+def shown(value: Any) -> str:
+    """A value as JSON, cut to what fits a message."""
+    text = json.dumps(value, default=str)
+    return text if len(text) <= 80 else text[:77] + "..."

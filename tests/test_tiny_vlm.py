@@ -1,6 +1,7 @@
 """The shipped preset `tiny` is what its script writes, and stands in for SmolVLM."""
 
 import runpy
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from transformers import AutoConfig, AutoTokenizer, SmolVLMForConditionalGenerat
 
 
 def test_script_regenerates_the_shipped_files(tiny_vlm, tmp_path):
-    runpy.run_path(str(tiny_vlm.parent / "make_tiny_vlm.py"))["main"](tmp_path)
+    runpy.run_path(str(Path(__file__).parent.parent / "scripts" / "make_tiny_vlm.py"))["main"](tmp_path)
     shipped = {path.name: path.read_text() for path in tiny_vlm.iterdir()}
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == shipped
 

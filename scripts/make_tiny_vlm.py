@@ -1,6 +1,6 @@
-"""Regenerates tiny_vlm/: the architecture and the tokenizer of the preset `tiny`, a SmolVLM small enough for a CPU.
+"""Regenerates smolvla_shared/assets/tiny_vlm: the architecture and the tokenizer of the preset `tiny`, a SmolVLM small enough for a CPU.
 
-    python smolvla_shared/assets/make_tiny_vlm.py
+    python scripts/make_tiny_vlm.py
 
 The files are those of a SmolVLM directory on the hub without the weights, so that everything that reads one
 (transformers, LeRobot's SmolVLA, our own trunk) reads this one. The tokenizer is a byte-level BPE: any text encodes
@@ -151,4 +151,4 @@ def main(directory: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(__file__).parent / "tiny_vlm")
+    main(Path(__file__).parent.parent / "smolvla_shared" / "assets" / "tiny_vlm")
