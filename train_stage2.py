@@ -42,9 +42,9 @@ def main(config: Stage2Config) -> None:
     from smolvla_shared.run import Run, origin, start_run
 
     # What a user can get wrong is refused here, before Run makes the run directory.
+    datasets = data.open_datasets(config.data)
     initial = open_initial(config.model)
     options = initial.data_options(config.data, with_latents=True)
-    datasets = data.open_datasets(options)
     cameras, label_camera = data.choose_cameras(datasets, options)
     training, held_out = data_order.split_datasets(datasets, config.val_fraction, config.seed)
     labels = open_labels(config, datasets, label_camera)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 import tyro
 
-from smolvla_shared.config import ACTION, LATENT, PolicyDataConfig, RunConfig, StageOptions
+from smolvla_shared.config import ACTION, LATENT, RunConfig, StageOptions
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -67,18 +67,18 @@ class Stage3Config(StageOptions, RunConfig):
         return bool(self.video_roots or self.video_repo_ids)
 
 
-def open_recordings(config: Stage3Config, options: PolicyDataConfig) -> "tuple[list[RobotDataset], list[RobotDataset]]":
+def open_recordings(config: Stage3Config) -> "tuple[list[RobotDataset], list[RobotDataset]]":
     """The labelled demonstrations, and the action-free video. Raises ValueError for demonstrations without actions."""
     from smolvla_shared import data
 
-    labelled = data.open_datasets(options)
+    labelled = data.open_datasets(config.data)
     for dataset in labelled:
         if data.ACTION_KEY not in dataset.features:
             raise ValueError(
                 f"{dataset.name} has no {data.ACTION_KEY!r} column, it has {sorted(dataset.features)}: Stage 3 learns "
                 "from labelled demonstrations; action-free video goes into --video-roots"
             )
-    video = replace(options, repo_ids=config.video_repo_ids, roots=config.video_roots) if config.has_video else None
+    video = replace(config.data, repo_ids=config.video_repo_ids, roots=config.video_roots) if config.has_video else None
     return labelled, data.open_datasets(video) if video else []
 
 
@@ -114,10 +114,10 @@ def main(config: Stage3Config) -> None:
 
     # What a user can get wrong is refused here, before Run makes the run directory.
     weight = {ACTION: 1.0} | ({LATENT: config.latent_loss_weight} if config.latent_loss_weight else {})
+    labelled, video = open_recordings(config)
+    datasets = labelled + video
     initial = open_initial(config.model, config.stage2_artifact)
     options = initial.data_options(config.data, with_latents=LATENT in weight)
-    labelled, video = open_recordings(config, options)
-    datasets = labelled + video
     cameras, label_camera = data.choose_cameras(datasets, options)
     dims = {"action_dim": data.common_dim(labelled, data.ACTION_KEY), "chunk_size": config.chunk_size}
     dims["state_dim"] = data.common_dim(datasets, data.STATE_KEY) if config.model.use_state else 0
@@ -132,7 +132,8 @@ def main(config: Stage3Config) -> None:
     groups = data_order.mix(training[: len(labelled)], training[len(labelled) :], config.video_share)
     held_out = data_order.group_rows([(index, rows) for index, rows in held_out if index < len(labelled)])
     described = initial.describe(core, statistics.get("state")), data.describe(datasets, with_pairs=LATENT in weight)
-    accelerator.print(*described, f"Stage 3: {data_order.plan(groups, config)}", sep="\n")
+    plan = f"Stage 3: {data_order.plan(groups, config)}; loss {weight}; statistics of the {config.normalization}"
+    accelerator.print(*described, plan, sep="\n")
     statistics |= recorded
     if labels:
         about = labels, datasets, training, config.seed, accelerator.device

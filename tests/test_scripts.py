@@ -225,9 +225,11 @@ def test_stage_3_starts_from_the_artifact(runs):
     s2_moved = (artifact[key] - scratch[f"model.{key}"]).norm()
     assert (s3[f"model.{key}"] - artifact[key]).norm() < s2_moved
     printed = (runs / "s3.txt").read_text()
-    assert "s2 step 4, action head freshly initialised" in printed
-    assert "standard deviations from the artifact's; using those of the data" in printed
-    assert "scratch arm" in (runs / "scratch.txt").read_text()
+    assert "(s2 step 4); cameras observation.image; freshly initialised: action head\n" in printed
+    assert (
+        "standard deviations from the artifact's" in printed and "loss: 1 x action; statistics of the data" in printed
+    )
+    assert "from the trunk's own weights (tiny); cameras" in (runs / "scratch.txt").read_text()
 
 
 @pytest.mark.slow
@@ -235,7 +237,7 @@ def test_co_training_moves_the_latent_head(runs):
     artifact = load_artifact(runs / "s2" / ARTIFACT).state_dict
     cotrain = load_file(runs / "cotrain" / POLICY / "model.safetensors")
     assert not torch.equal(cotrain["model.latent_head.out_proj.weight"], artifact["latent_head.out_proj.weight"])
-    assert "co-training the latent head with weight 0.1" in (runs / "cotrain.txt").read_text()
+    assert "loss: 1 x action + 0.1 x latent" in (runs / "cotrain.txt").read_text()
 
 
 # --- refused ----------------------------------------------------------------------------------------------------------
@@ -309,10 +311,11 @@ def test_what_contradicts_the_artifact_is_refused(runs, tmp_path, labelled_datas
     cotrain = ["--latent-loss-weight", "0.1", "--laq-ckpt"]
     own_teacher = str(runs / "laq" / TEACHER)
     for arguments, message in [
-        (["--model.name", "my/trunk", "--data.cameras", "top"], r"(?s)model_name: .*my/trunk.*cameras: .*'top'"),
+        (["--model.name", "my/trunk"], "model_name: command line my/trunk, artifact tiny"),
+        (["--data.cameras", "top"], "asked for .'top'.*found .*observation.image"),
         ([*cotrain, str(laq_checkpoint)], r"teacher \(--laq-ckpt\): command line [0-9a-f]{64}, artifact [0-9a-f]{64}"),
         ([*cotrain, own_teacher, "--data.frame-gap-s", "0.25"], "frame-gap-s: command line 0.25, artifact 0.5"),
-        (["--normalization", "artifact", "--model.no-use-state"], "state has 0 dimensions, the artifact's .* have 4"),
+        (["--normalization", "artifact", "--model.no-use-state"], "state: dimensions in the data 0, in the artifact 4"),
     ]:
         args = [*given, *arguments, "--run-dir", str(tmp_path / "run")]
         with pytest.raises(ValueError, match=message):
