@@ -5,7 +5,6 @@
 neither                                             the trunk's own weights, under a fresh expert
 """
 
-import json
 from collections.abc import Collection
 from dataclasses import asdict, dataclass, field, replace
 from itertools import zip_longest
@@ -29,7 +28,7 @@ from smolvla_shared.model import (
     prepare_to_train,
 )
 from smolvla_shared.preprocess import Statistics
-from smolvla_shared.refusals import refuse_differences
+from smolvla_shared.refusals import read_json, refuse_differences
 from smolvla_shared.trunk import load_trunk_tokenizer, load_trunk_weights
 
 HEADS = ("latent head", "action head")  # the parts that any initial weights may leave out
@@ -162,7 +161,7 @@ def open_initial(model: ModelConfig, stage2_artifact: Path | None = None) -> Ini
         initial = _of_artifact(Path(name))
     else:
         config = find_directory("policy", name, ("config.json",)) / "config.json"
-        is_ours = json.loads(config.read_text()).get("type") == lerobot_policy.HLRPSmolVLASharedPolicy.name
+        is_ours = read_json(config).get("type") == lerobot_policy.HLRPSmolVLASharedPolicy.name
         initial = _of_policy(str(name)) if is_ours else _of_smolvla(str(name))
     stated = {"model_name": model.stated_name, "model_revision": model.revision}
     refuse_differences(

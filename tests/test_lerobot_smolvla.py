@@ -1,11 +1,11 @@
-"""smolvla.py: LeRobot's SmolVLA policies become ours and ours theirs, with the same actions, or are refused."""
+"""lerobot_smolvla.py: LeRobot's SmolVLA policies become ours and ours theirs, with the same actions, or are refused."""
 
 import json
 import os
 import shutil
 import subprocess
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -21,9 +21,16 @@ from safetensors.torch import load_file, save_file
 import train_stage2
 import train_stage3
 from smolvla_shared import lerobot_policy as ours
-from smolvla_shared import lerobot_smolvla
 from smolvla_shared.artifact import ARTIFACT_NAME, load_artifact
-from smolvla_shared.config import DataConfig, ModelConfig
+from smolvla_shared.config import ModelConfig
+from smolvla_shared.lerobot_smolvla import (
+    ExportConfig,
+    ImportConfig,
+    export_smolvla,
+    import_smolvla,
+    load_checkpoint,
+    main,
+)
 from smolvla_shared.model import SmolVLASharedCore, make_core_config
 from smolvla_shared.preprocess import Statistics
 from smolvla_shared.trunk import load_trunk_tokenizer
@@ -31,6 +38,15 @@ from smolvla_shared.trunk import load_trunk_tokenizer
 TOP, WRIST, EMPTY = "observation.image", "observation.images.wrist", "observation.images.empty_camera_0"
 T, A, STATE = 6, 3, 4
 TASKS = ["slide the plate into the goal", "öffne das Fenster", ""]
+OUR_NAMES = {  # the beginning of a core's names, by the beginning of LeRobot's
+    "model.vlm_with_expert.vlm.model.": "trunk.vlm.",
+    "model.vlm_with_expert.lm_expert.": "expert.",
+    "model.state_proj.": "state_proj.",
+    "model.action_in_proj.": "action_head.in_proj.",
+    "model.action_time_mlp_in.": "action_head.time_mlp_in.",
+    "model.action_time_mlp_out.": "action_head.time_mlp_out.",
+    "model.action_out_proj.": "action_head.out_proj.",
+}
 FINAL_NORM = "model.vlm_with_expert.vlm.model.text_model.norm.weight"
 OUTPUT_LAYER = "model.vlm_with_expert.vlm.lm_head.weight"
 STATS = {
@@ -88,14 +104,14 @@ def checkpoint(tiny_vlm, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def imported(checkpoint) -> Path:
     out = checkpoint.parent / "imported"
-    ours.import_smolvla(ours.ImportConfig(str(checkpoint), out))
+    import_smolvla(ImportConfig(str(checkpoint), out))
     return out
 
 
 @pytest.fixture(scope="module")
 def exported(imported) -> Path:
     out = imported.parent / "exported"
-    ours.export_smolvla(ours.ExportConfig(str(imported), out))
+    export_smolvla(ExportConfig(str(imported), out))
     return out
 
 
@@ -143,6 +159,19 @@ def act(directory: Path) -> torch.Tensor:
     return postprocess(policy.predict_action_chunk(preprocess(batch | {"task": TASKS}), noise=noise))
 
 
+def by_our_names(checkpoint: Path, prefix: str = "") -> dict[str, torch.Tensor]:
+    """LeRobot's weights by our names, those that begin with the prefix; without the two that no action depends on."""
+    tensors = load_file(checkpoint / "model.safetensors")
+    renamed = {
+        new + name.removeprefix(old): tensor
+        for name, tensor in tensors.items()
+        for old, new in OUR_NAMES.items()
+        if name.startswith(old) and name not in (FINAL_NORM, OUTPUT_LAYER)
+    }
+    assert len(renamed) == len(tensors) - 2
+    return {name: tensor for name, tensor in renamed.items() if name.startswith(prefix)}
+
+
 def relative_difference(a: torch.Tensor, b: torch.Tensor) -> float:
     return ((a - b).norm() / b.norm()).item()
 
@@ -169,16 +198,24 @@ def test_commands_and_policies_work_elsewhere(checkpoint, tmp_path):
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    command = ["-m", "smolvla_shared.lerobot_policy"]
-    printed = run(*command, "import-smolvla", checkpoint, tmp_path / "imported")
+    command = ["-m", "smolvla_shared.lerobot_smolvla"]
+    printed = run(*command, "import", checkpoint, tmp_path / "imported")
     assert f"left out, no action depends on them: {OUTPUT_LAYER}, {FINAL_NORM}" in printed
-    run(*command, "export-smolvla", tmp_path / "imported", tmp_path / "exported")
+    run(*command, "export", tmp_path / "imported", tmp_path / "exported")
     files = [tmp_path / "inputs.safetensors", tmp_path / "outputs.safetensors"]
     save_file(observations(), files[0])
     run("-c", ACT, *files, tmp_path / "imported", tmp_path / "exported", *TASKS)
     actions = load_file(files[1])
     assert relative_difference(actions["hlrp_smolvla_shared"], act(checkpoint)) < 1e-5
     assert relative_difference(actions["smolvla"], act(checkpoint)) < 1e-6
+
+
+@pytest.mark.parametrize("arguments", [[], ["import-smolvla", "a", "b"]])
+def test_the_commands_are_named_where_another_is_asked_for(monkeypatch, capsys, arguments):
+    monkeypatch.setattr(sys, "argv", ["lerobot_smolvla.py", *arguments])
+    with pytest.raises(SystemExit) as error:
+        main()
+    assert error.value.code == 2 and "import, export" in capsys.readouterr().err
 
 
 def test_lerobot_to_ours_and_back_is_equal_to_the_bit(checkpoint, exported):
@@ -213,8 +250,8 @@ def save_ours(directory: Path, rename_map: dict[str, str] | None = None, **dims)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_ours_to_lerobot_and_back_is_equal_to_the_bit(tmp_path, dtype):
     save_ours(tmp_path / "ours", rename_map={"observation.images.front": TOP}, torch_dtype=dtype)
-    ours.export_smolvla(ours.ExportConfig(str(tmp_path / "ours"), tmp_path / "lerobot"))
-    ours.import_smolvla(ours.ImportConfig(str(tmp_path / "lerobot"), tmp_path / "back"))
+    export_smolvla(ExportConfig(str(tmp_path / "ours"), tmp_path / "lerobot"))
+    import_smolvla(ImportConfig(str(tmp_path / "lerobot"), tmp_path / "back"))
     before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("ours", "back"))
     shared = {key for key in before if not key.startswith("model.latent_head.")}
     assert after.keys() == shared < before.keys()
@@ -298,18 +335,18 @@ def expected_normalization() -> dict[str, Statistics]:
 
 def test_buffers_of_old_checkpoints_are_their_statistics(checkpoint, tmp_path):
     old = without_processors(copy(checkpoint, tmp_path / "old", buffers()))
-    found = lerobot_smolvla.load_checkpoint(str(old))
+    found = load_checkpoint(str(old))
     assert found.normalization() == expected_normalization()
     assert not any("normalize" in key for key in (*found.weights, *found.unread))
 
 
 def test_a_robots_statistics_are_taken_when_it_is_named(checkpoint, tmp_path):
     old = copy(checkpoint, tmp_path / "old", buffers("so100_") | buffers("so100-red_", scale=2))
-    old = lerobot_smolvla.load_checkpoint(str(without_processors(old)))
+    old = load_checkpoint(str(without_processors(old)))
     assert old.normalization("so100") == expected_normalization()
     assert old.normalization("so100-red")["action"].std == tuple((2 * STATS["action"]["std"]).tolist())
     rename_statistics(new := copy(checkpoint, tmp_path / "new"), "so100.buffer.")
-    new = lerobot_smolvla.load_checkpoint(str(new))
+    new = load_checkpoint(str(new))
     assert new.normalization("so100") == expected_normalization()
     for found, robots in ((old, "so100, so100-red"), (new, "so100")):
         with pytest.raises(ValueError, match=rf"(?s)missing: action.mean.*found:.*of the robots {robots}: .*--robot"):
@@ -350,8 +387,14 @@ def test_a_robots_statistics_are_taken_when_it_is_named(checkpoint, tmp_path):
 def test_statistics_that_cannot_be_mapped_are_listed(checkpoint, tmp_path, change, message):
     change(copy(checkpoint, tmp_path / "changed"))
     with pytest.raises(ValueError, match=rf"(?s)cannot map the statistics.*{message}"):
-        ours.import_smolvla(ours.ImportConfig(str(tmp_path / "changed"), tmp_path / "out"))
+        import_smolvla(ImportConfig(str(tmp_path / "changed"), tmp_path / "out"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["changed"]
+
+
+def test_weights_are_lerobots_by_our_names(checkpoint):
+    found, expected = load_checkpoint(str(checkpoint)).weights, by_our_names(checkpoint)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
 def copy_over(directory: Path, tensors: dict[str, torch.Tensor]) -> None:
@@ -374,7 +417,7 @@ OUT_PROJ = "model.action_out_proj.weight"
 def test_loading_is_strict(checkpoint, tmp_path, weights, message):
     copy(checkpoint, tmp_path / "changed", weights)
     with pytest.raises(ValueError, match=message):
-        ours.import_smolvla(ours.ImportConfig(str(tmp_path / "changed"), tmp_path / "out"))
+        import_smolvla(ImportConfig(str(tmp_path / "changed"), tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
 
@@ -383,17 +426,17 @@ def test_names_of_a_compiled_model_are_understood(checkpoint, tmp_path):
     tensors = load_file(compiled / "model.safetensors")
     renamed = {key.replace("model.", "model._orig_mod.", 1): tensor for key, tensor in tensors.items()}
     save_file(renamed, compiled / "model.safetensors")
-    assert torch.equal(
-        lerobot_smolvla.build_core(lerobot_smolvla.load_checkpoint(str(compiled))).state_proj.bias, tensors[key]
-    )
+    found = load_checkpoint(str(compiled)).weights
+    assert found.keys() == by_our_names(checkpoint).keys()
+    assert torch.equal(found["state_proj.bias"], tensors[key])
 
 
 def test_language_layers_beyond_those_kept_are_left_out(checkpoint, tmp_path):
     layer = "model.vlm_with_expert.vlm.model.text_model.layers.{}.input_layernorm.weight"
     deep = copy(checkpoint, tmp_path / "deep", {layer.format(4): torch.zeros(128), layer.format(31): torch.zeros(128)})
-    found = lerobot_smolvla.load_checkpoint(str(deep))
+    found = load_checkpoint(str(deep))
     assert found.unread == (OUTPUT_LAYER, layer.format(31), layer.format(4), FINAL_NORM)
-    lerobot_smolvla.build_core(found)
+    assert found.weights.keys() == by_our_names(checkpoint).keys()
 
 
 @pytest.mark.parametrize(
@@ -414,13 +457,13 @@ def test_language_layers_beyond_those_kept_are_left_out(checkpoint, tmp_path):
 def test_what_has_no_counterpart_is_refused(checkpoint, tmp_path, config, message):
     copy(checkpoint, tmp_path / "changed", config=config)
     with pytest.raises(ValueError, match=rf"(?s)changed is a SmolVLA that has no counterpart here:\n.*{message}"):
-        lerobot_smolvla.load_checkpoint(str(tmp_path / "changed"))
+        load_checkpoint(str(tmp_path / "changed"))
 
 
 def test_a_configuration_that_lerobot_does_not_read_is_refused(checkpoint, tmp_path):
     copy(checkpoint, tmp_path / "changed", config={"number_of_legs": 4})
     with pytest.raises(ValueError, match=r"installed LeRobot does not read its config.json: .*number_of_legs"):
-        lerobot_smolvla.load_checkpoint(str(tmp_path / "changed"))
+        load_checkpoint(str(tmp_path / "changed"))
 
 
 def test_an_unknown_processor_step_is_refused(checkpoint, tmp_path):
@@ -429,25 +472,25 @@ def test_an_unknown_processor_step_is_refused(checkpoint, tmp_path):
     pipeline["steps"].append({"registry_name": "absolute_actions_processor", "config": {}})
     path.write_text(json.dumps(pipeline))
     with pytest.raises(ValueError, match="processor step absolute_actions_processor: unknown"):
-        lerobot_smolvla.load_checkpoint(str(path.parent))
+        load_checkpoint(str(path.parent))
 
 
 def test_what_is_no_smolvla_checkpoint_is_refused(checkpoint, imported, tmp_path):
     with pytest.raises(
         ValueError, match="no SmolVLA checkpoint nobody/nothing: there is no such directory, and the hub"
     ):
-        lerobot_smolvla.load_checkpoint("nobody/nothing")
+        load_checkpoint("nobody/nothing")
     with pytest.raises(ValueError, match="holds a policy of type hlrp_smolvla_shared, expected smolvla"):
-        lerobot_smolvla.load_checkpoint(str(imported))
+        load_checkpoint(str(imported))
     moved = without_processors(copy(checkpoint, tmp_path / "moved", config={"vlm_model_name": "/nowhere"}))
     with pytest.raises(ValueError, match=r"its vlm_model_name in config.json cannot be loaded: .*/nowhere"):
-        lerobot_smolvla.load_checkpoint(str(moved))
+        load_checkpoint(str(moved))
 
 
 def test_an_existing_directory_is_not_written_to(checkpoint, imported):
     for command, config in (
-        (ours.import_smolvla, ours.ImportConfig(str(checkpoint), imported)),
-        (ours.export_smolvla, ours.ExportConfig(str(imported), checkpoint)),
+        (import_smolvla, ImportConfig(str(checkpoint), imported)),
+        (export_smolvla, ExportConfig(str(imported), checkpoint)),
     ):
         with pytest.raises(ValueError, match="exists already: name a new directory"):
             command(config)
@@ -464,7 +507,7 @@ def test_an_existing_directory_is_not_written_to(checkpoint, imported):
 def test_what_lerobot_cannot_express_is_not_exported(tmp_path, dims, message):
     save_ours(tmp_path / "ours", **dims)
     with pytest.raises(ValueError, match=rf"(?s)LeRobot's SmolVLA cannot express:\n.*{message}"):
-        ours.export_smolvla(ours.ExportConfig(str(tmp_path / "ours"), tmp_path / "lerobot"))
+        export_smolvla(ExportConfig(str(tmp_path / "ours"), tmp_path / "lerobot"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ours"]
 
 
@@ -472,70 +515,27 @@ def test_optional_cameras_are_exported_by_lerobots_names_only(imported, tmp_path
     config = json.loads((copy_tree(imported, tmp_path / "ours") / "config.json").read_text())
     (tmp_path / "ours" / "config.json").write_text(json.dumps(config | {"optional_cameras": [WRIST]}))
     with pytest.raises(ValueError, match=rf"optional cameras of other names than .*: {WRIST}"):
-        ours.export_smolvla(ours.ExportConfig(str(tmp_path / "ours"), tmp_path / "lerobot"))
+        export_smolvla(ExportConfig(str(tmp_path / "ours"), tmp_path / "lerobot"))
+
+
+def test_cameras_are_exported_in_the_models_order(imported, exported, tmp_path):
+    """LeRobot's SmolVLA takes the cameras in the order of its features; a policy of ours takes its core's order."""
+    path = copy_tree(imported, tmp_path / "ours") / "config.json"
+    config = json.loads(path.read_text())
+    config["input_features"] = dict(reversed(config["input_features"].items()))
+    path.write_text(json.dumps(config))
+    export_smolvla(ExportConfig(str(path.parent), tmp_path / "lerobot"))
+    expected, found = (json.loads((d / "config.json").read_text()) for d in (exported, tmp_path / "lerobot"))
+    assert list(found["input_features"].items()) == list(expected["input_features"].items())
 
 
 def copy_tree(source: Path, directory: Path) -> Path:
     return Path(shutil.copytree(source, directory))
 
 
-# --- training from it -------------------------------------------------------------------------------------------------
-
-
-def test_a_core_to_train_starts_from_the_checkpoint(checkpoint):
-    """Cameras, sizes of the data and the latent head are the run's; everything else is the checkpoint's."""
-    init = lerobot_smolvla.load_init(ModelConfig(init_from=str(checkpoint)))
-    assert lerobot_smolvla.init_cameras(DataConfig(repo_ids=("a",)), init).cameras == (WRIST, TOP)
-    stated = DataConfig(repo_ids=("a",), cameras=("left", "right", "back"))
-    assert lerobot_smolvla.init_cameras(stated, init) == stated and lerobot_smolvla.init_cameras(stated, None) == stated
-    described = lerobot_smolvla.describe(init, stated.cameras)
-    assert f"left as {WRIST}, right as {TOP}, back as one more; left out" in described and FINAL_NORM in described
-
-    dims = {"latent_vector_dim": 8, "code_seq_len": 2, "action_dim": 7, "state_dim": 5, "chunk_size": 9}
-    core, tokenizer = lerobot_smolvla.make_core(ModelConfig(), init, ("left",), **dims)
-    assert core.config == replace(init.core, cameras=("left",), **dims)
-    expected = lerobot_smolvla.build_core(init).state_dict()
-    state = core.state_dict()
-    assert {key for key in state if key not in expected} == {key for key in state if key.startswith("latent_head.")}
-    assert all(torch.equal(state[key], expected[key]) for key in expected)
-    assert tokenizer is init.tokenizer
-
-
-def test_a_bfloat16_trunk_trains_in_float32(checkpoint, tmp_path):
-    trunk = {
-        key: tensor.bfloat16()
-        for key, tensor in load_file(checkpoint / "model.safetensors").items()
-        if key.startswith("model.vlm_with_expert.vlm.model.")
-    }
-    init = lerobot_smolvla.load_checkpoint(str(copy(checkpoint, tmp_path / "low", trunk)))
-    assert init.core.torch_dtype == "bfloat16"
-    core, _ = lerobot_smolvla.make_core(ModelConfig(), init, init.cameras)
-    assert {parameter.dtype for parameter in core.parameters()} == {torch.float32}
-    key = "text_model.layers.0.mlp.up_proj.weight"
-    assert torch.equal(core.state_dict()[f"trunk.vlm.{key}"], trunk[f"model.vlm_with_expert.vlm.model.{key}"].float())
-
-
-def test_options_that_contradict_the_checkpoint_are_listed(checkpoint):
-    options = ModelConfig(init_from=str(checkpoint), name="my/trunk", revision="v2")
-    with pytest.raises(
-        ValueError, match=r"(?s)contradicts the checkpoint .*model_name: .*my/trunk.*model_revision: .*v2"
-    ):
-        lerobot_smolvla.load_init(options)
-    assert lerobot_smolvla.load_init(ModelConfig()) is None
-    init = lerobot_smolvla.load_checkpoint(str(checkpoint))
-    assert lerobot_smolvla.init_statistics(init, {"state_dim": STATE, "action_dim": A}) == expected_normalization()
-    with pytest.raises(
-        ValueError, match=r"state_dim: the data 4, the checkpoint 4|action_dim: the data 7, the checkpoint 3"
-    ):
-        lerobot_smolvla.init_statistics(init, {"state_dim": STATE, "action_dim": 7})
-
-
-def test_the_option_is_called_init_from():
-    assert tyro.cli(ModelConfig, args=["--init-from", "lerobot/smolvla_base"]).init_from == "lerobot/smolvla_base"
-
-
 # --- the scripts ------------------------------------------------------------------------------------------------------
 
+PRETRAINED = "pretrained_model"
 SIZES = "--steps 1 --save-every 1 --eval-every 1 --log-every 1 --batch-size 2 --val-fraction 0".split()
 SIZES += "--data.num-workers 0".split()
 
@@ -543,11 +543,6 @@ SIZES += "--data.num-workers 0".split()
 def run_stage(script, run_dir: Path, *options: str | Path) -> None:
     config_class = {train_stage2: train_stage2.Stage2Config, train_stage3: train_stage3.Stage3Config}[script]
     script.main(tyro.cli(config_class, args=[*SIZES, "--run-dir", str(run_dir), *map(str, options)]))
-
-
-def ours_by_name(checkpoint: Path, prefix: str) -> dict[str, torch.Tensor]:
-    state = lerobot_smolvla.build_core(lerobot_smolvla.load_checkpoint(str(checkpoint))).state_dict()
-    return {key: tensor for key, tensor in state.items() if key.startswith(prefix)}
 
 
 @pytest.mark.slow
@@ -561,9 +556,9 @@ def test_both_stages_train_from_a_checkpoint(
     artifact = load_artifact(s2 / "artifacts" / f"{ARTIFACT_NAME}.safetensors")
     assert artifact.manifest.source.changed_parts == ("expert", "state projection", "latent head")
     for kept in ("trunk.", "action_head."):  # the trunk is frozen because it is a pretrained one
-        for key, tensor in ours_by_name(checkpoint, kept).items():
+        for key, tensor in by_our_names(checkpoint, kept).items():
             assert torch.equal(artifact.state_dict[key], tensor), key
-    for key, tensor in ours_by_name(checkpoint, "expert.").items():
+    for key, tensor in by_our_names(checkpoint, "expert.").items():
         assert 0 <= (artifact.state_dict[key] - tensor).abs().max() < 2e-4, key  # one step of learning rate 1e-4
 
     labelled = ["--data.roots", labelled_dataset, "--chunk-size", "5", "--n-action-steps", "2"]
@@ -571,22 +566,32 @@ def test_both_stages_train_from_a_checkpoint(
     run_stage(train_stage3, s3, *labelled, "--stage2-artifact", weights)
     run_stage(train_stage3, direct, *labelled, *start)
     printed = capsys.readouterr().out
-    assert "action head from the artifact" in printed
-    assert printed.count(f"from {checkpoint}: cameras {TOP} as {WRIST}; left out") == 2
+    left_out = f"left out, nothing reads them: {OUTPUT_LAYER}, {FINAL_NORM}\n"
+    described = f"from the SmolVLA policy {checkpoint}; cameras {TOP} as {WRIST}; freshly initialised: "
+    assert printed.count(described) == 2
+    assert f"{described}latent head; {left_out}" in printed  # Stage 2
+    assert f"{described}nothing; {left_out}" in printed  # Stage 3
+    assert f"from {weights} (s2 step 1); cameras {TOP}; freshly initialised: nothing\n" in printed
     for run in (s3, direct):
-        policy = ours.HLRPSmolVLASharedPolicy.from_pretrained(run / "checkpoints" / "last" / "pretrained_model")
+        policy = ours.HLRPSmolVLASharedPolicy.from_pretrained(run / "checkpoints" / "last" / PRETRAINED)
         core = policy.config.core
         assert (core.cameras, core.action_dim, core.chunk_size, core.self_attn_every_n_layers) == ((TOP,), 4, 5, 3)
-        for key, tensor in ours_by_name(checkpoint, "action_head.").items():
+        for key, tensor in by_our_names(checkpoint, "action_head.").items():
             assert 0 < (policy.model.state_dict()[key] - tensor).abs().max() < 2e-4, key
     assert core.latent_vector_dim == 0
+    started_from = {s3: {"stage2_artifact": artifact.manifest.weights.sha256}, direct: {"smolvla": str(checkpoint)}}
+    for run, source in started_from.items():
+        written = json.loads((run / "checkpoints" / "last" / PRETRAINED / "source.json").read_text())
+        assert {key: written[key] for key in ("stage2_artifact", "smolvla") if key in written} == source
 
 
 def test_training_refuses_what_does_not_fit_the_checkpoint(checkpoint, tmp_path, labelled_dataset):
     labelled = ["--data.roots", labelled_dataset]
+    # Only the cameras that observations must have are asked for. The state's width is the data's: no line about it.
+    other_vectors = r"\(use --normalization data\):\n  action: dimensions in the data 4, in the artifact 3$"
     for options, message in [
         ([], rf"asked for \['{WRIST}', '{TOP}'\].*found .*{TOP}"),
-        (["--data.cameras", TOP, "--normalization", "artifact"], "action_dim: the data 4, the checkpoint 3"),
+        (["--data.cameras", TOP, "--normalization", "artifact"], other_vectors),
         (["--model.preset", "smolvlm2-500m"], "model_name: command line HuggingFaceTB/SmolVLM2-500M.*tiny_vlm"),
     ]:
         with pytest.raises(ValueError, match=message):
@@ -602,7 +607,7 @@ def test_training_can_keep_the_checkpoints_statistics(checkpoint, tmp_path, monk
     start = without_processors(copy(checkpoint, tmp_path / "four_actions", buffers(), fit))
     options = ["--data.roots", labelled_dataset, "--data.cameras", TOP, "--normalization", "artifact"]
     run_stage(train_stage3, tmp_path / "run", *options, "--init-from", start)
-    out = tmp_path / "run" / "checkpoints" / "last" / "pretrained_model"
+    out = tmp_path / "run" / "checkpoints" / "last" / PRETRAINED
     found = load_file(out / "policy_preprocessor_step_4_normalizer_processor.safetensors")
     for key, stats in STATS.items():
         for statistic, value in stats.items():
