@@ -1,4 +1,4 @@
-"""Roll a trained policy out in an environment and say honestly how good it is.
+"""Roll out a trained policy in an environment and measure its success rate.
 
 python rollout.py --policy-path runs/s3/checkpoints/last/pretrained_model --env.type metaworld --env.task reach-v3
 """
@@ -11,9 +11,9 @@ import tyro
 
 @dataclass(frozen=True)
 class EnvironmentConfig:
-    # Type of LeRobot environment: metaworld or pusht.
+    # LeRobot environment: metaworld or pusht.
     type: str = "metaworld"
-    # Task of Meta-World, such as plate-slide-v3; pusht has only one.
+    # Meta-World task, such as plate-slide-v3; ignored for pusht.
     task: str = "reach-v3"
 
 
@@ -21,27 +21,27 @@ class EnvironmentConfig:
 class RolloutConfig:
     """Success rate with its 95% Wilson interval, a contact sheet, and (by flag) a video of each episode."""
 
-    # A pretrained_model directory of train_stage3.py.
+    # The policy: a pretrained_model directory of train_stage3.py.
     policy_path: Path
-    # Directory for results.json, contact_sheet.png and videos; must be new. Default: beside the policy.
+    # New directory for results.json, contact_sheet.png and videos. Default: beside the policy.
     out: Path | None = None
-    # Where the policy acts.
+    # The environment.
     env: EnvironmentConfig = field(default_factory=EnvironmentConfig)
-    # Episodes to run; 50 leave an interval of about +-13 points.
+    # Episodes to run; with 50 the 95% interval is at most 27 points wide.
     episodes: int = 50
-    # Environments that run side by side (Meta-World: in a process each); does not change the results.
+    # Environments that run side by side (Meta-World: one process each); the results do not depend on it.
     num_envs: int = 2
-    # Episode i uses seed + i, for object positions and the policy's noise.
+    # Seed of the first episode; episode i uses seed + i for object positions and the policy's noise.
     seed: int = 0
     # Environment steps after which an episode counts as failed.
     max_steps: int = 500
-    # Actions executed of each predicted chunk; default: what the policy was trained with.
+    # Actions executed of each chunk before the next chunk is predicted. Default: the value saved with the policy.
     n_action_steps: int | None = None
-    # Environment key -> policy key, for observations that are named differently.
+    # Pairs of environment key and policy key, for observations whose names differ.
     rename: dict[str, str] = field(default_factory=dict)
     # Write a video of each episode.
     videos: bool = False
-    # Device the policy runs on; default: a GPU if there is one.
+    # Device that the policy runs on. Default: cuda if there is a GPU, else cpu.
     device: str | None = None
 
 
@@ -78,7 +78,7 @@ def main(config: RolloutConfig) -> None:
             "rename_observations_processor": {"rename_map": config.rename},
         },
     )
-    # The environment is rendered at the size that the policy was trained on.
+    # The environment renders the size of the images that the policy was trained on.
     image_size = next(f.shape[-1] for f in policy.config.input_features.values() if len(f.shape) == 3)
     environments = rollouts.make_environments(config.env.type, config.env.task, image_size, config.num_envs)
     task = rollouts.task_text(config.env.type, config.env.task)

@@ -15,9 +15,9 @@ from smolvla_shared.config import LATENT, RunConfig, StageOptions
 class Stage2Config(StageOptions, RunConfig):
     """Train the SmolVLM trunk and the shared expert on the latent actions of a frozen LAQ teacher."""
 
-    # The report of `python -m smolvla_shared.teacher check` on these labels; its verdict travels in the artifact.
+    # Report of `python -m smolvla_shared.teacher check` on these labels; the artifact records its verdict.
     label_health: Path | None = None
-    # Learn labels that failed the check all the same, as for a control arm.
+    # Train on labels although --label-health says that they failed, for example as a control arm.
     accept_label_health: bool = False
 
     def __post_init__(self):

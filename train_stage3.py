@@ -1,4 +1,4 @@
-"""Stage 3: fine-tune the action head, and what the trunk options leave trainable, on labelled demonstrations.
+"""Stage 3: train the action head, and what --model.freeze-* leaves trainable, on labelled demonstrations.
 
     accelerate launch train_stage3.py --stage2-artifact runs/s2/artifacts/smolvla_shared_stage2_artifact.safetensors \
         --data.repo-ids my/teleop --run-dir runs/s3
@@ -24,23 +24,25 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Stage3Config(StageOptions, RunConfig):
-    """Train the policy on action chunks, from a Stage 2 artifact or (without one) from the trunk's own weights."""
+    """Train the policy on action chunks, from a Stage 2 artifact, a policy, or the trunk's own weights."""
 
-    # The weights file of a Stage 2 artifact to start from. Without it and --init-from: the scratch arm.
+    # Weights file (.safetensors) of the Stage 2 artifact to start from. Without it and without --init-from, training
+    # starts from the trunk's own weights: the scratch arm.
     stage2_artifact: Path | None = None
-    # Actions in a chunk: what the policy predicts at once.
+    # Actions in a chunk, which the policy predicts at once.
     chunk_size: int = 50
-    # Actions executed of each chunk before the next is predicted; stored with the policy, rollouts may override it.
+    # Actions executed of each chunk before the next chunk is predicted; saved with the policy.
     n_action_steps: int = 10
-    # Statistics of state and action: those of the Stage 3 data, or those recorded with what training starts from.
+    # Statistics that normalise state and action. data: those of the labelled datasets. artifact: those of the artifact
+    # or policy to start from.
     normalization: Literal["data", "artifact"] = "data"
-    # Weight of the latent loss beside the action loss; above 0 the latent head is trained, too, on Stage 2's labels.
+    # Weight of the latent loss, added to the action loss; 0: the latent head is not trained.
     latent_loss_weight: float = 0.0
-    # Local directories of action-free datasets to co-train the latent head on.
+    # Co-training: local directories of datasets without actions, which train the latent head only.
     video_roots: tuple[Path, ...] = ()
-    # Hub ids of action-free datasets to co-train the latent head on.
+    # Co-training: hub ids of datasets without actions, which train the latent head only.
     video_repo_ids: tuple[str, ...] = ()
-    # Share of a batch that the action-free datasets get.
+    # Co-training: share of each batch that is read from the datasets without actions.
     video_share: float = 0.5
 
     def __post_init__(self):
@@ -68,7 +70,7 @@ class Stage3Config(StageOptions, RunConfig):
 
 
 def open_recordings(config: Stage3Config) -> "tuple[list[RobotDataset], list[RobotDataset]]":
-    """The labelled demonstrations, and the action-free video. Raises ValueError for demonstrations without actions."""
+    """The labelled datasets, and the video datasets. Raises ValueError for a labelled dataset without actions."""
     from smolvla_shared import data
 
     labelled = data.open_datasets(config.data)
@@ -92,7 +94,7 @@ def export_policy(
     weights: "dict[str, Tensor]",
     step: int,
 ) -> None:
-    """Write a checkpoint's policy. The first dataset is a labelled one: its frames have the robot's size."""
+    """Write a checkpoint's policy. The first dataset is labelled: its frames have the size of the robot's images."""
     from smolvla_shared.lerobot_policy import save_policy
     from smolvla_shared.run import origin
 

@@ -1,10 +1,10 @@
-"""Our model beside LeRobot's own SmolVLA: the same weights in one process, taking turns.
+"""Time and memory of our model and LeRobot's SmolVLA: the same weights in one process, by turns.
 
 python benchmarks/compare_smolvla.py           # the 500M shape, about 20 minutes on two calm cores
 python benchmarks/compare_smolvla.py --quick   # a tiny shape, a minute: does it run? Its times say nothing
 
-Weights are random, since no time depends on them, and nothing is downloaded. Before anything is timed both models must
-give the same loss. A time is a median over --repeats rounds, each of which runs every candidate once.
+Weights are random and nothing is downloaded. Before anything is timed, both models must give the same loss. A time is
+a median over --repeats rounds, each of which runs every candidate once.
 """
 
 import json
@@ -28,12 +28,14 @@ import tyro
 from lerobot.configs import FeatureType, PolicyFeature
 from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
 from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
+from memory import TRUNKS  # beside this file
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from smolvla_shared.batch import Batch, FlowTarget
-from smolvla_shared.config import ACTION, LATENT, ModelConfig, OptimConfig
+from smolvla_shared.config import ACTION, LATENT, TINY, ModelConfig, OptimConfig
 from smolvla_shared.feature_cache import token_shape
+from smolvla_shared.flow import training_time
 from smolvla_shared.lerobot_policy import to_batch
 from smolvla_shared.lerobot_smolvla import lerobot_names
 from smolvla_shared.losses import masked_mean
@@ -43,42 +45,27 @@ from smolvla_shared.run_optimizer import clip_gradients, make_optimizer
 from smolvla_shared.trunk import trunk_location
 
 # HuggingFaceTB/SmolVLM2-500M-Video-Instruct with the 16 of its 32 language layers that SmolVLA keeps.
-SMOLVLM2_500M: dict[str, Any] = {
+SHAPE = TRUNKS["SmolVLM2-500M"]
+SMOLVLM2_500M: dict[str, Any] = SHAPE | {
     "model_type": "smolvlm",
     "architectures": ["SmolVLMForConditionalGeneration"],
     "dtype": "float32",
-    "scale_factor": 4,
     "image_token_id": 49190,
     "tie_word_embeddings": False,
-    "text_config": {
-        "model_type": "llama",
+    "text_config": SHAPE["text_config"]
+    | {
         "dtype": "float32",
-        "vocab_size": 49280,
-        "hidden_size": 960,
-        "intermediate_size": 2560,
         "num_hidden_layers": 16,
-        "num_attention_heads": 15,
-        "num_key_value_heads": 5,
-        "head_dim": 64,
         "max_position_embeddings": 8192,
         "rms_norm_eps": 1e-5,
         "pad_token_id": 2,
         "tie_word_embeddings": False,
     },
-    "vision_config": {
-        "model_type": "smolvlm_vision",
-        "dtype": "float32",
-        "hidden_size": 768,
-        "intermediate_size": 3072,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 12,
-        "image_size": 512,
-        "patch_size": 16,
-    },
+    "vision_config": SHAPE["vision_config"] | {"model_type": "smolvlm_vision", "dtype": "float32"},
 }
-LEROBOT_PARAMETERS = 450_046_176  # of lerobot/smolvla_base
+LEROBOT_PARAMETERS = 450_046_176  # in lerobot/smolvla_base
 CAMERA, STATE_DIM, ACTION_DIM, TEXT_TOKENS = "observation.images.top", 6, 6, 12
-CODE_SEQ_LEN, LATENT_DIM = 4, 32  # of LAPA's released teacher
+CODE_SEQ_LEN, LATENT_DIM = 4, 32  # LAPA's released teacher
 
 
 @dataclass(frozen=True)
@@ -87,13 +74,13 @@ class Options:
 
     # A tiny shape instead of the 500M one, and two rounds.
     quick: bool = False
-    # Rounds that a median is taken over.
+    # Rounds per median.
     repeats: int = 5
     # Threads of PyTorch's operators.
     threads: int = os.cpu_count() or 1
-    # Write all figures here as JSON.
+    # JSON file for all figures.
     out: Path | None = None
-    # Only print the memory of a training step of one of the two; the benchmark starts itself with this.
+    # Internal: only print the memory of a training step of this model. The benchmark starts itself with --memory-*.
     memory_of: Literal["ours", "lerobot"] | None = None
     memory_batch_size: int = 4
     memory_checkpointing: bool = False
@@ -104,8 +91,8 @@ class Options:
 
 
 def write_trunk(directory: Path, quick: bool) -> None:
-    """A directory that both take for a SmolVLM's: configuration, tokenizer and processor, no weights."""
-    shutil.copytree(trunk_location("tiny"), directory, dirs_exist_ok=True)
+    """Make a directory that both models load as a SmolVLM: configuration, tokenizer and processor, no weights."""
+    shutil.copytree(trunk_location(TINY), directory, dirs_exist_ok=True)
     if not quick:
         (directory / "config.json").write_text(json.dumps(SMOLVLM2_500M))
 
@@ -127,7 +114,7 @@ def make_lerobot(trunk: Path) -> SmolVLAPolicy:
 
 
 def make_ours(trunk: Path, checkpointing: bool = False) -> SmolVLASharedCore:
-    """With both heads, and frozen as a pretrained trunk is: the expert, the heads and the state projection train."""
+    """A core with both heads. The trunk is frozen; expert, heads and state projection train."""
     model = ModelConfig(name=str(trunk), activation_checkpointing=checkpointing)
     core = SmolVLASharedCore(
         make_core_config(
@@ -139,15 +126,15 @@ def make_ours(trunk: Path, checkpointing: bool = False) -> SmolVLASharedCore:
             code_seq_len=CODE_SEQ_LEN,
         )
     )
-    freeze(core, frozen_parts(model, core.config))
+    freeze(core, frozen_parts(model, core.config, [ACTION, LATENT]))
     configure_layers(core, model)
     return core.train()
 
 
 def copy_weights(core: SmolVLASharedCore, policy: SmolVLAPolicy) -> None:
     """Give our core LeRobot's weights."""
-    theirs = policy.state_dict()
-    core.load_state_dict(core.state_dict() | {ours: theirs[name] for ours, name in lerobot_names(core).items()})
+    ours, theirs = core.state_dict(), policy.state_dict()
+    core.load_state_dict(ours | {name: theirs[their_name] for name, their_name in lerobot_names(ours).items()})
 
 
 def observe(batch_size: int, side: int) -> dict[str, Tensor]:
@@ -168,7 +155,7 @@ def draw(core: SmolVLASharedCore, name: str, batch_size: int, num_draws: int) ->
     generator = torch.Generator().manual_seed(1)
     head = core.head(name)
     noise = torch.randn(batch_size, num_draws, head.num_tokens, head.token_dim, generator=generator)
-    return noise, 0.999 * torch.rand(batch_size, num_draws, generator=generator) + 0.001
+    return noise, training_time(torch.rand(batch_size, num_draws, generator=generator))
 
 
 def our_batch(
@@ -178,8 +165,8 @@ def our_batch(
     heads: tuple[str, ...] = (ACTION,),
     cached: bool = False,
 ) -> Batch:
-    """The observation as our core takes it, with targets for its heads; `cached` as a feature cache gives it, with
-    (random) image tokens in place of images.
+    """The observation as our core's Batch, with targets for these heads. cached: random image tokens, as from a feature
+    cache, replace the images.
     """
     batch, size = to_batch(observation, core.config), len(observation["action"])
     if cached:
@@ -199,7 +186,7 @@ def our_loss(core: SmolVLASharedCore, batch: Batch) -> Tensor:
 
 
 class Trainer:
-    """Training steps of a model, forward, backward, clipping, update, with LeRobot's optimizer or that of our loop."""
+    """Backward, clipping and update of a training step, with LeRobot's optimizer or that of our loop."""
 
     def __init__(self, module: nn.Module, optimizer: Literal["ours", "lerobot"]):
         self.parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
@@ -222,7 +209,9 @@ class Trainer:
 
 
 def medians(candidates: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """Seconds of each, by turns: what else the machine does falls on all of them. The first round is warm-up."""
+    """Median seconds of each candidate. They run by turns, so that other load on the machine falls on all of them; the
+    first round is warm-up.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for _ in range(1 + repeats):
         for name, run in candidates.items():
@@ -233,7 +222,8 @@ def medians(candidates: dict[str, Callable[[], Any]], repeats: int) -> dict[str,
 
 
 def gflop(run: Callable[[], Any]) -> float:
-    """Billions of operations, two for each multiply and add; the CPU's attention is not in PyTorch's own list."""
+    """Billions of operations: two per multiply-add."""
+    # PyTorch's counter does not know the CPU's attention.
     attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     count = {attention: lambda query, key, *_, **__: 4 * math.prod(query) * key[2]}  # of shapes [B, heads, tokens, d]
     with FlopCounterMode(display=False, custom_mapping=count) as counter:
@@ -242,14 +232,14 @@ def gflop(run: Callable[[], Any]) -> float:
 
 
 def resident(field: str) -> float:
-    """VmRSS, this process's memory now, or VmHWM, the most since the last reset: GB."""
+    """This process's memory, GB. field: VmRSS, now; VmHWM, the peak since the last reset"""
     lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(lines[field].split()[0]) * 1024 / 1e9
 
 
 def measure_memory(options: Options) -> dict[str, float]:
-    """Peak of the second training step, with what was there before the model was built taken off, and what stays
-    between steps of it: weights, gradients and optimizer.
+    """GB at the peak of the second training step, and between the steps (weights, gradients, optimizer), both without
+    the memory in use before the model was built.
     """
     imports = resident("VmRSS")
     with tempfile.TemporaryDirectory() as directory:
@@ -260,7 +250,7 @@ def measure_memory(options: Options) -> dict[str, float]:
         else:
             model = make_ours(Path(directory), options.memory_checkpointing)
             side = model.config.image_size
-    # Who trains from a feature cache has no images in memory.
+    # Training from a feature cache, there are no images in memory.
     observation = observe(options.memory_batch_size, 1 if options.memory_cached else side)
     trainer = Trainer(model, options.memory_of)
 
@@ -281,7 +271,7 @@ def child_memory(options: Options, memory_of: str, batch_size: int, *flags: str)
     """measure_memory in a process of its own."""
     command = [sys.executable, __file__, "--memory-of", memory_of, "--memory-batch-size", str(batch_size)]
     command += ["--threads", str(options.threads), *["--quick"] * options.quick, *flags]
-    # Large blocks go back to the system when they are freed, so that the system's count is the program's.
+    # Large blocks are returned to the system when they are freed, so that the system counts only memory in use.
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(done.stdout.splitlines()[-1])
@@ -296,9 +286,8 @@ class Row:
     lerobot: float | None
     ours: float
     unit: str
-    # What `ours` is compared with, where not LeRobot; and the ratio that was aimed at.
-    against: float | None = None
-    goal: float | None = None
+    against: float | None = None  # what `ours` is compared with; None: LeRobot
+    goal: float | None = None  # the largest ratio that was aimed at
 
     @property
     def ratio(self) -> float:
@@ -312,7 +301,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Models:
-    """The two, with equal weights."""
+    """Both models, with equal weights."""
 
     policy: SmolVLAPolicy
     core: SmolVLASharedCore
@@ -323,7 +312,7 @@ class Models:
 
 
 def make_models(options: Options) -> Models:
-    """Stops the benchmark where the two do not give the same loss."""
+    """Both models. Stops the benchmark unless they give the same loss."""
     with tempfile.TemporaryDirectory() as directory:
         write_trunk(Path(directory), options.quick)
         models = Models(make_lerobot(Path(directory)), make_ours(Path(directory)))
@@ -397,7 +386,7 @@ def latency_rows(models: Models, options: Options) -> Iterator[Row]:
 def memory_rows(options: Options) -> Iterator[Row]:
     theirs, ours = (child_memory(options, name, 4)["peak"] for name in ("lerobot", "ours"))
     yield Row("peak memory of a training step, B = 4", theirs, ours, "GB", goal=1.00)
-    size = 64  # of SmolVLA's paper; with a small one weights and optimizer decide
+    size = 64  # as in SmolVLA's paper; in a small batch weights and optimizer dominate
     plain, checkpointed = (
         child_memory(options, "ours", size, "--memory-cached", *flag) for flag in ([], ["--memory-checkpointing"])
     )
@@ -408,7 +397,7 @@ def memory_rows(options: Options) -> Iterator[Row]:
 
 
 def break_down(models: Models, options: Options) -> str:
-    """How near each part's forward pass in training comes to the machine's speed of plain matrix products."""
+    """Speed of each part's forward pass in training, beside the machine's speed in plain matrix products."""
     core = models.core
     batch, cached = (our_batch(core, observe(1, models.side), cached=flag) for flag in (False, True))
     prefix, target = core.encode(batch), batch.targets[ACTION]

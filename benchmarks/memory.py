@@ -1,12 +1,12 @@
-"""Memory of a training step on each GPU, for every configuration in configs/accelerate: arithmetic, no GPU is needed.
+"""Memory of a training step on each GPU, for every configuration in configs/accelerate; needs no GPU.
 
 python benchmarks/memory.py                                  # the table in SCALING.md, a minute
 python benchmarks/memory.py --samples 32 --cameras 3         # another forward pass
 
 Nothing is allocated: the models live on the meta device and in FakeTensorMode, which knows shapes, types and lifetimes.
-What is added up, for a GPU: weights in float32; gradients and AdamW's two averages of what trains; the tensors that a
-forward and backward pass of --samples samples in bfloat16 holds at its peak; DDP's buckets; FSDP2's whole units. Not
-counted: CUDA's context and libraries (about 1 GB), fragmentation, the teacher (1.4 GB for LAPA's, not with a cache).
+Counted on each GPU: weights in float32; gradients and AdamW's two moments of trained weights; the peak of the tensors
+in a forward and backward pass of --samples samples in bfloat16; DDP's buckets; FSDP2's gathered units. Not counted:
+CUDA's context and libraries (about 1 GB), fragmentation, and an online teacher (1.4 GB for LAPA's).
 """
 
 import weakref
@@ -25,7 +25,7 @@ from smolvla_shared.batch import Batch, FlowTarget
 from smolvla_shared.config import ACTION, CoreConfig, ModelConfig
 from smolvla_shared.model import SmolVLASharedCore, configure_layers, freeze, layers
 
-# The trunks' shapes, as in their repositories on the hub, where not transformers' default.
+# The trunks' shapes on the hub, where they differ from transformers' defaults.
 TRUNKS: dict[str, dict[str, Any]] = {
     "SmolVLM2-500M": {
         "scale_factor": 4,
@@ -72,7 +72,7 @@ TRUNKS: dict[str, dict[str, Any]] = {
 }
 VISION = ["vision tower", "connector"]
 TRUNK = [*VISION, "language layers"]
-# Of configs/accelerate: name, processes, divided?
+# (name, processes, sharded) of each file in configs/accelerate.
 CONFIGURATIONS = (
     ("gpu_bf16", 1, False),
     ("ddp_8gpu", 8, False),
@@ -85,15 +85,16 @@ CONFIGURATIONS = (
 class Options:
     """Memory of a training step on each GPU."""
 
-    # Samples in a forward pass on a GPU: --batch-size over processes and --accumulation-steps.
+    # Samples in a forward pass on a GPU: --batch-size / (processes * --accumulation-steps).
     samples: int = 8
-    # Pictures of a sample, and text tokens; chunks are of 50 actions.
+    # Images of a sample.
     cameras: int = 2
+    # Text tokens of a sample.
     text_tokens: int = 24
 
 
 def make_core(config: CoreConfig, frozen: list[str], checkpointing: bool = False) -> SmolVLASharedCore:
-    """A core without memory."""
+    """A core on the meta device."""
     with torch.device("meta"):
         core = SmolVLASharedCore(config)
     freeze(core, frozen)
@@ -109,7 +110,7 @@ def trunk_core_config(trunk: str, cameras: int) -> CoreConfig:
 
 
 def state_bytes(core: nn.Module, num_processes: int = 1) -> dict[str, float]:
-    """Bytes that each of the processes that the model is divided among keeps from step to step."""
+    """Bytes that each of the processes that share the model keeps from step to step."""
     parameters = list(core.parameters())
     trained = [p for p in parameters if p.requires_grad]
     size = {
@@ -121,7 +122,7 @@ def state_bytes(core: nn.Module, num_processes: int = 1) -> dict[str, float]:
 
 
 class PeakBytes(TorchDispatchMode):
-    """Within it: the most bytes that what was allocated in it took at a time."""
+    """Within this context: the peak of the bytes that are allocated in it, without the `known` tensors."""
 
     def __init__(self, known: list[Tensor]):
         super().__init__()
@@ -150,7 +151,7 @@ class PeakBytes(TorchDispatchMode):
 
 
 def allocate(core: SmolVLASharedCore, layers_in_bf16: bool) -> None:
-    """Give a core of the meta device weights and gradients on the CPU: fake ones, in FakeTensorMode."""
+    """Give a core of the meta device weights and gradients on the CPU, which FakeTensorMode makes fake."""
     of_layers = {id(p) for layer in layers(core) for p in layer.parameters()} if layers_in_bf16 else set()
     for module in core.modules():
         for name, p in module._parameters.items():
@@ -163,14 +164,14 @@ def allocate(core: SmolVLASharedCore, layers_in_bf16: bool) -> None:
             module._buffers[name] = None if buffer is None else torch.empty(buffer.shape, dtype=buffer.dtype)
 
 
-def activation_bytes(core: SmolVLASharedCore, options: Options, divided: bool) -> int:
-    """The peak of a forward and backward pass in bfloat16, beside weights, gradients and the batch.
+def activation_bytes(core: SmolVLASharedCore, options: Options, sharded: bool) -> int:
+    """The peak of a forward and backward pass in bfloat16, without weights, gradients and the batch.
 
-    autocast keeps a copy in bfloat16 of each weight that trains; where the model is divided, FSDP2 gathers the layers'
-    weights as such, and no copy is kept.
+    autocast keeps a bfloat16 copy of each trained weight. If the model is sharded, FSDP2 gathers the layers' weights in
+    bfloat16, and there is no copy.
     """
     with FakeTensorMode():
-        allocate(core, layers_in_bf16=divided)
+        allocate(core, layers_in_bf16=sharded)
         batch = make_batch(core.config, options)
         known = [*core.parameters(), *core.buffers(), *(p.grad for p in core.parameters() if p.requires_grad)]
         with PeakBytes([*known, *tensors_of(batch)]) as tracker:
@@ -208,15 +209,16 @@ def forward_and_backward(core: SmolVLASharedCore, batch: Batch) -> None:
 
 
 def unit_bytes(core: SmolVLASharedCore) -> int:
-    """FSDP2's units that are whole at a time: two layers in bfloat16 (one computes, one arrives) with a gradient to
-    sum in float32, and what is in no layer, in float32."""
+    """FSDP2's gathered units: two layers in bfloat16 (one computes, one arrives) with a float32 gradient to sum, and
+    what is in no layer, in float32.
+    """
     in_layers = [sum(p.numel() for p in layer.parameters()) for layer in layers(core)]
     rest = sum(p.numel() for p in core.parameters()) - sum(in_layers)
     return 2 * 2 * max(in_layers) + 4 * max(in_layers) + 4 * rest
 
 
 def main(options: Options) -> None:
-    print(f"GB a GPU; {options.samples} samples in a forward pass, {options.cameras} pictures each\n")
+    print(f"GB a GPU; {options.samples} samples in a forward pass, {options.cameras} images each\n")
     print("| trunk | trains | configuration | weights | gradients | optimizer ", end="")
     print("| activations; with checkpointing | buckets, units | total; with checkpointing |")
     print("|---|---|---|---|---|---|---|---|---|")
@@ -226,15 +228,15 @@ def main(options: Options) -> None:
             core = make_core(config, frozen)
             units = unit_bytes(core)
             peaks = {
-                divided: [activation_bytes(make_core(config, frozen, kept), options, divided) for kept in (False, True)]
-                for divided in (False, True)
+                sharded: [activation_bytes(make_core(config, frozen, kept), options, sharded) for kept in (False, True)]
+                for sharded in (False, True)
             }
-            for name, number, divided in CONFIGURATIONS:
-                state = state_bytes(core, number if divided else 1)
-                # DDP copies the gradients into buckets; a single GPU has none.
-                extra = units if divided else state["gradients"] * (number > 1)
-                activations = "; ".join(f"{peak / 1e9:.1f}" for peak in peaks[divided])
-                totals = "; ".join(f"{(sum(state.values()) + peak + extra) / 1e9:.1f}" for peak in peaks[divided])
+            for name, number, sharded in CONFIGURATIONS:
+                state = state_bytes(core, number if sharded else 1)
+                # DDP copies the gradients into buckets; a single GPU does not.
+                extra = units if sharded else state["gradients"] * (number > 1)
+                activations = "; ".join(f"{peak / 1e9:.1f}" for peak in peaks[sharded])
+                totals = "; ".join(f"{(sum(state.values()) + peak + extra) / 1e9:.1f}" for peak in peaks[sharded])
                 cells = [f"{value / 1e9:.1f}" for value in state.values()] + [activations, f"{extra / 1e9:.1f}", totals]
                 print(f"| {trunk} | {trains} | {name} | " + " | ".join(cells) + " |", flush=True)
 

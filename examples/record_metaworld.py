@@ -3,8 +3,8 @@
     python examples/record_metaworld.py --kind video --root data/video --tasks window-open-v3 door-open-v3 --episodes 25
     python examples/record_metaworld.py --kind labelled --root data/labelled --tasks plate-slide-v3 --episodes 30
 
-The environment is the one of the rollouts (smolvla_shared.rollouts.make_metaworld): what is recorded is what a policy
-will see. Object positions come from seeds that rollouts refuse to use, so that theirs are unseen.
+Recordings and rollouts use the same environment (smolvla_shared.rollouts.make_metaworld), but never the same seeds: a
+policy is judged on object positions that were not recorded.
 """
 
 import multiprocessing
@@ -25,14 +25,14 @@ from smolvla_shared.rollouts import FIRST_RECORDING_SEED, make_metaworld, metawo
 SEEDS_PER_RECORDING = 10_000_000
 FPS = 80  # Meta-World's control rate
 MAX_STEPS = 150
-ATTEMPTS = 20  # to get a successful demonstration
+ATTEMPTS = 20  # tries, each with a seed of its own, to get a successful demonstration
 
 
 @dataclass(frozen=True)
 class RecordConfig:
     """Record demonstrations of one or several tasks."""
 
-    # `labelled`: image, state and action, successful episodes only. `video`: image and state, no action column.
+    # labelled: images, states and actions of successful episodes. video: images and states of all episodes, no actions.
     kind: Literal["video", "labelled"]
     # Directory of the new dataset.
     root: Path
@@ -40,12 +40,12 @@ class RecordConfig:
     tasks: tuple[str, ...]
     # Episodes of each task.
     episodes: int
-    # Object positions and disturbances are functions of it.
+    # Seed of object positions and disturbances.
     seed: int = 0
     # Side of the recorded image, pixels.
     image_size: int = 96
-    # Standard deviation of the disturbances that are added to the expert's action (of [-1, 1]) for half of the time.
-    # The *recorded* action is the expert's, so a policy learns to recover (DART, arXiv 1703.09327).
+    # Standard deviation of the disturbances that are added to the expert's actions (in [-1, 1]) half of the time. The
+    # recorded action is the undisturbed one, so that a policy learns to recover (DART, arXiv 1703.09327).
     noise: float = 0.3
     # Processes that simulate and render.
     num_workers: int = 2
@@ -62,16 +62,16 @@ class Job:
 
 @lru_cache(maxsize=1)
 def environment(task: str, image_size: int) -> gymnasium.Env:
-    """The process's environment, kept as long as the task does not change: building one takes longer than an episode.
+    """The process's environment, kept while the task is the same: building one takes longer than an episode.
 
-    Only one at a time: gymnasium's renderer draws into the context that was created last, whichever it belongs to.
+    Only one at a time: gymnasium's renderer draws into the context that was created last, even another environment's.
     """
     warnings.filterwarnings("ignore", category=UserWarning)  # Meta-World's experts warn at every start
     return make_metaworld(task, image_size)
 
 
 def attempt(job: Job, seed: int) -> tuple[list[dict[str, Any]], bool]:
-    """One episode of the disturbed expert: its frames and whether it succeeded."""
+    """One episode of the disturbed expert: the dataset's rows, and whether the episode succeeded."""
     env, rng = environment(job.task, job.image_size), np.random.default_rng(seed)
     observation, _ = env.reset(seed=seed)
     frames, disturbance = [], np.zeros(4)
@@ -96,7 +96,7 @@ def attempt(job: Job, seed: int) -> tuple[list[dict[str, Any]], bool]:
 
 
 def demonstrate(job: Job) -> list[dict[str, Any]]:
-    """The frames of an episode; of the first successful one where it must succeed."""
+    """The rows of the first episode or, if it must succeed, of the first successful one."""
     for seed in range(job.seed, job.seed + ATTEMPTS):
         frames, success = attempt(job, seed)
         if success or not job.must_succeed:
@@ -105,14 +105,11 @@ def demonstrate(job: Job) -> list[dict[str, Any]]:
 
 
 def features(config: RecordConfig) -> dict[str, dict[str, Any]]:
-    size, names = config.image_size, ["x", "y", "z", "gripper"]
-    result = {
-        "observation.image": {"dtype": "video", "shape": (size, size, 3), "names": ["height", "width", "channels"]},
-        "observation.state": {"dtype": "float32", "shape": (4,), "names": names},
-    }
-    return result | (
-        {"action": {"dtype": "float32", "shape": (4,), "names": names}} if config.kind == "labelled" else {}
-    )
+    shape = (config.image_size, config.image_size, 3)
+    image = {"dtype": "video", "shape": shape, "names": ["height", "width", "channels"]}
+    vectors = ["observation.state", "action"] if config.kind == "labelled" else ["observation.state"]
+    of_vector = {"dtype": "float32", "shape": (4,), "names": ["x", "y", "z", "gripper"]}
+    return {"observation.image": image} | {key: of_vector.copy() for key in vectors}
 
 
 def main(config: RecordConfig) -> None:
@@ -125,21 +122,13 @@ def main(config: RecordConfig) -> None:
     from lerobot.configs.video import RGBEncoderConfig
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
-    av.logging.set_libav_level(av.logging.ERROR)  # one progress bar, not the encoder's notes
+    av.logging.set_libav_level(av.logging.ERROR)  # the encoder's notes would break the progress bar
     datasets.disable_progress_bars()
-    # Every episode has ATTEMPTS seeds of its own, every kind and seed a range of its own.
+    # Each (kind, --seed) has its own range of seeds, and each episode in it has ATTEMPTS of its own.
     start = FIRST_RECORDING_SEED + SEEDS_PER_RECORDING * (2 * config.seed + (config.kind == "video"))
-    jobs = [
-        Job(
-            task,
-            start + ATTEMPTS * (config.episodes * t + e),
-            config.image_size,
-            config.noise,
-            config.kind == "labelled",
-        )
-        for t, task in enumerate(config.tasks)
-        for e in range(config.episodes)
-    ]
+    options = {"image_size": config.image_size, "noise": config.noise, "must_succeed": config.kind == "labelled"}
+    tasks = [task for task in config.tasks for _ in range(config.episodes)]
+    jobs = [Job(task, start + ATTEMPTS * index, **options) for index, task in enumerate(tasks)]
     columns = features(config)
     temporary = config.root.with_name(f".{config.root.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)

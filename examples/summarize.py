@@ -1,4 +1,4 @@
-"""Table and summary.json of what a quickstart run brought.
+"""Table and summary.json of the results of a quickstart run.
 
 python examples/summarize.py runs/quickstart
 """
@@ -16,7 +16,7 @@ def last_value(run: Path, key: str) -> float:
 
 
 def summarize(run: Path) -> dict:
-    """Figures of all steps; minutes by step from steps.txt, whose lines are "<name> <second it began>"."""
+    """Results of all steps, and their minutes from steps.txt, whose lines are "<step> <second when it began>"."""
     marks = [line.rsplit(" ", 1) for line in (run / "steps.txt").read_text().splitlines()]
     minutes = {
         name: round((int(next_start) - int(start)) / 60, 1)

@@ -21,22 +21,22 @@ from smolvla_shared.config import TeacherKind
 class RawBatch:
     """What the data loader yields: recorded values as they are, and the random draws of each sample."""
 
-    # N cameras, [B, 3, h, w] uint8 (float32 squares in [0, 1] where recorded sizes differ), or the image tokens
-    # [B, tokens, hidden] that a feature cache has of it
+    # One tensor per camera: uint8 frames [B, 3, h, w]; float32 squares in [0, 1] if the datasets' sizes differ; or
+    # cached image tokens [B, tokens, hidden].
     images: list[Tensor]
     tasks: list[str]  # B task texts
     state: Tensor  # [B, state_dim] float32; zeros where a dataset has none
     state_mask: Tensor  # [B] bool
-    # [B, 2, 3, h, w] the label camera's frames t and t + gap, likewise uint8 (the teacher's float32 squares in [0, 1]
-    # where recorded sizes differ); None if nobody labels or a cache has the labels
+    # The label camera's frames at t and t + gap, [B, 2, 3, h, w]: uint8, or float32 squares in [0, 1] of the teacher's
+    # size if the datasets' sizes differ. None if there are no labels or they come from a cache.
     pairs: Tensor | None
     pair_mask: Tensor  # [B] bool: False where the episode ends before t + gap
     actions: Tensor  # [B, T, A] float32; zeros where a dataset has none
     action_mask: Tensor  # [B, T] bool: False past the episode's end and where a dataset has no actions
     noise: dict[str, Tensor]  # by target, [B, K, tokens, width] float32
     time: dict[str, Tensor]  # by target, [B, K] float32
-    # B, which dataset of the run a sample is from and which row of it: its place in a cache. Not tensors: they stay on
-    # the host, where caches are read.
+    # B indices of the samples' datasets in the run, and B rows within those datasets. Lists, because caches are read by
+    # them on the host.
     dataset: list[int]
     row: list[int]
     keys: list[str]  # B names of the samples: dataset, episode and frame
@@ -45,7 +45,7 @@ class RawBatch:
         return len(self.keys)
 
     def pin_memory(self) -> "RawBatch":
-        """Called by DataLoader(pin_memory=True): a copy from pinned memory does not make the host wait."""
+        """Called by DataLoader(pin_memory=True). Copies from pinned memory to a GPU do not make the host wait."""
         return map_tensors(Tensor.pin_memory, self)
 
 
@@ -56,21 +56,21 @@ class Labels(Protocol):
     kind: TeacherKind
     # S, D of a latent action.
     shape: tuple[int, int]
-    # What it needs of a sample: the camera whose frame pairs are read, None if none is, and the side of the square they
-    # become where the datasets' sizes differ.
+    # Camera to read frame pairs from; None: no pairs needed.
     camera: str | None
+    # Side of the square that pairs are resized to if the datasets' sizes differ, pixels.
     pair_size: int
 
     def to(self, device: torch.device) -> None:
-        """Where the batches will be."""
+        """Move to the batches' device."""
 
     def __call__(self, raw: RawBatch) -> Tensor:
-        """[B, S, D] float32; without meaning where raw.pair_mask is False."""
+        """Latent actions [B, S, D] float32; those where raw.pair_mask is False are meaningless."""
 
 
 @dataclass
 class FlowTarget:
-    """What one head learns to generate: tokens of `value`, and the noise and times to learn them at.
+    """What one head learns to generate, and the noise and times to learn it at.
 
     Latent and action targets differ only in their sizes: [S, D] or [T, A].
     """
@@ -85,7 +85,7 @@ class FlowTarget:
 class Batch:
     """A model-ready batch: images and numbers are already preprocessed (preprocess.py)."""
 
-    # [B, N, 3, H, W] float32 in [-1, 1], squares; or their image tokens [B, N, tokens, hidden] from a feature cache
+    # Squares [B, N, 3, H, W] float32 in [-1, 1], or image tokens [B, N, tokens, hidden] from a feature cache
     images: Tensor
     image_mask: Tensor  # [B, N] bool: False hides a missing camera's tokens
     text: Tensor  # [B, L] int64 token ids, padded on the right
@@ -104,7 +104,7 @@ class Batch:
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], value):
-    """`value` with every tensor in it replaced by its function; goes into dataclasses, dictionaries and lists."""
+    """`value` with `function` applied to every tensor in it; goes into dataclasses, dictionaries and lists."""
     if isinstance(value, Tensor):
         return function(value)
     if isinstance(value, dict):
@@ -117,5 +117,5 @@ def map_tensors(function: Callable[[Tensor], Tensor], value):
 
 
 def to_device(value, device: torch.device):
-    """`value` with every tensor in it moved to `device`; the host goes on meanwhile where the memory is pinned."""
+    """`value` with every tensor in it moved to `device`. The host does not wait for pinned tensors."""
     return map_tensors(lambda tensor: tensor.to(device, non_blocking=True), value)

@@ -1,7 +1,7 @@
 """Configuration: frozen dataclasses, from the command line (tyro turns the comments into --help) to the manifest.
 
-`CoreConfig` is the one description of a model: `SmolVLASharedCore(CoreConfig(**fields))` rebuilds it, without a hub,
-from an artifact's manifest or a policy's config.json. The other classes are the option groups of the scripts.
+`CoreConfig` is the one description of a model: `SmolVLASharedCore(CoreConfig(**fields))` rebuilds it offline from an
+artifact's manifest or a policy's config.json. The other classes are the option groups of the scripts.
 """
 
 import math
@@ -11,7 +11,6 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-# Which of a teacher's latents are the labels: the codebook's rows, or the latent before it is quantised.
 TeacherKind = Literal["quantized", "continuous"]
 LATENT, ACTION = "latent", "action"  # the names of the two flow-matching targets, wherever they are dictionary keys
 
@@ -20,39 +19,39 @@ LATENT, ACTION = "latent", "action"  # the names of the two flow-matching target
 class CoreConfig:
     """Everything that determines the shape and the numbers of a `SmolVLASharedCore`."""
 
-    # Hub id, local directory or preset the trunk's architecture, weights and tokenizer came from.
+    # Where the trunk's architecture, weights and tokenizer came from: a hub id, a local directory, or `tiny`.
     model_name: str
-    # Hub revision of it; None for a local directory or a preset.
+    # Hub revision of model_name; None: the newest, or model_name is no hub id.
     model_revision: str | None
-    # The trunk's full transformers configuration (SmolVLMConfig.to_dict()), so that a rebuild asks no hub.
+    # The trunk's full transformers configuration (SmolVLMConfig.to_dict()), so that a rebuild works offline.
     vlm: dict[str, Any]
     # Camera keys in the order in which their tokens enter the prefix.
     cameras: tuple[str, ...]
     # Side of the square that every image is padded to, pixels.
     image_size: int
-    # Text layers of the trunk that are kept, counted from the first.
+    # Language layers of the trunk that are kept, from the first; SmolVLA keeps half of SmolVLM2-500M's 32.
     num_trunk_layers: int = 16
-    # dtype of the trunk's stored weights; heads and flow matching are float32 in any case.
+    # dtype of the trunk's weights in memory and in files; heads and flow matching are always float32.
     torch_dtype: Literal["float32", "bfloat16"] = "float32"
-    # Text is padded to the longest of the batch and truncated here, tokens.
+    # Longer texts are truncated to this many tokens; shorter ones are padded to the longest of their batch.
     max_text_tokens: int = 48
-    # Ids of the tokenizer's (fake image, global image) tokens, where they enclose each camera's tokens; empty: nothing
-    # does, as in the released SmolVLA.
+    # Token ids (fake_image, global_image) put around each camera's tokens; () = none, as in the released SmolVLA.
     image_special_tokens: tuple[int, ...] = ()
-    # Real dimensions of the proprioceptive state (0: there is none) and what they are zero-padded to.
+    # Width of the proprioceptive state (0: no state), and the width it is zero-padded to.
     state_dim: int = 0
     max_state_dim: int = 32
-    # Flattened width S * D of a latent action, and its number of tokens S; 0: no latent head.
+    # Flattened width S * D of a latent action (0: no latent head), and its number of tokens S.
     latent_vector_dim: int = 0
     code_seq_len: int = 0
-    # Real dimensions of an action (0: no action head), what they are zero-padded to, and actions in a chunk.
+    # Width of an action (0: no action head), the width it is zero-padded to, and the number of actions in a chunk.
     action_dim: int = 0
     max_action_dim: int = 32
     chunk_size: int = 50
-    # Width of the expert over the trunk's, and every how many layers it attends to itself instead of across.
+    # Width of the expert as a share of the trunk's. Layers 0, n, 2n, ... of the expert are self-attention, the others
+    # cross-attention.
     expert_width_multiplier: float = 0.75
     self_attn_every_n_layers: int = 2
-    # Euler steps of a sample; periods of the sine-cosine time embedding; Beta distribution of training times.
+    # Euler steps of a sample; shortest and longest period of the time embedding; Beta distribution of training times.
     flow_steps: int = 10
     min_period: float = 4e-3
     max_period: float = 4.0
@@ -87,28 +86,29 @@ class CoreConfig:
 
 
 TINY = "tiny"  # the model_name of the trunk that ships with this package
-PRESETS = {"smolvlm2-500m": "HuggingFaceTB/SmolVLM2-500M-Video-Instruct", "tiny": TINY}
+PRESETS = {"smolvlm2-500m": "HuggingFaceTB/SmolVLM2-500M-Video-Instruct", TINY: TINY}
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     # The trunk: `smolvlm2-500m` is SmolVLA's, with pretrained weights; `tiny` ships with this package (random weights,
-    # for CPUs, tests and the demo). Default: smolvlm2-500m, or that of the artifact or policy that is started from.
+    # for CPUs, tests and the demo). Default: smolvlm2-500m, or the trunk of the artifact or policy to start from.
     preset: Literal["smolvlm2-500m", "tiny"] | None = None
-    # Hub id or local directory of a SmolVLM, instead of a preset's.
+    # Hub id or local directory of a SmolVLM to use as the trunk, instead of --model.preset.
     name: str | None = None
-    # Hub revision (branch, tag or commit) of it; recorded in the manifest.
+    # Hub revision (branch, tag or commit) of the trunk; recorded in the manifest.
     revision: str | None = None
-    # A LeRobot SmolVLA policy to start from, instead of a fresh expert on the trunk's weights: a directory or a hub id
-    # (lerobot/smolvla_base). Its cameras are taken in order; without --data.cameras they must have the same names.
+    # Weights to start from, instead of a fresh expert on the trunk's own: a directory or hub id of a LeRobot SmolVLA
+    # policy (lerobot/smolvla_base) or of this project's policy, or a Stage 2 artifact (.safetensors). --data.cameras
+    # replace its cameras in order; without --data.cameras your data must have cameras of the same names.
     init_from: Annotated[str | None, tyro.conf.arg(prefix_name=False)] = None
-    # Keep the vision tower and connector as they are. Default: yes if the trunk has pretrained weights.
+    # Do not train the vision tower and connector. Default: frozen if the trunk has pretrained weights.
     freeze_vision: bool | None = None
-    # Keep the whole trunk as it is: vision, connector and language layers. Default: as for vision.
+    # Do not train the trunk: vision tower, connector and language layers. Default: frozen if it has pretrained weights.
     freeze_trunk: bool | None = None
-    # Keep the projection of the proprioceptive state as it is.
+    # Do not train the projection of the proprioceptive state.
     freeze_state_projection: bool = False
-    # Show the proprioceptive state to the model where the dataset has one.
+    # Give the model the proprioceptive state. Samples of datasets without a state are masked.
     use_state: bool = True
     # Recompute each layer's activations in the backward pass instead of keeping them: less memory, more time.
     activation_checkpointing: bool = False
@@ -122,24 +122,24 @@ class ModelConfig:
     @property
     def stated_name(self) -> str | None:
         """The trunk that the user asked for, if any."""
-        return self.name or (PRESETS[self.preset] if self.preset else None)
+        return self.name or PRESETS.get(self.preset)
 
 
 @dataclass(frozen=True)
 class DataConfig:
     """Which recordings, and which pairs of their frames."""
 
-    # Hub ids of LeRobotDatasets (v3). The local LeRobot cache is looked up first.
+    # Hub ids of LeRobotDatasets (v3). A copy in the local LeRobot cache is used, else the dataset is downloaded.
     repo_ids: tuple[str, ...] = ()
-    # Local directories of LeRobotDatasets (v3), instead of or beside repo_ids.
+    # Local directories of LeRobotDatasets (v3); may be combined with --data.repo-ids.
     roots: tuple[Path, ...] = ()
-    # Camera keys to use, in this order. Default: every camera that all datasets have, in their order.
+    # Camera keys to use, in this order. Default: every camera that all datasets have, in the first dataset's order.
     cameras: tuple[str, ...] = ()
-    # Camera whose frame pairs the LAQ teacher sees. Default: the first of the cameras.
+    # Camera whose frame pairs the LAQ teacher sees. Default: the first of --data.cameras.
     label_camera: str | None = None
     # Time between the two frames of a pair, seconds.
     frame_gap_s: float = 0.5
-    # Loader processes for each training process; 0 loads in the training process itself.
+    # Loader processes of each training process; 0: the training process loads the data itself.
     num_workers: int = 4
 
     def __post_init__(self):
@@ -153,14 +153,14 @@ class DataConfig:
 class PolicyDataConfig(DataConfig):
     """Which recordings, and how a policy trains on them."""
 
-    # Shift the policy's images at random by up to this share of their side (training only, never the teacher's pairs).
+    # In training, shift the policy's images (not the teacher's) at random by up to this share of their side.
     random_shift: float = 0.0
     # Directory of the feature cache: the frozen vision tower's output for every frame, computed once before training.
-    # Every run with the same tower and data reads it.
+    # Every run with the same tower and data can use the same directory.
     feature_cache: Path | None = None
-    # Type of the cached features; bfloat16 takes half the space and rounds them to 8 bits.
+    # Type of the cached features. bfloat16 takes half the space and keeps 8 significant bits.
     feature_cache_dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    # Largest size of the feature cache on the disk, GB (10^9 bytes).
+    # Largest size of the feature cache on disk, GB (10^9 bytes).
     feature_cache_gb: float = 100.0
 
     def __post_init__(self):
@@ -178,13 +178,13 @@ class OptimConfig:
     lr: float = 1e-4
     # Steps of linear warm-up from 0.
     warmup_steps: int = 500
-    # The cosine schedule ends at this share of the peak.
+    # The cosine schedule ends at this share of the peak learning rate.
     final_lr_share: float = 0.025
-    # Decay of AdamW's running averages of the gradient and of its square.
+    # Decay rates of AdamW's two moments: of the gradient and of its square.
     betas: tuple[float, float] = (0.9, 0.95)
     # Weight decay of AdamW.
     weight_decay: float = 1e-10
-    # Largest gradient norm; larger ones are scaled down.
+    # Gradients with a larger norm are scaled down to this norm; inf: no limit.
     max_grad_norm: float = 10.0
 
     def __post_init__(self):
@@ -196,19 +196,19 @@ class OptimConfig:
 class RunConfig:
     """The options that mean the same in every training command."""
 
-    # Directory of the run: config.json, metrics.jsonl, curves.png, checkpoints/. Must be new, unless --resume.
+    # Directory of the run: config.json, metrics.jsonl, curves.png, checkpoints/. Must be new unless --resume is given.
     run_dir: Path
     # Which recordings, and how they are read.
     data: DataConfig
-    # Share of each dataset's episodes held out for evaluation; at least one episode when above 0.
+    # Share of each dataset's episodes held out for evaluation, at least one episode; 0: train on all.
     val_fraction: float = 0.05
-    # Optimizer steps of the whole run. Raised on --resume, the learning rate follows the longer cosine from there on.
+    # Optimizer steps of the run. May be raised with --resume: the learning rate then follows the longer cosine.
     steps: int = 20_000
-    # Samples in a step, over all processes and accumulation steps.
+    # Samples in a step, summed over all processes and accumulation steps.
     batch_size: int = 64
-    # Split each process's share of a batch into this many forward passes, to fit memory.
+    # Forward passes that each process's share of a batch is split into. More passes take less memory.
     accumulation_steps: int = 1
-    # Data order, augmentation, noise and initial weights are functions of it.
+    # Seed of the data order, augmentation, noise and initial weights.
     seed: int = 0
     # Steps between checkpoints.
     save_every: int = 2_000
@@ -216,25 +216,26 @@ class RunConfig:
     keep: int = 0
     # Steps between lines of metrics.jsonl.
     log_every: int = 50
-    # Send the metrics to these as well; `pip install` them first. They go on where a resumed run does.
+    # Send the metrics to these as well; `pip install` them first. A resumed run continues its records.
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
     # Steps between evaluations on the held-out episodes.
     eval_every: int = 1_000
-    # Held-out samples of an evaluation, over all processes.
+    # Held-out samples of an evaluation, summed over all processes.
     eval_samples: int = 256
-    # Go on from the last checkpoint of run_dir, or from its start where a run died before the first.
+    # Continue the run in --run-dir from its last checkpoint, or from step 0 if it has none yet.
     resume: bool = False
-    # Keep a running average of the trained weights with this decay, and evaluate and export it; 0: none.
+    # Keep an exponential moving average (EMA) of the trained weights with this decay; evaluate and export the EMA.
+    # 0: no EMA, the last weights are evaluated and exported.
     ema_decay: float = 0.0
-    # Compute type of the trunk and the expert; weights, optimizer, flow matching and loss stay float32.
+    # bf16: trunk and expert compute in bfloat16. Weights, optimizer, flow matching and loss are always float32.
     precision: Literal["no", "bf16"] = "no"
     # AdamW with linear warm-up and a cosine schedule.
     optim: OptimConfig = field(default_factory=OptimConfig)
 
     @property
     def published_weights(self) -> str:
-        """Which weights the run publishes, in words, for artifacts and policies."""
-        return f"running average, decay {self.ema_decay}" if self.ema_decay else "last step"
+        """The weights that the run exports, in words: "last step" or "EMA, decay 0.999"."""
+        return f"EMA, decay {self.ema_decay}" if self.ema_decay else "last step"
 
     def __post_init__(self):
         for name in ("steps", "batch_size", "accumulation_steps", "save_every", "log_every", "eval_every"):
@@ -250,30 +251,30 @@ class RunConfig:
 class TeacherOptions:
     """How a teacher is read, and which of its latents are the labels."""
 
-    # Codes of a latent action, where a LAPA file does not say (4 if not given).
+    # Codes in a latent action, for a LAPA file that does not record it (default 4).
     laq_code_seq_len: int | None = None
-    # Side of the teacher's images in pixels, where a LAPA file does not say (256 if not given).
+    # Side of the teacher's images in pixels, for a LAPA file that does not record it (default 256).
     laq_image_size: int | None = None
-    # The latents that are the labels: `quantized`, the codebook's rows, or `continuous`, those before quantisation.
+    # Which latents are the labels. quantized: the codebook's entries. continuous: the latents before quantisation.
     teacher_kind: TeacherKind = "quantized"
 
 
 @dataclass(frozen=True, kw_only=True)
 class StageOptions(TeacherOptions):
-    """The options that Stage 2 and Stage 3 share: the model, the policy's data, and whose latent actions it learns."""
+    """The options that Stage 2 and Stage 3 share: the model, its data, and the teacher whose labels it learns."""
 
     # Which recordings, and how they are read.
     data: PolicyDataConfig
     # The trunk, and which of its parts train.
     model: ModelConfig = field(default_factory=ModelConfig)
-    # (noise, time) draws that are trained on one prefix pass of a sample.
+    # (noise, time) draws of each sample that share one prefix pass. More draws cost less than more samples.
     flow_draws: int = 1
-    # The teacher: a .safetensors file of `python -m smolvla_shared.teacher train`, or LAPA's .pt file. With --labels
-    # cache it may be left out: the cache says whose labels it holds.
+    # The teacher: a .safetensors file of `python -m smolvla_shared.teacher train`, or LAPA's .pt file. Not needed with
+    # --labels cache, which records its teacher.
     laq_ckpt: Path | None = None
-    # Run the teacher in every step, or read what `python -m smolvla_shared.teacher label` has written.
+    # online: run the teacher in every step. cache: read the labels that `python -m smolvla_shared.teacher label` wrote.
     labels: Literal["online", "cache"] = "online"
-    # Directory of the label cache.
+    # Directory of the label cache, for --labels cache.
     label_cache: Path | None = None
 
     def __post_init__(self):

@@ -25,26 +25,23 @@ STATE_KEY, ACTION_KEY = "observation.state", "action"
 
 @dataclass(frozen=True)
 class Videos:
-    """Where each episode of a camera is in its video files."""
+    """Where a camera's episodes are in its video files."""
 
-    file: np.ndarray  # [episodes, 2], the chunk and file index in a path
-    start: np.ndarray  # [episodes], seconds
+    file: np.ndarray  # [episodes, 2]: chunk index and file index, for the path
+    start: np.ndarray  # [episodes]: where the episode starts in the file, seconds
 
 
 class RobotDataset:
-    """One LeRobotDataset: which frames it has, and how to read one.
-
-    Raises ValueError where the dataset does not have what the configuration asks for.
-    """
+    """One LeRobotDataset; a row is a frame's number in it. Raises ValueError if there is no dataset at `root`."""
 
     def __init__(self, repo_id: str, root: Path, config: DataConfig):
-        # LeRobot takes a local directory without its metadata for a dataset to download.
+        # LeRobot would try to download a dataset whose directory has no metadata.
         if not (root / "meta" / "info.json").is_file() and (
             repo_id == str(root) or os.environ.get("HF_HUB_OFFLINE") == "1"
         ):
             found = sorted(path.name for path in root.iterdir()) if root.is_dir() else "no such directory"
             raise ValueError(f"no LeRobotDataset at {root}: meta/info.json is missing (found: {found})")
-        # Video is decoded here, camera by camera, not by LeRobotDataset, which always decodes all of them.
+        # Only its tables are read: LeRobotDataset would decode the videos of all cameras for every row.
         self.lerobot = LeRobotDataset(repo_id, root=root)
         self.name = repo_id
         self.meta = self.lerobot.meta
@@ -54,10 +51,10 @@ class RobotDataset:
         self.episode_to = np.asarray(self.meta.episodes["dataset_to_index"])
         vectors = [key for key in (STATE_KEY, ACTION_KEY) if key in self.features]
         self.vectors = self.lerobot.hf_dataset.select_columns(vectors).with_format("numpy") if vectors else None
-        # A column each, because reading a row decodes every image in it.
+        # One table per camera, because reading a row decodes all its images.
         images = {key: self.lerobot.hf_dataset.select_columns([key]) for key in self.meta.image_keys}
         self.images = {key: column.with_format(None) for key, column in images.items()}
-        # As columns, because a row of the episodes' metadata takes longer to read than a frame to decode.
+        # Kept as columns: reading one row of the episodes' metadata takes longer than decoding a frame.
         episodes = self.meta.episodes.with_format("numpy")
         self.videos = {}
         for key in self.meta.video_keys:
@@ -68,7 +65,10 @@ class RobotDataset:
 
     @cached_property
     def gap(self) -> int:
-        """Frames between the two of a pair; asked for only where there are pairs."""
+        """Rows from the first frame of a pair to the second; computed only if pairs are used.
+
+        Raises ValueError if rounding to whole frames changes --data.frame-gap-s by more than 10%.
+        """
         gap = round(self.frame_gap_s * self.fps)
         if gap < 1 or abs(gap / self.fps - self.frame_gap_s) > 0.1 * self.frame_gap_s:
             below = max(1, int(self.frame_gap_s * self.fps))
@@ -85,7 +85,7 @@ class RobotDataset:
 
     @property
     def gap_s(self) -> float:
-        """Time between the frames of a pair, seconds: --data.frame-gap-s in whole frames."""
+        """Time between the frames of a pair, seconds: --data.frame-gap-s rounded to whole frames."""
         return self.gap / self.fps
 
     def episode_of(self, row: int) -> int:
@@ -99,21 +99,20 @@ class RobotDataset:
         return f"{self.name} episode {episode} frame {row - int(self.episode_from[episode])}"
 
     def rows_with_pairs(self, rows: np.ndarray) -> np.ndarray:
-        """Those of the rows whose pair does not cross the episode's end."""
+        """The rows whose pair does not cross the episode's end."""
         ends = self.episode_to[np.searchsorted(self.episode_to, rows, side="right")]
         return rows[rows + self.gap < ends]
 
     def vector_dim(self, key: str) -> int:
         return self.features[key]["shape"][0] if key in self.features else 0
 
-    def read_frames(self, camera: str, frames: list[int]) -> Tensor:
-        """Frames by index within the dataset: [len(frames), 3, h, w] uint8."""
+    def read_frames(self, camera: str, rows: list[int]) -> Tensor:
+        """A camera's frames of these rows, [len(rows), 3, h, w] uint8."""
         if camera not in self.meta.video_keys:
-            images = [np.asarray(self.images[camera][frame][camera]) for frame in frames]
+            images = [np.asarray(self.images[camera][row][camera]) for row in rows]
             return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
-        video, rows = self.videos[camera], np.asarray(frames)
-        episodes = np.searchsorted(self.episode_to, rows, side="right")
-        times = video.start[episodes] + (rows - self.episode_from[episodes]) / self.fps
+        video, episodes = self.videos[camera], np.searchsorted(self.episode_to, rows, side="right")
+        times = video.start[episodes] + (np.asarray(rows) - self.episode_from[episodes]) / self.fps
         parts = []
         for chunk, file in np.unique(video.file[episodes], axis=0).tolist():
             path = self.meta.video_path.format(video_key=camera, chunk_index=chunk, file_index=file)
@@ -123,13 +122,10 @@ class RobotDataset:
 
     def frame_shape(self, camera: str) -> tuple[int, int, int]:
         """(3, h, w) of the recorded frames."""
-        shape, names = self.features[camera]["shape"], self.features[camera]["names"]
-        # Either order is found in recordings; the names tell which, as in LeRobot itself.
-        if names[2] in ("channel", "channels"):
-            height, width, channels = shape
-        else:
-            channels, height, width = shape
-        return channels, height, width
+        first, second, third = self.features[camera]["shape"]
+        # Recordings use both orders; LeRobot, too, goes by the names.
+        channels_last = self.features[camera]["names"][2] in ("channel", "channels")
+        return (third, first, second) if channels_last else (first, second, third)
 
 
 def video_decoder() -> str:
@@ -139,30 +135,30 @@ def video_decoder() -> str:
 
 @lru_cache(maxsize=100)
 def _open_video(path: Path) -> Any:
-    """A torchcodec VideoDecoder. A process keeps the last 100 open, as in LeRobot; but of the path: every read of a
-    Python file object would come back to Python.
+    """A torchcodec VideoDecoder; a process keeps the last 100 open, as LeRobot does. LeRobot hands over a Python file
+    object, which is slower than a path: every read goes through Python.
     """
-    from torchcodec.decoders import VideoDecoder  # not there on every platform
+    from torchcodec.decoders import VideoDecoder  # not available on every platform
 
     return VideoDecoder(path, seek_mode="approximate")
 
 
 def decode(path: Path, times: np.ndarray, fps: float) -> Tensor:
-    """Frames of a video at times in seconds, in any order: [len(times), 3, h, w] uint8, laid out as the decoder does it
+    """Frames of a video at times in seconds, in any order: [len(times), 3, h, w] uint8, in the decoder's memory layout
     (torchcodec: channels innermost).
 
-    They are found by their number, time * frame rate, as LeRobot does it. A ValueError where such a frame is more than
-    half a frame away from its time, wherever else it is in its batch.
+    A time's frame is number round(time * frame rate), as in LeRobot. Raises ValueError if a frame is shown more than
+    half a frame away from its time.
     """
     if video_decoder() != "torchcodec":
         return decode_video_frames(path, times.tolist(), 0.5 / fps, return_uint8=True)
-    # decode_video_frames gives the same frames and would copy each of them once more: a third of the time of decoding
-    # H.264. torchcodec itself goes through the video in order, whatever the order of the indices.
+    # decode_video_frames gives the same frames but copies each once more: a third of the time of decoding H.264.
+    # torchcodec reads the video in order, whatever the order of the indices.
     decoder = _open_video(path)
     rate, last = decoder.metadata.average_fps, decoder.metadata.num_frames - 1
     frames = decoder.get_frames_at(indices=[min(round(time * rate), last) for time in times.tolist()])
     away_s = np.abs(frames.pts_seconds.numpy() - times)
-    # Of the lower rate, and a little more, because a 29.97 fps video of a 30 fps dataset is up to half a frame away.
+    # Half a frame of the lower rate, and a little more: a 29.97 fps video of a 30 fps dataset can be half a frame off.
     if away_s.max() >= 0.5 / min(rate, fps) + 1e-4:
         raise ValueError(
             f"{path}: the frame for {times[away_s.argmax()]:.3f} s is {away_s.max():.3f} s away, more than half "
@@ -173,26 +169,28 @@ def decode(path: Path, times: np.ndarray, fps: float) -> Tensor:
 
 
 def merge(parts: list[tuple[np.ndarray, Tensor]]) -> Tensor:
-    """Images [n, 3, h, w] in their places, 0 to n - 1, from parts (places, images); a single part is not copied."""
+    """Frames [n, 3, h, w] in the order of their places 0..n-1, from parts (places, frames). A single part, which must
+    be in order, is not copied.
+    """
     if len(parts) == 1:
         return parts[0][1]
     first = parts[0][1]
     layout = torch.channels_last if first.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
-    whole = torch.empty(sum(len(p) for p, _ in parts), *first.shape[1:], dtype=first.dtype, memory_format=layout)
-    for places, images in parts:
-        for place, image in zip(places, images, strict=True):
-            whole[place] = image
-    return whole
+    merged = torch.empty(sum(len(p) for p, _ in parts), *first.shape[1:], dtype=first.dtype, memory_format=layout)
+    for places, frames in parts:
+        for place, frame in zip(places, frames, strict=True):
+            merged[place] = frame
+    return merged
 
 
 def open_datasets(config: DataConfig) -> list[RobotDataset]:
-    """The datasets of a configuration, in its order: repo ids (the local cache before the hub), then roots."""
+    """The datasets of a configuration: repo ids (from the local cache, else from the hub), then roots."""
     datasets = [RobotDataset(repo_id, HF_LEROBOT_HOME / repo_id, config) for repo_id in config.repo_ids]
     return datasets + [RobotDataset(str(root), Path(root), config) for root in config.roots]
 
 
 def choose_cameras(datasets: list[RobotDataset], config: DataConfig) -> tuple[tuple[str, ...], str]:
-    """The model's cameras and the label camera; refuses a key that a dataset does not have."""
+    """The model's cameras and the label camera. Raises ValueError for a camera that a dataset does not have."""
     found = {dataset.name: dataset.meta.camera_keys for dataset in datasets}
     common = [key for key in datasets[0].meta.camera_keys if all(key in keys for keys in found.values())]
     cameras = config.cameras or tuple(common)
@@ -208,7 +206,7 @@ def choose_cameras(datasets: list[RobotDataset], config: DataConfig) -> tuple[tu
 
 
 def common_dim(datasets: list[RobotDataset], key: str) -> int:
-    """Width of a vector feature over the datasets that have it; 0 if none has."""
+    """Width of a vector feature, 0 if no dataset has it. Raises ValueError if the datasets' widths differ."""
     dims = {dataset.name: dataset.vector_dim(key) for dataset in datasets if key in dataset.features}
     if len(set(dims.values())) > 1:
         raise ValueError(f"the datasets' {key} have different widths, they cannot share a model: {dims}")
@@ -218,43 +216,41 @@ def common_dim(datasets: list[RobotDataset], key: str) -> int:
 def vector_statistics(datasets: list[RobotDataset], key: str) -> Statistics:
     """Mean and standard deviation over all datasets that have the feature, as recorded in their metadata."""
     stats = aggregate_stats([{key: dataset.meta.stats[key]} for dataset in datasets if key in dataset.features])[key]
-    return Statistics(tuple(stats["mean"].tolist()), tuple(stats["std"].tolist()))
+    return Statistics(stats["mean"].tolist(), stats["std"].tolist())
 
 
 def statistics(datasets: list[RobotDataset], core: CoreConfig, targets: Collection[str]) -> dict[str, Statistics]:
-    """The statistics that a core needs: of the state, if it has one, and of actions, if they are a target."""
+    """The statistics that a core needs: of the state if it has one, and of actions if they are a target."""
     needed = {"state": STATE_KEY} if core.state_dim else {}
     needed |= {ACTION: ACTION_KEY} if ACTION in targets else {}
     return {name: vector_statistics(datasets, key) for name, key in needed.items()}
 
 
 def square_sides(datasets: list[RobotDataset], cameras: tuple[str, ...]) -> dict[str, int]:
-    """Side of the square that the images of a camera become whose size is not the same everywhere."""
+    """For each camera whose frames differ in size between datasets: side of the square they are all padded to."""
     sizes = {camera: {dataset.frame_shape(camera)[1:] for dataset in datasets} for camera in cameras}
     return {camera: max(max(size) for size in found) for camera, found in sizes.items() if len(found) > 1}
 
 
 def common_size(frames: Tensor, square_side: int | None) -> Tensor:
-    """uint8 frames [F, 3, h, w] as recorded, or as float32 squares in [0, 1] of the given side."""
+    """uint8 frames [n, 3, h, w] as they are, or as float32 squares in [0, 1] if a side is given."""
     return preprocess.resize_with_pad(preprocess.unit_range(frames), square_side) if square_side else frames
 
 
-def valid_pair_share(datasets: list[RobotDataset], frames: list[tuple[int, np.ndarray]]) -> float:
-    """Share of the frames whose pair does not cross the episode's end; a ValueError if there is none."""
-    valid = total = 0
-    for index, rows in frames:
-        valid, total = valid + len(datasets[index].rows_with_pairs(rows)), total + len(rows)
+def valid_pair_share(datasets: list[RobotDataset], rows_of: list[tuple[int, np.ndarray]]) -> float:
+    """Share of (dataset index, rows) whose pair does not cross the episode's end. Raises ValueError if it is 0."""
+    valid = sum(len(datasets[index].rows_with_pairs(rows)) for index, rows in rows_of)
     if not valid:
         gaps = {dataset.name: f"{dataset.gap_s:.3g} s" for dataset in datasets}
         raise ValueError(f"no episode is longer than --data.frame-gap-s, there is nothing to label: {gaps}")
-    return valid / total
+    return valid / sum(len(rows) for _, rows in rows_of)
 
 
 def describe(datasets: list[RobotDataset], with_pairs: bool) -> str:
     """A line for each dataset, for the first lines of a run."""
     return "\n".join(
-        f"{s.name}: {s.num_frames:,} frames, {len(s.episode_from):,} episodes, "
-        f"{s.num_frames / s.fps / 3600:.2f} h at {s.fps} fps"
-        + (f", pairs {s.gap} frames = {s.gap_s:.3g} s apart" if with_pairs else "")
-        for s in datasets
+        f"{d.name}: {d.num_frames:,} frames, {len(d.episode_from):,} episodes, "
+        f"{d.num_frames / d.fps / 3600:.2f} h at {d.fps} fps"
+        + (f", pairs {d.gap} frames = {d.gap_s:.3g} s apart" if with_pairs else "")
+        for d in datasets
     )

@@ -23,24 +23,24 @@ from smolvla_shared.run_signals import hide_worker
 
 @dataclass(frozen=True)
 class SampleSpec:
-    """What a sample consists of, beside its images and its task."""
+    """What is read and drawn for a sample."""
 
     cameras: tuple[str, ...]
-    # Width of the state; 0 reads none.
+    # Width of the state; 0: no state is read.
     state_dim: int = 0
-    # Read action chunks of this many actions of this width; 0 reads none.
+    # Actions in a chunk and width of an action; 0: no actions are read.
     chunk_size: int = 0
     action_dim: int = 0
-    # Camera whose frame pairs are read for the teacher; None reads single frames.
+    # Camera whose frame pairs are read for the teacher; None: no pairs are read.
     label_camera: str | None = None
-    # Side of the teacher's square: what pairs become where the datasets' sizes differ, so that a label does not depend
-    # on what else is in the mixture.
+    # Side of the teacher's square. If the datasets' sizes differ, pairs are resized to it: a label must not depend on
+    # the other datasets.
     pair_size: int = 0
-    # Shape [tokens, width] of the noise of each flow target, and how many draws of it a sample gets.
+    # Shape [tokens, width] of each flow target's noise, and the number of (noise, time) draws K of a sample.
     draws: dict[str, tuple[int, int]] = field(default_factory=dict)
     num_draws: int = 1
-    time_beta: tuple[float, float] = (1.5, 1.0)
-    # Files of image tokens, by camera one for each dataset, that are read instead of its frames (features.py).
+    time_beta: tuple[float, float] = (CoreConfig.time_beta_alpha, CoreConfig.time_beta_beta)
+    # Image tokens to read instead of frames (feature_cache.py): {camera: one file per dataset}.
     features: dict[str, tuple[Path, ...]] = field(default_factory=dict)
 
     @classmethod
@@ -53,11 +53,7 @@ class SampleSpec:
         num_draws: int = 1,
     ) -> "SampleSpec":
         """What a core needs of a sample to train on these targets."""
-        draws = {}
-        if ACTION in targets:
-            draws[ACTION] = core.chunk_size, core.max_action_dim
-        if LATENT in targets:
-            draws[LATENT] = core.code_seq_len, core.latent_dim
+        shapes = {ACTION: (core.chunk_size, core.max_action_dim), LATENT: (core.code_seq_len, core.latent_dim)}
         return cls(
             cameras=core.cameras,
             state_dim=core.state_dim,
@@ -65,7 +61,7 @@ class SampleSpec:
             action_dim=core.action_dim if ACTION in targets else 0,
             label_camera=labels.camera if labels else None,
             pair_size=labels.pair_size if labels else 0,
-            draws=draws,
+            draws={name: shape for name, shape in shapes.items() if name in targets},
             num_draws=num_draws,
             time_beta=(core.time_beta_alpha, core.time_beta_beta),
             features=features,
@@ -74,32 +70,32 @@ class SampleSpec:
 
 @lru_cache
 def _mapped(path: Path) -> np.ndarray:
-    """Opened once in each process that reads it: a memory-mapped array would be sent to a loader's worker whole."""
+    """Mapped in the process that reads it: a mapped array would be sent to a loader's worker in full."""
     return np.load(path, mmap_mode="r")
 
 
-def read_features(path: Path, frame: int) -> Tensor:
-    """Cached image tokens of a frame, [tokens, hidden]."""
-    tokens = torch.from_numpy(np.array(_mapped(path)[frame]))
+def read_features(path: Path, row: int) -> Tensor:
+    """Cached image tokens of a row, [tokens, hidden]."""
+    tokens = torch.from_numpy(np.array(_mapped(path)[row]))
     return tokens.view(torch.bfloat16) if tokens.dtype == torch.int16 else tokens
 
 
 class SampleDataset(Dataset):
-    """dataset[keys] is the batch of these samples, whose frames are decoded together.
+    """dataset[keys] is the batch of these samples; their frames are decoded together.
 
-    `random_shift` augments the policy's images (preprocess.random_shift).
+    random_shift: share of their side that the policy's images are shifted by (preprocess.random_shift)
     """
 
     def __init__(self, datasets: list[RobotDataset], spec: SampleSpec, seed: int, random_shift: float = 0.0):
         self.datasets, self.spec, self.seed, self.random_shift = datasets, spec, seed, random_shift
-        # Decided for the run, not for a batch, so that a frame looks the same whichever others it is read with.
+        # Decided for the run, so that a frame looks the same in every batch.
         label_cameras = (spec.label_camera,) if spec.label_camera else ()
         self.square_side = square_sides(datasets, (*spec.cameras, *label_cameras))
         from_video = [camera for camera in spec.cameras if camera not in spec.features]
         self.cameras_to_read = tuple(dict.fromkeys((*from_video, *label_cameras)))
 
     def __getitem__(self, keys: list[SampleKey]) -> RawBatch:
-        # What is random of a sample is drawn in this order: the shift of each camera, then noise and times.
+        # A sample's random numbers are drawn in this order: the shift of each camera, then noise and times.
         spec, rngs = self.spec, [np.random.default_rng([self.seed, key.step, key.slot]) for key in keys]
         frames = {camera: self.read_camera(camera, keys) for camera in self.cameras_to_read}
         images = [
@@ -111,7 +107,7 @@ class SampleDataset(Dataset):
         for name, shape in spec.draws.items():
             draws = [flow.draw_noise_and_time(rng, spec.num_draws, shape, *spec.time_beta) for rng in rngs]
             noise[name], time[name] = map(_stack, zip(*draws, strict=True))
-        # Latents that come from a cache need to know, too, where the episode is too short for a pair.
+        # Latents need the mask of pairs even if they come from a cache and no pairs are read.
         pair_valid = [self.has_pair(key) if spec.label_camera or LATENT in spec.draws else True for key in keys]
         return RawBatch(
             images=images,
@@ -134,15 +130,17 @@ class SampleDataset(Dataset):
         return key.row + dataset.gap < dataset.episode_to[dataset.episode_of(key.row)]
 
     def read_camera(self, camera: str, keys: list[SampleKey]) -> list[tuple[np.ndarray, Tensor]]:
-        """What a batch needs of a camera's frames, [n, 3, h, w] uint8, in parts of one size, and their places in it:
-        the label camera's second frames, of t + gap, have places of their own behind those of all B first ones.
+        """Decode a camera for the whole batch: [(places, frames [n, 3, h, w] uint8)], one entry, or one per dataset if
+        the datasets' sizes differ.
+
+        Places 0..B-1 are the frames at t. For the label camera, places B..2B-1 are the frames at t + gap.
         """
         parts = []
         for index in sorted({key.dataset for key in keys}):
             dataset, places = self.datasets[index], np.flatnonzero([key.dataset == index for key in keys])
             wanted = [keys[place].row for place in places]
             if camera == self.spec.label_camera:
-                # Of a pair that the episode's end cuts, which is masked, the frame itself stands in for the second.
+                # If the episode ends before t + gap, the frame at t stands in; the pair is masked.
                 wanted += [keys[place].row + dataset.gap * self.has_pair(keys[place]) for place in places]
                 places = np.concatenate([places, len(keys) + places])
             parts.append((places, dataset.read_frames(camera, wanted)))
@@ -154,8 +152,8 @@ class SampleDataset(Dataset):
     def images(
         self, camera: str, parts: list[tuple[np.ndarray, Tensor]], rngs: list[np.random.Generator]
     ) -> Tensor:  # [B, 3, h, w]
-        """The policy's images. Where nothing is done to them they and the pairs are views of the same frames, and a
-        pair's first frame is sent to the training process once.
+        """The policy's images. Unless they are shifted or padded, images and pairs are views of the same frames, and a
+        frame that both have is sent to the training process once.
         """
         images = []
         for places, frames in parts:
@@ -179,7 +177,7 @@ class SampleDataset(Dataset):
         return torch.stack([read_features(files[key.dataset], key.row) for key in keys])
 
     def read_vectors(self, key: SampleKey) -> tuple[np.ndarray, bool, np.ndarray, np.ndarray]:
-        """State [state_dim], whether the dataset has one; action chunk [T, A], which of its actions count [T]."""
+        """State [state_dim], whether the dataset has a state, action chunk [T, A], and which actions count [T]."""
         spec, dataset = self.spec, self.datasets[key.dataset]
         state, has_state = np.zeros(spec.state_dim, np.float32), bool(spec.state_dim) and STATE_KEY in dataset.features
         actions = np.zeros((spec.chunk_size, spec.action_dim), np.float32)
@@ -201,13 +199,13 @@ def _stack(arrays: Iterable[np.ndarray]) -> Tensor:
 
 
 def make_loader(dataset: SampleDataset, sampler: StepSampler, num_workers: int) -> DataLoader:
-    """Batches in the sampler's order."""
+    """Batches in the sampler's order. The workers do not see the signals that stop a run."""
     return make_worker_loader(dataset, num_workers, sampler=sampler, worker_init_fn=hide_worker)
 
 
 def make_worker_loader(dataset: Dataset, num_workers: int, **options: Any) -> DataLoader:
-    """Batches as the dataset makes them. Workers are forked from a clean server process: video decoders do not survive
-    a fork of the training process, and imports are paid once, not once a worker.
+    """Batches as the dataset makes them. Workers are forked from a clean server process that has imported this module
+    once: video decoders do not survive a fork of the training process.
     """
     if num_workers:
         multiprocessing.set_forkserver_preload(["smolvla_shared.data_loader"])
@@ -219,10 +217,10 @@ def make_worker_loader(dataset: Dataset, num_workers: int, **options: Any) -> Da
 
 @dataclass(frozen=True)
 class Loaders:
-    """The loaders of one process: training batches from a given step on, and the same held-out batches every time."""
+    """The loaders of one process."""
 
-    train: Callable[[int], DataLoader]
-    held_out: Callable[[], DataLoader] | None  # None without held-out episodes
+    train: Callable[[int], DataLoader]  # training batches from this step on
+    held_out: Callable[[], DataLoader] | None  # the same held-out batches in every call; None: nothing is held out
 
 
 def make_loaders(
@@ -234,10 +232,7 @@ def make_loaders(
     accelerator: Accelerator,
     random_shift: float = 0.0,
 ) -> Loaders:
-    """Loaders of a run; held-out batches are read in the process itself, so that they take no workers from training.
-
-    random_shift: of training samples (SampleDataset)
-    """
+    """Loaders of a run. Held-out batches are read in the training process and are never shifted (random_shift)."""
     process = accelerator.process_index, accelerator.num_processes
 
     def train(first_step: int) -> DataLoader:

@@ -1,8 +1,8 @@
 """Which sample a slot of a step is: the held-out episodes, mixtures, and a deterministic order.
 
-Everything random is a pure function of (seed, step, slot): which frame is read, how it is augmented, the noise and
-the time it is trained at. A run resumed at step k needs nothing but k, and the slots of a step may be spread over
-any number of processes without changing the step.
+Everything random is a pure function of (seed, step, slot): the row that is read, its augmentation, its noise and times.
+A run resumed at step k needs nothing but k, and any number of processes may share the slots of a step without changing
+the step.
 """
 
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ from smolvla_shared.data import RobotDataset
 
 
 def split_episodes(dataset: RobotDataset, val_fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Training and held-out frames of a dataset, by whole episodes drawn at random with the seed."""
+    """Training and held-out rows of a dataset. Whole episodes are held out, drawn at random with the seed."""
     num_episodes = len(dataset.episode_from)
     num_val = max(1, round(val_fraction * num_episodes)) if val_fraction else 0
     if num_val >= num_episodes:
@@ -26,16 +26,16 @@ def split_episodes(dataset: RobotDataset, val_fraction: float, seed: int) -> tup
         )
     order = np.random.default_rng([seed, num_episodes]).permutation(num_episodes)
 
-    def frames(episodes: np.ndarray) -> np.ndarray:
+    def rows(episodes: np.ndarray) -> np.ndarray:
         ranges = [np.arange(dataset.episode_from[e], dataset.episode_to[e]) for e in sorted(episodes)]
         return np.concatenate(ranges) if ranges else np.empty(0, dtype=np.int64)
 
-    return frames(order[num_val:]), frames(order[:num_val])
+    return rows(order[num_val:]), rows(order[:num_val])
 
 
 @dataclass(frozen=True)
 class SampleKey:
-    """Names a sample: what is read, and the (step, slot) that all its randomness comes from."""
+    """A sample: the row that is read, and the (step, slot) that its randomness is a function of."""
 
     step: int
     slot: int
@@ -44,31 +44,31 @@ class SampleKey:
 
 
 def split_datasets(datasets: list[RobotDataset], val_fraction: float, seed: int) -> tuple[list, list]:
-    """(dataset index, rows) of every dataset, for training and held out."""
+    """Training and held-out rows of all datasets, each as a list of (dataset index, rows)."""
     splits = [split_episodes(dataset, val_fraction, seed) for dataset in datasets]
-    train = [(index, frames) for index, (frames, _) in enumerate(splits)]
-    held_out = [(index, frames) for index, (_, frames) in enumerate(splits) if len(frames)]
+    train = [(index, rows) for index, (rows, _) in enumerate(splits)]
+    held_out = [(index, rows) for index, (_, rows) in enumerate(splits) if len(rows)]
     return train, held_out
 
 
 @dataclass(frozen=True)
 class RowGroup:
-    """Frames that take a fixed share of every step's slots: pairs (dataset, frame), [M, 2]."""
+    """Rows that get a fixed share of every step's slots."""
 
-    rows: np.ndarray
+    rows: np.ndarray  # [M, 2]: dataset index and row within that dataset
     share: float = 1.0
 
 
-def group_rows(frames: list[tuple[int, np.ndarray]], share: float = 1.0) -> list[RowGroup]:
-    """The given (dataset index, frames) lists as one group; none if there are no frames."""
-    if not frames:
+def group_rows(rows_of: list[tuple[int, np.ndarray]], share: float = 1.0) -> list[RowGroup]:
+    """A list of (dataset index, rows) as one group; no group for an empty list."""
+    if not rows_of:
         return []
-    columns = [np.stack([np.full(len(f), dataset), f], axis=1) for dataset, f in frames]
-    return [RowGroup(np.concatenate(columns), share)]
+    pairs = [np.stack([np.full(len(rows), dataset), rows], axis=1) for dataset, rows in rows_of]
+    return [RowGroup(np.concatenate(pairs), share)]
 
 
 def mix(labelled: list, video: list, video_share: float) -> list[RowGroup]:
-    """Two groups of (dataset index, rows) lists, the video with its share of every step; or one, if there is none."""
+    """Two lists of (dataset index, rows) as two groups, or as one group if there is no video."""
     if not video:
         return group_rows(labelled)
     return group_rows(labelled, 1 - video_share) + group_rows(video, video_share)
@@ -77,9 +77,9 @@ def mix(labelled: list, video: list, video_share: float) -> list[RowGroup]:
 class StepSampler(Sampler[list[SampleKey]]):
     """The sample keys of each forward pass of one process, from `first_step` on.
 
-    A step has batch_size slots; the groups' shares are spread evenly over them. Each group goes through its frames in
-    a new random order every epoch: its p-th sample overall is entry p mod M of the permutation of epoch p // M.
-    The slots are dealt in blocks: pass m of process r takes block m * num_processes + r.
+    A step has batch_size slots, over which the groups' shares are spread evenly. Each group reads its rows in a new
+    random order every epoch: the group's p-th sample is entry p mod M of the permutation of epoch p // M.
+    Pass m of process r takes block m * num_processes + r of the slots.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class StepSampler(Sampler[list[SampleKey]]):
         num_processes: int = 1,
         accumulation_steps: int = 1,
     ):
-        assert batch_size % (num_processes * accumulation_steps) == 0  # checkpoint.check_run tells the user
+        assert batch_size % (num_processes * accumulation_steps) == 0  # run_checkpoint.check_run tells the user
         for group in groups:
             if not len(group.rows):
                 raise ValueError("a group of training data has no frames")
@@ -119,7 +119,7 @@ class StepSampler(Sampler[list[SampleKey]]):
         return len(self.steps) * self.accumulation_steps
 
     def order(self, group: int, epoch: int) -> np.ndarray:
-        """The permutation of an epoch; only the newest two of a group are kept, a step spans no more."""
+        """The permutation of an epoch. A group's newest two are kept: a step may end one epoch and begin the next."""
         if (group, epoch) not in self._orders:
             self._orders.pop((group, epoch - 2), None)
             rng = np.random.default_rng([self.seed, group, epoch])
@@ -130,8 +130,8 @@ class StepSampler(Sampler[list[SampleKey]]):
         group = int(self.group_of_slot[slot])
         place = step * int(self.slots_of_group[group]) + int(self.place_in_group[slot])
         epoch, place = divmod(place, len(self.groups[group].rows))
-        dataset, frame = self.groups[group].rows[self.order(group, epoch)[place]]
-        return SampleKey(step, slot, int(dataset), int(frame))
+        dataset, row = self.groups[group].rows[self.order(group, epoch)[place]]
+        return SampleKey(step, slot, int(dataset), int(row))
 
     def __iter__(self) -> Iterator[list[SampleKey]]:
         block = self.batch_size // (self.num_processes * self.accumulation_steps)
@@ -142,7 +142,7 @@ class StepSampler(Sampler[list[SampleKey]]):
 
 
 def plan(groups: list[RowGroup], config: RunConfig) -> str:
-    """How much a run reads, for its first lines: every group of frames so many times over."""
+    """How many epochs of each group a run reads, for its first lines."""
     slots = StepSampler(groups, config.seed, config.batch_size, 0, 0).slots_of_group
     epochs = [
         f"{config.steps * taken / len(group.rows):.3g} x {len(group.rows):,} training frames"

@@ -20,12 +20,14 @@ def held_out_errors(
     accelerator: Accelerator,
     labels: Labels | None = None,
 ) -> dict[str, float]:
-    """Errors on held-out samples, for each target, normalised: val/{target}, the flow-matching loss;
-    val/{target}_error, the mean squared error of the predicted mean; val/{target}_error_of_mean, that of always
-    predicting the training mean.
+    """Errors on held-out samples, of each target, in normalised units.
 
-    The predicted mean is a sample of a single Euler step: at t = 1 the network knows nothing of the target but the
-    observation, and its best velocity there is noise - E[target | observation].
+    val/{target}                the flow-matching loss
+    val/{target}_error          the mean squared error of the predicted mean
+    val/{target}_error_of_mean  the mean squared error of always predicting the training mean
+
+    The predicted mean is a sample of one Euler step: at t = 1 the input is pure noise, and the best velocity is
+    noise - E[target | observation].
     """
     totals: dict[str, Tensor] = {}
     for raw in batches:
@@ -36,12 +38,12 @@ def held_out_errors(
             for name, target in batch.targets.items():
                 mean = core.sample(batch, name, target.noise[:, 0], num_steps=1)
                 truth = target.value[..., : mean.shape[-1]]
-                rows = {
+                tokens = {
                     name: errors[name],
                     f"{name}_error": (mean - truth).square().mean(-1),
                     f"{name}_error_of_mean": truth.square().mean(-1),
                 }
-                for key, values in rows.items():
+                for key, values in tokens.items():
                     part = torch.stack([losses.masked_sum(values, target.mask), target.mask.sum()])
                     totals[key] = totals.get(key, 0) + part
     reduced = {key: accelerator.reduce(total, "sum").tolist() for key, total in totals.items()}

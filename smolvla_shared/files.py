@@ -1,7 +1,4 @@
-"""Weights in files: public names, hashes, strict checks, reading from the hub, writing without leaving a torn file.
-
-Knows no model.
-"""
+"""Weights and texts in files: published names, hashes, strict checks, the hub, and writes that leave no torn file."""
 
 import hashlib
 import os
@@ -16,15 +13,15 @@ from torch import Tensor
 
 
 def public_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What is published of a state_dict, sorted by name: all but names with a path component that begins with `_`.
+    """The published part of a state_dict, sorted by name: without names that have a component beginning with `_`.
 
-    Such private buffers (counters, caches) belong in training checkpoints only.
+    These are private buffers (counters, caches), kept in training checkpoints only.
     """
     return {key: state[key] for key in sorted(state) if not any(part.startswith("_") for part in key.split("."))}
 
 
 def check_weights(where: str, expected: dict[str, Tensor], found: dict[str, Tensor]) -> None:
-    """Raise a ValueError that lists every missing key, unknown key and wrong shape."""
+    """Raise ValueError, listing every missing key, unknown key and wrong shape."""
     problems = [f"missing: {key} {list(expected[key].shape)}" for key in expected.keys() - found.keys()]
     problems += [f"unknown: {key} {list(found[key].shape)}" for key in found.keys() - expected.keys()]
     problems += [
@@ -45,7 +42,7 @@ def write_weights(path: Path, tensors: dict[str, Tensor]) -> str:
     """Write a .safetensors file under a temporary name, sync and rename it; returns its sha256."""
     temporary = path.with_suffix(".safetensors.tmp")
     save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, temporary)
-    temporary.chmod(0o666 & ~_umask())  # safetensors makes files that nobody else can read
+    temporary.chmod(0o666 & ~_umask())  # safetensors' own files can be read by their owner only
     sha256 = file_sha256(temporary)
     sync(temporary)
     os.replace(temporary, path)
@@ -61,9 +58,12 @@ def write_text(path: Path, text: str) -> None:
 
 
 def find_directory(what: str, name: str | Path, needed: tuple[str, ...], revision: str | None = None) -> Path:
-    """A directory of this name or, if there is none, the hub's, with the needed files in it.
+    """The local directory `name` or, if there is none, a copy of the hub's repository `name`.
 
-    `what` it should hold, "policy", goes into the messages. Raises ValueError.
+    what:   the contents, such as "policy", for messages
+    needed: files that must be in the directory
+
+    Raises ValueError if there is neither, or a needed file is missing.
     """
     directory = Path(name)
     if not directory.is_dir():
@@ -80,7 +80,7 @@ def find_directory(what: str, name: str | Path, needed: tuple[str, ...], revisio
 
 @contextmanager
 def new_directory(path: Path) -> Iterator[Path]:
-    """A directory to fill that gets its name when it is complete. Raises ValueError if there is one of this name."""
+    """A directory to fill, named `path` once the context ends without error. Raises ValueError if `path` exists."""
     if path.exists():
         raise ValueError(f"{path} exists already: name a new directory")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -91,7 +91,7 @@ def new_directory(path: Path) -> Iterator[Path]:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file or directory is on the disk: without it a crash may leave a name without its bytes."""
+    """Wait until a file or directory is on disk: otherwise a crash may leave its name without its contents."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

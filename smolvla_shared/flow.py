@@ -11,19 +11,23 @@ import torch
 from torch import Tensor
 
 
+def training_time[Array: (np.ndarray, Tensor)](drawn: Array) -> Array:
+    """Draws of a Beta distribution in [0, 1] -> training times in [0.001, 1]: never 0."""
+    return 0.999 * drawn + 0.001
+
+
 def draw_noise_and_time(
     rng: np.random.Generator, num_draws: int, shape: tuple[int, int], alpha: float, beta: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Noise [K, *shape] and times [K] of one sample, float32: t = 0.999 * Beta(alpha, beta) + 0.001, so never 0."""
+    """Noise [K, *shape] and times [K] of one sample, float32; the times follow Beta(alpha, beta)."""
     noise = rng.standard_normal((num_draws, *shape), dtype=np.float32)
-    time = (0.999 * rng.beta(alpha, beta, num_draws) + 0.001).astype(np.float32)
-    return noise, time
+    return noise, training_time(rng.beta(alpha, beta, num_draws)).astype(np.float32)
 
 
 def interpolate(target: Tensor, noise: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
     """The point x_t on the straight path from data to noise, and the path's velocity u_t.
 
-    target and noise share a shape [..., T, A]; time [...] has one value for each of their leading dimensions.
+    target and noise are [..., T, A], time is [...].
     """
     t = time[..., None, None]
     x_t = t * noise + (1 - t) * target

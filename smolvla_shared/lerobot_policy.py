@@ -1,8 +1,7 @@
 """The LeRobot policy `hlrp_smolvla_shared`: config, policy and processors around a `SmolVLASharedCore`.
 
 LeRobot's commands (lerobot-eval, lerobot-train --policy.path) find the three by their names in this module. A saved
-policy is self-contained: the trunk's config is in config.json, the tokenizer is in the preprocessor's state, and
-loading asks no hub.
+policy loads offline: the trunk's config is in config.json, the tokenizer in the preprocessor's state.
 """
 
 import json
@@ -23,30 +22,26 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
-from smolvla_shared import losses
+from smolvla_shared import flow, losses
 from smolvla_shared.batch import Batch, FlowTarget
 from smolvla_shared.config import ACTION, CoreConfig, OptimConfig, RunConfig
 from smolvla_shared.files import check_weights, find_directory, write_text, write_weights
 from smolvla_shared.lerobot_processor import make_hlrp_smolvla_shared_pre_post_processors
 from smolvla_shared.model import SmolVLASharedCore
-from smolvla_shared.preprocess import (
-    Statistics,
-    pad_width,
-    prepare_images,
-    stack_cameras,
-)
+from smolvla_shared.preprocess import Statistics, pad_width, prepare_images, stack_cameras
 
-ACTION_IS_PAD = "action_is_pad"  # [B, T] bool, LeRobot's mark of actions past the episode's end
+ACTION_IS_PAD = "action_is_pad"  # LeRobot's key, [B, T] bool: True past the episode's end
 WEIGHTS_NAME = "model.safetensors"
 SOURCE_NAME = "source.json"
-CORE_PREFIX = "model."  # of the core's weights in the file: the policy holds the core as `self.model`
+CORE_PREFIX = "model."  # of the core's weights in WEIGHTS_NAME: the policy holds the core as `self.model`
+FEATURES = {"state": keys.OBS_STATE, ACTION: keys.ACTION}  # LeRobot's feature of each statistics' name
 
 
 # --- config -----------------------------------------------------------------------------------------------------------
 
 
 def input_features(core: CoreConfig, image_shapes: dict[str, tuple[int, ...]]) -> dict[str, PolicyFeature]:
-    """What the policy observes; a camera without a recorded shape (3, height, width) gets the model's square."""
+    """What the policy observes. image_shapes: (3, height, width) by camera; default: the model's square."""
     square = (3, core.image_size, core.image_size)
     features = {key: PolicyFeature(FeatureType.VISUAL, image_shapes.get(key, square)) for key in core.cameras}
     if core.state_dim:
@@ -63,13 +58,13 @@ def output_features(core: CoreConfig) -> dict[str, PolicyFeature]:
 class HLRPSmolVLASharedConfig(PreTrainedConfig):
     """LeRobot's view of a core: the core's config, and how its action chunks are executed."""
 
-    # The model; with it alone, no hub, the policy is rebuilt.
+    # The model; rebuilds it offline.
     core: CoreConfig = field(kw_only=True)
-    # Actions executed of each chunk before the next one is generated.
+    # Actions executed of each chunk before the next chunk is generated.
     n_action_steps: int = 10
-    # Cameras that an observation may lack: their tokens are masked then. Without any other it is refused.
+    # Cameras that an observation may lack; their tokens are then masked. All other cameras are required.
     optional_cameras: tuple[str, ...] = ()
-    # How each kind of feature is normalised; the core was trained with these.
+    # How each kind of feature is normalised, as in training.
     normalization_mapping: dict[str, NormalizationMode] = field(
         default_factory=lambda: {
             "VISUAL": NormalizationMode.IDENTITY,
@@ -97,7 +92,7 @@ class HLRPSmolVLASharedConfig(PreTrainedConfig):
         self.output_features = self.output_features or output_features(self.core)
 
     def validate_features(self) -> None:
-        """Raise ValueError where the features, set by LeRobot from a dataset or environment, do not fit the core."""
+        """Raise ValueError if the features, which LeRobot sets from a dataset or environment, do not fit the core."""
 
         def describe(inputs: dict[str, PolicyFeature], outputs: dict[str, PolicyFeature]) -> dict[str, Any]:
             cameras = {key for key, feature in inputs.items() if feature.type is FeatureType.VISUAL}
@@ -117,7 +112,7 @@ class HLRPSmolVLASharedConfig(PreTrainedConfig):
 
     @property
     def observation_delta_indices(self) -> None:
-        return None  # the present observation only, without a time dimension
+        return None  # only the present observation, without a time dimension
 
     @property
     def action_delta_indices(self) -> list[int]:
@@ -158,9 +153,9 @@ def check_has(batch: dict[str, Any], needed: list[str]) -> None:
 def to_batch(observation: dict[str, Tensor], core: CoreConfig, optional_cameras: tuple[str, ...] = ()) -> Batch:
     """A preprocessed LeRobot batch -> the core's Batch, without targets.
 
-    Images are [B, 3, h, w] in [0, 1] or uint8, the state [B, state_dim] is normalised, the text is tokenised.
-    Raises ValueError for a camera, state or text that is missing. Nothing is replaced by blanks but the optional
-    cameras, which go last if they are missing, as in SmolVLA: the special tokens around them are not masked.
+    Images are [B, 3, h, w] in [0, 1] or uint8, the state [B, state_dim] is normalised, the text is tokenised. Missing
+    optional cameras become masked images behind the others, as in SmolVLA: their special tokens are not masked.
+    Raises ValueError for any other missing camera, state or text.
     """
     present = [key for key in core.cameras if key in observation or key not in optional_cameras]
     state_keys = [keys.OBS_STATE] if core.state_dim else []
@@ -187,13 +182,13 @@ def to_batch(observation: dict[str, Tensor], core: CoreConfig, optional_cameras:
 
 
 class HLRPSmolVLASharedPolicy(PreTrainedPolicy):
-    """Executes the core's action chunks, `n_action_steps` of each; trains on them with LeRobot's own loop."""
+    """Executes the first `n_action_steps` of each of the core's action chunks. LeRobot's own loop can train it."""
 
     config_class = HLRPSmolVLASharedConfig
     name = "hlrp_smolvla_shared"
 
     def __init__(self, config: HLRPSmolVLASharedConfig, dataset_stats: Any = None, dataset_meta: Any = None):
-        """LeRobot's factory passes statistics and metadata to every policy; here only the processors normalise."""
+        """LeRobot's factory passes dataset_stats and dataset_meta to every policy; both are unused."""
         super().__init__(config)
         config.validate_features()
         self.model = SmolVLASharedCore(config.core)
@@ -208,9 +203,9 @@ class HLRPSmolVLASharedPolicy(PreTrainedPolicy):
         revision: str | None = None,
         **kwargs: Any,
     ) -> "HLRPSmolVLASharedPolicy":
-        """A policy from a directory or, if there is none of this name, from the hub. Always strict.
+        """A policy from a local directory or, if there is none of this name, from the hub.
 
-        Raises ValueError where a file is missing or the weights are not exactly those of the config's model.
+        Raises ValueError if a file is missing or the weights are not exactly those of the config's model.
         """
         directory = find_directory("policy", pretrained_name_or_path, ("config.json", WEIGHTS_NAME), revision)
         config = config or PreTrainedConfig.from_pretrained(directory)
@@ -226,8 +221,8 @@ class HLRPSmolVLASharedPolicy(PreTrainedPolicy):
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
     def reset(self) -> None:
-        """Forget the actions not yet executed; called when an episode begins."""
-        self.queue: deque[Tensor] = deque()  # of [B, A]
+        """Forget the actions not yet executed. LeRobot calls this when an episode begins."""
+        self.queue: deque[Tensor] = deque()  # actions [B, A]
 
     def forward(
         self,
@@ -236,8 +231,8 @@ class HLRPSmolVLASharedPolicy(PreTrainedPolicy):
         noise: Tensor | None = None,  # [B, T, max_action_dim]
         time: Tensor | None = None,  # [B]
     ) -> tuple[Tensor, dict[str, float]]:
-        """The flow-matching loss of the action chunks batch["action"] [B, T, A], normalised: a scalar, or [B] for
-        reduction "none". Steps marked in batch["action_is_pad"] and padded action dimensions do not count.
+        """The flow-matching loss of the normalised action chunks batch["action"] [B, T, A]: a scalar, or [B] for
+        reduction "none". Actions marked in batch["action_is_pad"] and padded dimensions do not count.
         """
         core = self.config.core
         check_has(batch, [keys.ACTION, ACTION_IS_PAD])
@@ -251,7 +246,7 @@ class HLRPSmolVLASharedPolicy(PreTrainedPolicy):
             noise = torch.randn_like(value)
         if time is None:
             beta = torch.distributions.Beta(core.time_beta_alpha, core.time_beta_beta)
-            time = 0.999 * beta.sample((len(value),)).to(value.device) + 0.001
+            time = flow.training_time(beta.sample((len(value),)).to(value.device))
         data.targets = {ACTION: FlowTarget(value, mask, noise[:, None], time[:, None])}
         errors = self.model(data)[ACTION]  # [B, T]
         if reduction == "none":
@@ -262,7 +257,7 @@ class HLRPSmolVLASharedPolicy(PreTrainedPolicy):
 
     @torch.no_grad()
     def predict_action_chunk(self, batch: dict[str, Tensor], noise: Tensor | None = None) -> Tensor:
-        """A chunk of normalised actions [B, T, A], generated from noise [B, T, max_action_dim] (drawn if not given)."""
+        """A chunk of normalised actions [B, T, A], generated from noise [B, T, max_action_dim] (default: drawn)."""
         core = self.config.core
         data = to_batch(batch, core, self.config.optional_cameras)
         if noise is None:
@@ -271,7 +266,7 @@ class HLRPSmolVLASharedPolicy(PreTrainedPolicy):
 
     @torch.no_grad()
     def select_action(self, batch: dict[str, Tensor], noise: Tensor | None = None) -> Tensor:
-        """The next action [B, A], normalised; generates a chunk whenever the last one's n_action_steps are used up."""
+        """The next normalised action [B, A]. Generates a chunk when n_action_steps of the last one are executed."""
         if not self.queue:
             chunk = self.predict_action_chunk(batch, noise)
             self.queue.extend(chunk[:, : self.config.n_action_steps].unbind(dim=1))
@@ -293,15 +288,15 @@ def save_policy(
     optional_cameras: tuple[str, ...] = (),
     rename_map: dict[str, str] | None = None,
 ) -> None:
-    """Write a core as a LeRobot policy: config, weights and processors, all that inference needs; and its source.
+    """Write a core as a LeRobot policy: config, weights and processors; and source.json.
 
     weights:          the core's state_dict
     statistics:       of "action" and, if the core has a state, "state"
-    source:           the run that wrote the weights, and which they are; JSON, for people
-    image_shapes:     (3, height, width) of each camera as recorded; LeRobot's policy server resizes what it receives to
-                      this shape, without keeping the aspect ratio. Default: the model's squares
-    optional_cameras: those that an observation may lack
-    rename_map:       our names of observations, by those that they arrive with
+    source:           where the weights are from: JSON, for people
+    image_shapes:     (3, height, width) of each camera as recorded, to which LeRobot's policy server stretches the
+                      images that it receives. Default: the model's squares
+    optional_cameras: cameras that an observation may lack
+    rename_map:       {name of an observation as it arrives: our name}
     """
     directory.mkdir(parents=True, exist_ok=True)
     config = HLRPSmolVLASharedConfig(
@@ -314,13 +309,18 @@ def save_policy(
     config.save_pretrained(directory)
     write_weights(directory / WEIGHTS_NAME, {CORE_PREFIX + key: value for key, value in weights.items()})
     write_text(directory / SOURCE_NAME, json.dumps(source, indent=2) + "\n")
-    stats = {
-        key: dict(zip(("mean", "std"), statistics[name].tensors(), strict=True))
-        for key, name in ((keys.OBS_STATE, "state"), (keys.ACTION, "action"))
-        if name in statistics
-    }
+    stats = lerobot_stats(statistics)
     for processor in make_hlrp_smolvla_shared_pre_post_processors(config, stats, tokenizer, rename_map):
         processor.save_pretrained(directory)
+
+
+def lerobot_stats(statistics: dict[str, Statistics]) -> dict[str, dict[str, Tensor]]:
+    """Statistics of state and action as LeRobot's processors take them: {feature: {"mean": [A], "std": [A]}}."""
+    return {
+        feature: dict(zip(("mean", "std"), statistics[name].tensors(), strict=True))
+        for name, feature in FEATURES.items()
+        if name in statistics
+    }
 
 
 @dataclass(frozen=True)
@@ -328,10 +328,10 @@ class SavedPolicy:
     """A saved policy, in the core's terms."""
 
     config: HLRPSmolVLASharedConfig
-    weights: dict[str, Tensor]  # of the core
+    weights: dict[str, Tensor]  # the core's state_dict
     tokenizer: PreTrainedTokenizerFast
     statistics: dict[str, Statistics]  # of "action" and, if the core has a state, "state"
-    rename_map: dict[str, str]  # our names of observations, by those that they arrive with
+    rename_map: dict[str, str]  # {name of an observation as it arrives: our name}
 
 
 def load_saved(name: str) -> SavedPolicy:
@@ -342,8 +342,8 @@ def load_saved(name: str) -> SavedPolicy:
     preprocessor, _ = make_pre_post_processors(policy.config, name)
     rename, _, tokenize, _, normalize = preprocessor.steps
     statistics = {
-        ours: Statistics(*(torch.as_tensor(normalize.stats[key][of]).tolist() for of in ("mean", "std")))
-        for key, ours in ((keys.OBS_STATE, "state"), (keys.ACTION, ACTION))
-        if key in normalize.stats
+        name: Statistics(*(torch.as_tensor(normalize.stats[feature][of]).tolist() for of in ("mean", "std")))
+        for name, feature in FEATURES.items()
+        if feature in normalize.stats
     }
     return SavedPolicy(policy.config, policy.model.state_dict(), tokenize.tokenizer, statistics, rename.rename_map)

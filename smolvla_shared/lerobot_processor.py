@@ -1,7 +1,4 @@
-"""The processors around the LeRobot policy: names, tokens, devices, normalisation; and back to the robot's units.
-
-A saved pipeline is self-contained: the tokenizer is in a step's state, so that loading works offline.
-"""
+"""The processors around the LeRobot policy: names, tokens, device, normalisation; and back to the robot's units."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -29,12 +26,12 @@ if TYPE_CHECKING:
 
 @ProcessorStepRegistry.register("hlrp_smolvla_shared_tokenizer")
 class TokenizeTask(ObservationProcessorStep):
-    """Task texts -> token ids and mask, as in training. The tokenizer itself is in the step's state, so that a saved
-    policy needs neither the hub nor the directory that the tokenizer came from.
+    """Task texts -> token ids and mask, as in training. The tokenizer is in the step's state: a saved policy loads
+    offline.
     """
 
     def __init__(self, max_tokens: int, tokenizer: PreTrainedTokenizerFast | None = None):
-        """Without a tokenizer the step waits for `load_state_dict`: this is how LeRobot builds a saved pipeline."""
+        """LeRobot builds a saved step without a tokenizer; `load_state_dict` then brings the tokenizer."""
         self.max_tokens = max_tokens
         self.tokenizer = tokenizer
 
@@ -70,13 +67,13 @@ def make_hlrp_smolvla_shared_pre_post_processors(
     tokenizer: PreTrainedTokenizerFast | None = None,
     rename_map: dict[str, str] | None = None,
 ) -> tuple[PolicyProcessorPipeline, PolicyProcessorPipeline]:
-    """The pipelines before and after the policy; LeRobot's factory calls this for a policy that was not saved before.
+    """The pipelines before and after the policy. LeRobot's factory calls this for a policy without saved processors.
 
-    dataset_stats: {feature: {"mean": [A], "std": [A]}} of observation.state, if the core has a state, and action
-    tokenizer:     the trunk's; by default it is loaded from where the core's trunk came from
-    rename_map:    our names of observations, by those that they arrive with
+    dataset_stats: {feature: {"mean": [A], "std": [A]}} of action and, if the core has a state, observation.state
+    tokenizer:     the trunk's; default: loaded from where the core's trunk came from
+    rename_map:    {name of an observation as it arrives: our name}
 
-    Raises ValueError for missing statistics: LeRobot's normaliser would leave such a feature as it is.
+    Raises ValueError for missing statistics: LeRobot's normaliser would leave such a feature unnormalised.
     """
     needed = [keys.OBS_STATE, keys.ACTION] if config.core.state_dim else [keys.ACTION]
     found = {key: sorted(stats) for key, stats in (dataset_stats or {}).items()}

@@ -1,10 +1,10 @@
-"""LeRobot's SmolVLA checkpoints, in and out: configuration, weights, statistics and tokenizer as ours, and back.
+"""LeRobot's SmolVLA checkpoints, in and out: configuration, weights, statistics and tokenizer.
 
 python -m smolvla_shared.lerobot_smolvla import <directory or hub id> <new directory>
 python -m smolvla_shared.lerobot_smolvla export <pretrained_model> <new directory>
 
-What no action depends on is not kept: the trunk's final norm and output layer, language layers beyond those in use, and
-LeRobot's options of training and execution. Padding of text and prefix (pad_language_to, prefix_length) is masked.
+Left out is what no action depends on: the trunk's final norm and output layer, unused language layers, options of
+training and execution, and the masked padding of text and prefix (pad_language_to, prefix_length).
 """
 
 import json
@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerFast
 
 from smolvla_shared.config import CoreConfig
 from smolvla_shared.files import check_weights, find_directory, new_directory, public_state, write_weights
-from smolvla_shared.lerobot_policy import SavedPolicy, load_saved, save_policy
+from smolvla_shared.lerobot_policy import FEATURES, WEIGHTS_NAME, SavedPolicy, lerobot_stats, load_saved, save_policy
 from smolvla_shared.model import SmolVLASharedCore
 from smolvla_shared.preprocess import Statistics, pack_tokenizer
 from smolvla_shared.trunk import load_trunk_config, load_trunk_tokenizer, trunk_location
@@ -33,34 +33,39 @@ from smolvla_shared.trunk import load_trunk_config, load_trunk_tokenizer, trunk_
 if TYPE_CHECKING:  # LeRobot's policies take seconds to import
     from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
 
-CONFIG_NAME, WEIGHTS_NAME = "config.json", "model.safetensors"
+CONFIG_NAME = "config.json"
 PROCESSORS = (keys.POLICY_PREPROCESSOR_DEFAULT_NAME, keys.POLICY_POSTPROCESSOR_DEFAULT_NAME)
 EMPTY_CAMERA = "observation.images.empty_camera_"  # LeRobot numbers the cameras that observations may lack
 
 # --- names ------------------------------------------------------------------------------------------------------------
 
 TRUNK = "model.vlm_with_expert.vlm.model."
-LEROBOT_PREFIX = {  # by ours
+LEROBOT_PREFIX = {  # {our prefix: LeRobot's}
     "trunk.vlm.": TRUNK,
     "expert.": "model.vlm_with_expert.lm_expert.",
     "state_proj.": "model.state_proj.",
     "action_head.": "model.action_",  # in_proj, out_proj, time_mlp_in, time_mlp_out
 }
-TOKEN_EMBEDDING = "trunk.vlm.text_model.embed_tokens.weight"  # ours
+TOKEN_EMBEDDING = "trunk.vlm.text_model.embed_tokens.weight"  # our name
 FINAL_NORM = TRUNK + "text_model.norm.weight"
 OUTPUT_LAYER = "model.vlm_with_expert.vlm.lm_head.weight"
 LANGUAGE_LAYER = re.compile(re.escape(TRUNK) + r"text_model\.layers\.(\d+)\.")
 NORMALIZATION_BUFFER = re.compile(r"(normalize_inputs|normalize_targets|unnormalize_outputs)\.")
-# observation.state.mean, so100.buffer.action.std; with the prefix of such a buffer, buffer_observation_state.mean and
-# so100_buffer_action.std.
+# In processors: observation.state.mean, so100.buffer.action.std. In normalization buffers, behind their prefix:
+# buffer_observation_state.mean, so100_buffer_action.std.
 STATISTIC = re.compile(
     rf"(?:{NORMALIZATION_BUFFER.pattern})?(?:(?P<robot>.+)[._](?=buffer))?(?:buffer[._])?"
     r"(?P<feature>observation[._]state|action)\.(?P<statistic>mean|std)"
 )
+SAME_OPTIONS = ("chunk_size", "max_state_dim", "max_action_dim", "min_period", "max_period")
+SAME_OPTIONS += ("expert_width_multiplier", "self_attn_every_n_layers")
+# {field of CoreConfig: LeRobot's name}, for the fields that are copied in both directions.
+LEROBOT_OPTION = {name: name for name in SAME_OPTIONS}
+LEROBOT_OPTION |= {"max_text_tokens": "tokenizer_max_length", "flow_steps": "num_steps"}
 
 
 def lerobot_names(weights: dict[str, Tensor]) -> dict[str, str]:
-    """LeRobot's name of every weight of a core, by ours; without the latent head, which SmolVLA does not have."""
+    """{our name: LeRobot's} of a core's weights, without the latent head, which SmolVLA does not have."""
     return {
         name: theirs + name.removeprefix(ours)
         for name in public_state(weights)
@@ -70,13 +75,13 @@ def lerobot_names(weights: dict[str, Tensor]) -> dict[str, str]:
 
 
 def is_unread(name: str, num_layers: int) -> bool:
-    """Whether no action depends on a tensor of LeRobot's, in a model that keeps `num_layers` language layers."""
+    """Whether no action depends on LeRobot's tensor of this name, if `num_layers` language layers are kept."""
     layer = LANGUAGE_LAYER.match(name)
     return name in (FINAL_NORM, OUTPUT_LAYER) or (layer is not None and int(layer[1]) >= num_layers)
 
 
 def _statistic(where: str) -> tuple[str | None, str, str] | None:
-    """(robot, feature, statistic) of the tensor at "file: key"; None for one that is not needed."""
+    """(robot or None, feature, statistic) of the tensor at "file: key"; None for a tensor that is not needed."""
     match = STATISTIC.fullmatch(where.split(": ")[1])
     return match and (match["robot"], match["feature"].replace("_", "."), match["statistic"])
 
@@ -93,10 +98,10 @@ class Checkpoint:
     weights: dict[str, Tensor]  # by our names
     unread: tuple[str, ...]  # LeRobot's names of the tensors that were left out
     tokenizer: PreTrainedTokenizerFast
-    statistics: dict[str, Tensor]  # by "file: key", as found
+    statistics: dict[str, Tensor]  # by "file: key"
     image_shapes: dict[str, tuple[int, ...]]  # (3, height, width) by camera
     optional_cameras: tuple[str, ...]
-    rename_map: dict[str, str]  # of observations, by recorded name
+    rename_map: dict[str, str]  # {name of an observation as it arrives: our name}
     n_action_steps: int
 
     @property
@@ -105,20 +110,17 @@ class Checkpoint:
         return tuple(key for key in self.core.cameras if key not in self.optional_cameras)
 
     def normalization(self, robot: str | None = None) -> dict[str, Statistics]:
-        """The statistics of state and action; `robot` names whose, in a checkpoint that has several robots'.
+        """The statistics of state and action; `robot` chooses among those of several robots.
 
-        Raises ValueError, with all keys that there are, where one is missing, found with two values, of another width
-        than the feature, or not finite.
+        Raises ValueError, listing all keys, if a statistic is missing, has two values, has another width than its
+        feature, or is not finite.
         """
-        places = {where: _statistic(where) for where in self.statistics}
+        statistic_of = {where: _statistic(where) for where in self.statistics}
         result, problems = {}, []
-        for name, feature, width in (
-            ("state", keys.OBS_STATE, self.core.state_dim),
-            ("action", keys.ACTION, self.core.action_dim),
-        ):
-            values = []
+        for name, width in (("state", self.core.state_dim), ("action", self.core.action_dim)):
+            feature, values = FEATURES[name], []
             for statistic in ("mean", "std"):
-                found = [where for where, what in places.items() if what == (robot, feature, statistic)]
+                found = [where for where, what in statistic_of.items() if what == (robot, feature, statistic)]
                 tensors = [self.statistics[where] for where in found]
                 if not found:
                     problems.append(f"missing: {feature}.{statistic}")
@@ -131,7 +133,7 @@ class Checkpoint:
             if len(values) == 2:
                 result[name] = Statistics(*values)
         if problems:
-            robots = sorted({what[0] for what in places.values() if what and what[0]})
+            robots = sorted({what[0] for what in statistic_of.values() if what and what[0]})
             raise ValueError(
                 f"{self.name}: cannot map the statistics of {robot or 'its only robot'}:\n  "
                 + "\n  ".join(problems)
@@ -146,23 +148,23 @@ class Checkpoint:
 def load_checkpoint(name: str) -> Checkpoint:
     """Read a LeRobot SmolVLA policy from a directory or, if there is none of this name, from the hub.
 
-    Raises ValueError that lists everything in it that has no counterpart here.
+    Raises ValueError, listing everything in it that has no counterpart here.
     """
     from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
 
     directory = find_directory("SmolVLA checkpoint", name, (CONFIG_NAME, WEIGHTS_NAME))
     try:
         config = PreTrainedConfig.from_pretrained(directory)
-    except DecodingError as error:  # an unknown field, say
+    except DecodingError as error:  # such as an unknown field
         raise ValueError(f"{name}: the installed LeRobot does not read its {CONFIG_NAME}: {error}") from error
     if not isinstance(config, SmolVLAConfig):
         raise ValueError(f"{name} holds a policy of type {config.type}, expected smolvla")
-    config.validate_features()  # adds the numbered cameras that observations may lack
+    config.validate_features()  # adds the optional cameras
     steps, statistics = _read_processors(directory)
     if problems := _unmappable(config, steps):
         raise ValueError(f"{name} is a SmolVLA that has no counterpart here:\n  " + "\n  ".join(problems))
 
-    # A model that torch.compile wrapped has _orig_mod in its names.
+    # torch.compile puts _orig_mod into names.
     tensors = {key.replace("._orig_mod", ""): t for key, t in load_file(directory / WEIGHTS_NAME).items()}
     buffers = {key for key in tensors if NORMALIZATION_BUFFER.match(key)}
     statistics |= {f"{WEIGHTS_NAME}: {key}": tensors[key] for key in buffers}
@@ -195,7 +197,7 @@ def load_checkpoint(name: str) -> Checkpoint:
 
 
 def _read_processors(directory: Path) -> tuple[dict[str, dict[str, Any]], dict[str, Tensor]]:
-    """Configurations of the processors' steps by name, and their statistics; none in a checkpoint from before them."""
+    """Configurations of the processors' steps by name, and their statistics; both empty in old checkpoints."""
     steps, statistics = {}, {}
     for processor in PROCESSORS:
         path = directory / f"{processor}.json"
@@ -209,10 +211,10 @@ def _read_processors(directory: Path) -> tuple[dict[str, dict[str, Any]], dict[s
 
 
 def _unmappable(config: "SmolVLAConfig", steps: dict[str, dict[str, Any]]) -> list[str]:
-    """What of a checkpoint we cannot express, in words."""
+    """What has no counterpart here, in words."""
     normalization = {"VISUAL": "IDENTITY", "STATE": "MEAN_STD", "ACTION": "MEAN_STD"}
     tokenizer = {"tokenizer_name": config.vlm_model_name, "max_length": config.tokenizer_max_length}
-    required = {  # by step, or none for config.json
+    required = {  # by step; None: config.json
         None: {
             "n_obs_steps": 1,
             "normalization_mapping": normalization,
@@ -261,18 +263,10 @@ def core_config(config: "SmolVLAConfig", vlm: dict[str, Any], tokenizer: PreTrai
         cameras=tuple(config.image_features),
         image_size=config.resize_imgs_with_padding[0],
         num_trunk_layers=min(config.num_vlm_layers, num_layers) if config.num_vlm_layers > 0 else num_layers,
-        max_text_tokens=config.tokenizer_max_length,
         image_special_tokens=special if config.add_image_special_tokens else (),
         state_dim=config.robot_state_feature.shape[0],
-        max_state_dim=config.max_state_dim,
         action_dim=config.action_feature.shape[0],
-        max_action_dim=config.max_action_dim,
-        chunk_size=config.chunk_size,
-        expert_width_multiplier=config.expert_width_multiplier,
-        self_attn_every_n_layers=config.self_attn_every_n_layers,
-        flow_steps=config.num_steps,
-        min_period=config.min_period,
-        max_period=config.max_period,
+        **{ours: getattr(config, theirs) for ours, theirs in LEROBOT_OPTION.items()},
     )
 
 
@@ -282,8 +276,8 @@ def core_config(config: "SmolVLAConfig", vlm: dict[str, Any], tokenizer: PreTrai
 def save_checkpoint(directory: Path, policy: SavedPolicy) -> None:
     """Write a policy as a LeRobot SmolVLA policy with its processors.
 
-    LeRobot reads the trunk's configuration and tokenizer from where the core's trunk came from. Its final norm and
-    output layer, which LeRobot keeps and never reads, become ones and the token embedding.
+    LeRobot reads the trunk's configuration and tokenizer from where the core's trunk came from. LeRobot keeps but never
+    uses the trunk's final norm and output layer: they become ones and the token embedding.
     Raises ValueError for what LeRobot's SmolVLA cannot express.
     """
     from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
@@ -306,29 +300,21 @@ def save_checkpoint(directory: Path, policy: SavedPolicy) -> None:
         output_features={keys.ACTION: PolicyFeature(FeatureType.ACTION, (ours.action_dim,))},
         device=policy.config.device,
         push_to_hub=False,
-        chunk_size=ours.chunk_size,
         n_action_steps=policy.config.n_action_steps,
-        max_state_dim=ours.max_state_dim,
-        max_action_dim=ours.max_action_dim,
         resize_imgs_with_padding=(ours.image_size, ours.image_size),
         empty_cameras=len(optional_cameras),
-        tokenizer_max_length=ours.max_text_tokens,
-        num_steps=ours.flow_steps,
         vlm_model_name=trunk_location(ours.model_name),
         add_image_special_tokens=bool(ours.image_special_tokens),
         num_vlm_layers=ours.num_trunk_layers,
-        self_attn_every_n_layers=ours.self_attn_every_n_layers,
-        expert_width_multiplier=ours.expert_width_multiplier,
-        min_period=ours.min_period,
-        max_period=ours.max_period,
+        **{theirs: getattr(ours, name) for name, theirs in LEROBOT_OPTION.items()},
     )
-    # What did not survive the way there does not come back.
+    # A field that LeRobot cannot express comes back with another value.
     back = asdict(core_config(config, ours.vlm, trunk_tokenizer))
-    elsewhere = {"model_name", "model_revision", "torch_dtype", "latent_vector_dim", "code_seq_len"}
+    not_exported = {"model_name", "model_revision", "torch_dtype", "latent_vector_dim", "code_seq_len"}
     problems += [
         f"{field} {value}, there it is always {back[field]}"
         for field, value in asdict(ours).items()
-        if field not in elsewhere and value != back[field]
+        if field not in not_exported and value != back[field]
     ]
     if problems:
         raise ValueError("LeRobot's SmolVLA cannot express:\n  " + "\n  ".join(problems))
@@ -338,9 +324,7 @@ def save_checkpoint(directory: Path, policy: SavedPolicy) -> None:
     weights[FINAL_NORM], weights[OUTPUT_LAYER] = torch.ones_like(embedding[0]), embedding.clone()
     write_weights(directory / WEIGHTS_NAME, weights)
     config.save_pretrained(directory)
-    names = {"state": keys.OBS_STATE, "action": keys.ACTION}
-    stats = {names[name]: dict(zip(("mean", "std"), of.tensors())) for name, of in policy.statistics.items()}
-    preprocessor, postprocessor = make_smolvla_pre_post_processors(config, stats)
+    preprocessor, postprocessor = make_smolvla_pre_post_processors(config, lerobot_stats(policy.statistics))
     preprocessor.steps[0].rename_map = policy.rename_map
     for processor in (preprocessor, postprocessor):
         processor.save_pretrained(directory)
@@ -357,7 +341,7 @@ class ImportConfig:
     source: tyro.conf.Positional[str]
     # The new directory.
     out: tyro.conf.Positional[Path]
-    # Whose statistics to take, of a checkpoint that has several robots'.
+    # The robot whose statistics to take, if the policy has statistics of several robots.
     robot: str | None = None
 
 

@@ -24,8 +24,8 @@ def masked_sum(values: Tensor, mask: Tensor) -> Tensor:
 def masked_mean(values: Tensor, mask: Tensor, count: Tensor | None = None) -> Tensor:
     """Mean of the values where mask; 0 if the mask is False everywhere.
 
-    `count` replaces the number of valid values when this batch is a part of a larger one, spread over accumulation
-    steps or processes: the parts' results then add up to the mean over the whole.
+    If this batch is one part of a larger one (accumulation steps, processes), pass the larger batch's number of valid
+    values as `count`: the parts' results then add up to the larger batch's mean.
     """
     if count is None:
         count = mask.sum()
@@ -33,6 +33,6 @@ def masked_mean(values: Tensor, mask: Tensor, count: Tensor | None = None) -> Te
 
 
 def valid_tokens(batches: Sequence[Batch], accelerator: "Accelerator") -> dict[str, Tensor]:
-    """Valid tokens of each target in a whole step: over these batches (accumulation) and over all processes."""
+    """Valid tokens of each target in a step, summed over its batches (accumulation steps) and all processes."""
     counts = {name: sum(batch.masks[name].sum() for batch in batches) for name in batches[0].masks}
     return {name: accelerator.reduce(count.float(), "sum") for name, count in counts.items()}

@@ -16,9 +16,7 @@ from smolvla_shared.batch import Batch, FlowTarget
 from smolvla_shared.config import ACTION, LATENT, PRESETS, CoreConfig, ModelConfig
 from smolvla_shared.trunk import Expert, Prefix, Trunk, load_trunk_config
 
-NUM_TRUNK_LAYERS = 16  # SmolVLA keeps the first half of SmolVLM2-500M's 32 language layers
-
-# The parts that are frozen, counted and reported together, and the prefix of their parameters' names.
+# What is frozen, counted and reported as one part, and the prefix of its parameters' names.
 PARTS = {
     "vision tower": "trunk.vlm.vision_model.",
     "connector": "trunk.vlm.connector.",
@@ -31,9 +29,9 @@ PARTS = {
 
 
 class FlowHead(nn.Module):
-    """Noisy tokens and time -> expert tokens, and expert tokens -> velocity. Float32 whatever the expert runs in.
+    """Noisy tokens and time -> expert tokens, and expert tokens -> velocity; always float32.
 
-    The latent head (S tokens of D) and the action head (T tokens of A, zero-padded) are its two instances.
+    There are two instances: the latent head (S tokens of D) and the action head (T tokens of A, zero-padded).
     """
 
     def __init__(self, num_tokens: int, token_dim: int, real_dim: int, width: int, periods: tuple[float, float]):
@@ -61,7 +59,7 @@ class FlowHead(nn.Module):
 class SmolVLASharedCore(nn.Module):
     """The shared policy: SmolVLM prefix, expert, and a flow-matching head each for latent and real actions.
 
-    A head exists where its dimensions are configured. `core(batch)` is the only training entry: DDP and FSDP act in
+    A head exists if the config has its dimensions. `core(batch)` is the only training entry: DDP and FSDP act in
     `__call__`.
     """
 
@@ -88,7 +86,7 @@ class SmolVLASharedCore(nn.Module):
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """The flow-matching error of every target token: {head: [B, T]}, averaged over draws and real dimensions.
 
-        Which tokens count, the batch's masks say; the caller applies them and averages (losses.masked_mean).
+        batch.masks says which tokens count; the caller applies the masks and averages (losses.masked_mean).
         """
         prefix = self.encode(batch)
         return {name: self.flow_error(self.head(name), target, prefix) for name, target in batch.targets.items()}
@@ -98,7 +96,7 @@ class SmolVLASharedCore(nn.Module):
         x_t, u_t = flow.interpolate(value, target.noise, target.time)
         hidden, _ = self.expert(head.embed(x_t, target.time), prefix)
         v_t = head.velocity(hidden)
-        # Padded action dimensions are no target: a loss on them would only teach the head to output -noise.
+        # A loss on the padded action dimensions would only teach the head to output their noise.
         return losses.token_error(v_t[..., : head.real_dim], u_t[..., : head.real_dim])  # [B, T]
 
     @torch.no_grad()
@@ -117,7 +115,7 @@ class SmolVLASharedCore(nn.Module):
 
 
 def make_core_config(model: ModelConfig, cameras: tuple[str, ...], **dims) -> CoreConfig:
-    """The CoreConfig of the --model options; `dims` are CoreConfig's data-dependent fields (state_dim, ...)."""
+    """The CoreConfig of the --model options. dims: CoreConfig's data-dependent fields (state_dim, ...)."""
     name = model.stated_name or PRESETS["smolvlm2-500m"]
     vlm = load_trunk_config(name, model.revision)
     return CoreConfig(
@@ -126,7 +124,7 @@ def make_core_config(model: ModelConfig, cameras: tuple[str, ...], **dims) -> Co
         vlm=vlm,
         cameras=cameras,
         image_size=vlm["vision_config"]["image_size"],
-        num_trunk_layers=min(NUM_TRUNK_LAYERS, vlm["text_config"]["num_hidden_layers"]),
+        num_trunk_layers=min(CoreConfig.num_trunk_layers, vlm["text_config"]["num_hidden_layers"]),
         **dims,
     )
 
@@ -140,12 +138,12 @@ def layers(core: SmolVLASharedCore) -> list[GradientCheckpointingLayer]:
 def configure_layers(core: SmolVLASharedCore, model: ModelConfig) -> None:
     """Checkpoint and compile every layer as the --model options say; parameters keep their names and values.
 
-    Raises ValueError where there is no compiler to compile with.
+    Raises ValueError if --model.compile finds no C++ compiler.
     """
     if model.activation_checkpointing:
         for layer in layers(core):
             layer.gradient_checkpointing = True
-            # There is no dropout whose random state would have to be kept.
+            # Without dropout there is no random state to keep.
             layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
     if model.compile:
         compiler = os.environ.get("CXX", "g++")
@@ -154,15 +152,15 @@ def configure_layers(core: SmolVLASharedCore, model: ModelConfig) -> None:
                 f"--model.compile needs a C++ compiler, there is no {compiler}: install one (apt-get install g++), "
                 "name yours in the environment variable CXX, or leave --model.compile out"
             )
-        # Layers of a kind share their compiled code. A kind has some for each head and each way it is called, in
-        # training and in sampling: more than the 8 that PyTorch allows before it gives up and runs uncompiled.
+        # Layers of one class share their compiled variants: one per head, in training and in sampling. These are more
+        # than the 8 variants after which PyTorch runs uncompiled.
         torch._dynamo.config.recompile_limit = 64
         for layer in layers(core):
             layer.compile()
 
 
 def parameters_by_part(core: SmolVLASharedCore) -> dict[str, dict[str, nn.Parameter]]:
-    """Every parameter, by part and name; parts that this core does not have are left out."""
+    """The parameters of each part that this core has: {part: {name: parameter}}."""
     named = dict(core.named_parameters())
     parts = {part: {n: p for n, p in named.items() if n.startswith(prefix)} for part, prefix in PARTS.items()}
     assert sum(len(parameters) for parameters in parts.values()) == len(named)
@@ -170,7 +168,7 @@ def parameters_by_part(core: SmolVLASharedCore) -> dict[str, dict[str, nn.Parame
 
 
 def freeze(core: SmolVLASharedCore, parts: list[str]) -> None:
-    """Switch the gradients of the named parts off. Raises ValueError for a part that this core does not have."""
+    """Switch off the gradients of these parts. Raises ValueError for a part that this core does not have."""
     by_part = parameters_by_part(core)
     for part in parts:
         if part not in by_part:
@@ -180,10 +178,7 @@ def freeze(core: SmolVLASharedCore, parts: list[str]) -> None:
 
 
 def frozen_parts(model: ModelConfig, core: CoreConfig, targets: Collection[str]) -> list[str]:
-    """The parts that do not train: those that --model.freeze-* names, and heads without a target.
-
-    A pretrained trunk is frozen unless the options say otherwise.
-    """
+    """The parts that do not train: those that --model.freeze-* freezes, and heads without a target."""
     freeze_trunk = core.has_pretrained_trunk if model.freeze_trunk is None else model.freeze_trunk
     freeze_vision = core.has_pretrained_trunk if model.freeze_vision is None else model.freeze_vision
     parts = ["vision tower", "connector"] if freeze_vision or freeze_trunk else []

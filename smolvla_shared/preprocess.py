@@ -21,18 +21,17 @@ EPS = 1e-8  # added to standard deviations; LeRobot's normaliser uses the same
 
 
 def unit_range(frames: Tensor) -> Tensor:
-    """Frames [..., h, w], uint8 in [0, 255] or already float in [0, 1] -> float32 in [0, 1], contiguous.
+    """Frames [..., h, w], uint8 in [0, 255] or float in [0, 1] -> float32 in [0, 1], contiguous.
 
-    A decoder's channels are innermost in memory. They stay there up to here, where layout and type change in one pass.
+    Decoded frames have their channels innermost in memory; layout and type change here in one pass.
     """
     frames, is_uint8 = frames.to(torch.float32, memory_format=torch.contiguous_format), frames.dtype == torch.uint8
     return frames / 255 if is_uint8 else frames
 
 
 def resize_with_pad(images: Tensor, size: int) -> Tensor:
-    """Bilinear resize that keeps the aspect ratio, then zeros on the left and top: [B, 3, h, w] -> [B, 3, size, size].
-
-    SmolVLA's convention; float32 in [0, 1] in and out.
+    """Bilinear resize that keeps the aspect ratio, then zeros on the left and top, as in SmolVLA:
+    [B, 3, h, w] -> [B, 3, size, size], both float32 in [0, 1].
     """
     height, width = images.shape[-2:]
     if (height, width) == (size, size):
@@ -46,7 +45,7 @@ def resize_with_pad(images: Tensor, size: int) -> Tensor:
 def stretch(frames: Tensor, size: int) -> Tensor:
     """Bilinear resize to a square, aspect ratio not kept: [..., 3, h, w] float in [0, 1] -> [..., 3, size, size].
 
-    A teacher's view of a frame. Antialiased like the PIL resize of LAPA's own pipeline: without, shrinking aliases.
+    For the teacher's frames; antialiased, as is the PIL resize of LAPA's own pipeline.
     """
     if frames.shape[-2:] == (size, size):
         return frames
@@ -56,15 +55,14 @@ def stretch(frames: Tensor, size: int) -> Tensor:
 
 
 def prepare_images(images: Tensor, size: int) -> Tensor:
-    """uint8 in [0, 255] or float in [0, 1], [B, 3, h, w] -> the model's float32 squares in [-1, 1]."""
+    """Frames [B, 3, h, w], uint8 in [0, 255] or float in [0, 1] -> the model's float32 squares in [-1, 1]."""
     return resize_with_pad(unit_range(images), size) * 2 - 1
 
 
 def stack_cameras(images: list[Tensor | None]) -> tuple[Tensor, Tensor]:
-    """One batch of prepared images [B, 3, H, W] per camera, None for a missing one ->
-    ([B, N, 3, H, W], mask [B, N]).
+    """Prepared images [B, 3, H, W] per camera, None for a missing camera -> images [B, N, 3, H, W], mask [B, N].
 
-    A missing camera becomes an image of -1 (black) whose tokens are masked out.
+    A missing camera becomes a black image (-1) whose tokens are masked.
     """
     present = next(image for image in images if image is not None)
     blank = torch.full_like(present, -1.0)
@@ -80,7 +78,7 @@ def pad_width(values: Tensor, width: int) -> Tensor:
 
 @lru_cache
 def _copied_once(values: tuple[float, ...], device: torch.device | str) -> Tensor:
-    """The host waits for a copy to the device: not at every step."""
+    """A tensor that is copied to the device once: each copy makes the host wait for the device."""
     return torch.tensor(values, device=device)
 
 
@@ -93,14 +91,14 @@ class Statistics:
     mode: str = "mean_std"
 
     def __post_init__(self):
-        object.__setattr__(self, "mean", tuple(self.mean))  # JSON has lists
+        object.__setattr__(self, "mean", tuple(self.mean))  # from lists
         object.__setattr__(self, "std", tuple(self.std))
 
     @classmethod
     def of(cls, values: Tensor) -> "Statistics":
         """Statistics over the rows of [M, A]."""
         values = values.double()
-        return cls(tuple(values.mean(0).tolist()), tuple(values.std(0, correction=0).tolist()))
+        return cls(values.mean(0).tolist(), values.std(0, correction=0).tolist())
 
     def difference(self, artifact: "Statistics") -> str:
         """In words, how far the data's statistics are from an artifact's."""
@@ -144,9 +142,9 @@ class TextTokenizer:
 
 
 def pack_tokenizer(tokenizer: PreTrainedTokenizerFast) -> str:
-    """All that `unpack_tokenizer` needs to rebuild the tokenizer without a hub, as one JSON text."""
+    """One JSON text from which `unpack_tokenizer` rebuilds the tokenizer offline."""
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    backend.no_padding()  # what the last call used is no part of the tokenizer
+    backend.no_padding()  # the backend remembers the padding and truncation of the last call
     backend.no_truncation()
     return json.dumps({"tokenizer": json.loads(backend.to_str()), "pad_token": tokenizer.pad_token})
 
@@ -160,7 +158,7 @@ def unpack_tokenizer(packed: str) -> PreTrainedTokenizerFast:
 class Preprocessor:
     """RawBatch -> Batch, on the raw batch's device.
 
-    `statistics` has an entry for each of state, action and latent that the batches carry.
+    statistics: of "state", "action" and "latent", as far as the batches carry them
     """
 
     def __init__(self, config: CoreConfig, tokenizer: PreTrainedTokenizerFast, statistics: dict[str, Statistics]):
@@ -169,15 +167,15 @@ class Preprocessor:
         self.statistics = statistics
 
     def __call__(self, raw: RawBatch, latents: Tensor | None = None) -> Batch:
-        """Adds targets for what the raw batch has noise for; latent targets come from `latents` [B, S, D]."""
+        """The Batch has a target for each entry of raw.noise; `latents` [B, S, D] are the latent target's values."""
         config, device = self.config, raw.state.device
-        # A feature cache's image tokens [B, tokens, hidden] come ready.
+        # Image tokens [B, tokens, hidden] of a feature cache need no preparation.
         images = [i if i.ndim == 3 else prepare_images(i, config.image_size) for i in raw.images]
         images, image_mask = stack_cameras(images)
         text, text_mask = to_device(list(self.tokenize(raw.tasks)), device)
         state, state_mask = torch.zeros(len(raw), config.max_state_dim, device=device), raw.state_mask
         if config.state_dim:
-            # Zero is the mean state after normalisation: samples without a state add nothing even where unmasked.
+            # A sample without a state gets zeros, the mean state, and adds nothing even where it is not masked.
             normalized = self.statistics["state"].normalize(raw.state) * raw.state_mask[:, None]
             state = pad_width(normalized, config.max_state_dim)
         values, masks = {}, {}

@@ -1,7 +1,7 @@
 """Rollouts in vectorised environments: statistics, videos, a contact sheet.
 
-An episode of a rollout is a function of (policy, environment, seed) alone: object positions and the policy's noise
-come from it, however many environments run side by side. Nothing is caught: a crash in a rollout stops it.
+An episode is a function of (policy, environment, seed) alone: the seed decides object positions and the policy's noise,
+however many environments run side by side. No exception is caught: a crash stops the rollout.
 """
 
 import json
@@ -23,15 +23,15 @@ from smolvla_shared.lerobot_policy import HLRPSmolVLASharedPolicy
 
 SUCCESS_COLOR, FAILURE_COLOR = (40, 160, 60), (200, 50, 40)
 SHEET_COLUMNS = 8  # frames of an episode in the contact sheet
-ENVIRONMENTS = ("metaworld", "pusht")  # the types that are tested with this loop; LeRobot's own lerobot-eval has more
-# Recordings use seeds from here on, rollouts those below: a policy is judged on object positions it has not seen.
+ENVIRONMENTS = ("metaworld", "pusht")  # the types that were tested with this loop
+# Recordings use seeds from here on, rollouts use smaller ones: a policy is judged on object positions it has not seen.
 FIRST_RECORDING_SEED = 1_000_000
 
 
 def wilson_interval(successes: int, trials: int, z: float = 1.96) -> tuple[float, float]:
     """Wilson's score interval of a success rate (JASA 1927); z = 1.96 gives 95%.
 
-    Unlike the normal approximation it is honest near 0 and 1 and for the few trials that robots allow.
+    Unlike the normal approximation it holds near 0 and 1 and for few trials.
     """
     rate = successes / trials
     center = (rate + z**2 / (2 * trials)) / (1 + z**2 / trials)
@@ -40,21 +40,21 @@ def wilson_interval(successes: int, trials: int, z: float = 1.96) -> tuple[float
 
 
 def render_headless() -> None:
-    """Choose a renderer that needs no display, unless MUJOCO_GL says one; before mujoco is imported."""
+    """Choose a renderer that needs no display, unless MUJOCO_GL names one. Call it before mujoco is imported."""
     if "MUJOCO_GL" not in os.environ and "DISPLAY" not in os.environ:
         os.environ["MUJOCO_GL"] = "egl" if Path("/dev/nvidia0").exists() else "osmesa"
 
 
 def make_metaworld(task: str, image_size: int) -> gymnasium.Env:
-    """LeRobot's Meta-World environment, rendered at `image_size` without shadows, reflections and multisampling.
+    """LeRobot's Meta-World environment, rendered at `image_size` without shadows and reflections (slow on a CPU).
 
-    LeRobot renders 480 x 480 whatever is asked for. A policy must see in a rollout what was recorded, so recording and
-    rollouts both build their environments here. On a CPU the plain picture costs a fraction of the full one.
+    LeRobot always renders 480 x 480. Recordings and rollouts both build their environments here, so that a policy sees
+    the images that it was trained on.
     """
     from lerobot.envs.metaworld import MetaworldEnv
 
     env = MetaworldEnv(task, obs_type="pixels_agent_pos", observation_width=image_size, observation_height=image_size)
-    env._ensure_env()  # builds the physics; the renderer is made at the first frame, with these settings
+    env._ensure_env()  # builds the physics; the renderer reads the settings below at the first frame
     model, renderer = env._env.model, env._env.mujoco_renderer
     model.vis.quality.shadowsize = 0
     model.vis.quality.offsamples = 4
@@ -71,7 +71,7 @@ def metaworld_tasks() -> list[str]:
 
 
 def task_text(env_type: str, task: str) -> str:
-    """The task in words, as recordings have it; PushT has none."""
+    """The task in words, as in recordings; "" for PushT."""
     if env_type != "metaworld":
         return ""
     from lerobot.envs.metaworld import TASK_DESCRIPTIONS
@@ -80,7 +80,7 @@ def task_text(env_type: str, task: str) -> str:
 
 
 def check_environment(env_type: str, task: str, seeds: range) -> None:
-    """Raise ValueError for a type or task that there is not, and for seeds that recordings use."""
+    """Raise ValueError for an unknown type or task, and for seeds that recordings use."""
     if env_type not in ENVIRONMENTS:
         raise ValueError(f"--env.type {env_type} is not one of {', '.join(ENVIRONMENTS)}; lerobot-eval has more types")
     if env_type == "metaworld" and task not in metaworld_tasks():
@@ -93,7 +93,7 @@ def check_environment(env_type: str, task: str, seeds: range) -> None:
 
 
 def make_environments(env_type: str, task: str, image_size: int, num_envs: int) -> gymnasium.vector.VectorEnv:
-    """`num_envs` environments; several of Meta-World run in a process each."""
+    """A vector of environments; two or more of Meta-World run in a process each."""
     from lerobot.envs.configs import EnvConfig
     from lerobot.envs.factory import make_env
 
@@ -122,7 +122,7 @@ class Episode:
 
 
 def episode_noise(seed: int, step: int, shape: tuple[int, ...]) -> torch.Tensor:
-    """The noise that an episode's chunk starts from if it is planned at this step."""
+    """The noise that a chunk is generated from if it is generated at this step of the episode."""
     return torch.from_numpy(np.random.default_rng([seed, step]).standard_normal(shape, dtype=np.float32))
 
 
@@ -132,14 +132,14 @@ def first_image(observation: dict[str, Any], index: int) -> np.ndarray:
 
 
 def success_flags(info: dict[str, Any], num_envs: int) -> np.ndarray:
-    """is_success of each environment, which LeRobot's environments report in the info or, at an end, in final_info."""
-    final = info.get("final_info", {})
-    flags = [np.asarray(source.get("is_success", np.zeros(num_envs)), bool) for source in (info, final)]
+    """Success of each environment, [num_envs] bool. LeRobot reports it in info or, at an episode's end, final_info."""
+    missing = np.zeros(num_envs)
+    flags = [np.asarray(of.get("is_success", missing), bool) for of in (info, info.get("final_info", {}))]
     return flags[0] | flags[1]
 
 
 def check_cameras(policy: HLRPSmolVLASharedPolicy, observation: dict[str, Any], rename: dict[str, str]) -> None:
-    """Raise ValueError unless the environment shows every camera that the policy looks through, and no other."""
+    """Raise ValueError unless the environment shows the policy's cameras, except optional ones, and no others."""
     found = [rename.get(key, key) for key in observation if "image" in key]
     wanted = list(policy.config.core.cameras)
     if set(found) | set(policy.config.optional_cameras) != set(wanted):
@@ -160,13 +160,15 @@ def run_episodes(
     max_steps: int,
     rename: dict[str, str] | None = None,
 ) -> Iterator[tuple[Episode, list[np.ndarray]]]:
-    """Run an episode for each seed, as many at a time as there are environments.
+    """Run one episode per seed, as many at a time as there are environments.
 
-    Yields each with its frames, [h, w, 3] uint8 of the first camera, from the start to what the last action led to.
+    Yields each episode with its frames, [h, w, 3] uint8 of the first camera, from the start to after the last action.
 
-    preprocess, postprocess: the policy's processors (normalisation, tokens; actions in the environment's units)
+    preprocess, postprocess: the policy's processors: observations in, actions in the environment's units out
     task:                    the instruction, in words
-    max_steps:               environment steps after which an episode has failed
+    max_steps:               environment steps after which an episode counts as failed
+
+    Raises ValueError if the environment's cameras are not the policy's.
     """
     from lerobot.envs.utils import preprocess_observation
 
@@ -175,7 +177,7 @@ def run_episodes(
     num_run = num_successes = 0
     bar = tqdm(total=len(seeds), desc="rollout", unit="episode", dynamic_ncols=True)
     for first in range(0, len(seeds), num_envs):
-        # The last round may need fewer environments; the others run along and are not counted.
+        # The last round may have more environments than seeds; the extra episodes are dropped.
         round_episodes = [Episode(seeds.start + first + i) for i in range(num_envs)]
         observation, _ = environments.reset(seed=[episode.seed for episode in round_episodes])
         frames = [[first_image(observation, i)] for i in range(num_envs)]
@@ -209,7 +211,7 @@ def run_episodes(
 
 
 def film_strip(episode: Episode, frames: list[np.ndarray], tile: int = 96) -> Image.Image:
-    """A row of the contact sheet, time from left to right; the frame's colour and the text say how it ended."""
+    """A row of the contact sheet, time from left to right; the colour and the text tell success from failure."""
     border, label = 3, 110
     color = SUCCESS_COLOR if episode.success else FAILURE_COLOR
     strip = Image.new("RGB", (label + SHEET_COLUMNS * (tile + 2 * border), tile + 2 * border), "white")
@@ -218,8 +220,8 @@ def film_strip(episode: Episode, frames: list[np.ndarray], tile: int = 96) -> Im
     draw.text((6, tile // 2 - 12), text, fill=color)
     draw.rectangle((label, 0, strip.width, strip.height), fill=color)
     for column, index in enumerate(np.linspace(0, len(frames) - 1, SHEET_COLUMNS).round().astype(int)):
-        picture = Image.fromarray(frames[index]).resize((tile, tile))
-        strip.paste(picture, (label + column * (tile + 2 * border) + border, border))
+        image = Image.fromarray(frames[index]).resize((tile, tile))
+        strip.paste(image, (label + column * (tile + 2 * border) + border, border))
     return strip
 
 
@@ -230,9 +232,9 @@ def write_results(
     with_videos: bool,
     provenance: dict[str, Any],
 ) -> dict[str, Any]:
-    """Write results.json, contact_sheet.png and, if asked, a video an episode, named by seed and outcome.
+    """Write results.json, contact_sheet.png and, if asked, a video per episode, named by seed and outcome.
 
-    Takes the episodes as they come and keeps no frames of them. Returns what results.json holds.
+    An episode's frames are dropped once they are written. Returns the contents of results.json.
     """
     from lerobot.utils.io_utils import write_video
 

@@ -75,7 +75,7 @@ class Run:
     """Keeps a run alive around a script's loop: resuming, signals, accumulation, clipping and the AdamW step, EMA,
     metrics, checkpoints and export. Use it as a context; see the top of this file.
 
-    core:      what a training pass calls: the given module, whole or sharded over the processes
+    core:      what a training pass calls: the given module, as a full copy or sharded over the processes
     step:      optimizer steps done
     evaluates: after update(), whether this step is due for an evaluation on held-out samples
     """
@@ -91,7 +91,7 @@ class Run:
         """Distribute the module, restore the checkpoint that is resumed from, and claim the run directory.
 
         resume_from: the checkpoint to go on from (start_run)
-        export:      writes what can be used without the run, from whole weights, into a directory of each checkpoint
+        export:      writes what can be used without the run, from full weights, into a directory of each checkpoint
 
         Raises ValueError if the disk has no room for the checkpoints to come.
         """
@@ -207,7 +207,7 @@ class Run:
         self.recorder.window.extra |= metrics
 
     def weights(self) -> dict[str, Tensor]:
-        """The weights to publish, whole, on the main process: the EMA where there is one, else the last step's."""
+        """The full weights to publish, on the main process: of the EMA if there is one, else of the last step."""
         return exported_weights(self.state, self.accelerator)
 
     def _finish_step(self) -> None:

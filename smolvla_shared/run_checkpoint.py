@@ -3,7 +3,8 @@
 import json
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,23 +19,23 @@ from smolvla_shared.files import file_sha256, sync, write_text
 from smolvla_shared.run_sharding import gather, scatter_
 from smolvla_shared.run_signals import STOPPED_FILE
 
-# What a resumed run may do differently and still be the same run: bit-equal, but for accumulation_steps and the number
-# of processes, which only change the rounding, and for steps, whose schedule holds from there on.
+# Settings that --resume may change. Weights stay bit-equal, except that accumulation_steps and the number of processes
+# change the rounding, and steps changes the schedule from there on.
 FREE_ON_RESUME = {
     *("resume", "run_dir", "steps", "save_every", "keep", "log_every", "eval_every", "trackers"),
     *("accumulation_steps", "data.num_workers", "data.feature_cache_gb", "model.activation_checkpointing"),
 }
 FULL_STATE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 STATE_FILE = Path("training_state") / "state.pt"
-# Size and sha256 of every other file of a checkpoint: what tells a truncated or mixed one.
+# Size and sha256 of every other file of a checkpoint, to detect truncated or mixed checkpoints.
 RECORD_FILE = "checkpoint.json"
-# Writes a directory that can be used without the run, from whole weights, by name, of a step.
+# export(directory, full weights by name, step) writes what can be used without the run.
 Export = Callable[[Path, dict[str, Tensor], int], None]
 
 
 @dataclass
 class TrainingState:
-    """All that a run is at a step; what it sees next is a function of the step alone (data.py)."""
+    """The state of a run at a step. The data are no part of it: they are a function of the step (data_order.py)."""
 
     module: nn.Module
     optimizer: torch.optim.Optimizer
@@ -43,30 +44,29 @@ class TrainingState:
     ema: dict[str, Tensor] = field(default_factory=dict)
 
 
-class ema_weights:
+@contextmanager
+def ema_weights(state: TrainingState) -> Iterator[None]:
     """Within this context the module holds the EMA weights, if there are any."""
+    parameters = dict(state.module.named_parameters())
+    pairs = [(parameters[name], ema) for name, ema in state.ema.items()]
+    _swap(pairs)
+    try:
+        yield
+    finally:
+        _swap(pairs)
 
-    def __init__(self, state: TrainingState):
-        parameters = dict(state.module.named_parameters())
-        self.pairs = [(parameters[name], average) for name, average in state.ema.items()]
 
-    def _swap(self) -> None:
-        with torch.no_grad():
-            for parameter, average in self.pairs:
-                value = parameter.clone()
-                parameter.copy_(average)
-                average.copy_(value)
-
-    def __enter__(self) -> None:
-        self._swap()
-
-    def __exit__(self, *_: Any) -> None:
-        self._swap()
+@torch.no_grad()
+def _swap(pairs: list[tuple[Tensor, Tensor]]) -> None:
+    for one, other in pairs:
+        value = one.clone()
+        one.copy_(other)
+        other.copy_(value)
 
 
 @torch.no_grad()
 def update_ema(state: TrainingState, decay: float) -> None:
-    """Move the EMA towards the weights. Early on the decay is smaller, so that the EMA forgets its start soon."""
+    """Move the EMA towards the weights. The decay is smaller in early steps, so that the initial weights fade soon."""
     decay = min(decay, (1 + state.step) / (10 + state.step))
     trained = [parameter for parameter in state.module.parameters() if parameter.requires_grad]
     torch._foreach_lerp_(list(state.ema.values()), trained, 1 - decay)
@@ -76,7 +76,7 @@ def update_ema(state: TrainingState, decay: float) -> None:
 
 
 def flat(config: Any, prefix: str = "") -> dict[str, Any]:
-    """A nested dictionary with dotted keys."""
+    """A nested dictionary as a flat one with dotted keys."""
     items = {}
     for key, value in config.items():
         items |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
@@ -93,10 +93,10 @@ def flag(key: str) -> str:
 
 
 def check_run(config: RunConfig, accelerator: Accelerator) -> Path | None:
-    """What can be told of a run before its data and model are there; with --resume, the checkpoint to go on from.
+    """Validate run directory, batch size and --resume before anything expensive is loaded.
 
-    A run that died before its first checkpoint goes on from step 0 (None). Raises ValueError where a new run would
-    overwrite another, a resumed one would be another run, its last checkpoint is damaged, or a batch does not divide.
+    Returns the checkpoint to resume from; None: start at step 0. Raises ValueError if a new run would overwrite a run,
+    --resume would change the run, the last checkpoint is damaged, or the batch cannot be split evenly.
     """
     run_dir = config.run_dir
     if config.batch_size % (accelerator.num_processes * config.accumulation_steps):
@@ -124,7 +124,7 @@ def check_run(config: RunConfig, accelerator: Accelerator) -> Path | None:
 
 
 def claim_run(config: RunConfig, accelerator: Accelerator) -> None:
-    """Make the directory of a new run, once every process has found it free; clean up what a killed one left."""
+    """Make the run directory, once every process has found it free; remove what a killed run left half written."""
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         config.run_dir.mkdir(parents=True, exist_ok=True)
@@ -135,9 +135,9 @@ def claim_run(config: RunConfig, accelerator: Accelerator) -> None:
 
 
 def last_checkpoint(run_dir: Path) -> Path | None:
-    """The checkpoint that checkpoints/last names, once all its files are found to be what was written.
+    """The checkpoint that checkpoints/last names; None: there is no checkpoint yet.
 
-    None where the run has none yet. Raises ValueError for a damaged one, with the newest that is not.
+    Raises ValueError if it is damaged, with the name of the newest whole checkpoint.
     """
     last = run_dir / "checkpoints" / "last"
     if not last.is_symlink() and not numbered(run_dir):
@@ -159,12 +159,12 @@ def last_checkpoint(run_dir: Path) -> Path | None:
 
 
 def numbered(run_dir: Path) -> list[Path]:
-    """The checkpoints under their own names, by step."""
+    """The checkpoints of a run, by step."""
     return sorted((run_dir / "checkpoints").glob("[0-9]*"), key=lambda path: int(path.name))
 
 
 def damage(checkpoint: Path) -> list[str]:
-    """How the files of a checkpoint differ from what was written; empty for a whole one."""
+    """How the files of a checkpoint differ from what was written, in words; [] if the checkpoint is whole."""
     try:
         files = json.loads((checkpoint / RECORD_FILE).read_text())["files"]
     except (OSError, ValueError) as error:
@@ -185,17 +185,16 @@ def damage(checkpoint: Path) -> list[str]:
 
 
 def exported_weights(state: TrainingState, accelerator: Accelerator) -> dict[str, Tensor]:
-    """The weights to publish, whole, on the main process: the EMA where there is one, else the last step's."""
+    """The full weights to publish, on the main process: of the EMA if there is one, else of the last step."""
     return gather(state.module.state_dict(), accelerator) | gather(state.ema, accelerator)
 
 
 def save_checkpoint(config: RunConfig, state: TrainingState, accelerator: Accelerator, export: Export | None) -> None:
     """Write checkpoints/<step>, point checkpoints/last at it, and remove what --keep does not keep.
 
-    Whenever the process dies, `last` names a whole checkpoint: everything is written under a temporary name, synced to
-    the disk and renamed, and only then the link is replaced. Divided tensors are gathered: a checkpoint does not depend
-    on how many processes wrote it, or will read it. Raises OSError, and leaves nothing of the new one, where it cannot
-    be written.
+    Whenever the process dies, `last` names a whole checkpoint: a new one is written under a temporary name, synced to
+    disk and renamed before the link is replaced. Sharded tensors are gathered: any number of processes can read it.
+    Raises OSError, and removes the new checkpoint, if it cannot be written.
     """
     record = {
         "step": state.step,
@@ -213,8 +212,9 @@ def save_checkpoint(config: RunConfig, state: TrainingState, accelerator: Accele
         if export:
             export(temporary / "pretrained_model", record["model"] | record["ema"], state.step)
         write_record(temporary, state.step)
-        sync_tree(temporary)
-    except Exception as error:  # whatever a library makes of a full disk
+        for path in [*temporary.rglob("*"), temporary]:
+            sync(path)
+    except Exception as error:  # libraries report a full disk in many ways
         shutil.rmtree(temporary, ignore_errors=True)
         last = directory.with_name("last")
         raise OSError(
@@ -223,7 +223,7 @@ def save_checkpoint(config: RunConfig, state: TrainingState, accelerator: Accele
             + (f"{last.readlink()} is still the last one. " if last.is_symlink() else "there is no earlier one. ")
             + "Make room (--keep 1 needs the least) and go on with --resume"
         ) from error
-    remove(directory)  # a later one of a run that went back to an earlier one
+    remove(directory)  # written before the run went back to an earlier checkpoint
     temporary.rename(directory)
     sync(directory.parent)
     link = directory.with_name(".last.tmp")
@@ -236,7 +236,7 @@ def save_checkpoint(config: RunConfig, state: TrainingState, accelerator: Accele
 
 
 def write_record(checkpoint: Path, step: int) -> None:
-    """Write checkpoint.json: of every file its size and sha256."""
+    """Write checkpoint.json: size and sha256 of every file."""
     files = {
         str(path.relative_to(checkpoint)): {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
         for path in sorted(checkpoint.rglob("*"))
@@ -246,20 +246,14 @@ def write_record(checkpoint: Path, step: int) -> None:
 
 
 def remove(checkpoint: Path) -> None:
-    """Remove a checkpoint, if it is there. Renamed first: what is under a step's own name is whole."""
+    """Remove a checkpoint if it exists; renamed first, because a directory named by its step must be whole."""
     if checkpoint.exists():
         shutil.rmtree(checkpoint.rename(checkpoint.with_name(f".{checkpoint.name}.old.tmp")))
 
 
-def sync_tree(directory: Path) -> None:
-    """Wait until all files and directories below are on the disk."""
-    for path in [*directory.rglob("*"), directory]:
-        sync(path)
-
-
 def load_checkpoint(checkpoint: Path, state: TrainingState, accelerator: Accelerator) -> None:
     """Restore a TrainingState in place."""
-    # Mapped, not read: each process takes its part of the whole tensors.
+    # Memory-mapped: each process reads only its shards of the full tensors.
     record = torch.load(checkpoint / STATE_FILE, map_location="cpu", weights_only=True, mmap=True)
     set_state_dict(
         state.module,
@@ -269,12 +263,12 @@ def load_checkpoint(checkpoint: Path, state: TrainingState, accelerator: Acceler
         options=FULL_STATE,
     )
     state.step = record["step"]
-    for name, average in state.ema.items():
-        scatter_(average, record["ema"][name])
+    for name, ema in state.ema.items():
+        scatter_(ema, record["ema"][name])
 
 
 def checkpoint_bytes(state: TrainingState, has_export: bool) -> int:
-    """About what a checkpoint takes: the weights, AdamW's two averages and the running one, and the export."""
+    """Approximate size of a checkpoint: weights, AdamW's two moments, EMA, and export."""
     parameters = list(state.module.parameters())
     trained = sum(p.numel() for p in parameters if p.requires_grad)
     weights = sum(p.numel() * p.element_size() for p in parameters)
@@ -282,10 +276,10 @@ def checkpoint_bytes(state: TrainingState, has_export: bool) -> int:
 
 
 def plan_checkpoints(config: RunConfig, state: TrainingState, has_export: bool) -> str:
-    """What the checkpoints to come take of the disk, in words. Raises ValueError if it has less."""
+    """How much of the disk the remaining checkpoints take, in words. Raises ValueError if they do not fit."""
     size = checkpoint_bytes(state, has_export)
     count = math.ceil(config.steps / config.save_every) - state.step // config.save_every
-    if config.keep:  # the oldest goes once the next is there
+    if config.keep:  # the oldest is removed after the next is written
         count = min(count, config.keep + 1 - min(config.keep, len(numbered(config.run_dir))))
     place = next(path for path in (config.run_dir.absolute(), *config.run_dir.absolute().parents) if path.exists())
     free = shutil.disk_usage(place).free

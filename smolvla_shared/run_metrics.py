@@ -21,7 +21,7 @@ from smolvla_shared.files import write_text
 
 
 class MetricsLog:
-    """metrics.jsonl: one JSON object a line, each with its step. On resume the lines after it are dropped."""
+    """metrics.jsonl: one JSON object per line, each with its step. Lines after `first_step` are dropped."""
 
     def __init__(self, path: Path, first_step: int):
         self.path = path
@@ -29,12 +29,12 @@ class MetricsLog:
         write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def read(self) -> list[dict[str, float]]:
-        """All whole lines; the last one of a run that was killed may be torn."""
+        """All complete lines; a killed run may leave a torn last line."""
         lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
         return [json.loads(line) for line in lines if line.endswith("\n")]
 
     def write(self, metrics: dict[str, float]) -> None:
-        """Add a line, on the disk before a checkpoint can be that needs it. Raises OSError."""
+        """Add a line and sync it to disk, before the step's checkpoint. Raises OSError if it cannot be written."""
         try:
             with self.path.open("a") as file:
                 file.write(json.dumps(metrics) + "\n")
@@ -45,7 +45,7 @@ class MetricsLog:
 
 
 def plot_curves(metrics: list[dict[str, float]], path: Path) -> None:
-    """Losses and held-out metrics over steps; what belongs together, an error and its baseline, shares a panel."""
+    """Losses and held-out metrics over steps. An error and its baseline share a panel."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -72,19 +72,19 @@ def plot_curves(metrics: list[dict[str, float]], path: Path) -> None:
 
 
 class Window:
-    """The sums of everything since the last line of metrics.jsonl; on the device until they are read."""
+    """Sums since the last line of metrics.jsonl; they stay on the device until they are read."""
 
     def __init__(self):
         self.clear()
 
     def clear(self) -> None:
         self.steps = 0
-        self.losses: dict[str, Tensor] = {}  # this process's parts, summed over the steps
-        self.slots: dict[str, Tensor] = {}  # [2, S]: sum of the valid errors of each latent slot, and their number
-        self.extra: dict[str, float] = {}  # the newest of what is not averaged
+        self.losses: dict[str, Tensor] = {}  # this process's part of each loss, summed over the steps
+        self.slots: dict[str, Tensor] = {}  # [2, S]: sum and number of the valid errors of each latent slot
+        self.extra: dict[str, float] = {}  # metrics that are not averaged: the newest value
 
     def add(self, losses: dict[str, Tensor], errors: dict[str, Tensor], masks: dict[str, Tensor]) -> None:
-        """A pass: its parts of the losses, and the errors of its tokens, [B, T] or [B], with their masks."""
+        """Add a forward pass: its part of each loss, and token errors and masks, [B, T] or [B]."""
         self.losses |= {name: self.losses.get(name, 0) + part.detach() for name, part in losses.items()}
         if LATENT in errors:
             mask = masks[LATENT]
@@ -101,11 +101,11 @@ class Window:
 
 
 class StepClock:
-    """Where the time of the steps goes: mark(phase) charges what has passed since the last mark to the phase.
+    """Seconds by phase of the steps: mark(phase) charges the time since the last mark to the phase.
 
     On a GPU the marks are events in its stream, read at the log step, which waits for the device anyway. A phase is
-    charged for the time the device takes over it, or idles in it: waiting for data costs nothing while the device is
-    still busy with the step before.
+    charged for the time that the device works or idles in it: waiting for data costs nothing while the device is still
+    busy with the previous step.
     """
 
     def __init__(self, device: torch.device):
@@ -133,9 +133,8 @@ class StepClock:
         return self.seconds.copy()
 
 
-OTHER = "other"  # the phase of evaluating, logging and saving: no part of a step
-# What is done about a phase that takes long. Above this share of a step it is called its bottleneck.
-BOUND_FROM = 0.25
+OTHER = "other"  # the phase of evaluating, logging and saving, which is no part of a step
+BOUND_FROM = 0.25  # a phase with this share of a step is called its bottleneck
 ADVICE = {
     "data": "waiting for data (reading and decoding video); raise --data.num-workers or cache the "
     "features of a frozen vision tower (--data.feature-cache)",
@@ -145,7 +144,7 @@ ADVICE = {
 
 
 def verdict(seconds: Counter[str]) -> str:
-    """What bounds the steps, in words: {phase: seconds}."""
+    """The steps' bottleneck, in words. seconds: by phase"""
     total = seconds.total() - seconds[OTHER]
     worst = max(ADVICE, key=lambda phase: seconds[phase])
     if seconds[worst] >= BOUND_FROM * total:
@@ -155,7 +154,7 @@ def verdict(seconds: Counter[str]) -> str:
 
 
 def start_trackers(config: RunConfig, accelerator: Accelerator, step: int) -> None:
-    """Open what --trackers names, on the first process; a resumed run goes on with its records, from `step` on."""
+    """Open the --trackers on the first process. A resumed run continues its records from `step` on."""
     id_file = config.run_dir / "wandb_id"
     if accelerator.is_main_process and "wandb" in config.trackers and not id_file.exists():
         write_text(id_file, uuid.uuid4().hex)
@@ -171,9 +170,9 @@ def start_trackers(config: RunConfig, accelerator: Accelerator, step: int) -> No
 
 
 class Recorder:
-    """Everything that a run tells while it trains: metrics.jsonl, the curves, the bar, and what bounds its speed."""
+    """What a run reports while it trains: metrics.jsonl, curves.png, trackers, progress bar and bottleneck."""
 
-    FIRST_REPORT = 20  # steps after which it tells how long it will take
+    FIRST_REPORT = 20  # steps until the first estimate of the remaining time
 
     def __init__(self, config: RunConfig, accelerator: Accelerator, step: int):
         self.config, self.accelerator, self.window = config, accelerator, Window()
@@ -209,7 +208,7 @@ class Recorder:
             tqdm.write(f"{per_step:.3g} s a step, {left} to go (h:mm:ss); {verdict(seconds)}")
 
     def write(self, metrics: dict[str, float]) -> None:
-        """A line of metrics.jsonl: the window's means, these metrics, and seconds of a step by phase."""
+        """Write a line of metrics.jsonl: the window's means, these metrics, and seconds per step by phase."""
         metrics = self.window.read(self.accelerator) | metrics
         self.window.clear()
         steps, seconds = self.step - self.last_line[0], self.clock.read()  # on every process: marks would pile up

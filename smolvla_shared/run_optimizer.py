@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from smolvla_shared.config import OptimConfig
-from smolvla_shared.run_sharding import whole
+from smolvla_shared.run_sharding import full
 
 
 def make_optimizer(parameters: list[nn.Parameter], config: OptimConfig) -> torch.optim.AdamW:
@@ -31,7 +31,7 @@ def clip_gradients(optimizer: torch.optim.AdamW, parameters: list[nn.Parameter],
     spent on it.
     """
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    norm = whole(torch.nn.utils.get_total_norm(gradients))
+    norm = full(torch.nn.utils.get_total_norm(gradients))
     optimizer.grad_scale = (norm.float() / max_norm).clamp(min=1)
     return norm
 

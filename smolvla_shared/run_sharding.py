@@ -1,6 +1,6 @@
-"""A model on several processes: whole on each of them (DDP), or divided among them (FSDP2).
+"""A model on several processes: a full copy on each (DDP), or sharded over them (FSDP2).
 
-All that FSDP needs is here; a checkpoint or an export never holds a divided tensor.
+Everything about FSDP is here; checkpoints and exports hold full tensors only.
 """
 
 import torch
@@ -15,7 +15,7 @@ from smolvla_shared.model import SmolVLASharedCore, layers
 
 
 def check_plugin(accelerator: Accelerator) -> None:
-    """Raise ValueError for settings of an Accelerate configuration that `shard` does not follow."""
+    """Raise ValueError for settings of the Accelerate configuration that `shard` would ignore."""
     if accelerator.distributed_type is not DistributedType.FSDP:
         return
     plugin = accelerator.state.fsdp_plugin
@@ -30,12 +30,12 @@ def check_plugin(accelerator: Accelerator) -> None:
     if any(refused.values()):
         raise ValueError(
             f"the Accelerate configuration asks for {', '.join(name for name, found in refused.items() if found)}; "
-            "the model is divided in one way only: take configs/accelerate/fsdp2_8gpu.yaml or multinode.yaml"
+            "the model is sharded in one way only: take configs/accelerate/fsdp2_8gpu.yaml or multinode.yaml"
         )
 
 
 def distribute(module: nn.Module, accelerator: Accelerator) -> nn.Module:
-    """Move a module to its devices; returns what a training pass calls. Optimizers are made afterwards."""
+    """Move a module to its devices. Returns what a training pass calls; make optimizers afterwards."""
     if not accelerator.is_fsdp2:
         return accelerator.prepare_model(module)
     shard(module, accelerator)
@@ -43,21 +43,20 @@ def distribute(module: nn.Module, accelerator: Accelerator) -> nn.Module:
 
 
 def shard(core: SmolVLASharedCore, accelerator: Accelerator) -> None:
-    """Divide a core's parameters over all processes (FSDP2), in place; they become DTensors.
+    """Shard a core's parameters over all processes (FSDP2), in place; they become DTensors.
 
-    A unit's parameters are whole only while it computes. The units are the layers of vision tower, language model and
-    expert, the token embedding, and the core itself with all the rest: heads, projections, norms. Frozen parameters
-    are divided like the trained ones.
+    A unit's full parameters exist only while the unit computes. Units are the layers of vision tower, language model
+    and expert, the token embedding, and the core with the rest: heads, projections, norms; frozen ones are included.
 
-    With bfloat16 a layer's parameters travel and compute as such; the shards that the optimizer sees, and the sum of
-    the gradients, are float32. The rest stays float32: the heads compute in it.
+    With --precision bf16 the layers are gathered and compute in bfloat16; the optimizer's shards and the sum of the
+    gradients are float32. The other units are always float32.
     """
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
     low = torch.bfloat16 if accelerator.mixed_precision == "bf16" else None
-    # Inputs keep their types; autocast, which is on as well, converts what may be converted (and no rotary angle).
+    # Inputs keep their types: autocast is on, too, and converts all but what must stay float32, such as rotary angles.
     of_layers = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False)
     of_rest = MixedPrecisionPolicy(cast_forward_inputs=False)
-    # Resharding after every forward pass, the core's too: no weights of an evaluation live on into a training step.
+    # Also the core reshards after every forward pass: a training step must not use full weights of an evaluation.
     for layer in layers(core):
         fully_shard(layer, mesh=mesh, mp_policy=of_layers, reshard_after_forward=True)
     for rest in (core.trunk.vlm.text_model.embed_tokens, core):
@@ -65,16 +64,16 @@ def shard(core: SmolVLASharedCore, accelerator: Accelerator) -> None:
     register_fsdp_forward_method(core, "sample")
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """A tensor that may be divided, whole, in every process."""
+def full(tensor: Tensor) -> Tensor:
+    """The full tensor of a tensor that may be sharded; every process must call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def gather(tensors: dict[str, Tensor], accelerator: Accelerator) -> dict[str, Tensor]:
-    """Whole tensors on the CPU of the main process, none on the others. One at a time: no device holds them all."""
+    """Full tensors on the CPU of the main process; {} on the others. Gathered one by one, to fit a device's memory."""
     gathered = {}
     for name, tensor in tensors.items():
-        value = whole(tensor.detach())
+        value = full(tensor.detach())
         if accelerator.is_main_process:
             gathered[name] = value.cpu()
     return gathered
@@ -82,7 +81,7 @@ def gather(tensors: dict[str, Tensor], accelerator: Accelerator) -> dict[str, Te
 
 @torch.no_grad()
 def scatter_(tensor: Tensor, values: Tensor) -> None:
-    """Copy into `tensor`, which may be divided, its part of a whole tensor that every process has."""
+    """Copy a full tensor, which every process has, into `tensor`, which may be sharded."""
     if isinstance(tensor, DTensor):
         values = distribute_tensor(values, tensor.device_mesh, tensor.placements, src_data_rank=None)
     tensor.copy_(values)

@@ -19,24 +19,24 @@ from smolvla_shared.files import write_text
 
 # What schedulers send before they take the machine away (SIGUSR1 with `#SBATCH --signal=USR1@120`), and Ctrl-C.
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-# EX_TEMPFAIL of sysexits.h, "try again": the run is saved and goes on with --resume. A finished run exits with 0.
+# EX_TEMPFAIL of sysexits.h, "try again": the run is saved and --resume continues it. A finished run exits with 0.
 EXIT_STOPPED = 75
-# In the run directory while a run waits, stopped, for --resume: `accelerate launch` turns every exit code into 1.
+# In the run directory of a stopped run until --resume, because `accelerate launch` turns every exit code into 1.
 STOPPED_FILE = "stopped.json"
 
 
 class StopSignals:
     """Within this context the signals only set a flag, which `wanted()` reads after every step.
 
-    Several processes have to stop after the same step, whichever of them got the signal. Their flags are summed in the
-    background, in host memory, and read one step later: no step waits for it, nor does the device, and the run stops
-    at most two steps after the signal. A second SIGINT stops at once.
+    All processes stop after the same step, whichever of them got the signal: their flags are summed in the background,
+    in host memory, and read one step later. Neither host nor device waits, and the run stops at most two steps after
+    the signal. A second SIGINT stops at once.
     """
 
     def __init__(self, num_processes: int):
         self.received: signal.Signals | None = None
         self.num_processes = num_processes
-        self.started: list[multiprocessing.process.BaseProcess] = []  # hidden from the signals
+        self.started: list[multiprocessing.process.BaseProcess] = []  # processes that do not see the signals
 
     def __enter__(self) -> "StopSignals":
         self.before = {number: signal.signal(number, self._receive) for number in SIGNALS}
@@ -47,7 +47,7 @@ class StopSignals:
 
     def __exit__(self, *_: Any) -> None:
         for process in self.started:
-            process.kill()  # they would not see the SIGTERM by which Python ends them, and it would wait for ever
+            process.kill()  # Python would end them by SIGTERM, which they do not see, and wait for ever
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
@@ -70,7 +70,7 @@ class StopSignals:
         return bool(wanted)
 
     def exit(self, run_dir: Path, step: int, accelerator: Accelerator) -> NoReturn:
-        """Leave the process of a run that is saved."""
+        """Exit with EXIT_STOPPED; the run has been saved."""
         received = self.received.name if self.received else "a signal to another process"
         if accelerator.is_main_process:
             write_text(run_dir / STOPPED_FILE, json.dumps({"step": step, "received": received}) + "\n")
@@ -79,12 +79,12 @@ class StopSignals:
 
     @contextmanager
     def hidden(self) -> Iterator[None]:
-        """Processes that are started in here never see the signals.
+        """Processes that are started within this context never see the signals.
 
-        They come to whole process groups (Ctrl-C, SLURM), and without its loader's workers a step cannot be finished.
+        Ctrl-C and SLURM signal all processes of a group, but finishing the step needs the loader's workers.
         """
-        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # inherited by what is started
-        resource_tracker.ensure_running()  # starts a process as well, and unblocks SIGTERM and SIGINT
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # new processes inherit the mask
+        resource_tracker.ensure_running()  # starts a process, too, and unblocks SIGTERM and SIGINT
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         before = set(multiprocessing.active_children())
         try:
@@ -95,7 +95,7 @@ class StopSignals:
 
 
 def hide_worker(worker: int) -> None:
-    """A DataLoader's worker_init_fn, for workers of a fork server that started before `StopSignals.hidden`, to fill a
-    cache: they come with its mask.
+    """A DataLoader's worker_init_fn, for workers that inherit no mask: their fork server started before
+    `StopSignals.hidden`, to fill a cache.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)

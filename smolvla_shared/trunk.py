@@ -1,14 +1,12 @@
 """The SmolVLM trunk as a prefix encoder, and the action expert that reads its keys and values.
 
-Both are stacks of transformers' own Llama layers with a forward of our own: the prefix is encoded once, each layer's
-keys and values are kept, and the expert runs on them as often as there are heads, flow draws or Euler steps. The
-prefix never sees the suffix, therefore the same code serves training and sampling. Numbers follow SmolVLA
-(arXiv 2506.01844).
+Both are stacks of transformers' Llama layers with a forward of our own: the prefix is encoded once, each layer's keys
+and values are kept, and the expert runs on them once per head, flow draw and Euler step. The prefix never sees the
+suffix, so the same code serves training and sampling. Numbers follow SmolVLA (arXiv 2506.01844).
 """
 
 import json
 import math
-import re
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -21,7 +19,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast, Smo
 from transformers.models.llama.configuration_llama import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm
 
-from smolvla_shared.config import CoreConfig, expert_mlp_width
+from smolvla_shared.config import TINY, CoreConfig, expert_mlp_width
 
 ROPE_WAVELENGTH = 10_000  # SmolVLA's, in trunk and expert; the language model's own rope_theta is not used
 
@@ -31,9 +29,9 @@ Rotation = tuple[Tensor, Tensor]  # cosines and sines, [B, 1, tokens, head_dim /
 
 @dataclass
 class Prefix:
-    """What the expert needs to know of images, text and state."""
+    """Images, text and state as the expert reads them."""
 
-    keys_values: list[KeysValues]  # one pair a trunk layer
+    keys_values: list[KeysValues]  # one pair per trunk layer
     mask: Tensor  # [B, P] bool: False for padding, missing cameras and a missing state
 
 
@@ -72,7 +70,7 @@ def prefix_attention_mask(valid: Tensor) -> Tensor:
              text          x x    x x .   .
              state         x x    x x .   x         (the last text token here is padding)
 
-    Padding is hidden as a key only: what a padding token itself computes is never read.
+    Padding is hidden as a key only; nothing reads what a padding token computes.
     """
     mask = valid[:, None, None, :].repeat(1, 1, valid.shape[1], 1)
     mask[:, :, :-1, -1] = False
@@ -99,18 +97,20 @@ class PrefixLayer(LlamaDecoderLayer):
         super().__init__(config, index)
         self.is_last = index == config.num_hidden_layers - 1
         if self.is_last:
-            # Only this layer's keys and values are ever read. The rest stays, unused, so that a SmolVLM checkpoint
-            # loads and saves whole; without gradients, so that DDP does not wait for them.
+            # Only the keys and values of this layer are read. The unused modules stay, so that a SmolVLM checkpoint
+            # loads strictly; they need no gradients, or DDP would wait for them.
             for unused in (self.self_attn.q_proj, self.self_attn.o_proj, self.mlp, self.post_attention_layernorm):
                 unused.requires_grad_(False)
 
     def forward(
         self,
         parts: list[Tensor],  # the P tokens, cut into parts [B, part, hidden]
-        masks: list[Tensor],  # of each part, [B, 1, its tokens, all tokens up to its end]
-        rotations: list[Rotation],  # of each part
+        masks: list[Tensor],  # per part, [B, 1, part, tokens up to the part's end]
+        rotations: list[Rotation],  # per part
     ) -> tuple[list[Tensor], KeysValues]:
-        """The parts, each attending to itself and those before it, one layer on; keys and values of all P tokens."""
+        """The parts after this layer, and the keys and values of all P tokens. A part attends to itself and the parts
+        before it.
+        """
         attn, head_dim = self.self_attn, self.self_attn.head_dim
         normed = [self.input_layernorm(hidden) for hidden in parts]
         keys = [rotate(split_heads(attn.k_proj(x), head_dim), r) for x, r in zip(normed, rotations, strict=True)]
@@ -139,8 +139,8 @@ class Trunk(nn.Module):
         self.vlm.text_model.layers = nn.ModuleList(PrefixLayer(text, index) for index in range(text.num_hidden_layers))
         self.vlm.to(text.dtype)  # the new layers, and the connector, which follows no config
         del self.vlm.text_model.norm  # would only act on the last layer's output, which nothing reads
-        # Each patch takes the nearest of the tower's learned positions; counted once: to ask a mask, as transformers
-        # does at every call, makes the host wait for the device.
+        # Each patch takes the nearest of the tower's learned positions. They are found once: transformers derives them
+        # from a mask in every call, which makes the host wait for the device.
         vision = vlm_config.vision_config
         side, learned_side = (size // vision.patch_size for size in (config.image_size, vision.image_size))
         nearest = torch.arange(side) * learned_side // side
@@ -150,8 +150,9 @@ class Trunk(nn.Module):
         self.head_dim = text.head_dim
         self.has_image_special_tokens = bool(config.image_special_tokens)
         if self.has_image_special_tokens:
-            fake, whole = config.image_special_tokens
-            self.register_buffer("image_special_tokens", torch.tensor([fake, whole, fake]), persistent=False)
+            fake_image, global_image = config.image_special_tokens
+            tokens = torch.tensor([fake_image, global_image, fake_image])
+            self.register_buffer("image_special_tokens", tokens, persistent=False)
 
     def embed_images(self, images: Tensor) -> Tensor:
         """[B, N, 3, H, W] in [-1, 1] -> image tokens [B, N, tokens, hidden]."""
@@ -164,9 +165,9 @@ class Trunk(nn.Module):
         return self.vlm.connector(vision.post_layernorm(patches)).unflatten(0, images.shape[:2])
 
     def enclose_images(self, tokens: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-        """Two special tokens before each camera's image tokens [B, N, tokens, hidden] and one behind; and the mask.
+        """Put two special tokens before each camera's image tokens [B, N, tokens, hidden] and one behind.
 
-        As in SmolVLA they are not scaled, and those around a missing camera are not masked.
+        Returns tokens and their mask. As in SmolVLA special tokens are not scaled, and not masked for a missing camera.
         """
         special = self.vlm.text_model.embed_tokens(self.image_special_tokens).expand(*tokens.shape[:2], -1, -1)
         return torch.cat([special[:, :, :2], tokens, special[:, :, 2:]], dim=2), F.pad(valid, (2, 1), value=True)
@@ -192,15 +193,15 @@ class Trunk(nn.Module):
         state = state_token[:, None].to(image_text.dtype)
         valid = torch.cat([image_valid.flatten(1), text_mask, state_mask[:, None]], dim=1)  # [B, P]
 
-        # When a frozen trunk is trained with, the state token alone depends on what trains: as a part of its own, it is
-        # the only one that autograd walks back through. In all other cases one part takes half the kernel calls.
+        # If the trunk is frozen, only the state token needs gradients: as a part of its own it keeps autograd off the
+        # image and text tokens. Otherwise a single part takes half the kernel calls.
         if state.requires_grad and not image_text.requires_grad:
             parts, spans = [image_text, state], [slice(-1), slice(-1, None)]
         else:
             parts, spans = [torch.cat([image_text, state], dim=1)], [slice(None)]
         mask = prefix_attention_mask(valid)
         masks = [mask[:, :, span, : span.stop] for span in spans]
-        positions = valid.cumsum(1) - 1  # padding takes none
+        positions = valid.cumsum(1) - 1  # padding does not count
         rotations = [rotation(positions[:, span], self.head_dim) for span in spans]
         keys_values = []
         for layer in self.vlm.text_model.layers:
@@ -212,8 +213,8 @@ class Trunk(nn.Module):
 class ExpertLayer(LlamaDecoderLayer):
     """A layer of the expert: self-attention over [prefix ; suffix], or cross-attention to the prefix alone.
 
-    A cross-attention layer projects the trunk layer's keys and values, flattened over heads, to its own; no RoPE is
-    applied to them again, and its queries count their positions from 0.
+    A cross-attention layer projects the trunk layer's keys and values, flattened over heads, to its own. It applies no
+    RoPE to them again, and the positions of its queries start at 0.
     """
 
     def __init__(self, config: LlamaConfig, index: int, is_cross: bool):
@@ -225,7 +226,7 @@ class ExpertLayer(LlamaDecoderLayer):
             self.self_attn.v_proj = nn.Linear(width, width, bias=config.attention_bias)
 
     def context(self, prefix: KeysValues) -> KeysValues:
-        """What this layer attends to of the prefix: its keys and values, projected in a cross-attention layer."""
+        """The prefix's keys and values as this layer attends to them: projected if it is a cross-attention layer."""
         if not self.is_cross:
             return prefix
         attn = self.self_attn
@@ -239,11 +240,11 @@ class ExpertLayer(LlamaDecoderLayer):
         self,
         hidden: Tensor,  # [B * K, T, width]; the K draws of a sample are neighbours
         prefix: KeysValues,
-        context: KeysValues | None,
+        context: KeysValues | None,  # None: computed from the prefix
         prefix_valid: Tensor,  # [B, P]
-        rotations: tuple[Rotation, Rotation],  # of positions after the prefix, and of positions from 0
+        rotations: tuple[Rotation, Rotation],  # for positions after the prefix, and for positions from 0
     ) -> tuple[Tensor, KeysValues]:
-        """The new hidden and the context, which the next Euler step passes in again (None computes it)."""
+        """Hidden after this layer, and the context, which the next Euler step passes in again."""
         attn, head_dim = self.self_attn, self.self_attn.head_dim
         if context is None:
             context = self.context(prefix)
@@ -252,7 +253,7 @@ class ExpertLayer(LlamaDecoderLayer):
         query = split_heads(attn.q_proj(normed), head_dim)
         after_prefix, from_zero = rotations
         if self.is_cross:
-            # The prefix is the same for a sample's draws, so they attend as one long sequence: nothing is copied.
+            # A sample's draws share a prefix: they attend to it as one long sequence, without copies of the prefix.
             query = rotate(query, from_zero).unflatten(0, (-1, num_draws)).transpose(1, 2)  # [B, heads, K, T, d]
             attended = attend(query.flatten(2, 3), context, prefix_valid[:, None, None, :])
             attended = attended.unflatten(2, (num_draws, -1)).transpose(1, 2).flatten(0, 1)
@@ -270,7 +271,7 @@ class ExpertLayer(LlamaDecoderLayer):
 
 
 class Expert(nn.Module):
-    """The narrower transformer over the suffix tokens, one layer for each trunk layer."""
+    """The narrower transformer over the suffix tokens, with one layer per trunk layer."""
 
     def __init__(self, config: CoreConfig):
         super().__init__()
@@ -289,7 +290,10 @@ class Expert(nn.Module):
     def forward(
         self, tokens: Tensor, prefix: Prefix, contexts: list[KeysValues | None] | None = None
     ) -> tuple[Tensor, list[KeysValues | None]]:
-        """Suffix tokens [B, K, T, width] -> the same; `contexts`, from an earlier call on this prefix, saves time."""
+        """Suffix tokens [B, K, T, width] -> output [B, K, T, width] and the layers' contexts.
+
+        Passing in the contexts of an earlier call with this prefix saves time.
+        """
         batch, num_draws, num_tokens, _ = tokens.shape
         from_zero = torch.arange(num_tokens, device=tokens.device)[None]  # [1, T]
         after_prefix = prefix.mask.sum(1, keepdim=True) + from_zero  # [B, T]
@@ -307,8 +311,11 @@ class Expert(nn.Module):
 
 
 def trunk_location(name: str) -> str:
-    """What transformers can load for a trunk's name: the embedded tiny one's directory, else the name itself."""
-    if name == "tiny":
+    """What transformers can load: the packaged directory for `tiny`, otherwise the name itself.
+
+    Raises ValueError for an absolute path without a config.json.
+    """
+    if name == TINY:
         return str(resources.files("smolvla_shared") / "assets" / "tiny_vlm")
     if Path(name).is_absolute() and not (Path(name) / "config.json").is_file():
         raise ValueError(f"--model.name {name}: no such directory, or no config.json in it")
@@ -316,7 +323,7 @@ def trunk_location(name: str) -> str:
 
 
 def load_trunk_config(name: str, revision: str | None) -> dict[str, Any]:
-    """The configuration of a SmolVLM by hub id, local directory or `tiny`, for CoreConfig.vlm."""
+    """CoreConfig.vlm of a SmolVLM, by hub id, local directory or `tiny`. Raises ValueError if there is no SmolVLM."""
     try:
         vlm_config = AutoConfig.from_pretrained(trunk_location(name), revision=revision)
     except OSError as error:
@@ -325,9 +332,9 @@ def load_trunk_config(name: str, revision: str | None) -> dict[str, Any]:
         ) from error
     if not isinstance(vlm_config, SmolVLMConfig):
         raise ValueError(f"--model.name {name} is a {vlm_config.model_type}, the trunk must be a smolvlm")
-    fields = json.loads(vlm_config.to_json_string(use_diff=False))  # equal before and after a manifest
+    fields = json.loads(vlm_config.to_json_string(use_diff=False))  # JSON types: equal to what a manifest gives back
     for part in (fields, fields["vision_config"], fields["text_config"]):
-        part.pop("_name_or_path", None)  # where this machine found it, no part of the model
+        part.pop("_name_or_path", None)  # this machine's path
     return fields
 
 
@@ -336,11 +343,7 @@ def load_trunk_tokenizer(name: str, revision: str | None) -> PreTrainedTokenizer
 
 
 def load_trunk_weights(config: CoreConfig) -> dict[str, Tensor]:
-    """A SmolVLM's pretrained weights, by their names in a core.
-
-    Left out are the language layers beyond those kept and the final norm, which nothing reads. Raises ValueError where
-    weights are missing.
-    """
+    """A SmolVLM's pretrained weights, by their names in a core. Raises ValueError if weights are missing."""
     vlm, report = SmolVLMModel.from_pretrained(
         trunk_location(config.model_name), revision=config.model_revision, output_loading_info=True
     )
@@ -348,10 +351,6 @@ def load_trunk_weights(config: CoreConfig) -> dict[str, Tensor]:
         raise ValueError(
             f"--model.name {config.model_name}: the weights lack {', '.join(sorted(report['missing_keys']))}"
         )
-    unread = re.compile(r"text_model\.(norm\.|layers\.(\d+)\.)")
-
-    def is_read(name: str) -> bool:
-        match = unread.match(name)
-        return match is None or (match[2] is not None and int(match[2]) < config.num_trunk_layers)
-
-    return {f"trunk.vlm.{name}": tensor for name, tensor in vlm.state_dict().items() if is_read(name)}
+    del vlm.text_model.norm  # as in Trunk, so are the layers
+    vlm.text_model.layers = vlm.text_model.layers[: config.num_trunk_layers]
+    return {f"trunk.vlm.{name}": tensor for name, tensor in vlm.state_dict().items()}

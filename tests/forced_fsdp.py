@@ -106,7 +106,7 @@ class Notes:
 
     def check_weight(self, module: nn.Module, args) -> None:
         if isinstance(module, nn.Linear):
-            assert not isinstance(module.weight, DTensor), "a layer computes with divided weights"
+            assert not isinstance(module.weight, DTensor), "a layer computes with sharded weights"
 
     def measure(self, state) -> None:
         parameters = list(state.module.parameters())

@@ -1,4 +1,4 @@
-"""policy.py: the LeRobot policy equals the core it was saved from, anywhere, and refuses what does not fit."""
+"""lerobot_policy.py: the LeRobot policy equals the core it was saved from, anywhere, and refuses what does not fit."""
 
 import json
 import os
@@ -16,11 +16,11 @@ from smolvla_shared.config import ACTION, ModelConfig
 from smolvla_shared.lerobot_policy import (
     HLRPSmolVLASharedConfig,
     HLRPSmolVLASharedPolicy,
-    TokenizeTask,
     make_hlrp_smolvla_shared_pre_post_processors,
     save_policy,
     to_batch,
 )
+from smolvla_shared.lerobot_processor import TokenizeTask
 from smolvla_shared.model import SmolVLASharedCore, make_core_config
 from smolvla_shared.preprocess import Preprocessor, Statistics, TextTokenizer
 from smolvla_shared.trunk import load_trunk_tokenizer

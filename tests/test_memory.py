@@ -77,7 +77,7 @@ def test_the_peak_of_a_pass_is_the_profilers(config, checkpointing, tmp_path):
     for event in events:
         live += event["args"]["Bytes"]
         peak = max(peak, live)
-    found = activation_bytes(make_core(config, FROZEN, checkpointing), OPTIONS, divided=False)
+    found = activation_bytes(make_core(config, FROZEN, checkpointing), OPTIONS, sharded=False)
     assert found == pytest.approx(peak, rel=0.1)
 
 

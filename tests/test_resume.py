@@ -68,7 +68,7 @@ def whole(server, commands, tmp_path_factory) -> Callable[[str], Path]:
 
 
 def assert_same_run(found: Path, expected: Path, stopped_at: Iterable[int] = ()) -> None:
-    """Weights, optimizer, running average, what is exported, and metrics but for the time they took."""
+    """Weights, optimizer, EMA, what is exported, and metrics but for the time they took."""
     assert sorted(path.name for path in (found / "checkpoints").iterdir()) == ["000012", "000016", "000018", "last"]
     for step in ("000012", "000016", "000018"):
         assert not damage(found / "checkpoints" / step)

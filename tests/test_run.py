@@ -84,7 +84,7 @@ def assert_close(one: nn.Module, other: nn.Module, tolerance: float = 1e-6) -> N
 @pytest.mark.parametrize("ema_decay", [0.0, 0.9])
 @pytest.mark.parametrize("accumulation_steps", [1, 4])
 def test_a_run_is_the_plain_loop(tmp_path, accumulation_steps, ema_decay):
-    """Masked means over all accumulation steps, loss weights, clipping, schedule and running average, 6 steps."""
+    """Masked means over all accumulation steps, loss weights, clipping, schedule and EMA, 6 steps."""
     config = make_config(tmp_path / "run", steps=6, accumulation_steps=accumulation_steps, ema_decay=ema_decay)
     found = train_points(config)
     expected, log = train_by_hand(config)
@@ -128,7 +128,7 @@ def test_the_learning_rate_is_linear_then_a_cosine(warmup_steps):
 
 
 def run_as_one_of_two(directory: Path) -> None:
-    """What each process of test_two_processes_equal_one does; the average is the main process's alone."""
+    """What each process of test_two_processes_equal_one does; the EMA is the main process's alone."""
     accelerator = make_accelerator()
     assert accelerator.num_processes == 2
     config = make_config(directory / "points", steps=5, accumulation_steps=2, ema_decay=0.9)
@@ -229,7 +229,7 @@ def assert_same_losses(run_dir: Path, reference: Path) -> None:
 # --- what is saved ---------------------------------------------------------------------------------------------------
 
 
-def test_the_average_is_exported_and_training_goes_on_from_the_weights(tmp_path):
+def test_the_ema_is_exported_and_training_goes_on_from_the_weights(tmp_path):
     config = make_config(tmp_path / "run", steps=4, save_every=2, ema_decay=0.9)
     exported = {}
 
@@ -324,7 +324,7 @@ def train_core(
     device: str = "cpu",
     **options,
 ) -> SmolVLASharedCore:
-    """Six steps of Stage 2 on real video, with augmentation, running average and held-out evaluation."""
+    """Six steps of Stage 2 on real video, with augmentation, EMA and held-out evaluation."""
     config = make_config(
         run_dir,
         data=DataConfig(roots=(video,), num_workers=0),
@@ -376,7 +376,7 @@ def train_core(
 
 
 def test_a_stopped_and_resumed_run_is_the_uninterrupted_one(tmp_path, video_dataset, laq_checkpoint):
-    """Weights, running average, optimizer and metrics, to the bit; stopped a step after the checkpoint."""
+    """Weights, EMA, optimizer and metrics, to the bit; stopped a step after the checkpoint."""
     options = {"save_every": 3, "eval_every": 2, "log_every": 2}
     whole = train_core(tmp_path / "whole", video_dataset, laq_checkpoint, **options)
     with pytest.raises(Stop):

@@ -28,7 +28,7 @@ from smolvla_shared.model import SmolVLASharedCore
 ROOT = Path(__file__).parent.parent
 ARTIFACT = Path("artifacts") / "smolvla_shared_stage2_artifact.safetensors"
 PROCESSES = 2
-# Accumulation, a running average that is evaluated halfway, a checkpoint to resume from. Vision is frozen.
+# Accumulation, an EMA that is evaluated halfway, a checkpoint to resume from. Vision is frozen.
 SIZES = "--steps 20 --save-every 15 --eval-every 10 --log-every 1 --batch-size 4 --accumulation-steps 2".split()
 SIZES += "--eval-samples 4 --val-fraction 0.2 --data.num-workers 0".split()
 SIZES += "--optim.lr 1e-3 --optim.warmup-steps 2 --ema-decay 0.9".split()
@@ -124,7 +124,7 @@ def assert_near(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name, steps, tolerance", [("s2", 20, 1e-4), ("s3", 20, 1e-4), ("bf16", 4, 1e-2)])
 def test_metrics_equal_those_of_one_plain_process(runs, name, steps, tolerance):
-    """Losses, gradient norms and held-out errors, in every step; the latter come from core.sample and the average."""
+    """Losses, gradient norms and held-out errors, in every step; the latter come from core.sample and the EMA."""
     plain, sharded = metrics_of(runs / "plain" / name), metrics_of(runs / "sharded" / name)
     assert len(plain) == len(sharded) == steps
     assert any(key.endswith("_error") for key in plain[-1])
@@ -138,9 +138,9 @@ def test_metrics_equal_those_of_one_plain_process(runs, name, steps, tolerance):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["s2", "s3"])
 def test_each_process_keeps_half(runs, name):
-    whole = record_of(runs / "plain" / name)
-    moments = [tensor for state in whole["optimizer"]["state"].values() for tensor in state.values()]
-    parts = {"parameters": whole["model"].values(), "optimizer": moments, "ema": whole["ema"].values()}
+    plain = record_of(runs / "plain" / name)
+    moments = [tensor for state in plain["optimizer"]["state"].values() for tensor in state.values()]
+    parts = {"parameters": plain["model"].values(), "optimizer": moments, "ema": plain["ema"].values()}
     size = {key: sum(tensor.numel() * tensor.element_size() for tensor in tensors) for key, tensors in parts.items()}
     for notes in notes_of(runs, name):
         assert notes["bytes"].keys() == size.keys()
@@ -174,7 +174,7 @@ def test_bfloat16_is_for_layers_and_nothing_is_summed_or_kept_in_it(runs):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["s2", "s3"])
 def test_a_checkpoint_of_shards_is_one_of_a_plain_process(runs, name):
-    """The same names, shapes and types; and a plain core with its weights generates what the divided core did."""
+    """The same names, shapes and types; and a plain core with its weights generates what the sharded core did."""
     plain, sharded = record_of(runs / "plain" / name), record_of(runs / "sharded" / name)
     for part in ("model", "ema"):
         assert_near(sharded[part], plain[part])
@@ -202,7 +202,7 @@ def plain_core(run_dir: Path, name: str) -> SmolVLASharedCore:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["s2", "s3"])
-def test_what_is_published_are_the_gathered_averages(runs, name):
+def test_what_is_published_are_the_gathered_ema_weights(runs, name):
     record = record_of(runs / "sharded" / name)
     published = plain_core(runs / "sharded" / name, name).state_dict()
     for key, value in (record["model"] | record["ema"]).items():
@@ -215,10 +215,10 @@ def test_the_artifact_says_what_has_changed_and_which_weights_it_holds(runs):
     plain, sharded = (load_artifact(runs / side / "s2" / ARTIFACT).manifest for side in ("plain", "sharded"))
     assert sharded.source == plain.source
     assert sharded.source.changed_parts == ("language layers", "expert", "state projection", "latent head")
-    assert sharded.source.weights == "running average, decay 0.9"
+    assert sharded.source.weights == "EMA, decay 0.9"
     checkpoint = runs / "sharded" / "s3" / "checkpoints" / "000015"
     source = json.loads((checkpoint / "pretrained_model" / "source.json").read_text())
-    assert (source["run"], source["global_step"], source["weights"]) == ("s3", 15, "running average, decay 0.9")
+    assert (source["run"], source["global_step"], source["weights"]) == ("s3", 15, "EMA, decay 0.9")
     assert source["stage2_artifact"] == sharded.weights.sha256
 
 
@@ -226,13 +226,13 @@ def test_the_artifact_says_what_has_changed_and_which_weights_it_holds(runs):
 @pytest.mark.parametrize("side", ["plain", "sharded"])
 def test_a_checkpoint_is_resumed_on_the_other_side(runs, side):
     """From two FSDP processes to a plain one, and back; 5 more steps are those of the run that never stopped."""
-    whole, resumed = runs / "plain" / "s2", runs / side / "resumed"
+    plain, resumed = runs / "plain" / "s2", runs / side / "resumed"
     metrics = metrics_of(resumed)
     assert [line["step"] for line in metrics] == list(range(1, 21))
-    for one, other in zip(metrics_of(whole), metrics):
+    for one, other in zip(metrics_of(plain), metrics):
         for key in ("loss/latent", "grad_norm"):
             assert other[key] == pytest.approx(one[key], abs=1e-4)
-    one, other = record_of(whole), record_of(resumed)
+    one, other = record_of(plain), record_of(resumed)
     for part in ("model", "ema"):
         assert_near(other[part], one[part])
     assert load_artifact(resumed / ARTIFACT).manifest.source.changed_parts[-1] == "latent head"
@@ -257,7 +257,7 @@ def test_settings_that_would_be_ignored_are_refused(monkeypatch, setting, value,
         run_sharding.check_plugin(accelerator)
 
 
-def test_a_teacher_is_not_divided(monkeypatch, tmp_path):
+def test_a_teacher_is_not_sharded(monkeypatch, tmp_path):
     monkeypatch.setattr(Accelerator, "is_fsdp2", True)
     config = teacher.TeacherConfig(run_dir=tmp_path / "run", data=DataConfig(roots=(tmp_path,)))
     with pytest.raises(ValueError, match=r"not sharded: use configs/accelerate/ddp_8gpu\.yaml"):
