@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from smolvla_shared.config import CoreConfig, TeacherKind
-from smolvla_shared.files import file_sha256, public_state, write_text, write_weights
+from smolvla_shared.files import file_sha256, json_sha256, public_state, state_sha256, write_text, write_weights
 from smolvla_shared.model import PARTS
 from smolvla_shared.preprocess import Statistics, pack_tokenizer, unpack_tokenizer
 
@@ -28,7 +28,7 @@ ARTIFACT_NAME = "smolvla_shared_stage2_artifact"
 class Latents:
     """Where the latent targets came from."""
 
-    teacher_id: str  # sha256 of the teacher's configuration and weights (laq.teacher_id)
+    teacher_id: str  # sha256 of the teacher's configuration and weights (laq_files.teacher_id)
     teacher_kind: TeacherKind
     frame_gap_s: float
     label_camera: str
@@ -87,18 +87,10 @@ class Artifact:
     tokenizer: PreTrainedTokenizerFast
 
 
-def sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
-
-
 def to_json(manifest: Manifest) -> str:
     """The manifest with a hash of itself, so that an edit by hand does not go unnoticed."""
     body = asdict(manifest)
-    return json.dumps(body | {"manifest_sha256": _body_sha256(body)}, indent=2) + "\n"
-
-
-def _body_sha256(body: dict[str, Any]) -> str:
-    return sha256(json.dumps(body, sort_keys=True).encode())
+    return json.dumps(body | {"manifest_sha256": json_sha256(body)}, indent=2) + "\n"
 
 
 def _check_fields(cls: type, values: Any, where: str) -> None:
@@ -132,7 +124,7 @@ def from_json(text: str, path: Path) -> Manifest:
     for key, values in body["normalization"].items():
         _check_fields(Statistics, values, f"normalization.{key}")
     # After the names, which tell more, and before the values are used.
-    if written_sha256 != _body_sha256(body):
+    if written_sha256 != json_sha256(body):
         raise ValueError(
             f"{path}: the manifest does not match its own manifest_sha256 ({written_sha256}): a field was edited "
             "after it was written. Export the artifact again from its run"
@@ -161,7 +153,7 @@ def save_artifact(
         latents=latents,
         source=source,
         weights=Weights(write_weights(path, tensors), len(tensors), sum(t.numel() for t in tensors.values())),
-        tokenizer_sha256=sha256(packed_tokenizer.encode()),
+        tokenizer_sha256=hashlib.sha256(packed_tokenizer.encode()).hexdigest(),
     )
     write_text(path.with_suffix(".tokenizer.json"), packed_tokenizer)
     write_text(path.with_suffix(".json"), to_json(manifest))
@@ -192,10 +184,7 @@ def load_artifact(path: Path) -> Artifact:
 
 def fingerprints(weights: dict[str, Tensor]) -> dict[str, str]:
     """A hash of the weights of each part (model.PARTS), to tell afterwards which parts a run has changed."""
-    result = {}
-    for part, prefix in PARTS.items():
-        digest = hashlib.sha256()
-        for tensor in (weights[name] for name in sorted(weights) if name.startswith(prefix)):
-            digest.update(tensor.cpu().float().contiguous().numpy())
-        result[part] = digest.hexdigest()
-    return result
+    return {
+        part: state_sha256({name: tensor for name, tensor in weights.items() if name.startswith(prefix)})
+        for part, prefix in PARTS.items()
+    }

@@ -17,7 +17,6 @@ from smolvla_shared.artifact import (
     Artifact,
     Latents,
     Origin,
-    _body_sha256,
     build_core,
     check_agreement,
     check_teacher,
@@ -27,6 +26,7 @@ from smolvla_shared.artifact import (
 )
 from smolvla_shared.batch import Batch, FlowTarget
 from smolvla_shared.config import DataConfig, ModelConfig
+from smolvla_shared.files import json_sha256
 from smolvla_shared.model import PARTS, SmolVLASharedCore, make_core_config
 from smolvla_shared.preprocess import Statistics, TextTokenizer
 from smolvla_shared.trunk import load_trunk_tokenizer
@@ -256,7 +256,7 @@ def test_every_single_change_of_the_manifest_is_refused(copied):
 def rewrite(path: Path, body: dict) -> None:
     """Write a manifest whose own hash is right: as a program that differs from ours would."""
     body.pop("manifest_sha256")
-    path.write_text(json.dumps(body | {"manifest_sha256": _body_sha256(body)}))
+    path.write_text(json.dumps(body | {"manifest_sha256": json_sha256(body)}))
 
 
 LEVELS = [(), ("core",), ("normalization", "state"), ("latents",), ("source",), ("weights",)]
