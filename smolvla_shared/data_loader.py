@@ -3,8 +3,6 @@
 import multiprocessing
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
-from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from smolvla_shared import flow, preprocess
 from smolvla_shared.batch import Labels, RawBatch
+from smolvla_shared.cache import RowCache
 from smolvla_shared.config import ACTION, LATENT, CoreConfig, RunConfig
 from smolvla_shared.data import ACTION_KEY, STATE_KEY, RobotDataset, common_size, merge, square_sides
 from smolvla_shared.data_order import RowGroup, SampleKey, StepSampler
@@ -40,8 +39,8 @@ class SampleSpec:
     draws: dict[str, tuple[int, int]] = field(default_factory=dict)
     num_draws: int = 1
     time_beta: tuple[float, float] = (1.5, 1.0)
-    # Files of image tokens, by camera one for each dataset, that are read instead of its frames (features.py).
-    features: dict[str, tuple[Path, ...]] = field(default_factory=dict)
+    # By camera: a cache of image tokens for each dataset, read instead of the frames (feature_cache.py).
+    features: dict[str, tuple[RowCache, ...]] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -49,7 +48,7 @@ class SampleSpec:
         core: CoreConfig,
         targets: Collection[str],
         labels: Labels | None,
-        features: dict[str, tuple[Path, ...]],
+        features: dict[str, tuple[RowCache, ...]],
         num_draws: int = 1,
     ) -> "SampleSpec":
         """What a core needs of a sample to train on these targets."""
@@ -72,18 +71,6 @@ class SampleSpec:
         )
 
 
-@lru_cache
-def _mapped(path: Path) -> np.ndarray:
-    """Opened once in each process that reads it: a memory-mapped array would be sent to a loader's worker whole."""
-    return np.load(path, mmap_mode="r")
-
-
-def read_features(path: Path, frame: int) -> Tensor:
-    """Cached image tokens of a frame, [tokens, hidden]."""
-    tokens = torch.from_numpy(np.array(_mapped(path)[frame]))
-    return tokens.view(torch.bfloat16) if tokens.dtype == torch.int16 else tokens
-
-
 class SampleDataset(Dataset):
     """dataset[keys] is the batch of these samples, whose frames are decoded together.
 
@@ -99,7 +86,7 @@ class SampleDataset(Dataset):
         self.cameras_to_read = tuple(dict.fromkeys((*from_video, *label_cameras)))
 
     def __getitem__(self, keys: list[SampleKey]) -> RawBatch:
-        # What is random of a sample is drawn in this order: the shift of each camera, then noise and times.
+        # A sample's random numbers are drawn in this order: the shift of each camera, then noise and times.
         spec, rngs = self.spec, [np.random.default_rng([self.seed, key.step, key.slot]) for key in keys]
         frames = {camera: self.read_camera(camera, keys) for camera in self.cameras_to_read}
         images = [
@@ -111,7 +98,7 @@ class SampleDataset(Dataset):
         for name, shape in spec.draws.items():
             draws = [flow.draw_noise_and_time(rng, spec.num_draws, shape, *spec.time_beta) for rng in rngs]
             noise[name], time[name] = map(_stack, zip(*draws, strict=True))
-        # Latents that come from a cache need to know, too, where the episode is too short for a pair.
+        # Latents from a cache are masked, too, where the episode ends before a pair's second frame.
         pair_valid = [self.has_pair(key) if spec.label_camera or LATENT in spec.draws else True for key in keys]
         return RawBatch(
             images=images,
@@ -134,15 +121,16 @@ class SampleDataset(Dataset):
         return key.row + dataset.gap < dataset.episode_to[dataset.episode_of(key.row)]
 
     def read_camera(self, camera: str, keys: list[SampleKey]) -> list[tuple[np.ndarray, Tensor]]:
-        """What a batch needs of a camera's frames, [n, 3, h, w] uint8, in parts of one size, and their places in it:
-        the label camera's second frames, of t + gap, have places of their own behind those of all B first ones.
+        """Decode this camera for the whole batch: (places, frames [n, 3, h, w] uint8) for each frame size.
+
+        Places 0..B-1 are those of the frames at t. For the label camera places B..2B-1 are those of t + gap.
         """
         parts = []
         for index in sorted({key.dataset for key in keys}):
             dataset, places = self.datasets[index], np.flatnonzero([key.dataset == index for key in keys])
             wanted = [keys[place].row for place in places]
             if camera == self.spec.label_camera:
-                # Of a pair that the episode's end cuts, which is masked, the frame itself stands in for the second.
+                # Where the episode ends before t + gap the pair is masked, and frame t stands in for the second.
                 wanted += [keys[place].row + dataset.gap * self.has_pair(keys[place]) for place in places]
                 places = np.concatenate([places, len(keys) + places])
             parts.append((places, dataset.read_frames(camera, wanted)))
@@ -154,8 +142,8 @@ class SampleDataset(Dataset):
     def images(
         self, camera: str, parts: list[tuple[np.ndarray, Tensor]], rngs: list[np.random.Generator]
     ) -> Tensor:  # [B, 3, h, w]
-        """The policy's images. Where nothing is done to them they and the pairs are views of the same frames, and a
-        pair's first frame is sent to the training process once.
+        """The policy's images. Without resizing and shifting, images and pairs are views of the same frames: a pair's
+        first frame is sent to the training process once.
         """
         images = []
         for places, frames in parts:
@@ -175,8 +163,8 @@ class SampleDataset(Dataset):
         return merge(parts).unflatten(0, (2, -1)).transpose(0, 1)
 
     def features(self, camera: str, keys: list[SampleKey]) -> Tensor:  # [B, tokens, hidden]
-        files = self.spec.features[camera]
-        return torch.stack([read_features(files[key.dataset], key.row) for key in keys])
+        stores = self.spec.features[camera]
+        return torch.stack([stores[key.dataset][key.row] for key in keys])
 
     def read_vectors(self, key: SampleKey) -> tuple[np.ndarray, bool, np.ndarray, np.ndarray]:
         """State [state_dim], whether the dataset has one; action chunk [T, A], which of its actions count [T]."""
