@@ -21,13 +21,16 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import torch
 import tyro
 from lerobot.configs.video import RGBEncoderConfig
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from torch.utils.data import DataLoader, RandomSampler
 
 from smolvla_shared import data, data_loader, data_order
+from smolvla_shared.cache import RowCache
 from smolvla_shared.config import DataConfig
+from smolvla_shared.feature_cache import SHARD_ROWS
 
 CAMERAS = ("observation.images.top", "observation.images.wrist")
 FPS, GAP_S, CHUNK_SIZE = 30, 0.5, 50
@@ -111,7 +114,7 @@ def lerobot_loader(root: Path, stage: int, options: Options) -> DataLoader:
 
 def our_loader(root: Path, stage: int, caches: str, options: Options) -> DataLoader:
     """caches: "none", "labels" or "labels and features", of what is read from a cache and not from the videos."""
-    config = DataConfig(roots=(root,), frame_gap_s=GAP_S, val_fraction=0)
+    config = DataConfig(roots=(root,), frame_gap_s=GAP_S)
     datasets = data.open_datasets(config)
     frames, _ = data_order.split_datasets(datasets, 0, seed=0)
     spec = data_loader.SampleSpec(CAMERAS, state_dim=6)
@@ -120,11 +123,18 @@ def our_loader(root: Path, stage: int, caches: str, options: Options) -> DataLoa
     elif caches == "none":
         spec = replace(spec, label_camera=CAMERAS[0])
     if "features" in caches:
-        file = root.parent / "tokens.npy"  # as at 500M
-        np.save(file, np.zeros((datasets[0].num_frames, 64, 960), np.int16))
-        spec = replace(spec, features=dict.fromkeys(CAMERAS, (file,)))
+        spec = replace(spec, features=dict.fromkeys(CAMERAS, (feature_store(root, datasets[0].num_frames),)))
     sampler = data_order.StepSampler(data_order.group_rows(frames), 0, options.batch_size, 0, 10**6)
     return data_loader.make_loader(data_loader.SampleDataset(datasets, spec, seed=0), sampler, options.num_workers)
+
+
+def feature_store(root: Path, num_frames: int) -> RowCache:
+    """A feature cache of a 500M trunk, but for the values."""
+    store = RowCache(root.parent / f"tokens of {root.name}", {}, num_frames, SHARD_ROWS)
+    store.claim()
+    for rows in store.missing():
+        store.write(rows, torch.zeros(len(rows), 64, 960, dtype=torch.bfloat16))
+    return store
 
 
 def samples_per_s(make_loader: partial, options: Options) -> float:

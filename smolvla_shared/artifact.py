@@ -9,14 +9,13 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from smolvla_shared.config import CoreConfig, TeacherKind
-from smolvla_shared.files import file_sha256, public_state, write_text, write_weights
+from smolvla_shared.files import file_sha256, json_sha256, public_state, state_sha256, write_text, write_weights
 from smolvla_shared.model import PARTS
 from smolvla_shared.preprocess import Statistics, pack_tokenizer, unpack_tokenizer
 from smolvla_shared.refusals import decode, read_json, refuse_schema
@@ -29,7 +28,7 @@ ARTIFACT_NAME = "smolvla_shared_stage2_artifact"
 class Latents:
     """Where the latent targets came from."""
 
-    teacher_id: str  # sha256 of the teacher's configuration and weights (laq.teacher_id)
+    teacher_id: str  # sha256 of the teacher's configuration and weights (laq_files.teacher_id)
     teacher_kind: TeacherKind
     frame_gap_s: float
     label_camera: str
@@ -88,18 +87,10 @@ class Artifact:
     tokenizer: PreTrainedTokenizerFast
 
 
-def sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
-
-
 def to_json(manifest: Manifest) -> str:
     """The manifest with a hash of itself, so that an edit by hand does not go unnoticed."""
     body = asdict(manifest)
-    return json.dumps(body | {"manifest_sha256": _body_sha256(body)}, indent=2) + "\n"
-
-
-def _body_sha256(body: dict[str, Any]) -> str:
-    return sha256(json.dumps(body, sort_keys=True).encode())
+    return json.dumps(body | {"manifest_sha256": json_sha256(body)}, indent=2) + "\n"
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -109,7 +100,7 @@ def read_manifest(path: Path) -> Manifest:
     written_sha256 = body.pop("manifest_sha256", None)
     manifest = decode(Manifest, body, f"artifact manifest {path}")
     # After the fields, which tell more.
-    if written_sha256 != _body_sha256(body):
+    if written_sha256 != json_sha256(body):
         raise ValueError(
             f"{path}: the manifest does not match its own manifest_sha256 ({written_sha256}): a field was edited "
             "after it was written. Export the artifact again from its run"
@@ -136,7 +127,7 @@ def save_artifact(
         latents=latents,
         source=source,
         weights=Weights(write_weights(path, tensors), len(tensors), sum(t.numel() for t in tensors.values())),
-        tokenizer_sha256=sha256(packed_tokenizer.encode()),
+        tokenizer_sha256=hashlib.sha256(packed_tokenizer.encode()).hexdigest(),
     )
     write_text(path.with_suffix(".tokenizer.json"), packed_tokenizer)
     write_text(path.with_suffix(".json"), to_json(manifest))
@@ -167,13 +158,10 @@ def load_artifact(path: Path) -> Artifact:
 
 def fingerprints(weights: dict[str, Tensor]) -> dict[str, str]:
     """A hash of the weights of each part (model.PARTS), to tell afterwards which parts a run has changed."""
-    result = {}
-    for part, prefix in PARTS.items():
-        digest = hashlib.sha256()
-        for tensor in (weights[name] for name in sorted(weights) if name.startswith(prefix)):
-            digest.update(tensor.cpu().float().contiguous().numpy())
-        result[part] = digest.hexdigest()
-    return result
+    return {
+        part: state_sha256({name: tensor for name, tensor in weights.items() if name.startswith(prefix)})
+        for part, prefix in PARTS.items()
+    }
 
 
 def changed_parts(before: dict[str, str], weights: dict[str, Tensor]) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""Every frame of a dataset, once and in order: what fills a cache, or looks at frame pairs, reads blocks of rows."""
+"""Every frame of a dataset, once and in order, in blocks of rows: to fill a cache, or to look at frame pairs."""
 
 from collections.abc import Callable
 
@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from smolvla_shared.cache import RowCache
@@ -28,17 +28,16 @@ class FrameBlocks(Dataset):
         return len(self.blocks)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Frames [F, 3, h, w] uint8; which of them each row wants, [n, offsets]; whether the episode has it, likewise.
-
-        Where it has not, the row's own frame stands in.
+        """Frames [F, 3, h, w] uint8; the place among them of each row's frames, [n, offsets]; whether the episode has
+        that frame, [n, offsets] bool. The row's own frame stands in for one that the episode has not.
         """
         rows = self.blocks[index]
         episode = self.dataset.episode_of(rows[0])
         wanted = rows[:, None] + self.offsets
         valid = (wanted >= self.dataset.episode_from[episode]) & (wanted < self.dataset.episode_to[episode])
         frames, place = np.unique(np.where(valid, wanted, rows[:, None]), return_inverse=True)
-        pictures = self.dataset.read_frames(self.camera, frames.tolist())
-        return pictures, torch.from_numpy(place.reshape(wanted.shape)), torch.from_numpy(valid)
+        images = self.dataset.read_frames(self.camera, frames.tolist())
+        return images, torch.from_numpy(place.reshape(wanted.shape)), torch.from_numpy(valid)
 
 
 def episode_blocks(dataset: RobotDataset, rows: np.ndarray, size: int) -> list[np.ndarray]:
@@ -48,55 +47,50 @@ def episode_blocks(dataset: RobotDataset, rows: np.ndarray, size: int) -> list[n
     return [block[start : start + size] for block in by_episode for start in range(0, len(block), size)]
 
 
-def block_loader(blocks: FrameBlocks, num_workers: int) -> DataLoader:
-    """The blocks in their order, one at a time."""
-    return make_worker_loader(blocks, num_workers)
-
-
 def fill_cache(
     store: RowCache,
     dataset: RobotDataset,
     camera: str,
-    offsets: tuple[int, ...],
-    blocks_of: Callable[[range], list[np.ndarray]],
-    empty: Callable[[int], dict[str, np.ndarray]],
-    compute: Callable[[Tensor, Tensor], dict[str, np.ndarray]],
+    pairs: bool,
+    row_shape: tuple[int, ...],
+    dtype: torch.dtype,
+    compute: Callable[[Tensor, Tensor], Tensor],
+    rows_at_once: int,
     num_workers: int,
     accelerator: Accelerator,
 ) -> None:
-    """Fill a dataset's cache from a camera's frames; every process does its share of the shards.
+    """Fill a dataset's cache from a camera's frames; every process does its share of the missing shards.
 
-    blocks_of: the rows of a shard that are computed, in blocks as FrameBlocks takes them
-    empty:     arrays for so many rows; what is not computed stays as it is here
-    compute:   frames and places of a block, as FrameBlocks gives them, on the device -> its rows of every array
+    pairs:   compute a row from its frame and the one a gap later, and leave it 0 where the episode ends before that;
+             or compute every row from its frame alone
+    compute: frames and places of up to `rows_at_once` rows (FrameBlocks), on the device -> their values
     """
     if accelerator.is_main_process:
         store.claim()
     accelerator.wait_for_everyone()
-    if store.is_complete():  # another run filled it meanwhile
-        return
     missing = {rows.start for rows in store.missing()}
-    mine = store.shards()[accelerator.process_index :: accelerator.num_processes]
-    plan = [(rows, blocks_of(rows)) for rows in mine if rows.start in missing]
+    plan = []
+    for shard in store.shards()[accelerator.process_index :: accelerator.num_processes]:
+        if shard.start in missing:
+            rows = dataset.rows_with_pairs(np.array(shard)) if pairs else np.array(shard)
+            plan.append((shard, episode_blocks(dataset, rows, rows_at_once)))
+    offsets = (0, dataset.gap) if pairs else (0,)
     blocks = FrameBlocks(dataset, camera, [block for _, parts in plan for block in parts], offsets)
-    batches = iter(block_loader(blocks, num_workers))
+    batches = iter(make_worker_loader(blocks, num_workers))
     progress = tqdm(
-        initial=dataset.num_frames - sum(len(rows) for rows, _ in plan) * accelerator.num_processes,
+        initial=dataset.num_frames - sum(len(shard) for shard, _ in plan) * accelerator.num_processes,
         total=dataset.num_frames,
         desc=f"{store.directory.parent.name}/{store.directory.name}",
         unit="frame",
-        disable=not accelerator.is_main_process,
+        disable=not (accelerator.is_main_process and plan),
     )
-    for rows, parts in plan:
-        arrays = empty(len(rows))
+    for shard, parts in plan:
+        values = torch.zeros(len(shard), *row_shape, dtype=dtype)
         for block in parts:
             frames, places, _ = next(batches)
-            for name, values in compute(frames.to(accelerator.device), places.to(accelerator.device)).items():
-                arrays[name][block - rows.start] = values
-        store.write(rows, arrays)
-        progress.update(len(rows) * accelerator.num_processes)
+            computed = compute(frames.to(accelerator.device), places.to(accelerator.device))
+            values[torch.from_numpy(block - shard.start)] = computed.to("cpu", dtype)
+        store.write(shard, values)
+        progress.update(len(shard) * accelerator.num_processes)
     progress.close()
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        store.finish()
     accelerator.wait_for_everyone()

@@ -3,8 +3,6 @@
 import multiprocessing
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
-from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from smolvla_shared import flow, preprocess
 from smolvla_shared.batch import Labels, RawBatch
+from smolvla_shared.cache import RowCache
 from smolvla_shared.config import ACTION, LATENT, CoreConfig, RunConfig
 from smolvla_shared.data import ACTION_KEY, STATE_KEY, RobotDataset, common_size, merge, square_sides
 from smolvla_shared.data_order import RowGroup, SampleKey, StepSampler
@@ -40,8 +39,8 @@ class SampleSpec:
     draws: dict[str, tuple[int, int]] = field(default_factory=dict)
     num_draws: int = 1
     time_beta: tuple[float, float] = (CoreConfig.time_beta_alpha, CoreConfig.time_beta_beta)
-    # Image tokens to read instead of frames (feature_cache.py): {camera: one file per dataset}.
-    features: dict[str, tuple[Path, ...]] = field(default_factory=dict)
+    # By camera: a cache of image tokens for each dataset, read instead of the frames (feature_cache.py).
+    features: dict[str, tuple[RowCache, ...]] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -49,7 +48,7 @@ class SampleSpec:
         core: CoreConfig,
         targets: Collection[str],
         labels: Labels | None,
-        features: dict[str, tuple[Path, ...]],
+        features: dict[str, tuple[RowCache, ...]],
         num_draws: int = 1,
     ) -> "SampleSpec":
         """What a core needs of a sample to train on these targets."""
@@ -66,18 +65,6 @@ class SampleSpec:
             time_beta=(core.time_beta_alpha, core.time_beta_beta),
             features=features,
         )
-
-
-@lru_cache
-def _mapped(path: Path) -> np.ndarray:
-    """Mapped in the process that reads it: a mapped array would be sent to a loader's worker in full."""
-    return np.load(path, mmap_mode="r")
-
-
-def read_features(path: Path, row: int) -> Tensor:
-    """Cached image tokens of a row, [tokens, hidden]."""
-    tokens = torch.from_numpy(np.array(_mapped(path)[row]))
-    return tokens.view(torch.bfloat16) if tokens.dtype == torch.int16 else tokens
 
 
 class SampleDataset(Dataset):
@@ -173,8 +160,8 @@ class SampleDataset(Dataset):
         return merge(parts).unflatten(0, (2, -1)).transpose(0, 1)
 
     def features(self, camera: str, keys: list[SampleKey]) -> Tensor:  # [B, tokens, hidden]
-        files = self.spec.features[camera]
-        return torch.stack([read_features(files[key.dataset], key.row) for key in keys])
+        stores = self.spec.features[camera]
+        return torch.stack([stores[key.dataset][key.row] for key in keys])
 
     def read_vectors(self, key: SampleKey) -> tuple[np.ndarray, bool, np.ndarray, np.ndarray]:
         """State [state_dim], whether the dataset has a state, action chunk [T, A], and which actions count [T]."""

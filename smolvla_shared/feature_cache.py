@@ -1,12 +1,10 @@
-"""The feature cache: what a frozen vision tower makes of every frame, computed in one pass before training.
+"""The feature cache: the output of a frozen vision tower for every frame, computed in one pass before training.
 
-    <directory>/<dataset>/<camera>/tokens.npy   [frames, tokens, hidden]; bfloat16 is kept as int16 (cache.py)
+    <directory>/<dataset>/<camera>/shards/   a row: the image tokens of a frame, [tokens, hidden] (cache.py)
 
 Training then neither decodes the frames nor runs the tower, which is most of the work of a step with a frozen trunk.
 """
 
-import hashlib
-import json
 import shutil
 from dataclasses import asdict, dataclass
 from importlib import metadata
@@ -18,18 +16,17 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from smolvla_shared import data, data_blocks
-from smolvla_shared.artifact import fingerprints
-from smolvla_shared.cache import RowCache, dataset_fingerprint
+from smolvla_shared.cache import RowCache, dataset_directories, dataset_fingerprint
 from smolvla_shared.config import StageOptions
-from smolvla_shared.label_cache import label_directories
+from smolvla_shared.files import json_sha256, state_sha256
 from smolvla_shared.model import SmolVLASharedCore, parameters_by_part
 from smolvla_shared.preprocess import prepare_images
 
-# How a recorded frame becomes what the tower sees (preprocess.py); raised when that changes.
+# How a recorded frame becomes the tower's input (preprocess.py). The number is raised when that changes.
 PREPROCESSING = "1: uint8 / 255, bilinear with padding on the left and top, to [-1, 1]"
 TOWER = ("vision tower", "connector")  # of model.PARTS
 FRAMES_AT_ONCE = 16
-SHARD_ROWS = 256  # what a kill loses at most, a process
+SHARD_ROWS = 256  # 31 MB of a 500M trunk's tokens in bfloat16; 3,200 files at 100 GB
 
 
 @dataclass(frozen=True)
@@ -50,10 +47,8 @@ class FeatureKey:
 
 def tower_id(core: SmolVLASharedCore) -> str:
     parts = parameters_by_part(core)
-    hashes = fingerprints({name: parameter.detach() for part in TOWER for name, parameter in parts[part].items()})
-    about = {part: hashes[part] for part in TOWER}
-    about |= {name: core.config.vlm[name] for name in ("vision_config", "scale_factor")}
-    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+    weights = {name: parameter for part in TOWER for name, parameter in parts[part].items()}
+    return json_sha256([core.config.vlm["vision_config"], core.config.vlm["scale_factor"], state_sha256(weights)])
 
 
 def prepare_features(
@@ -62,10 +57,10 @@ def prepare_features(
     cameras: tuple[str, ...],
     config: StageOptions,
     accelerator: Accelerator,
-) -> dict[str, tuple[Path, ...]]:
-    """For SampleSpec.features: each camera's file of image tokens for every dataset, filled where frames are missing;
-    nothing without --data.feature-cache. A run that was killed meanwhile goes on where it stopped.
+) -> dict[str, tuple[RowCache, ...]]:
+    """For SampleSpec.features: by camera a complete cache for each dataset; without --data.feature-cache nothing.
 
+    Missing shards are computed. A run that was killed meanwhile goes on where it stopped.
     Raises ValueError for a tower that trains, a cache of something else, and one that is too large.
     """
     options = config.data
@@ -74,28 +69,26 @@ def prepare_features(
     parts = parameters_by_part(core)
     if any(parameter.requires_grad for part in TOWER for parameter in parts[part].values()):
         raise ValueError(
-            "--data.feature-cache keeps what the vision tower makes of a frame, but here the tower trains and its "
-            "features change: pass --model.freeze-vision True, or leave the cache out"
+            "--data.feature-cache keeps the vision tower's output for each frame, but here the tower trains and its "
+            "output changes: pass --model.freeze-vision True, or leave the cache out"
         )
-    directories = label_directories(options.feature_cache, [dataset.name for dataset in datasets])
+    directories = dataset_directories(options.feature_cache, [dataset.name for dataset in datasets])
     square_side = data.square_sides(datasets, cameras)
     tower = tower_id(core)
     stores = {
-        (camera, index): feature_store(directories[index] / camera, dataset, camera, tower, square_side, core, config)
+        camera: tuple(
+            feature_store(directory / camera, dataset, camera, tower, square_side.get(camera), core, config)
+            for directory, dataset in zip(directories, datasets, strict=True)
+        )
         for camera in cameras
-        for index, dataset in enumerate(datasets)
     }
-    unfinished = {place: store for place, store in stores.items() if not store.is_complete()}
-    check_size(stores, unfinished, core, config, accelerator)
+    check_size([store for some in stores.values() for store in some], core, config, accelerator)
     core.to(accelerator.device)
-    for (camera, index), store in unfinished.items():
-        fill(store, core, datasets[index], camera, square_side, config, accelerator)
-    for store in stores.values():
-        store.open()
-    return {
-        camera: tuple(stores[camera, index].directory / "tokens.npy" for index in range(len(datasets)))
-        for camera in cameras
-    }
+    for camera in cameras:
+        for store, dataset in zip(stores[camera], datasets, strict=True):
+            fill(store, core, dataset, camera, config, accelerator)
+            store.open()
+    return stores
 
 
 def feature_store(
@@ -103,7 +96,7 @@ def feature_store(
     dataset: data.RobotDataset,
     camera: str,
     tower: str,
-    square_side: dict[str, int],
+    square_side: int | None,
     core: SmolVLASharedCore,
     config: StageOptions,
 ) -> RowCache:
@@ -112,7 +105,7 @@ def feature_store(
         computed_in=f"{core.config.torch_dtype} weights, precision {config.precision}",
         stored_in=config.data.feature_cache_dtype,
         image_size=core.config.image_size,
-        square_side=square_side.get(camera),
+        square_side=square_side,
         camera=camera,
         dataset=dataset_fingerprint(dataset.lerobot.root),
         versions={name: metadata.version(name) for name in ("torch", "lerobot", data.video_decoder())},
@@ -126,28 +119,28 @@ def token_shape(core: SmolVLASharedCore) -> tuple[int, int]:
     return tokens, core.trunk.hidden_size
 
 
-def check_size(stores: dict, unfinished: dict, core: SmolVLASharedCore, config: StageOptions, accelerator) -> None:
-    """Announce what the cache takes. Raises ValueError where that is more than allowed, or than the disk has."""
+def check_size(stores: list[RowCache], core: SmolVLASharedCore, config: StageOptions, accelerator) -> None:
+    """Announce the size of the caches. Raises ValueError where another cache is in a directory, and where the size is
+    more than allowed or than the disk has.
+    """
     options = config.data
-    frame_bytes = np.prod(token_shape(core)) * getattr(torch, options.feature_cache_dtype).itemsize
-    size, missing = (sum(s.num_rows for s in some.values()) * frame_bytes / 1e9 for some in (stores, unfinished))
+    row_gb = np.prod(token_shape(core)) * getattr(torch, options.feature_cache_dtype).itemsize / 1e9
+    size = row_gb * sum(store.num_rows for store in stores)
+    missing = row_gb * sum(len(rows) for store in stores if not store.is_complete() for rows in store.missing())
     accelerator.print(
-        f"feature cache {options.feature_cache}: {size:.3g} GB of {options.feature_cache_dtype}"
-        + (f", of which {missing:.3g} GB are made now; that takes twice as much meanwhile" if missing else ", complete")
+        f"feature cache {options.feature_cache}: {size:.3g} GB of {options.feature_cache_dtype}, "
+        + (f"of which {missing:.3g} GB are made now" if missing else "complete")
     )
     if size > options.feature_cache_gb:
         raise ValueError(
             f"--data.feature-cache would take {size:.3g} GB, more than --data.feature-cache-gb "
             f"{options.feature_cache_gb}: allow more, take --data.feature-cache-dtype bfloat16, or fewer cameras"
         )
-    existing = next(
-        path for path in (options.feature_cache, *options.feature_cache.absolute().parents) if path.exists()
-    )
+    directory = options.feature_cache.absolute()
+    existing = next(path for path in (directory, *directory.parents) if path.exists())
     free = shutil.disk_usage(existing).free / 1e9
-    if 2 * missing > free:
-        raise ValueError(
-            f"--data.feature-cache needs {2 * missing:.3g} GB while it is filled, {existing} has {free:.3g}"
-        )
+    if missing > free:
+        raise ValueError(f"--data.feature-cache needs {missing:.3g} GB more, {existing} has {free:.3g}")
 
 
 @torch.no_grad()
@@ -156,29 +149,25 @@ def fill(
     core: SmolVLASharedCore,
     dataset: data.RobotDataset,
     camera: str,
-    square_side: dict[str, int],
     config: StageOptions,
     accelerator: Accelerator,
 ) -> None:
     """Compute the image tokens of every frame; every process does its share."""
-    dtype = getattr(torch, config.data.feature_cache_dtype)
-    stored = np.int16 if dtype == torch.bfloat16 else np.float32
 
-    def compute(frames: Tensor, _: Tensor) -> dict[str, np.ndarray]:
-        frames = data.common_size(frames, square_side.get(camera))
+    def compute(frames: Tensor, _: Tensor) -> Tensor:
+        frames = data.common_size(frames, store.key["square_side"])
         with accelerator.autocast():
-            tokens = core.trunk.embed_images(prepare_images(frames, core.config.image_size)[:, None])[:, 0]
-        tokens = tokens.to(dtype)
-        return {"tokens": (tokens.view(torch.int16) if stored is np.int16 else tokens).numpy(force=True)}
+            return core.trunk.embed_images(prepare_images(frames, core.config.image_size)[:, None])[:, 0]
 
     data_blocks.fill_cache(
         store,
         dataset,
         camera,
-        offsets=(0,),
-        blocks_of=lambda rows: data_blocks.episode_blocks(dataset, np.array(rows), FRAMES_AT_ONCE),
-        empty=lambda num_rows: {"tokens": np.zeros((num_rows, *token_shape(core)), stored)},
+        pairs=False,
+        row_shape=token_shape(core),
+        dtype=getattr(torch, config.data.feature_cache_dtype),
         compute=compute,
+        rows_at_once=FRAMES_AT_ONCE,
         num_workers=config.data.num_workers,
         accelerator=accelerator,
     )

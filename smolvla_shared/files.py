@@ -1,11 +1,13 @@
 """Weights and texts in files: published names, hashes, strict checks, the hub, and writes that leave no torn file."""
 
 import hashlib
+import json
 import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import snapshot_download
 from safetensors.torch import save_file
@@ -36,6 +38,24 @@ def check_weights(where: str, expected: dict[str, Tensor], found: dict[str, Tens
 def file_sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def json_sha256(value: Any) -> str:
+    """sha256 of a JSON value; the order of an object's keys does not count."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def state_sha256(tensors: dict[str, Tensor]) -> str:
+    """sha256 of the names, shapes and values of tensors; their order does not count.
+
+    Values count as float32: weights that were stored in a wider or narrower float type keep the hash if every value
+    survived, and change it if one was rounded.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(f"{name} {list(tensors[name].shape)}\n".encode())
+        digest.update(tensors[name].detach().cpu().float().contiguous().numpy())
+    return digest.hexdigest()
 
 
 def write_weights(path: Path, tensors: dict[str, Tensor]) -> str:

@@ -1,12 +1,10 @@
 """The label cache: the latent actions of every frame of a dataset, and the command that writes them.
 
 A cache directory holds the labels of any number of datasets, each under a key of all that decides about a label
-(cache.py):
+(cache.py). Where the episode ends before the second frame a row is 0.
 
-    <directory>/<dataset>/indices.npy     [frames, S] codes; 0 where the episode ends before the second frame
-    <directory>/<dataset>/mask.npy        [frames] bool, False there
-    <directory>/<dataset>/continuous.npy  [frames, S, D], the latents before quantisation (kind `continuous` only)
-    <directory>/<dataset>/codebook.npy    [C, D]
+    <directory>/<dataset>/shards/                a row: [S] codes, or [S, D] latents before quantisation, as the kind is
+    <directory>/<dataset>/codebook.safetensors   codebook [C, D]
 """
 
 import json
@@ -21,14 +19,17 @@ from torch import Tensor
 
 from smolvla_shared import data, data_blocks
 from smolvla_shared.batch import RawBatch
-from smolvla_shared.cache import MANIFEST, RowCache, dataset_fingerprint
+from smolvla_shared.cache import MANIFEST, RowCache, dataset_directories, dataset_fingerprint, read_mapped
 from smolvla_shared.config import DataConfig, TeacherKind, TeacherOptions
+from smolvla_shared.files import write_weights
 from smolvla_shared.laq import LAQ
 from smolvla_shared.laq_files import load_laq, teacher_id
 from smolvla_shared.preprocess import unit_range
 
 # How a recorded frame becomes what the teacher sees (LAQ.resize); raised when that changes.
 PREPROCESSING = "1: uint8 / 255, antialiased bilinear to the teacher's square"
+CODEBOOK = "codebook.safetensors"
+SHARD_ROWS = 1024  # 16 KB of codes or 0.5 MB of latents, which two CPU cores compute in 4 s
 
 
 @dataclass(frozen=True)
@@ -44,27 +45,38 @@ class LabelKey:
     preprocessing: str = PREPROCESSING
 
 
-def label_directories(cache: Path, names: list[str]) -> list[Path]:
-    """Where the labels of each dataset are kept: the last two parts of its repo id or path, joined."""
-    directories = [cache / "--".join(Path(name).parts[-2:]) for name in names]
-    if len(set(directories)) < len(directories):
-        raise ValueError(f"two of {names} end in the same names: give them label caches of their own")
-    return directories
+def label_stores(
+    cache: Path, datasets: list[data.RobotDataset], teacher: str | None, kind: TeacherKind, camera: str
+) -> list[RowCache]:
+    """Where the labels of each dataset are, or will be.
 
-
-def label_store(directory: Path, key: LabelKey, num_frames: int) -> RowCache:
-    return RowCache(directory, asdict(key), num_frames, shard_rows=128)
-
-
-def cached_teacher_id(directory: Path) -> str:
-    """Whose labels a directory holds. Raises ValueError if it holds none."""
-    if not (directory / MANIFEST).is_file():
-        there = sorted(path.name for path in directory.parent.glob("*/")) or "nothing"
-        raise ValueError(
-            f"--label-cache: there are no labels at {directory} (in {directory.parent}: {there}); "
-            "make them with `python -m smolvla_shared.teacher label`"
+    teacher: its id; None takes the one whose labels are there, and raises ValueError if there are none
+    """
+    directories = dataset_directories(cache, [dataset.name for dataset in datasets])
+    if teacher is None:
+        manifest = directories[0] / MANIFEST
+        if not manifest.is_file():
+            there = sorted(path.name for path in cache.glob("*/")) or "nothing"
+            raise ValueError(
+                f"--label-cache: there are no labels at {directories[0]} (in {cache}: {there}); "
+                "make them with `python -m smolvla_shared.teacher label`"
+            )
+        teacher = json.loads(manifest.read_text())["key"]["teacher_id"]
+    keys = [
+        LabelKey(
+            teacher_id=teacher,
+            teacher_kind=kind,
+            frame_gap_s=dataset.gap_s,
+            camera=camera,
+            dataset=dataset_fingerprint(dataset.lerobot.root),
+            versions={name: metadata.version(name) for name in ("torch", "lerobot", data.video_decoder())},
         )
-    return json.loads((directory / MANIFEST).read_text())["key"]["teacher_id"]
+        for dataset in datasets
+    ]
+    return [
+        RowCache(directory, asdict(key), dataset.num_frames, SHARD_ROWS)
+        for directory, key, dataset in zip(directories, keys, datasets, strict=True)
+    ]
 
 
 class CachedLabels:
@@ -75,33 +87,22 @@ class CachedLabels:
 
     def __init__(self, stores: list[RowCache]):
         """stores: of the run's datasets, in its order. Raises ValueError for what RowCache.open refuses."""
+        for store in stores:
+            store.open()
+        self.stores = stores
         self.teacher_id: str = stores[0].key["teacher_id"]
         self.kind: TeacherKind = stores[0].key["teacher_kind"]
-        arrays = [store.open() for store in stores]
         # [C, D]; the same for every dataset, since the teacher is.
-        self.codebook = torch.from_numpy(np.load(stores[0].directory / "codebook.npy"))
-        self.rows = [a["continuous" if self.kind == "continuous" else "indices"] for a in arrays]
-        self.shape = (arrays[0]["indices"].shape[1], self.codebook.shape[1])
+        self.codebook = read_mapped(stores[0].directory / CODEBOOK)["codebook"]
+        self.shape = len(stores[0][0]), self.codebook.shape[1]
 
     def to(self, device: torch.device) -> None:
         self.codebook = self.codebook.to(device)
 
     def __call__(self, raw: RawBatch) -> Tensor:  # [B, S, D]
-        places = zip(raw.dataset, raw.row, strict=True)
-        rows = torch.from_numpy(np.stack([self.rows[dataset][frame] for dataset, frame in places]))
+        rows = torch.stack([self.stores[dataset][row] for dataset, row in zip(raw.dataset, raw.row, strict=True)])
         rows = rows.to(self.codebook.device, non_blocking=True)
         return rows if self.kind == "continuous" else self.codebook[rows.long()]
-
-
-def label_key(dataset: data.RobotDataset, teacher: str, kind: TeacherKind, camera: str) -> LabelKey:
-    return LabelKey(
-        teacher_id=teacher,
-        teacher_kind=kind,
-        frame_gap_s=dataset.gap_s,
-        camera=camera,
-        dataset=dataset_fingerprint(dataset.lerobot.root),
-        versions={name: metadata.version(name) for name in ("torch", "lerobot", data.video_decoder())},
-    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,16 +126,11 @@ def label(config: LabelConfig) -> None:
     datasets = data.open_datasets(config.data)
     _, camera = data.choose_cameras(datasets, config.data)
     data.valid_pair_share(datasets, [(i, np.arange(dataset.num_frames)) for i, dataset in enumerate(datasets)])
-    directories = label_directories(config.label_cache, [dataset.name for dataset in datasets])
-    stores = [
-        label_store(directory, label_key(dataset, teacher_id(laq), config.teacher_kind, camera), dataset.num_frames)
-        for directory, dataset in zip(directories, datasets)
-    ]
+    stores = label_stores(config.label_cache, datasets, teacher_id(laq), config.teacher_kind, camera)
     unfinished = [not store.is_complete() for store in stores]  # all keys are compared before any work
     laq.to(accelerator.device)
     for dataset, store, todo in zip(datasets, stores, unfinished):
-        if todo:
-            label_dataset(laq, dataset, camera, store, config, accelerator)
+        label_dataset(laq, dataset, camera, store, config, accelerator)
         accelerator.print(f"{store.directory}: {dataset.num_frames:,} frames {'labelled' if todo else 'were labelled'}")
 
 
@@ -143,37 +139,24 @@ def label_dataset(
     laq: LAQ, dataset: data.RobotDataset, camera: str, store: RowCache, config: LabelConfig, accelerator: Accelerator
 ) -> None:
     """Fill the label cache of a dataset; every process does its share of the shards."""
-    slots, width = laq.config.code_seq_len, laq.config.quant_dim
+    continuous, slots = config.teacher_kind == "continuous", laq.config.code_seq_len
 
-    def empty(num_rows: int) -> dict[str, np.ndarray]:
-        arrays = {
-            "indices": np.zeros((num_rows, slots), np.min_scalar_type(laq.config.codebook_size - 1)),
-            "mask": np.zeros(num_rows, bool),
-        }
-        if config.teacher_kind == "continuous":
-            arrays["continuous"] = np.zeros((num_rows, slots, width), np.float32)
-        return arrays
-
-    def compute(frames: Tensor, places: Tensor) -> dict[str, np.ndarray]:
+    def compute(frames: Tensor, places: Tensor) -> Tensor:
         latents = laq.encode(laq.resize(unit_range(frames))[places])
-        arrays = {"indices": latents.indices.numpy(force=True), "mask": np.ones(len(places), bool)}
-        if config.teacher_kind == "continuous":
-            arrays["continuous"] = latents.continuous.numpy(force=True)
-        return arrays
+        return latents.continuous if continuous else latents.indices
 
-    if accelerator.is_main_process:
+    if accelerator.is_main_process and not (store.directory / CODEBOOK).exists():
         store.claim()
-        np.save(store.directory / "codebook.npy", laq.vq.codebooks.numpy(force=True))
+        write_weights(store.directory / CODEBOOK, {"codebook": laq.vq.codebooks})
     data_blocks.fill_cache(
         store,
         dataset,
         camera,
-        offsets=(0, dataset.gap),
-        blocks_of=lambda rows: data_blocks.episode_blocks(
-            dataset, dataset.rows_with_pairs(np.array(rows)), config.batch_size
-        ),
-        empty=empty,
+        pairs=True,
+        row_shape=(slots, laq.config.quant_dim) if continuous else (slots,),
+        dtype=torch.float32 if continuous else torch.int32,
         compute=compute,
+        rows_at_once=config.batch_size,
         num_workers=config.data.num_workers,
         accelerator=accelerator,
     )

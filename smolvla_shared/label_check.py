@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from smolvla_shared import data, data_blocks, label_health
 from smolvla_shared.config import DataConfig, TeacherOptions
+from smolvla_shared.data_loader import make_worker_loader
 from smolvla_shared.labels import OnlineLabels
 from smolvla_shared.laq import LAQ
 from smolvla_shared.laq_files import load_laq
@@ -91,7 +92,7 @@ def teacher_frames(
     frames = data_blocks.FrameBlocks(dataset, teacher.camera, blocks, tuple(gap * dataset.gap for gap in gaps))
     device = teacher.laq.vq.codebooks.device
     progress = tqdm(total=len(rows), desc=f"{Path(dataset.name).name}, gap {dataset.gap_s:.3g} s", unit="pair")
-    for block, (pictures, places, has) in zip(blocks, data_blocks.block_loader(frames, num_workers)):
+    for block, (pictures, places, has) in zip(blocks, make_worker_loader(frames, num_workers)):
         yield block, teacher.laq.resize(unit_range(pictures.to(device)))[places.to(device)], has
         progress.update(len(block))
     progress.close()

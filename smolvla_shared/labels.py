@@ -1,4 +1,4 @@
-"""Where latent targets come from, behind one interface: the teacher itself in every step, or a label cache."""
+"""Where latent targets come from, behind one interface: the teacher in every step, or a label cache."""
 
 import numpy as np
 import torch
@@ -7,7 +7,7 @@ from torch import Tensor
 from smolvla_shared import data, data_loader, data_order
 from smolvla_shared.batch import Labels, RawBatch, to_device
 from smolvla_shared.config import LATENT, StageOptions, TeacherKind
-from smolvla_shared.label_cache import CachedLabels, cached_teacher_id, label_directories, label_key, label_store
+from smolvla_shared.label_cache import CachedLabels, label_stores
 from smolvla_shared.laq import LAQ, LatentActions
 from smolvla_shared.laq_files import load_laq, teacher_id
 from smolvla_shared.preprocess import Statistics, unit_range
@@ -26,7 +26,7 @@ class OnlineLabels:
         self.laq.to(device)
 
     def choose(self, latents: LatentActions) -> Tensor:  # [B, S, D]
-        """Those of its latents that are the labels."""
+        """The labels among the teacher's latents: before or after quantisation."""
         return latents.continuous if self.kind == "continuous" else latents.vectors
 
     @torch.no_grad()
@@ -35,18 +35,16 @@ class OnlineLabels:
 
 
 def open_labels(config: StageOptions, datasets: list[data.RobotDataset], camera: str) -> Labels:
-    """The latent targets that the options name; on the CPU still (Labels.to).
+    """The latent targets that the options name, on the CPU (Labels.to moves them).
 
-    Raises ValueError for a teacher that cannot be loaded, and for a cache that is not complete or whose key differs.
+    Raises ValueError for a teacher that cannot be loaded, and for a cache that is incomplete or has another key.
     """
     laq = load_laq(config.laq_ckpt, config.laq_code_seq_len, config.laq_image_size) if config.laq_ckpt else None
     if config.labels == "online":
         assert laq is not None  # both scripts' options see to it
         return OnlineLabels(laq, config.teacher_kind, camera)
-    directories = label_directories(config.label_cache, [dataset.name for dataset in datasets])
-    teacher = teacher_id(laq) if laq else cached_teacher_id(directories[0])
-    keys = [label_key(dataset, teacher, config.teacher_kind, camera) for dataset in datasets]
-    return CachedLabels([label_store(*x) for x in zip(directories, keys, [s.num_frames for s in datasets])])
+    teacher = teacher_id(laq) if laq else None
+    return CachedLabels(label_stores(config.label_cache, datasets, teacher, config.teacher_kind, camera))
 
 
 def latent_statistics(
@@ -57,9 +55,9 @@ def latent_statistics(
     device: torch.device | str = "cpu",
     recorded: Statistics | None = None,
 ) -> Statistics:
-    """Mean and standard deviation of the latent targets over up to 512 valid training pairs, drawn with the seed; or
-    those `recorded` with a latent head that has learned these latents.
+    """Mean and standard deviation of the latent targets over up to 512 valid training pairs, drawn with the seed.
 
+    recorded: the statistics of a latent head that has learned these latents; they are returned instead
     Moves the labels to the device.
     """
     labels.to(device)

@@ -1,6 +1,5 @@
 """A LAQ in files: ours (.safetensors with a .json beside it) and LAPA's .pt, read strictly."""
 
-import hashlib
 import json
 import re
 from dataclasses import asdict, fields
@@ -11,22 +10,26 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from smolvla_shared.files import check_weights, file_sha256, public_state, write_text, write_weights
+from smolvla_shared.files import (
+    check_weights,
+    file_sha256,
+    json_sha256,
+    public_state,
+    state_sha256,
+    write_text,
+    write_weights,
+)
 from smolvla_shared.laq import LAQ, SECOND_CONV, LAQConfig, slots_of_grid
 
 SCHEMA = "smolvla_shared.laq.v1"
 
 
 def teacher_id(laq: LAQ) -> str:
-    """sha256 of the config and the public weights: two teachers that share it give equal labels, whatever their files.
+    """sha256 of the config and the public weights. Two teachers of one id give equal labels, whatever their files.
 
-    The config is part of it because image_size changes the labels without changing a weight.
+    The config counts because image_size changes the labels without changing a weight.
     """
-    digest = hashlib.sha256(json.dumps(asdict(laq.config), sort_keys=True).encode())
-    for key, tensor in public_state(laq.state_dict()).items():
-        digest.update(f"{key} {list(tensor.shape)}".encode())
-        digest.update(tensor.cpu().contiguous().numpy())
-    return digest.hexdigest()
+    return json_sha256([asdict(laq.config), state_sha256(public_state(laq.state_dict()))])
 
 
 def save_laq(laq: LAQ, path: Path, extra: dict[str, Any] | None = None) -> None:

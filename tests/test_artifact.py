@@ -13,12 +13,12 @@ from smolvla_shared.artifact import (
     Artifact,
     Latents,
     Origin,
-    _body_sha256,
     fingerprints,
     load_artifact,
     save_artifact,
 )
 from smolvla_shared.config import ModelConfig
+from smolvla_shared.files import json_sha256
 from smolvla_shared.model import SmolVLASharedCore, make_core_config
 from smolvla_shared.preprocess import Statistics, pack_tokenizer
 from smolvla_shared.trunk import load_trunk_tokenizer
@@ -179,7 +179,7 @@ def test_every_single_change_of_the_manifest_is_refused(copied):
 def rewrite(path: Path, body: dict) -> None:
     """Write a manifest whose own hash is right: as a program that differs from ours would."""
     body.pop("manifest_sha256")
-    path.write_text(json.dumps(body | {"manifest_sha256": _body_sha256(body)}))
+    path.write_text(json.dumps(body | {"manifest_sha256": json_sha256(body)}))
 
 
 LEVELS = [(), ("core",), ("normalization", "state"), ("latents",), ("source",), ("weights",)]

@@ -1,19 +1,22 @@
-"""cache.py: shards survive a kill, keys tell one dataset, one option from another, arrays are what was written."""
+"""cache.py: shards survive a kill, keys tell datasets and options apart, rows are what was written."""
 
 import json
 import shutil
+from functools import lru_cache
+from pathlib import Path
 
-import numpy as np
 import pytest
+import torch
 
-from smolvla_shared.cache import MANIFEST, RowCache, dataset_fingerprint
+from smolvla_shared import cache as cache_module
+from smolvla_shared.cache import MANIFEST, RowCache, dataset_directories, dataset_fingerprint
 
 KEY = {"teacher_id": "abc", "frame_gap_s": 0.5, "versions": {"torch": "2.11"}}
 
 
-def rows_of(rows: range) -> dict[str, np.ndarray]:
-    values = np.arange(rows.start, rows.stop)
-    return {"codes": np.stack([values % 8, values % 3], 1).astype(np.uint8), "mask": values % 5 > 0}
+def values_of(rows: range) -> torch.Tensor:
+    """In bfloat16, which NumPy does not have: 1/8 of (i, i + 1, i + 2) for row i."""
+    return (torch.arange(rows.start, rows.stop)[:, None] + torch.arange(3)).bfloat16() / 8
 
 
 def fill(cache: RowCache, stop_after: int | None = None) -> int:
@@ -21,10 +24,12 @@ def fill(cache: RowCache, stop_after: int | None = None) -> int:
     cache.claim()
     missing = cache.missing()[:stop_after]
     for rows in missing:
-        cache.write(rows, rows_of(rows))
-    if stop_after is None:
-        cache.finish()
+        cache.write(rows, values_of(rows))
     return len(missing)
+
+
+def files(cache: RowCache) -> list[str]:
+    return sorted(str(path.relative_to(cache.directory)) for path in cache.directory.rglob("*") if path.is_file())
 
 
 def test_what_was_written_is_read(tmp_path):
@@ -32,38 +37,59 @@ def test_what_was_written_is_read(tmp_path):
     assert not cache.is_complete()
     assert fill(cache) == 3
     assert cache.is_complete()
-    arrays = cache.open()
-    for name, expected in rows_of(range(25)).items():
-        assert arrays[name].dtype == expected.dtype
-        assert np.array_equal(arrays[name], expected)
-    assert isinstance(arrays["codes"], np.memmap)
-    assert sorted(path.name for path in cache.directory.iterdir()) == [MANIFEST, "codes.npy", "mask.npy"]
+    cache.open()
+    for row in [24, 0, 9, 10, 19, 20, 3]:
+        assert cache[row].dtype == torch.bfloat16
+        assert cache[row].tolist() == [row / 8, (row + 1) / 8, (row + 2) / 8]
+    assert files(cache) == [MANIFEST, *(f"shards/00000{shard}.safetensors" for shard in range(3))]
+    assert len({path.stat().st_mode for path in cache.directory.rglob("*") if path.is_file()}) == 1  # others may read
+
+
+def test_a_row_is_read_and_not_its_shard(tmp_path):
+    """Of a mapped shard of 64 MB only the pages around the row get into the process's memory."""
+    cache = RowCache(tmp_path / "a", KEY, num_rows=1024, shard_rows=1024)
+    cache.claim()
+    cache.write(range(1024), torch.ones(1024, 1 << 14))
+    path = str(next(cache.directory.rglob("*.safetensors")))
+    cache.open()
+    assert cache[500].sum() == 1 << 14
+    lines = Path("/proc/self/smaps").read_text().splitlines()
+    mapping = lines[next(i for i, line in enumerate(lines) if line.endswith(path)) :]
+    assert int(next(line for line in mapping if line.startswith("Rss:")).split()[1]) < 4096  # kB
+
+
+def test_files_stay_mapped_up_to_a_bound(tmp_path, monkeypatch):
+    monkeypatch.setattr(cache_module, "read_mapped", lru_cache(maxsize=4)(cache_module.read_mapped.__wrapped__))
+    cache = RowCache(tmp_path / "a", KEY, num_rows=25, shard_rows=1)
+    fill(cache)
+    cache.open()
+    assert [cache[row][0].item() for row in range(25)] == [row / 8 for row in range(25)]
+    assert Path("/proc/self/maps").read_text().count(str(cache.directory)) <= 4
 
 
 def test_finished_shards_are_not_computed_again(tmp_path):
     cache = RowCache(tmp_path / "a", KEY, num_rows=25, shard_rows=10)
     assert fill(cache, stop_after=2) == 2
-    (cache.directory / "shards" / "000002.99.tmp").write_bytes(b"torn")  # what a kill leaves behind
+    (cache.directory / "shards" / "000002.99.safetensors.tmp").write_bytes(b"torn")  # what a kill leaves behind
     with pytest.raises(ValueError, match=r"not complete \(2 of 3 shards\): run the command that fills it again"):
         cache.open()
     assert fill(cache) == 1
-    assert np.array_equal(cache.open()["mask"], rows_of(range(25))["mask"])
+    cache.open()
+    assert cache[24].tolist() == values_of(range(24, 25))[0].tolist()
 
 
-def test_shards_that_a_kill_at_the_very_end_left_are_removed(tmp_path, monkeypatch):
+def test_a_kill_at_the_very_start_leaves_a_place_for_the_cache(tmp_path):
     cache = RowCache(tmp_path / "a", KEY, num_rows=25, shard_rows=10)
-    with monkeypatch.context() as patch:
-        patch.setattr(shutil, "rmtree", lambda *_, **__: None)
-        fill(cache)
-    assert (cache.directory / "shards").is_dir()
-    assert cache.is_complete()
-    assert sorted(path.name for path in cache.directory.iterdir()) == [MANIFEST, "codes.npy", "mask.npy"]
+    cache.directory.mkdir()
+    (cache.directory / f"{MANIFEST}.tmp").write_text('{"key')
+    assert fill(cache) == 3
+    cache.open()
 
 
 @pytest.mark.parametrize("when", ["unfinished", "complete"])
 def test_another_key_is_refused_with_both_sides(tmp_path, when):
     fill(RowCache(tmp_path / "a", KEY, 25, 10), stop_after=1 if when == "unfinished" else None)
-    other = RowCache(tmp_path / "a", KEY | {"frame_gap_s": 0.25, "camera": "top"}, 26, 10)
+    other = RowCache(tmp_path / "a", KEY | {"frame_gap_s": 0.25, "camera": "top"}, 26, 5)
     for act in (other.claim, other.open):
         with pytest.raises(ValueError) as error:
             act()
@@ -71,6 +97,7 @@ def test_another_key_is_refused_with_both_sides(tmp_path, when):
             "  camera: asked for top, found None",
             "  frame_gap_s: asked for 0.25, found 0.5",
             "  rows: asked for 26, found 25",
+            "  shard_rows: asked for 5, found 10",
         ]
 
 
@@ -83,10 +110,20 @@ def test_what_is_missing_or_damaged_is_refused(tmp_path):
         RowCache(tmp_path / "mine", KEY, 25, 10).claim()
     cache = RowCache(tmp_path / "a", KEY, 25, 10)
     fill(cache)
-    file = cache.directory / "codes.npy"
-    file.write_bytes(file.read_bytes()[:-3])
-    with pytest.raises(ValueError, match=r"codes.npy is damaged, fill the cache again"):
+    shard = cache.directory / "shards" / "000001.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-3])
+    with pytest.raises(ValueError, match=r"000001.safetensors is damaged .*: remove it and run the command .* again"):
         cache.open()
+    shard.unlink()
+    assert fill(cache) == 1
+    cache.open()
+    assert cache[15].tolist() == values_of(range(15, 16))[0].tolist()
+
+
+def test_datasets_of_one_name_are_refused(tmp_path):
+    assert dataset_directories(tmp_path, ["a/x/y", "b/x/z"]) == [tmp_path / "x--y", tmp_path / "x--z"]
+    with pytest.raises(ValueError, match="end in the same names"):
+        dataset_directories(tmp_path, ["a/x/y", "b/x/y"])
 
 
 def test_a_fingerprint_tells_datasets_apart_but_not_their_places(tmp_path, video_dataset, labelled_dataset):

@@ -14,6 +14,7 @@ from smolvla_shared.files import (
     find_directory,
     new_directory,
     public_state,
+    state_sha256,
     write_text,
     write_weights,
 )
@@ -49,6 +50,14 @@ def test_weights_come_back_as_they_were_written(tmp_path):
     for key, value in weights.items():
         assert found[key].dtype == value.dtype
         assert torch.equal(found[key], value)
+
+
+def test_the_hash_of_a_state_counts_names_shapes_and_values_but_neither_order_nor_float_type():
+    state = {"a": torch.tensor([[0.5, -2.0]]), "b": torch.tensor(3)}
+    same = {"b": torch.tensor(3.0), "a": torch.tensor([[0.5], [-2.0]], dtype=torch.bfloat16).T}
+    assert state_sha256(same) == state_sha256(state)
+    others = [{"c": state["a"], "b": state["b"]}, state | {"a": state["a"][0]}, state | {"a": state["a"] + 2**-22}]
+    assert len({state_sha256(other) for other in (state, {}, {"a": state["a"]}, *others)}) == 6
 
 
 def test_the_hash_tells_one_changed_bit(tmp_path):

@@ -12,12 +12,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from forked import Forked, start_server
+from forked import ROOT, Forked, start_server
+from safetensors.torch import load_file
 
-from smolvla_shared import data, data_blocks, data_loader, data_order
+from smolvla_shared import data, data_blocks, data_loader, data_order, label_cache
 from smolvla_shared.batch import RawBatch
+from smolvla_shared.cache import MANIFEST, dataset_directories
 from smolvla_shared.config import LATENT, DataConfig, PolicyDataConfig, StageOptions
-from smolvla_shared.label_cache import LabelConfig, label, label_directories
+from smolvla_shared.label_cache import CODEBOOK, LabelConfig, label
 from smolvla_shared.labels import OnlineLabels, latent_statistics, open_labels
 from smolvla_shared.laq import LAQ
 from smolvla_shared.laq_files import load_laq, save_laq
@@ -43,6 +45,11 @@ def cache(request, tmp_path_factory, laq_checkpoint, video_dataset, image_datase
     directory = tmp_path_factory.mktemp("labels")
     label(label_config(directory, laq_checkpoint, video_dataset, image_dataset, teacher_kind=request.param))
     return request.param, directory
+
+
+def files(directory: Path) -> dict[str, bytes]:
+    """Every file of a cache, by name."""
+    return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
 
 
 def latent_config(tmp_path: Path, *roots: Path, **options) -> StageOptions:
@@ -85,29 +92,31 @@ def test_cached_labels_are_the_online_ones_to_the_bit(cache, tmp_path, laq_check
 
 def test_what_a_cache_consists_of(cache, laq, video_dataset, image_dataset):
     kind, directory = cache
-    for name in label_directories(directory, [str(video_dataset), str(image_dataset)]):
-        arrays = {path.stem: np.load(path) for path in name.glob("*.npy")}
-        assert arrays.keys() == {"indices", "mask", "codebook"} | ({"continuous"} if kind == "continuous" else set())
-        assert arrays["indices"].dtype == np.uint8
-        assert np.array_equal(arrays["codebook"], laq.vq.codebooks.numpy())
-        key = json.loads((name / "cache.json").read_text())["key"]
+    for root in (video_dataset, image_dataset):
+        (name,) = dataset_directories(directory, [str(root)])
+        assert set(files(name)) == {MANIFEST, CODEBOOK, "shards/000000.safetensors"}
+        assert torch.equal(load_file(name / CODEBOOK)["codebook"], laq.vq.codebooks)
+        key = json.loads((name / MANIFEST).read_text())["key"]
         assert key["teacher_kind"] == kind
         assert {"torch", "lerobot"} < key["versions"].keys()
-        dataset = data.open_datasets(
-            DataConfig(roots=(next(r for r in (video_dataset, image_dataset) if r.name in name.name),))
-        )[0]
-        rows = np.arange(dataset.num_frames)
-        assert np.array_equal(np.flatnonzero(arrays["mask"]), dataset.rows_with_pairs(rows))
-        assert 0 < (~arrays["mask"]).sum() == len(dataset.episode_from) * dataset.gap
+        (dataset,) = data.open_datasets(DataConfig(roots=(root,)))
+        rows = load_file(name / "shards" / "000000.safetensors")["rows"]
+        assert rows.shape == (dataset.num_frames, 4) + ((8,) if kind == "continuous" else ())
+        assert rows.dtype == (torch.float32 if kind == "continuous" else torch.int32)
+        pairs = dataset.rows_with_pairs(np.arange(dataset.num_frames))
+        without = np.setdiff1d(np.arange(dataset.num_frames), pairs)
+        assert 0 < len(without) == len(dataset.episode_from) * dataset.gap
+        assert not rows[without].any()
+        assert rows[pairs].any()
 
 
 def test_a_dataset_that_is_labelled_is_not_labelled_again(cache, laq_checkpoint, video_dataset, capsys):
     kind, directory = cache
-    (there,) = label_directories(directory, [str(video_dataset)])
-    before = (there / "indices.npy").stat().st_mtime_ns
+    (there,) = dataset_directories(directory, [str(video_dataset)])
+    before = {path: path.stat().st_mtime_ns for path in there.rglob("*")}
     label(label_config(directory, laq_checkpoint, video_dataset, teacher_kind=kind))
     assert "were labelled" in capsys.readouterr().out
-    assert (there / "indices.npy").stat().st_mtime_ns == before
+    assert {path: path.stat().st_mtime_ns for path in there.rglob("*")} == before
 
 
 def test_any_other_key_is_a_miss_with_both_sides(cache, tmp_path, laq, video_dataset):
@@ -137,8 +146,6 @@ def test_what_a_user_can_get_wrong(tmp_path, laq_checkpoint, video_dataset, labe
         open_labels(config, data.open_datasets(config.data), CAMERA)
     with pytest.raises(ValueError, match="--labels cache and --label-cache <directory> belong together"):
         latent_config(tmp_path, video_dataset, labels="cache")
-    with pytest.raises(ValueError, match="end in the same names"):
-        label_directories(tmp_path, ["a/x/y", "b/x/y"])
     late = label_config(tmp_path / "cache", laq_checkpoint, video_dataset)
     with pytest.raises(ValueError, match=r"no episode is longer than --data.frame-gap-s"):
         label(replace(late, data=replace(late.data, frame_gap_s=3)))
@@ -155,18 +162,29 @@ def server() -> Iterator[subprocess.Popen]:
         process.stdin.close()
 
 
-def files(directory: Path) -> dict[str, bytes]:
-    """Every file of a cache, by name."""
-    return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+@pytest.fixture
+def small_shards(tmp_path, monkeypatch) -> Path:
+    """`python -m smolvla_shared.teacher` with shards that the small datasets fill several of, as a script."""
+    monkeypatch.setattr(label_cache, "SHARD_ROWS", 32)
+    script = tmp_path / "teacher.py"
+    script.write_text(
+        "import runpy, sys\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        "from smolvla_shared import label_cache\n"
+        "label_cache.SHARD_ROWS = 32\n"
+        "if __name__ == '__main__':\n"
+        "    runpy.run_module('smolvla_shared.teacher', run_name='__main__')\n"
+    )
+    return script
 
 
 @pytest.mark.slow
 def test_a_killed_command_goes_on_where_it_stopped(
-    server, tmp_path, laq_checkpoint, video_dataset, labelled_dataset, image_dataset
+    server, small_shards, tmp_path, laq_checkpoint, video_dataset, labelled_dataset, image_dataset
 ):
     """Killed in the middle of its work again and again, it ends with the labels of one that was not."""
     roots = [video_dataset, labelled_dataset, image_dataset]
-    command = ["-m", "smolvla_shared.teacher", "label", "--laq-ckpt", laq_checkpoint, "--data.roots", *roots]
+    command = [small_shards, "label", "--laq-ckpt", laq_checkpoint, "--data.roots", *roots]
     command += ["--data.num-workers", "0", "--batch-size", "4", "--teacher-kind", "continuous"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert Forked(server, [*command, "--label-cache", whole], tmp_path / "whole.txt").wait() == 0
@@ -175,31 +193,31 @@ def test_a_killed_command_goes_on_where_it_stopped(
     kills = 0
     for number in range(1, 6):
         child = Forked(server, [*command, "--label-cache", killed], tmp_path / "killed.txt")
-        child.wait_for(
-            lambda number=number: len(list(killed.rglob("*.safetensors")) + list(killed.rglob("mask.npy"))) >= number
-        )
+        child.wait_for(lambda number=number: len(list(killed.glob("*/shards/*.safetensors"))) >= 3 * number)
         child.kill()
         kills += child.wait() == -signal.SIGKILL
         for path, when in written.items():
-            assert not path.exists() or path.stat().st_mtime_ns == when, f"{path} was made again"
-        written |= {path: path.stat().st_mtime_ns for path in killed.rglob("*.safetensors")}
+            assert path.stat().st_mtime_ns == when, f"{path} was made again"
+        written |= {path: path.stat().st_mtime_ns for path in killed.glob("*/shards/*.safetensors")}
     assert kills >= 3
     assert Forked(server, [*command, "--label-cache", killed], tmp_path / "killed.txt").wait() == 0
-    assert files(killed) == files(whole)
+    # A kill in the middle of writing leaves a file of another name behind, which nobody reads.
+    left = {name for name in files(killed) if name.endswith((".tmp", ".part"))}
+    assert {name: content for name, content in files(killed).items() if name not in left} == files(whole)
 
 
 @pytest.mark.slow
-def test_two_processes_write_what_one_writes(tmp_path, laq_checkpoint, video_dataset, labelled_dataset):
+def test_two_processes_write_what_one_writes(small_shards, tmp_path, laq_checkpoint, video_dataset, labelled_dataset):
     roots = (video_dataset, labelled_dataset)
     label(label_config(tmp_path / "one", laq_checkpoint, *roots))
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = ["-m", "smolvla_shared.teacher", "label", "--laq-ckpt", laq_checkpoint, "--data.roots", *roots]
+    command = [small_shards, "label", "--laq-ckpt", laq_checkpoint, "--data.roots", *roots]
     command += ["--label-cache", tmp_path / "two", "--batch-size", "16", "--data.num-workers", "1"]
     done = subprocess.run(
         [*map(str, launch + command)],
         capture_output=True,
         text=True,
-        cwd=Path(__file__).parent.parent,
+        cwd=ROOT,
         env=os.environ | {"ACCELERATE_USE_CPU": "true"},
     )
     assert done.returncode == 0, done.stderr
