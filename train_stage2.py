@@ -48,7 +48,7 @@ def main(config: Stage2Config) -> None:
     cameras, label_camera = data.choose_cameras(datasets, options)
     training, held_out = data_order.split_datasets(datasets, config.val_fraction, config.seed)
     labels = open_labels(config, datasets, label_camera)
-    dims = initial.latent_dims(labels, options.frame_gap_s, label_camera)
+    dims = initial.latent_dims(labels, options, label_camera)
     of_pairs = options.frame_gap_s, label_camera, data.valid_pair_share(datasets, training)
     latents = recorded_latents(labels, config.label_health, config.accept_label_health, *of_pairs)
     dims["state_dim"] = data.common_dim(datasets, data.STATE_KEY) if config.model.use_state else 0

@@ -125,7 +125,7 @@ def main(config: Stage3Config) -> None:
     dims["state_dim"] = data.common_dim(datasets, data.STATE_KEY) if config.model.use_state else 0
     recorded = initial.recorded_statistics(dims) if config.normalization == "artifact" else {}
     labels = open_labels(config, datasets, label_camera) if LATENT in weight else None
-    dims |= initial.latent_dims(labels, options.frame_gap_s, label_camera) if labels else {}
+    dims |= initial.latent_dims(labels, options, label_camera) if labels else {}
     training, held_out = data_order.split_datasets(datasets, config.val_fraction, config.seed)
     accelerator, resume_from = start_run(config)
 

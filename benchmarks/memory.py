@@ -1,6 +1,6 @@
 """Memory of a training step on each GPU, for every configuration in configs/accelerate; needs no GPU.
 
-python benchmarks/memory.py                                  # the table in SCALING.md, a minute
+python benchmarks/memory.py                                  # the table in docs/scaling.md, a minute
 python benchmarks/memory.py --samples 32 --cameras 3         # another forward pass
 
 Nothing is allocated: the models live on the meta device and in FakeTensorMode, which knows shapes, types and lifetimes.

@@ -1,4 +1,4 @@
-"""Regenerates smolvla_shared/assets/tiny_vlm: the architecture and the tokenizer of the preset `tiny`, a SmolVLM small enough for a CPU.
+"""Regenerates smolvla_shared/assets/tiny_vlm: architecture and tokenizer of the preset `tiny`, a SmolVLM for a CPU.
 
     python scripts/make_tiny_vlm.py
 

@@ -33,7 +33,7 @@ Machinery, which the method can be understood without:
 
     run             keeps a run alive around a script's loop
     run_checkpoint, run_metrics, run_optimizer, run_sharding, run_signals     its parts
-    label_cache, label_check, label_health     labels kept in files; whether labels are worth learning
+    label_cache, label_check, label_health, label_pictures     labels kept in files; whether they are worth learning
     cache, feature_cache                       rows computed once; the frozen vision tower's output
     laq_files, files, refusals                 teachers in files; weights and texts in files; refusals
 

@@ -55,7 +55,7 @@ class Origin:
     datasets: tuple[str, ...]
     # Parts of the model (model.PARTS) whose weights differ from those at the run's start.
     changed_parts: tuple[str, ...]
-    # Whether these are the running average of the weights (--ema-decay) or the last ones.
+    # Which weights: the EMA (--ema-decay), or those of the last step.
     weights: str
     versions: dict[str, str]
     backend: str = "smolvla_shared"

@@ -62,14 +62,18 @@ class InitialWeights:
 
         To the model a camera is its place in the order: the cameras that the user names take the places in turn.
         """
-        label_camera = self.latents.label_camera if self.latents and with_latents else None
-        return replace(
-            options,
-            cameras=options.cameras or self.core.cameras,
-            label_camera=options.label_camera or label_camera,
-        )
+        options = replace(options, cameras=options.cameras or self.core.cameras)
+        own = self.label_camera(options) if with_latents else None
+        return replace(options, label_camera=options.label_camera or own)
 
-    def latent_dims(self, labels: Labels, frame_gap_s: float, label_camera: str) -> dict[str, int]:
+    def label_camera(self, options: DataConfig) -> str | None:
+        """The camera that its latent actions are of, under its name in the data; None where that is not known."""
+        if self.latents is None:
+            return None
+        names = dict(zip(self.core.cameras, options.cameras))
+        return names.get(self.latents.label_camera, self.latents.label_camera)
+
+    def latent_dims(self, labels: Labels, options: DataConfig, label_camera: str) -> dict[str, int]:
         """The fields of CoreConfig that give a core a latent head for these labels.
 
         Raises ValueError where its own latent head has learned other latent actions.
@@ -80,8 +84,8 @@ class InitialWeights:
                 [
                     ("teacher (--laq-ckpt)", labels.teacher_id, self.latents.teacher_id),
                     ("--teacher-kind", labels.kind, self.latents.teacher_kind),
-                    ("--data.frame-gap-s", frame_gap_s, self.latents.frame_gap_s),
-                    ("--data.label-camera", label_camera, self.latents.label_camera),
+                    ("--data.frame-gap-s", options.frame_gap_s, self.latents.frame_gap_s),
+                    ("--data.label-camera", label_camera, self.label_camera(options)),
                 ],
                 found="artifact",
             )

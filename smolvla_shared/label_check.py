@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from smolvla_shared import data, data_blocks, label_health
+from smolvla_shared import data, data_blocks, label_health, label_pictures
 from smolvla_shared.config import DataConfig, TeacherOptions
 from smolvla_shared.data_loader import make_worker_loader
 from smolvla_shared.labels import OnlineLabels
@@ -202,7 +202,7 @@ def draw_transfer(path: Path, laq: LAQ, triples: Tensor, latents: Tensor) -> Non
         "from the row above's": from_other,
         "their difference x 4": 0.5 + 4 * (from_own - from_other),
     }
-    label_health.draw_transfer(path, {title: images.cpu() for title, images in columns.items()})
+    label_pictures.draw_transfer(path, {title: images.cpu() for title, images in columns.items()})
 
 
 def datasets_with_actions(config: DataConfig) -> list[data.RobotDataset]:
@@ -242,10 +242,10 @@ def check(config: CheckConfig) -> None:
     )
 
     config.out.mkdir(parents=True)
-    label_health.draw_usage(config.out / "codes.png", found["codes"]["counts"])
+    label_pictures.draw_usage(config.out / "codes.png", found["codes"]["counts"])
     draw_transfer(config.out / "transfer.png", laq, triples, latents)
     if found["probe"]["latents"]:
-        label_health.draw_probe(config.out / "probe.png", found["probe"], sweep)
+        label_pictures.draw_probe(config.out / "probe.png", found["probe"], sweep)
     label_health.write_report(config.out / "label_health.json", verdict, found, warnings)
     print(label_health.summary(found, verdict, warnings))
     print(f"report and pictures: {config.out}")

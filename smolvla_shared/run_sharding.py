@@ -39,6 +39,7 @@ def distribute(module: nn.Module, accelerator: Accelerator) -> nn.Module:
     if not accelerator.is_fsdp2:
         return accelerator.prepare_model(module)
     shard(module, accelerator)
+    module.forward = accelerator.autocast()(module.forward)  # prepare_model does this for the others
     return module
 
 

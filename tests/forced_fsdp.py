@@ -1,4 +1,4 @@
-"""Runs our scripts under FSDP2 on CPUs, and takes notes of what it did. What test_sharding.py launches.
+"""Runs our scripts under FSDP2 on CPUs, and takes notes of what it did. What test_run_sharding.py launches.
 
     accelerate launch --config-file configs/accelerate/fsdp2_8gpu.yaml --num_processes 2 tests/forced_fsdp.py NOTES JOBS
 
@@ -134,6 +134,7 @@ def main(notes_dir: Path, jobs: dict[str, list[str]]) -> None:
         module.main(tyro.cli(getattr(module, config_class), args=arguments))
         rank = torch.distributed.get_rank()
         (notes_dir / f"{name}{rank}.json").write_text(json.dumps(notes.take()))
+        torch.distributed.barrier()  # the next job reads what the first process has written
         AcceleratorState._reset_state()
 
 

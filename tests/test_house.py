@@ -20,7 +20,8 @@ PACKAGE = ROOT / "smolvla_shared"
 ORDER = """
     config batch preprocess flow losses refusals files cache run_signals
     trunk model laq_layers laq laq_files
-    data data_order data_loader data_blocks label_cache labels artifact label_health label_check feature_cache
+    data data_order data_loader data_blocks label_cache labels artifact label_health label_pictures label_check
+    feature_cache
     lerobot_processor lerobot_policy lerobot_smolvla initial
     evaluate run_sharding run_optimizer run_metrics run_checkpoint run teacher rollouts
     train_stage2 train_stage3 rollout

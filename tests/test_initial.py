@@ -479,11 +479,15 @@ def labels(laq_checkpoint) -> OnlineLabels:
     return OnlineLabels(load_laq(laq_checkpoint), "quantized", CAMERAS[0])
 
 
+def options(frame_gap_s: float, cameras: tuple[str, ...] = CAMERAS) -> DataConfig:
+    return DataConfig(repo_ids=("a",), cameras=cameras, frame_gap_s=frame_gap_s)
+
+
 def test_co_training_on_other_latent_actions_is_refused(artifact, labels):
     initial = open_from(artifact)
     labels.kind = "continuous"
     with pytest.raises(ValueError, match=f"{artifact} .*has learned other latent actions:\n") as error:
-        initial.latent_dims(labels, 0.25, CAMERAS[1])
+        initial.latent_dims(labels, options(0.25), CAMERAS[1])
     rows = [
         f"  teacher (--laq-ckpt): command line {labels.teacher_id}, artifact {'0' * 64}",
         "  --teacher-kind: command line continuous, artifact quantized",
@@ -493,15 +497,26 @@ def test_co_training_on_other_latent_actions_is_refused(artifact, labels):
     assert problems(error) == rows
     labels.kind = "quantized"
     with pytest.raises(ValueError) as error:  # what agrees is not listed
-        initial.latent_dims(labels, 0.5, CAMERAS[0])
+        initial.latent_dims(labels, options(0.5), CAMERAS[0])
     assert problems(error) == rows[:1]
 
 
 def test_co_training_on_the_artifacts_latent_actions_fits_its_head(labels, core, tmp_path):
     initial = open_from(save(tmp_path, core, replace(LATENTS, teacher_id=labels.teacher_id)))
-    dims = initial.latent_dims(labels, 0.5, CAMERAS[0])
+    dims = initial.latent_dims(labels, options(0.5), CAMERAS[0])
     assert dims == {"latent_vector_dim": 32, "code_seq_len": 4}  # 4 codes of 8 dimensions
     assert torch.equal(build(initial, **dims).latent_head.out_proj.weight, core.latent_head.out_proj.weight)
+
+
+def test_the_label_camera_is_renamed_with_the_others(labels, core, tmp_path):
+    """A camera is its place: the artifact's latents of its second camera are those of the data's second."""
+    latents = replace(LATENTS, teacher_id=labels.teacher_id, label_camera=CAMERAS[1])
+    initial = open_from(save(tmp_path, core, latents))
+    renamed = initial.data_options(options(0.5, ("front", "hand")), with_latents=True)
+    assert renamed.label_camera == "hand"
+    assert initial.latent_dims(labels, renamed, "hand")
+    with pytest.raises(ValueError, match=r"--data\.label-camera: command line front, artifact hand"):
+        initial.latent_dims(labels, renamed, "front")
 
 
 @pytest.mark.parametrize("name", ["policy", "smolvla", "smolvlm"])
