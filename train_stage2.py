@@ -36,20 +36,20 @@ def main(config: Stage2Config) -> None:
     from smolvla_shared.feature_cache import prepare_features
     from smolvla_shared.initial import open_initial
     from smolvla_shared.label_health import recorded_latents
-    from smolvla_shared.labels import latent_statistics, open_labels
+    from smolvla_shared.labels import labels_pairs, latent_statistics, open_labels
     from smolvla_shared.losses import masked_mean, valid_tokens
     from smolvla_shared.preprocess import Preprocessor
     from smolvla_shared.run import Run, origin, start_run
 
     # What a user can get wrong is refused here, before Run makes the run directory.
     initial = open_initial(config.model)
-    options = initial.data_options(config.data, with_latents=True)
+    options = labels_pairs(config, initial.data_options(config.data, with_latents=True))
     datasets = data.open_datasets(options)
     cameras, label_camera = data.choose_cameras(datasets, options)
     training, held_out = data_order.split_datasets(datasets, config.val_fraction, config.seed)
     labels = open_labels(config, datasets, label_camera)
-    dims = initial.latent_dims(labels, options.frame_gap_s, label_camera)
-    about = options.frame_gap_s, label_camera, data.valid_pair_share(datasets, training)
+    dims = initial.latent_dims(labels, options.gap_s, label_camera)
+    about = options.gap_s, label_camera, data.valid_pair_share(datasets, training)
     latents = recorded_latents(labels, config.label_health, config.accept_label_health, *about)
     dims["state_dim"] = data.common_dim(datasets, data.STATE_KEY) if config.model.use_state else 0
     accelerator, resume_from = start_run(config)

@@ -107,7 +107,7 @@ def main(config: Stage3Config) -> None:
     from smolvla_shared.evaluate import held_out_errors
     from smolvla_shared.feature_cache import prepare_features
     from smolvla_shared.initial import open_initial
-    from smolvla_shared.labels import latent_statistics, open_labels
+    from smolvla_shared.labels import labels_pairs, latent_statistics, open_labels
     from smolvla_shared.losses import masked_mean, valid_tokens
     from smolvla_shared.preprocess import Preprocessor
     from smolvla_shared.run import Run, start_run
@@ -115,7 +115,7 @@ def main(config: Stage3Config) -> None:
     # What a user can get wrong is refused here, before Run makes the run directory.
     weight = {ACTION: 1.0} | ({LATENT: config.latent_loss_weight} if config.latent_loss_weight else {})
     initial = open_initial(config.model, config.stage2_artifact)
-    options = initial.data_options(config.data, with_latents=LATENT in weight)
+    options = labels_pairs(config, initial.data_options(config.data, with_latents=LATENT in weight))
     labelled, video = open_recordings(config, options)
     datasets = labelled + video
     cameras, label_camera = data.choose_cameras(datasets, options)
@@ -123,7 +123,7 @@ def main(config: Stage3Config) -> None:
     dims["state_dim"] = data.common_dim(datasets, data.STATE_KEY) if config.model.use_state else 0
     recorded = initial.recorded_statistics(dims) if config.normalization == "artifact" else {}
     labels = open_labels(config, datasets, label_camera) if LATENT in weight else None
-    dims |= initial.latent_dims(labels, options.frame_gap_s, label_camera) if labels else {}
+    dims |= initial.latent_dims(labels, options.gap_s, label_camera) if labels else {}
     training, held_out = data_order.split_datasets(datasets, config.val_fraction, config.seed)
     accelerator, resume_from = start_run(config)
 

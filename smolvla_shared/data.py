@@ -21,6 +21,9 @@ from smolvla_shared.config import ACTION, CoreConfig, DataConfig
 from smolvla_shared.preprocess import Statistics
 
 STATE_KEY, ACTION_KEY = "observation.state", "action"
+# What the robot was told to do where `action` is what an expert would have done. LeRobot takes every column whose name
+# starts with "action" for a policy's output, so this one does not.
+EXECUTED_ACTION_KEY = "executed_action"
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,7 @@ class RobotDataset:
             file = [episodes[f"videos/{key}/{name}"] for name in ("chunk_index", "file_index")]
             self.videos[key] = Videos(np.stack(file, axis=1), np.asarray(episodes[f"videos/{key}/from_timestamp"]))
         self.task_index = np.asarray(self.lerobot.hf_dataset.with_format("numpy")["task_index"])
-        self.frame_gap_s = config.frame_gap_s
+        self.frame_gap_s = config.gap_s
 
     @cached_property
     def gap(self) -> int:
@@ -202,7 +205,7 @@ def choose_cameras(datasets: list[RobotDataset], config: DataConfig) -> tuple[tu
         listing = "; ".join(f"{name}: {', '.join(keys)}" for name, keys in found.items())
         raise ValueError(
             f"every dataset must have every camera; asked for {list(cameras) or 'all they share'}, "
-            f"label camera {label_camera or 'none'}; found {listing}. Pass --data.cameras"
+            f"label camera {label_camera or 'none'}; found {listing}. Pass --data.cameras (or --data.label-camera)"
         )
     return cameras, label_camera
 

@@ -59,15 +59,17 @@ class InitialWeights:
     left_out: tuple[str, ...] = ()
 
     def data_options[Data: DataConfig](self, options: Data, with_latents: bool) -> Data:
-        """The data options, with the model's own cameras and label camera where the user names none.
+        """The data options, with the model's own cameras, label camera and frame gap where the user names none.
 
         To the model a camera is its place in the order: the cameras that the user names take the places in turn.
         """
-        label_camera = self.latents.label_camera if self.latents and with_latents else None
+        options = replace(options, cameras=options.cameras or self.core.cameras)
+        if not (self.latents and with_latents):
+            return options
         return replace(
             options,
-            cameras=options.cameras or self.core.cameras,
-            label_camera=options.label_camera or label_camera,
+            label_camera=options.label_camera or self.latents.label_camera,
+            frame_gap_s=options.frame_gap_s or self.latents.frame_gap_s,
         )
 
     def latent_dims(self, labels: Labels, frame_gap_s: float, label_camera: str) -> dict[str, int]:

@@ -13,6 +13,7 @@ import json
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ from smolvla_shared.batch import RawBatch
 from smolvla_shared.cache import MANIFEST, RowCache, dataset_fingerprint
 from smolvla_shared.config import DataConfig, TeacherKind, TeacherOptions
 from smolvla_shared.laq import LAQ
-from smolvla_shared.laq_files import load_laq, teacher_id
+from smolvla_shared.laq_files import load_laq, teacher_id, teachers_pairs
 from smolvla_shared.preprocess import unit_range
 
 # How a recorded frame becomes what the teacher sees (LAQ.resize); raised when that changes.
@@ -56,15 +57,15 @@ def label_store(directory: Path, key: LabelKey, num_frames: int) -> RowCache:
     return RowCache(directory, asdict(key), num_frames, shard_rows=128)
 
 
-def cached_teacher_id(directory: Path) -> str:
-    """Whose labels a directory holds. Raises ValueError if it holds none."""
+def cached_key(directory: Path) -> dict[str, Any]:
+    """What labels a directory holds, the fields of LabelKey. Raises ValueError if it holds none."""
     if not (directory / MANIFEST).is_file():
         there = sorted(path.name for path in directory.parent.glob("*/")) or "nothing"
         raise ValueError(
             f"--label-cache: there are no labels at {directory} (in {directory.parent}: {there}); "
             "make them with `python -m smolvla_shared.teacher label`"
         )
-    return json.loads((directory / MANIFEST).read_text())["key"]["teacher_id"]
+    return json.loads((directory / MANIFEST).read_text())["key"]
 
 
 class CachedLabels:
@@ -122,8 +123,9 @@ class LabelConfig(TeacherOptions):
 def label(config: LabelConfig) -> None:
     accelerator = Accelerator()
     laq = load_laq(config.laq_ckpt, config.laq_code_seq_len, config.laq_image_size)
-    datasets = data.open_datasets(config.data)
-    _, camera = data.choose_cameras(datasets, config.data)
+    options = teachers_pairs(config.laq_ckpt, config.data, config.accept_other_pairs)
+    datasets = data.open_datasets(options)
+    _, camera = data.choose_cameras(datasets, options)
     data.valid_pair_share(datasets, [(i, np.arange(dataset.num_frames)) for i, dataset in enumerate(datasets)])
     directories = label_directories(config.label_cache, [dataset.name for dataset in datasets])
     stores = [
