@@ -286,22 +286,30 @@ def judge(found: dict[str, Any], kind: TeacherKind, limits: Thresholds = THRESHO
 
 def judge_probe(name: str, row: dict[str, Any], limits: Thresholds) -> tuple[list[str], list[str]]:
     """Reasons to fail the labels, and warnings, that a target of the probe gives."""
-    known = [(dim, share) for dim, share in zip(row["dimensions"], row["gained_share"]) if share is not None]
-    if not known:
-        return [], [f"{name}: a random teacher tells it as well as can be, so it tells nothing about this one"]
-    mean = float(np.mean([share for _, share in known]))
-    if mean < limits.gained_share:
-        return [
+    shares = dict(zip(row["dimensions"], row["gained_share"]))
+    moving = [dim for dim, value in zip(row["dimensions"], row["latents"]) if value is not None]
+    if untold := [dim for dim in moving if shares[dim] is None]:
+        warnings = [
+            f"{name}: {', '.join(untold)} cannot be judged: the ceiling is hardly above a random teacher (less than "
+            f"{limits.least_to_gain} of R²)"
+        ]
+    else:
+        warnings = []
+    known = {dim: share for dim, share in shares.items() if share is not None}
+    mean = float(np.mean(list(known.values()))) if known else None
+    if mean is not None and mean < limits.gained_share:
+        failure = (
             f"the latents tell hardly more about the {name} than a random teacher's: of what those leave to gain they "
-            f"gain {mean:.0%}, mean over {', '.join(dim for dim, _ in known)} (at least {limits.gained_share:.0%}): "
-            "train the teacher longer, ground it (teacher train --grounding.roots), or try another --data.frame-gap-s "
-            "(--gaps compares them)"
-        ], []
-    missed = [dim for dim, share in known if share < limits.gained_dimension]
-    return [], [
-        f"{name}: {', '.join(missed)} no better than with a random teacher (less than "
-        f"{limits.gained_dimension:.0%} of what there is to gain)"
-    ] if missed else []
+            f"gain {mean:.0%}, mean over {', '.join(known)} (at least {limits.gained_share:.0%}): train the teacher "
+            "longer, ground it (teacher train --grounding.roots), or try another --data.frame-gap-s (--gaps compares them)"
+        )
+        return [failure], warnings
+    if missed := [dim for dim, share in known.items() if share < limits.gained_dimension]:
+        warnings.append(
+            f"{name}: {', '.join(missed)} no better than with a random teacher (less than {limits.gained_dimension:.0%} "
+            "of what there is to gain)"
+        )
+    return [], warnings
 
 
 @dataclass(frozen=True)
