@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from smolvla_shared import data, data_blocks, label_health, label_probe
+from smolvla_shared import data, data_blocks, label_health, label_pictures, label_probe
 from smolvla_shared.cache import dataset_fingerprint
 from smolvla_shared.config import DataConfig, TeacherOptions
 from smolvla_shared.labels import OnlineLabels
@@ -232,7 +232,7 @@ def draw_transfer(path: Path, laq: LAQ, triples: Tensor, latents: Tensor) -> Non
         "from the row above's": laq.reconstruct(pairs, own.roll(1, 0)),
     }.items():
         columns |= {title: frames, f"- t, x 4 ({title})": 0.5 + 4 * (frames - first)}
-    label_health.draw_transfer(path, {title: images.cpu() for title, images in columns.items()})
+    label_pictures.draw_transfer(path, {title: images.cpu() for title, images in columns.items()})
 
 
 def datasets_with_targets(config: DataConfig) -> list[data.RobotDataset]:
@@ -275,10 +275,10 @@ def check(config: CheckConfig) -> None:
     )
 
     config.out.mkdir(parents=True)
-    label_health.draw_usage(config.out / "codes.png", found["codes"]["counts"])
+    label_pictures.draw_usage(config.out / "codes.png", found["codes"]["counts"])
     draw_transfer(config.out / "transfer.png", laq, triples, latents)
     if found["probe"]:
-        label_health.draw_probe(config.out / "probe.png", found["probe"], sweep)
+        label_pictures.draw_probe(config.out / "probe.png", found["probe"], sweep)
     label_health.write_report(config.out / "label_health.json", verdict, found, warnings)
     print(label_health.summary(found, verdict, warnings))
     print(f"report and pictures: {config.out}")

@@ -7,7 +7,7 @@ python -m smolvla_shared.teacher check --laq-ckpt laq.safetensors --data.roots m
 
 import sys
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -18,11 +18,12 @@ from tqdm import tqdm
 
 from smolvla_shared import data, data_loader, data_order
 from smolvla_shared.batch import RawBatch
-from smolvla_shared.config import RunConfig
+from smolvla_shared.config import OptimConfig, RunConfig
 from smolvla_shared.grounding import Grounding, GroundingConfig
 from smolvla_shared.label_cache import LabelConfig, label
 from smolvla_shared.label_check import CheckConfig, check
-from smolvla_shared.laq import LAQ, LAQConfig, PairBatch, dead_codes, perplexity, place_codes
+from smolvla_shared.laq import LAQ, LAQConfig, PairBatch
+from smolvla_shared.laq_codebook import dead_codes, perplexity, place_codes
 from smolvla_shared.laq_files import assemble_laq, load_laq, save_laq, teachers_pairs
 from smolvla_shared.losses import masked_mean, valid_tokens
 from smolvla_shared.preprocess import unit_range
@@ -45,6 +46,18 @@ FRESH = LAQConfig(
 )
 
 
+@dataclass(frozen=True)
+class TeacherOptim(OptimConfig):
+    # Peak learning rate of AdamW. Default: 3e-3 at a width (--laq.dim) of 64, the less the wider, 2e-4 at LAPA's 1024.
+    lr: float | None = None
+    # Steps of linear warm-up from 0.
+    warmup_steps: int = 50
+
+    def of_width(self, dim: int) -> "TeacherOptim":
+        """With a learning rate, where none is stated."""
+        return self if self.lr else replace(self, lr=3e-3 * 64 / dim)
+
+
 @dataclass(frozen=True, kw_only=True)
 class TeacherConfig(RunConfig):
     """Train a LAQ teacher on video: it learns codes that tell a frame from an earlier one. Needs no actions."""
@@ -54,6 +67,8 @@ class TeacherConfig(RunConfig):
     # A LAQ to fine-tune, ours or LAPA's, instead of fresh weights: the stable way where video is scarce. It brings its
     # shape; of a LAPA file only --laq.code-seq-len and --laq.image-size are not in it.
     init_from: Path | None = None
+    # AdamW with linear warm-up and a cosine schedule.
+    optim: TeacherOptim = field(default_factory=TeacherOptim)
     # A few labelled episodes to learn from beside the video.
     grounding: GroundingConfig = field(default_factory=GroundingConfig)
     # Steps between replacements of dead codes; their uses are counted over all processes.
@@ -66,10 +81,10 @@ class TeacherConfig(RunConfig):
     collapse_below: float = 1.5
 
 
-def start_laq(config: TeacherConfig) -> LAQ:
-    """A fresh LAQ, or the one to fine-tune. Raises ValueError where --laq.* contradicts its shape."""
+def given_laq(config: TeacherConfig) -> LAQ | None:
+    """The LAQ to fine-tune, if there is one. Raises ValueError where --laq.* contradicts its shape."""
     if config.init_from is None:
-        return LAQ(config.laq)
+        return None
     default = asdict(FRESH)
     stated = {name: value for name, value in asdict(config.laq).items() if value != default[name]}
     given = load_laq(config.init_from, stated.get("code_seq_len"), stated.get("image_size"))
@@ -79,8 +94,14 @@ def start_laq(config: TeacherConfig) -> LAQ:
         [(name, value, shape[name]) for name, value in stated.items()],
         found="file",
     )
-    laq = LAQ(given.config)
-    laq.load_state_dict(given.state_dict())
+    return given
+
+
+def start_laq(config: TeacherConfig, given: LAQ | None) -> LAQ:
+    """A fresh LAQ, or a trainable copy of the one to fine-tune."""
+    laq = LAQ(given.config if given else config.laq)
+    if given:
+        laq.load_state_dict(given.state_dict())
     return laq
 
 
@@ -154,13 +175,15 @@ def train_teacher(config: TeacherConfig) -> None:
     from smolvla_shared.run import Run, origin, start_run
 
     # What a user can get wrong is refused here, before Run makes the run directory.
+    given = given_laq(config)
+    config = replace(config, optim=config.optim.of_width((given.config if given else config.laq).dim))
     accelerator, resume_from = start_run(config)
     if accelerator.is_fsdp2:
         raise ValueError("a teacher fits every GPU and is not sharded: use configs/accelerate/ddp_8gpu.yaml")
     datasets, num_videos, label_camera = open_recordings(config)
     training, held_out = data_order.split_datasets(datasets[:num_videos], config.val_fraction, config.seed)
     pair_share = data.valid_pair_share(datasets, training)
-    laq = start_laq(config)
+    laq = start_laq(config, given)
     grounding = None
     groups = data_order.group_rows(training)
     if datasets[num_videos:]:

@@ -15,7 +15,8 @@ from smolvla_shared.label_check import CheckConfig, check, observe
 from smolvla_shared.label_health import Observations, Target, Verdict, judge, measure
 from smolvla_shared.label_probe import DISPLACEMENT
 from smolvla_shared.labels import OnlineLabels
-from smolvla_shared.laq import LAQ, LAQConfig, LatentActions, PairBatch, dead_codes, place_codes
+from smolvla_shared.laq import LAQ, LAQConfig, LatentActions, PairBatch
+from smolvla_shared.laq_codebook import dead_codes, place_codes
 from smolvla_shared.laq_files import load_laq, save_laq
 from smolvla_shared.run_optimizer import learning_rate
 from smolvla_shared.teacher import main

@@ -15,17 +15,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from smolvla_shared.files import public_state
-from smolvla_shared.laq import (
-    LAQ,
-    RECENT_PAIRS,
-    STILL_ERROR,
-    LAQConfig,
-    PairBatch,
-    dead_codes,
-    perplexity,
-    place_codes,
-    spread_codes,
-)
+from smolvla_shared.laq import LAQ, RECENT_PAIRS, STILL_ERROR, LAQConfig, PairBatch
+from smolvla_shared.laq_codebook import dead_codes, perplexity, place_codes, spread_codes
 from smolvla_shared.laq_files import load_laq, save_laq, teacher_id
 
 DATA = Path(__file__).parent / "data" / "laq"

@@ -11,14 +11,14 @@ import torch
 import tyro
 
 from smolvla_shared import data, data_loader, data_order
-from smolvla_shared.config import DataConfig, OptimConfig
+from smolvla_shared.config import DataConfig
 from smolvla_shared.grounding import Grounding, GroundingConfig
 from smolvla_shared.label_check import unseen_rows
 from smolvla_shared.labels import OnlineLabels, latent_statistics
 from smolvla_shared.laq import LAQ, LAQConfig, PairBatch
 from smolvla_shared.laq_files import load_laq, save_laq, teacher_id, teachers_pairs
 from smolvla_shared.preprocess import unit_range
-from smolvla_shared.teacher import TeacherConfig, main, train_teacher
+from smolvla_shared.teacher import TeacherConfig, TeacherOptim, main, train_teacher
 
 CAMERA = "observation.image"
 SMALL = LAQConfig(
@@ -60,7 +60,7 @@ def make_config(run_dir: Path, *roots: Path, **options) -> TeacherConfig:
         "eval_every": 20,
         "save_every": 40,
         "eval_samples": 16,
-        "optim": OptimConfig(lr=2e-3, warmup_steps=5),
+        "optim": TeacherOptim(lr=2e-3, warmup_steps=5),
         "replace_every": 20,
         "laq": SMALL,
     }
@@ -206,7 +206,7 @@ def test_fine_tuning_starts_from_the_given_teacher(tmp_path, video_dataset, run_
     config = make_config(
         tmp_path / "more", video_dataset, laq=TeacherConfig.laq, init_from=given, steps=2, settle_share=1.0
     )
-    train_teacher(replace(config, optim=OptimConfig(lr=1e-12, warmup_steps=1)))
+    train_teacher(replace(config, optim=TeacherOptim(lr=1e-12, warmup_steps=1)))
     tuned = load_laq(tmp_path / "more" / "checkpoints" / "last" / "pretrained_model" / "laq.safetensors")
     assert tuned.config == SMALL
     for key, value in load_laq(given).state_dict().items():
