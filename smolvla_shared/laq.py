@@ -34,9 +34,9 @@ SECOND_CONV = {
 ATTENTION_SCALE = 8.0
 # A cross-attention has this many learned keys and values beside the context's.
 CROSS_ATTENTION_NULLS = 2
-# Squared error of the pixels of a still pair, about what video compression leaves: 2.5 of 255. Pairs that change less
-# count less in a normalised loss.
-STILL_ERROR = 1e-4
+# Added to the error of repeating the first frame where a loss is divided by it: pairs that change less count less, and
+# what video compression leaves of a still pair hardly counts.
+STILL_ERROR = 1e-3
 # The embedding sees changes of a frame this many times enlarged: most are a few percent of the range.
 CHANGE_SCALE = 4.0
 

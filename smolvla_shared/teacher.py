@@ -31,14 +31,14 @@ from smolvla_shared.refusals import refuse_differences
 
 TEACHER_FILE = "laq.safetensors"
 NOISE = "nsvq"  # the key of the quantiser's noise in a RawBatch
-# The shape of a fresh teacher.
+# The shape of a fresh teacher. It sees the change in every patch, so it needs no temporal layers.
 FRESH = LAQConfig(
     dim=64,
     quant_dim=16,
     image_size=64,
     patch_size=8,
-    spatial_depth=2,
-    temporal_depth=1,
+    spatial_depth=1,
+    temporal_depth=0,
     dim_head=16,
     heads=4,
     predicts_change=True,
