@@ -12,6 +12,7 @@ import tyro
 
 from smolvla_shared import data, data_loader, data_order
 from smolvla_shared.config import DataConfig
+from smolvla_shared.files import public_state
 from smolvla_shared.grounding import Grounding, GroundingConfig
 from smolvla_shared.label_check import unseen_rows
 from smolvla_shared.labels import OnlineLabels, latent_statistics
@@ -209,7 +210,7 @@ def test_fine_tuning_starts_from_the_given_teacher(tmp_path, video_dataset, run_
     train_teacher(replace(config, optim=TeacherOptim(lr=1e-12, warmup_steps=1)))
     tuned = load_laq(tmp_path / "more" / "checkpoints" / "last" / "pretrained_model" / "laq.safetensors")
     assert tuned.config == SMALL
-    for key, value in load_laq(given).state_dict().items():
+    for key, value in public_state(load_laq(given).state_dict()).items():
         torch.testing.assert_close(tuned.state_dict()[key], value, rtol=0, atol=1e-8)
     wrong = replace(config, run_dir=tmp_path / "wrong", laq=replace(SMALL, quant_dim=24))
     with pytest.raises(
