@@ -196,14 +196,17 @@ def probe_targets(seen: Observations) -> dict[str, dict[str, Any]]:
 
 
 def gained_shares(row: dict[str, Any]) -> list[float | None]:
-    """By dimension: how much the labels gain on a random teacher, of what can be gained; None: too little to tell."""
+    """By dimension: how much the labels gain on a random teacher, of what can be gained; None: too little to tell.
+
+    An R² below 0 tells as little as one of 0.
+    """
+    shares = []
     ceiling = row["ceiling"] or [1.0] * len(row["latents"])
-    return [
-        (own - random) / (most - random)
-        if None not in (own, random, most) and most - random > THRESHOLDS.least_to_gain
-        else None
-        for own, random, most in zip(row["latents"], row["random_teacher"], ceiling)
-    ]
+    for values in zip(row["latents"], row["random_teacher"], ceiling):
+        own, random, most = (0.0 if value is None else max(0.0, value) for value in values)
+        is_told = None not in values and most - random > THRESHOLDS.least_to_gain
+        shares.append((own - random) / (most - random) if is_told else None)
+    return shares
 
 
 def measure(seen: Observations, codebook_size: int) -> dict[str, Any]:
