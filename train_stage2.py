@@ -35,8 +35,8 @@ def main(config: Stage2Config) -> None:
     from smolvla_shared.evaluate import held_out_errors
     from smolvla_shared.feature_cache import prepare_features
     from smolvla_shared.initial import open_initial
-    from smolvla_shared.label_health import recorded_latents
-    from smolvla_shared.labels import latent_statistics, open_labels
+    from smolvla_shared.label_health import with_health
+    from smolvla_shared.labels import labels_pairs, latent_statistics, open_labels
     from smolvla_shared.losses import masked_mean, valid_tokens
     from smolvla_shared.preprocess import Preprocessor
     from smolvla_shared.run import Run, origin, start_run
@@ -44,14 +44,14 @@ def main(config: Stage2Config) -> None:
     # What a user can get wrong is refused here, before Run makes the run directory.
     datasets = data.open_datasets(config.data)
     initial = open_initial(config.model)
-    options = initial.data_options(config.data, with_latents=True)
+    options = labels_pairs(config, initial.data_options(config.data, with_latents=True))
+    data.set_frame_gap(datasets, options.gap_s)
     cameras, label_camera = data.choose_cameras(datasets, options)
     training, held_out = data_order.split_datasets(datasets, config.val_fraction, config.seed)
     labels = open_labels(config, datasets, label_camera)
-    dims = initial.latent_dims(labels, options, label_camera)
-    of_pairs = options.frame_gap_s, label_camera, data.valid_pair_share(datasets, training)
-    latents = recorded_latents(labels, config.label_health, config.accept_label_health, *of_pairs)
-    dims["state_dim"] = data.common_dim(datasets, data.STATE_KEY) if config.model.use_state else 0
+    dims = initial.latent_dims(labels, options, label_camera) | data.state_dims(datasets, config.model.use_state)
+    about = labels.teacher_id, labels.kind, options.gap_s, label_camera, data.valid_pair_share(datasets, training)
+    latents = with_health(artifact.Latents(*about), config.label_health, config.accept_label_health)
     accelerator, resume_from = start_run(config)
 
     core = initial.build(config.model, cameras, [LATENT], **dims)
@@ -59,8 +59,8 @@ def main(config: Stage2Config) -> None:
     statistics = data.statistics(datasets, core.config, [LATENT])
     statistics[LATENT] = latent_statistics(labels, datasets, training, config.seed, accelerator.device)
     groups = data_order.group_rows(training), data_order.group_rows(held_out)
-    described = initial.describe(core), data.describe(datasets, with_pairs=True), latents
-    accelerator.print(*described, f"Stage 2: {data_order.plan(groups[0], config)}", sep="\n")
+    plan = f"Stage 2: {data_order.plan(groups[0], config)}"
+    accelerator.print(initial.describe(core), data.describe(datasets, with_pairs=True), latents, plan, sep="\n")
     features = prepare_features(core, datasets, cameras, config, accelerator)
     spec = SampleSpec.of(core.config, [LATENT], labels, features, config.flow_draws)
     loaders = make_loaders(datasets, *groups, spec, config, accelerator, config.data.random_shift)
@@ -86,7 +86,7 @@ def main(config: Stage2Config) -> None:
     weights = run.weights()
     if accelerator.is_main_process:
         changed = artifact.changed_parts(before, weights)
-        source = artifact.Origin(**origin(config, run.step, [d.name for d in datasets]), changed_parts=changed)
+        source = artifact.Origin(**origin(config, run.step, datasets), changed_parts=changed)
         contents = core.config, weights, initial.tokenizer, statistics, latents, source
         print("artifact:", artifact.save_artifact(config.run_dir / "artifacts", *contents))
 

@@ -70,7 +70,7 @@ class Stage3Config(StageOptions, RunConfig):
 
 
 def open_recordings(config: Stage3Config) -> "tuple[list[RobotDataset], list[RobotDataset]]":
-    """The labelled datasets, and the video datasets. Raises ValueError for a labelled dataset without actions."""
+    """The labelled datasets; these and the video datasets. Raises ValueError for a labelled one without actions."""
     from smolvla_shared import data
 
     labelled = data.open_datasets(config.data)
@@ -81,7 +81,7 @@ def open_recordings(config: Stage3Config) -> "tuple[list[RobotDataset], list[Rob
                 "from labelled demonstrations; action-free video goes into --video-roots"
             )
     video = replace(config.data, repo_ids=config.video_repo_ids, roots=config.video_roots) if config.has_video else None
-    return labelled, data.open_datasets(video) if video else []
+    return labelled, labelled + (data.open_datasets(video) if video else [])
 
 
 def export_policy(
@@ -98,7 +98,7 @@ def export_policy(
     from smolvla_shared.lerobot_policy import save_policy
     from smolvla_shared.run import origin
 
-    source = origin(config, step, [dataset.name for dataset in datasets]) | initial.provenance
+    source = origin(config, step, datasets) | initial.provenance
     shapes = {camera: datasets[0].frame_shape(camera) for camera in core.cameras}
     save_policy(directory, core, weights, initial.tokenizer, statistics, config.n_action_steps, source, shapes)
 
@@ -109,20 +109,20 @@ def main(config: Stage3Config) -> None:
     from smolvla_shared.evaluate import held_out_errors
     from smolvla_shared.feature_cache import prepare_features
     from smolvla_shared.initial import open_initial
-    from smolvla_shared.labels import latent_statistics, open_labels
+    from smolvla_shared.labels import labels_pairs, latent_statistics, open_labels
     from smolvla_shared.losses import masked_mean, valid_tokens
     from smolvla_shared.preprocess import Preprocessor
     from smolvla_shared.run import Run, start_run
 
     # What a user can get wrong is refused here, before Run makes the run directory.
     weight = {ACTION: 1.0} | ({LATENT: config.latent_loss_weight} if config.latent_loss_weight else {})
-    labelled, video = open_recordings(config)
-    datasets = labelled + video
+    labelled, datasets = open_recordings(config)
     initial = open_initial(config.model, config.stage2_artifact)
-    options = initial.data_options(config.data, with_latents=LATENT in weight)
+    options = labels_pairs(config, initial.data_options(config.data, with_latents=LATENT in weight))
+    data.set_frame_gap(datasets, options.gap_s)
     cameras, label_camera = data.choose_cameras(datasets, options)
     dims = {"action_dim": data.common_dim(labelled, data.ACTION_KEY), "chunk_size": config.chunk_size}
-    dims["state_dim"] = data.common_dim(datasets, data.STATE_KEY) if config.model.use_state else 0
+    dims |= data.state_dims(datasets, config.model.use_state)
     recorded = initial.recorded_statistics(dims) if config.normalization == "artifact" else {}
     labels = open_labels(config, datasets, label_camera) if LATENT in weight else None
     dims |= initial.latent_dims(labels, options, label_camera) if labels else {}

@@ -30,23 +30,22 @@ python examples/record_metaworld.py --kind labelled --root "$RUN/data/labelled" 
 step "2 teacher"
 # A small LAQ learns codes for what happens within 0.05 s (4 frames at 80 fps) of video.
 launch -m smolvla_shared.teacher train --run-dir "$RUN/laq" --data.roots "$RUN/data/video" --seed "$SEED" \
-    --data.frame-gap-s 0.05 --data.num-workers 1 --steps 700 --batch-size 32 --optim.lr 2e-3 --optim.warmup-steps 100 \
-    --laq.dim 64 --laq.quant-dim 16 --laq.image-size 64 --laq.patch-size 8 --laq.spatial-depth 2 \
-    --laq.temporal-depth 1 --laq.dim-head 16 --laq.heads 4 --save-every 350 --eval-every 350
+    --data.frame-gap-s 0.05 --data.num-workers 1 --steps 1200 --batch-size 16 --save-every 600 --eval-every 600
 
 step "3 labels"
-# Are its codes worth learning? The few demonstrations tell how much of the true action is in them. Then all labels.
+# Are its codes worth learning? The demonstrations tell how much of the executed action is in them, the arm's position
+# how much of the motion. Then all labels. The frame gap is the teacher's from here on.
 LAQ="$RUN/laq/checkpoints/last/pretrained_model/laq.safetensors"
 python -m smolvla_shared.teacher check --laq-ckpt "$LAQ" --data.roots "$RUN/data/video" "$RUN/data/labelled" \
-    --data.frame-gap-s 0.05 --data.num-workers 1 --pairs 3000 --seed "$SEED" --out "$RUN/check"
-launch -m smolvla_shared.teacher label --laq-ckpt "$LAQ" --data.roots "$RUN/data/video" --data.frame-gap-s 0.05 \
+    --data.num-workers 1 --pairs 3000 --seed "$SEED" --out "$RUN/check"
+launch -m smolvla_shared.teacher label --laq-ckpt "$LAQ" --data.roots "$RUN/data/video" \
     --data.num-workers 1 --label-cache "$RUN/labels"
 
 step "4 stage 2"
 # The core learns to predict the teacher's latent actions from one frame, the task text and the arm's position.
 launch train_stage2.py --run-dir "$RUN/stage2" --labels cache --label-cache "$RUN/labels" \
     --label-health "$RUN/check/label_health.json" \
-    --data.roots "$RUN/data/video" --seed "$SEED" --model.preset tiny --data.frame-gap-s 0.05 --data.num-workers 1 \
+    --data.roots "$RUN/data/video" --seed "$SEED" --model.preset tiny --data.num-workers 1 \
     --steps 500 --batch-size 32 --flow-draws 4 --optim.lr 1e-3 --optim.warmup-steps 100 --save-every 250 --eval-every 250
 
 step "5 stage 3"

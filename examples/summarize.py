@@ -24,18 +24,19 @@ def summarize(run: Path) -> dict:
     }
     rollout = json.loads((run / "rollout" / "results.json").read_text())
     health = json.loads((run / "check" / "label_health.json").read_text())
-    probe = {name: [r and round(r, 2) for r in values] for name, values in health["measured"]["probe"].items()}
+    probe = {
+        f"{target}: {name}": [value and round(value, 2) for value in row[name]]
+        for target, row in health["measured"]["probe"].items()
+        for name in ("latents", "random_teacher", "ceiling", "gained_share")
+        if row[name]
+    }
     return {
         "teacher": {
             "held_out_reconstruction_error": last_value(run / "laq", "val/reconstruction"),
             "error_of_repeating_the_first_frame": last_value(run / "laq", "val/reconstruction_of_first_frame"),
             "perplexity": last_value(run / "laq", "usage/perplexity"),
         },
-        "labels": {
-            "health": health["verdict"],
-            "r2_of_the_true_actions": probe["latents"],
-            "with_a_random_teacher": probe["random_teacher"],
-        },
+        "labels": {"health": health["verdict"], **probe},
         "stage2": {
             "held_out_latent_error": last_value(run / "stage2", "val/latent_error"),
             "error_of_predicting_the_mean": last_value(run / "stage2", "val/latent_error_of_mean"),

@@ -25,6 +25,8 @@ What surrounds it:
     data_blocks     every frame of a dataset, once and in order
     initial         what training starts from: a trunk, an artifact, a SmolVLA policy, a policy of this project
     evaluate        errors on held-out samples
+    laq_codebook    the teacher's codes in training: their use, and where they are placed
+    grounding       a teacher that also learns from a few labelled demonstrations
     rollouts        episodes in environments, their statistics and pictures
     lerobot_policy, lerobot_processor     the policy as LeRobot sees it
     lerobot_smolvla                       LeRobot's SmolVLA checkpoints, in and out
@@ -33,7 +35,8 @@ Machinery, which the method can be understood without:
 
     run             keeps a run alive around a script's loop
     run_checkpoint, run_metrics, run_optimizer, run_sharding, run_signals     its parts
-    label_cache, label_check, label_health, label_pictures     labels kept in files; whether they are worth learning
+    label_cache                                             labels kept in files
+    label_check, label_health, label_probe, label_pictures     whether labels are worth learning
     cache, feature_cache                       rows computed once; the frozen vision tower's output
     laq_files, files, refusals                 teachers in files; weights and texts in files; refusals
 

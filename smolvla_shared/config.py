@@ -135,18 +135,23 @@ class DataConfig:
     roots: tuple[Path, ...] = ()
     # Camera keys to use, in this order. Default: every camera that all datasets have, in the first dataset's order.
     cameras: tuple[str, ...] = ()
-    # Camera whose frame pairs the LAQ teacher sees. Default: the first of --data.cameras.
+    # Camera whose frame pairs the LAQ teacher sees. Default: the teacher's own, else the first of the cameras.
     label_camera: str | None = None
-    # Time between the two frames of a pair, seconds.
-    frame_gap_s: float = 0.5
+    # Time between the two frames of a pair, seconds. Default: the teacher's own, else 0.5 (LAPA's files do not say).
+    frame_gap_s: float | None = None
     # Loader processes of each training process; 0: the training process loads the data itself.
     num_workers: int = 4
 
     def __post_init__(self):
         if not self.repo_ids and not self.roots:
             raise ValueError("no dataset given: pass --data.repo-ids (hub ids) or --data.roots (local directories)")
-        if self.frame_gap_s <= 0:
+        if self.frame_gap_s is not None and self.frame_gap_s <= 0:
             raise ValueError(f"--data.frame-gap-s must be a positive number of seconds, got {self.frame_gap_s}")
+
+    @property
+    def gap_s(self) -> float:
+        """The frame gap where no teacher has one of its own, seconds."""
+        return 0.5 if self.frame_gap_s is None else self.frame_gap_s
 
 
 @dataclass(frozen=True)
@@ -257,6 +262,8 @@ class TeacherOptions:
     laq_image_size: int | None = None
     # Which latents are the labels. quantized: the codebook's entries. continuous: the latents before quantisation.
     teacher_kind: TeacherKind = "quantized"
+    # Pairs at another --data.frame-gap-s or of another --data.label-camera than those the teacher was trained on.
+    accept_other_pairs: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

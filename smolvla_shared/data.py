@@ -21,6 +21,9 @@ from smolvla_shared.config import ACTION, CoreConfig, DataConfig
 from smolvla_shared.preprocess import Statistics
 
 STATE_KEY, ACTION_KEY = "observation.state", "action"
+# What the robot was told to do where `action` is what an expert would have done. LeRobot takes every column whose name
+# starts with "action" for a policy's output, so this one does not.
+EXECUTED_ACTION_KEY = "executed_action"
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,7 @@ class RobotDataset:
             file = [episodes[f"videos/{key}/{name}"] for name in ("chunk_index", "file_index")]
             self.videos[key] = Videos(np.stack(file, axis=1), np.asarray(episodes[f"videos/{key}/from_timestamp"]))
         self.task_index = np.asarray(self.lerobot.hf_dataset.with_format("numpy")["task_index"])
-        self.frame_gap_s = config.frame_gap_s
+        self.frame_gap_s = config.gap_s
 
     @cached_property
     def gap(self) -> int:
@@ -189,6 +192,12 @@ def open_datasets(config: DataConfig) -> list[RobotDataset]:
     return datasets + [RobotDataset(str(root), Path(root), config) for root in config.roots]
 
 
+def set_frame_gap(datasets: list[RobotDataset], gap_s: float) -> None:
+    """Pairs of these datasets are so many seconds apart: what the teacher says is known after they are opened."""
+    for dataset in datasets:
+        dataset.frame_gap_s = gap_s
+
+
 def choose_cameras(datasets: list[RobotDataset], config: DataConfig) -> tuple[tuple[str, ...], str]:
     """The model's cameras and the label camera. Raises ValueError for a camera that a dataset does not have."""
     found = {dataset.name: dataset.meta.camera_keys for dataset in datasets}
@@ -200,7 +209,7 @@ def choose_cameras(datasets: list[RobotDataset], config: DataConfig) -> tuple[tu
         listing = "; ".join(f"{name}: {', '.join(keys)}" for name, keys in found.items())
         raise ValueError(
             f"every dataset must have every camera; asked for {list(cameras) or 'all they share'}, "
-            f"label camera {label_camera or 'none'}; found {listing}. Pass --data.cameras"
+            f"label camera {label_camera or 'none'}; found {listing}. Pass --data.cameras (or --data.label-camera)"
         )
     return cameras, label_camera
 
@@ -211,6 +220,11 @@ def common_dim(datasets: list[RobotDataset], key: str) -> int:
     if len(set(dims.values())) > 1:
         raise ValueError(f"the datasets' {key} have different widths, they cannot share a model: {dims}")
     return next(iter(dims.values()), 0)
+
+
+def state_dims(datasets: list[RobotDataset], use_state: bool) -> dict[str, int]:
+    """The field of CoreConfig that says how wide the state is; 0: the model sees none."""
+    return {"state_dim": common_dim(datasets, STATE_KEY) if use_state else 0}
 
 
 def vector_statistics(datasets: list[RobotDataset], key: str) -> Statistics:

@@ -58,13 +58,18 @@ class InitialWeights:
     left_out: tuple[str, ...] = ()
 
     def data_options[Data: DataConfig](self, options: Data, with_latents: bool) -> Data:
-        """The data options, with the model's own cameras and label camera where the user names none.
+        """The data options, with the model's own cameras, label camera and frame gap where the user names none.
 
         To the model a camera is its place in the order: the cameras that the user names take the places in turn.
         """
         options = replace(options, cameras=options.cameras or self.core.cameras)
-        own = self.label_camera(options) if with_latents else None
-        return replace(options, label_camera=options.label_camera or own)
+        if not (self.latents and with_latents):
+            return options
+        return replace(
+            options,
+            label_camera=options.label_camera or self.label_camera(options),
+            frame_gap_s=options.frame_gap_s or self.latents.frame_gap_s,
+        )
 
     def label_camera(self, options: DataConfig) -> str | None:
         """The camera that its latent actions are of, under its name in the data; None where that is not known."""
@@ -84,7 +89,7 @@ class InitialWeights:
                 [
                     ("teacher (--laq-ckpt)", labels.teacher_id, self.latents.teacher_id),
                     ("--teacher-kind", labels.kind, self.latents.teacher_kind),
-                    ("--data.frame-gap-s", options.frame_gap_s, self.latents.frame_gap_s),
+                    ("--data.frame-gap-s", options.gap_s, self.latents.frame_gap_s),
                     ("--data.label-camera", label_camera, self.label_camera(options)),
                 ],
                 found="artifact",

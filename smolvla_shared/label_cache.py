@@ -11,6 +11,7 @@ import json
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ from smolvla_shared.cache import MANIFEST, RowCache, dataset_directories, datase
 from smolvla_shared.config import DataConfig, TeacherKind, TeacherOptions
 from smolvla_shared.files import write_weights
 from smolvla_shared.laq import LAQ
-from smolvla_shared.laq_files import load_laq, teacher_id
+from smolvla_shared.laq_files import load_laq, teacher_id, teachers_pairs
 from smolvla_shared.preprocess import unit_range
 
 # How a recorded frame becomes what the teacher sees (LAQ.resize); raised when that changes.
@@ -54,14 +55,7 @@ def label_stores(
     """
     directories = dataset_directories(cache, [dataset.name for dataset in datasets])
     if teacher is None:
-        manifest = directories[0] / MANIFEST
-        if not manifest.is_file():
-            there = sorted(path.name for path in cache.glob("*/")) or "nothing"
-            raise ValueError(
-                f"--label-cache: there are no labels at {directories[0]} (in {cache}: {there}); "
-                "make them with `python -m smolvla_shared.teacher label`"
-            )
-        teacher = json.loads(manifest.read_text())["key"]["teacher_id"]
+        teacher = cached_key(directories[0])["teacher_id"]
     keys = [
         LabelKey(
             teacher_id=teacher,
@@ -77,6 +71,17 @@ def label_stores(
         RowCache(directory, asdict(key), dataset.num_frames, SHARD_ROWS)
         for directory, key, dataset in zip(directories, keys, datasets, strict=True)
     ]
+
+
+def cached_key(directory: Path) -> dict[str, Any]:
+    """What labels a directory holds, the fields of LabelKey. Raises ValueError if it holds none."""
+    if not (directory / MANIFEST).is_file():
+        there = sorted(path.name for path in directory.parent.glob("*/")) or "nothing"
+        raise ValueError(
+            f"--label-cache: there are no labels at {directory} (in {directory.parent}: {there}); "
+            "make them with `python -m smolvla_shared.teacher label`"
+        )
+    return json.loads((directory / MANIFEST).read_text())["key"]
 
 
 class CachedLabels:
@@ -123,8 +128,9 @@ class LabelConfig(TeacherOptions):
 def label(config: LabelConfig) -> None:
     accelerator = Accelerator()
     laq = load_laq(config.laq_ckpt, config.laq_code_seq_len, config.laq_image_size)
-    datasets = data.open_datasets(config.data)
-    _, camera = data.choose_cameras(datasets, config.data)
+    options = teachers_pairs(config.laq_ckpt, config.data, config.accept_other_pairs)
+    datasets = data.open_datasets(options)
+    _, camera = data.choose_cameras(datasets, options)
     data.valid_pair_share(datasets, [(i, np.arange(dataset.num_frames)) for i, dataset in enumerate(datasets)])
     stores = label_stores(config.label_cache, datasets, teacher_id(laq), config.teacher_kind, camera)
     unfinished = [not store.is_complete() for store in stores]  # all keys are compared before any work

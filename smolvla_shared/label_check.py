@@ -4,20 +4,19 @@ import collections
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from smolvla_shared import data, data_blocks, label_health, label_pictures
+from smolvla_shared import data, data_blocks, label_health, label_pictures, label_probe
+from smolvla_shared.cache import dataset_fingerprint
 from smolvla_shared.config import DataConfig, TeacherOptions
 from smolvla_shared.data_loader import make_worker_loader
 from smolvla_shared.labels import OnlineLabels
 from smolvla_shared.laq import LAQ
-from smolvla_shared.laq_files import load_laq
+from smolvla_shared.laq_files import load_laq, teachers_pairs, teachers_source
 from smolvla_shared.preprocess import unit_range
 
 
@@ -38,8 +37,9 @@ class CheckConfig(TeacherOptions):
     detailed_pairs: int = 500
     # Frame gaps, in seconds, to compare by the probe.
     gaps: tuple[float, ...] = ()
-    # How the actions of a gap add up: their `sum` (velocities, deltas) or their `change` (absolute positions).
-    actions: Literal["sum", "change"] = "sum"
+    # How the actions of a gap add up: their `sum` (velocities, deltas) or their `change` (absolute positions). Default:
+    # what the data say, which is printed.
+    actions: label_probe.ActionMode | None = None
     # Which pairs are drawn, and the random teacher's weights.
     seed: int = 0
 
@@ -50,35 +50,62 @@ class CheckConfig(TeacherOptions):
             )
 
 
-@torch.no_grad()
-def random_teacher(laq: LAQ, frames: Tensor, seed: int) -> LAQ:  # [B, 2, 3, H, W]
-    """A teacher of the same shape with random weights. Its codes are latents of `frames`: a codebook that never meets
-    its latents would make all pairs alike, and too easy a control.
-    """
+def random_teacher(laq: LAQ, seed: int) -> LAQ:
+    """A teacher of the same shape with random weights, on the same device."""
     torch.manual_seed(seed)
-    with frames.device:
-        control = LAQ(laq.config).requires_grad_(False).eval()
-    latents = control.encode(frames).continuous.flatten(0, 1)
-    control.vq.codebooks[:] = latents[torch.randint(len(latents), (laq.config.codebook_size,))]
-    return control
+    with laq.vq.codebooks.device:
+        return LAQ(laq.config).requires_grad_(False).eval()
 
 
-def summed_actions(dataset: data.RobotDataset, rows: np.ndarray, mode: str, dim: int) -> Tensor:  # [n, A]
-    """What the actions did between the frames of each pair; NaN where the dataset has none."""
-    if data.ACTION_KEY not in dataset.features:
-        return torch.full((len(rows), dim), float("nan"))
-    actions = torch.from_numpy(np.asarray(dataset.vectors[:][data.ACTION_KEY], np.float64)).view(-1, dim)
-    if mode == "change":
-        return actions[rows + dataset.gap] - actions[rows]
-    total = F.pad(actions.cumsum(0), (0, 0, 1, 0))
-    return total[rows + dataset.gap] - total[rows]
+def find_targets(
+    datasets: list[data.RobotDataset], drawn: list[np.ndarray], config: CheckConfig
+) -> dict[str, label_health.Target]:
+    """What happened between the frames of the drawn pairs, by the name of what was recorded (label_probe.py): one
+    target for each column of actions, and the displacement of the state.
+    """
+    found = collections.defaultdict(dict)  # name -> dataset -> [n, A]
+    dimensions = {}
+    for index, (dataset, rows) in enumerate(zip(datasets, drawn)):
+        rows, action = torch.from_numpy(rows), label_probe.action_key(dataset)
+        if action:
+            mode, reason = (config.actions, "--actions") if config.actions else label_probe.action_mode(dataset)
+            meaning = {
+                "sum": "velocities, summed over the gap",
+                "change": "positions, whose change over the gap counts",
+            }
+            print(f"{dataset.name}: {action} are {meaning[mode]} ({reason})")
+            found[action][index] = label_probe.summed_actions(dataset, rows, mode)
+            dimensions.setdefault(action, label_probe.dimension_names(dataset, action))
+        if data.STATE_KEY in dataset.features:
+            found[label_probe.DISPLACEMENT][index] = label_probe.displacements(dataset, rows)
+            dimensions.setdefault(label_probe.DISPLACEMENT, label_probe.dimension_names(dataset, data.STATE_KEY))
+    return {name: label_health.Target(fill(parts, drawn), dimensions[name]) for name, parts in found.items()}
+
+
+def fill(parts: dict[int, Tensor], drawn: list[np.ndarray]) -> Tensor:
+    """The parts of some datasets as rows of all of them, NaN for the others."""
+    width = next(iter(parts.values())).shape[1]
+    nothing = [torch.full((len(rows), width), float("nan"), dtype=torch.float64) for rows in drawn]
+    return torch.cat([parts.get(index, missing) for index, missing in enumerate(nothing)])
+
+
+def unseen_rows(dataset: data.RobotDataset, grounded: dict[str, list[int]]) -> np.ndarray:
+    """Rows with pairs, but for the episodes whose actions the teacher has learned: the probe would flatter it.
+
+    grounded: fingerprint of a dataset -> such episodes
+    """
+    rows = dataset.rows_with_pairs(np.arange(dataset.num_frames))
+    known = grounded.get(dataset_fingerprint(dataset.lerobot.root), []) if grounded else []
+    return rows[~np.isin(np.searchsorted(dataset.episode_to, rows, side="right"), known)]
 
 
 def draw_rows(datasets: list[data.RobotDataset], config: CheckConfig) -> list[np.ndarray]:
     """Rows with pairs, drawn from each dataset in proportion to what it has; sorted."""
     rng = np.random.default_rng(config.seed)
-    valid = [dataset.rows_with_pairs(np.arange(dataset.num_frames)) for dataset in datasets]
-    share = min(1.0, config.pairs / sum(map(len, valid)))
+    grounding = teachers_source(config.laq_ckpt).get("grounding") or {"datasets": {}}
+    grounded = {used["fingerprint"]: used["episodes"] for used in grounding["datasets"].values()}
+    valid = [unseen_rows(dataset, grounded) for dataset in datasets]
+    share = min(1.0, config.pairs / max(1, sum(map(len, valid))))
     return [np.sort(rng.choice(rows, round(share * len(rows)), replace=False)) for rows in valid]
 
 
@@ -110,24 +137,22 @@ def observe(
     is_detailed = torch.zeros(total, dtype=torch.bool)
     order = torch.randperm(total, generator=torch.Generator().manual_seed(config.seed))
     is_detailed[order[: config.detailed_pairs]] = True
-    dim = data.common_dim(datasets, data.ACTION_KEY)
     columns = collections.defaultdict(list)
     detailed = collections.defaultdict(list)
     control = None
     seen = first_episode = 0
     for dataset, rows in zip(datasets, drawn):
-        columns["actions"].append(summed_actions(dataset, rows, config.actions, dim))
         for block, frames, has in teacher_frames(teacher, dataset, rows, (-1, 0, 1), config.data.num_workers):
             pairs = frames[:, 1:]
             if control is None:
-                control = OnlineLabels(random_teacher(teacher.laq, pairs, config.seed), teacher.kind, teacher.camera)
+                control = random_teacher(teacher.laq, config.seed)
             codes = teacher.laq.encode(pairs)
             latents = teacher.choose(codes)
             new = {
                 "episodes": torch.full((len(block),), first_episode + dataset.episode_of(block[0])),
                 "indices": codes.indices,
                 "latents": latents.flatten(1),
-                "random_latents": control.choose(control.laq.encode(pairs)).flatten(1),
+                "random_latents": control.encode(pairs).continuous.flatten(1),
                 "change": label_health.cell_change(*pairs.unbind(1)).amax(1),
                 "shift": label_health.image_shift(*pairs.cpu().unbind(1)),
             }
@@ -140,22 +165,24 @@ def observe(
         first_episode += len(dataset.episode_from)
     details = {name: torch.cat(values) for name, values in detailed.items()}
     found = {name: torch.cat(values) for name, values in columns.items()} | observe_details(teacher, **details)
+    found["targets"] = find_targets(datasets, drawn, config)
     return label_health.Observations(**found), details["triples"], details["latents"]
 
 
 @torch.no_grad()
 def probe_at(
     teacher: OnlineLabels, datasets: list[data.RobotDataset], config: CheckConfig
-) -> list[float | None] | None:
-    """health.probe at the frame gap of these datasets, which have actions."""
-    dim, columns, first_episode = data.common_dim(datasets, data.ACTION_KEY), collections.defaultdict(list), 0
-    for dataset, rows in zip(datasets, draw_rows(datasets, config)):
-        columns["actions"].append(summed_actions(dataset, rows, config.actions, dim))
+) -> dict[str, list[float | None] | None]:
+    """The probe of each target at the frame gap of these datasets."""
+    drawn, columns, first_episode = draw_rows(datasets, config), collections.defaultdict(list), 0
+    for dataset, rows in zip(datasets, drawn):
         for block, pairs, _ in teacher_frames(teacher, dataset, rows, (0, 1), config.data.num_workers):
             columns["latents"].append(teacher.choose(teacher.laq.encode(pairs)).flatten(1).cpu())
             columns["episodes"].append(torch.full((len(block),), first_episode + dataset.episode_of(block[0])))
         first_episode += len(dataset.episode_from)
-    return label_health.probe(**{name: torch.cat(values) for name, values in columns.items()})
+    latents, episodes = torch.cat(columns["latents"]), torch.cat(columns["episodes"])
+    targets = find_targets(datasets, drawn, config)
+    return {name: label_probe.probe(latents, target.values, episodes) for name, target in targets.items()}
 
 
 @torch.no_grad()
@@ -190,26 +217,32 @@ def observe_details(
 
 @torch.no_grad()
 def draw_transfer(path: Path, laq: LAQ, triples: Tensor, latents: Tensor) -> None:
-    """The latent transfer test on six pairs: what the decoder makes of a frame with another pair's latent."""
+    """The latent transfer test on six pairs: what the decoder makes of a frame with another pair's latent.
+
+    The pairs are out of the tenth part in which most moves; beside each picture is its difference to the first frame.
+    """
     device = laq.vq.codebooks.device
-    rows = torch.linspace(0, len(triples) - 1, 6).round().long()
-    pairs, own = triples[rows, 1:].to(device), latents[rows].to(device)
-    from_own, from_other = laq.reconstruct(pairs, own), laq.reconstruct(pairs, own.roll(1, 0))
-    columns = {
-        "t": pairs[:, 0],
-        "t + gap": pairs[:, 1],
-        "from its latent": from_own,
-        "from the row above's": from_other,
-        "their difference x 4": 0.5 + 4 * (from_own - from_other),
-    }
+    motion = (triples[:, 2] - triples[:, 1]).square().mean((1, 2, 3))
+    liveliest = motion.argsort(descending=True)[:: max(1, len(motion) // 60)][:6]
+    pairs, own = triples[liveliest, 1:].to(device), latents[liveliest].to(device)
+    first, second = pairs.unbind(1)
+    columns = {"t": first}
+    for title, frames in {
+        "t + gap": second,
+        "from its latent": laq.reconstruct(pairs, own),
+        "from the row above's": laq.reconstruct(pairs, own.roll(1, 0)),
+    }.items():
+        columns |= {title: frames, f"- t, x 4 ({title})": 0.5 + 4 * (frames - first)}
     label_pictures.draw_transfer(path, {title: images.cpu() for title, images in columns.items()})
 
 
-def datasets_with_actions(config: DataConfig) -> list[data.RobotDataset]:
+def datasets_with_targets(config: DataConfig) -> list[data.RobotDataset]:
     """The datasets that a probe can use, with the pairs of this frame gap. Raises ValueError if there are none."""
-    datasets = [dataset for dataset in data.open_datasets(config) if data.ACTION_KEY in dataset.features]
+    datasets = [d for d in data.open_datasets(config) if label_probe.action_key(d) or data.STATE_KEY in d.features]
     if not datasets:
-        raise ValueError("--gaps compares frame gaps by the probe, but none of the datasets has actions: leave it out")
+        raise ValueError(
+            "--gaps compares frame gaps by the probe, but none of the datasets has actions or a state: leave it out"
+        )
     data.valid_pair_share(datasets, [(i, np.arange(dataset.num_frames)) for i, dataset in enumerate(datasets)])
     return datasets
 
@@ -218,11 +251,12 @@ def check(config: CheckConfig) -> None:
     if config.out.exists():
         raise ValueError(f"--out {config.out} exists: name a new directory")
     laq = load_laq(config.laq_ckpt, config.laq_code_seq_len, config.laq_image_size)
-    datasets = data.open_datasets(config.data)
-    _, camera = data.choose_cameras(datasets, config.data)
+    options = teachers_pairs(config.laq_ckpt, config.data, config.accept_other_pairs)
+    datasets = data.open_datasets(options)
+    _, camera = data.choose_cameras(datasets, options)
     all_frames = [(index, np.arange(dataset.num_frames)) for index, dataset in enumerate(datasets)]
     valid_share = data.valid_pair_share(datasets, all_frames)
-    by_gap = {gap: datasets_with_actions(replace(config.data, frame_gap_s=gap)) for gap in sorted(config.gaps)}
+    by_gap = {gap: datasets_with_targets(replace(options, frame_gap_s=gap)) for gap in sorted(config.gaps)}
     print(data.describe(datasets, with_pairs=True))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     teacher = OnlineLabels(laq.to(device), config.teacher_kind, camera)
@@ -237,14 +271,14 @@ def check(config: CheckConfig) -> None:
         reasons=tuple(failures),
         teacher_id=teacher.teacher_id,
         teacher_kind=teacher.kind,
-        frame_gap_s=config.data.frame_gap_s,
+        frame_gap_s=options.gap_s,
         camera=camera,
     )
 
     config.out.mkdir(parents=True)
     label_pictures.draw_usage(config.out / "codes.png", found["codes"]["counts"])
     draw_transfer(config.out / "transfer.png", laq, triples, latents)
-    if found["probe"]["latents"]:
+    if found["probe"]:
         label_pictures.draw_probe(config.out / "probe.png", found["probe"], sweep)
     label_health.write_report(config.out / "label_health.json", verdict, found, warnings)
     print(label_health.summary(found, verdict, warnings))

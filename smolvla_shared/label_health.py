@@ -15,33 +15,35 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from smolvla_shared.artifact import Latents
-from smolvla_shared.batch import Labels
 from smolvla_shared.config import TeacherKind
 from smolvla_shared.files import write_text
-from smolvla_shared.laq import perplexity
+from smolvla_shared.label_probe import DISPLACEMENT, out_of_fold, probe
+from smolvla_shared.laq_codebook import code_usage
 from smolvla_shared.refusals import decode, read_json, refuse_differences, refuse_schema
 
-SCHEMA = "smolvla_shared.label_health.v1"
-FOLDS = 5
-# Of the standardised features' Gram matrix per sample: enough that 128 collinear dimensions do not fit noise.
-RIDGE = 1e-2
+SCHEMA = "smolvla_shared.label_health.v2"
 
 
 @dataclass(frozen=True)
 class Thresholds:
     """Where a measurement fails the labels or, where it says so, only warns."""
 
-    # Fail below: codes effectively used, mean over slots. At 1 a slot is a constant.
+    # Fail below: codes effectively used, mean over slots.
     perplexity: float = 1.5
+    # Fail below: codes effectively used by a single slot. At 1 it is a constant, which Stage 2 learns for nothing.
+    slot_perplexity: float = 1.1
     # Fail above: share of the pairs that have the most common code sequence. A target that is mostly one constant is
     # learned without looking at the frame.
     most_common_share: float = 0.5
     # Fail below: by how much a pair's own latent predicts its second frame better than another pair's, as a share of
     # the error. At 0 the latents say nothing about what happened; a teacher with random weights is there.
     reconstruction_gain: float = 0.05
-    # Fail below: mean R² of the true actions over that of a randomly initialised teacher, whose features tell something
-    # about motion, too.
-    probe_gain: float = 0.05
+    # Fail below: of what a teacher with random weights leaves to gain (its continuous latents tell something of the
+    # motion, too) the share that the labels gain, by R² of the true motion, mean over dimensions. The most that can be
+    # gained is the ceiling: what the displacement tells of the actions, or 1.
+    gained_share: float = 0.1
+    # A target tells teachers apart where there is more than this to gain, R².
+    least_to_gain: float = 0.1
     # Fail above: share of the latents' variance that a shift of the whole picture explains. Beyond it the teacher
     # encodes the camera first of all.
     camera_share: float = 0.5
@@ -54,57 +56,14 @@ class Thresholds:
     static_share: float = 0.5
     # Warn above: share of frames whose episode ends before the second frame of the pair.
     invalid_share: float = 0.3
-    # Warn below: R² of one action dimension. Small motions (gripper, rotation) are missed first.
-    probe_dimension: float = 0.05
+    # Warn below: the gained share of one dimension. Small motions (gripper, rotation) are missed first.
+    gained_dimension: float = 0.1
 
 
 THRESHOLDS = Thresholds()
 
 
 # --- measurements -----------------------------------------------------------------------------------------------------
-
-
-def code_usage(indices: Tensor, codebook_size: int) -> dict[str, Any]:  # [N, S]
-    """How many codes each slot uses, and how many sequences of codes there are."""
-    counts = torch.stack([torch.bincount(slot, minlength=codebook_size) for slot in indices.T])  # [S, C]
-    sequences, repeats = torch.unique(indices, dim=0, return_counts=True)
-    return {
-        "perplexity": perplexity(counts.double()).tolist(),
-        "used_codes": (counts > 0).sum(1).tolist(),
-        "counts": counts.tolist(),
-        "distinct_sequences": len(sequences),
-        "most_common_share": repeats.max().item() / len(indices),
-    }
-
-
-def out_of_fold(features: Tensor, targets: Tensor, episodes: Tensor) -> Tensor | None:
-    """Ridge predictions of `targets` [N, A] from `features` [N, F], each by a fit that saw nothing of its episode.
-
-    None with fewer than two episodes.
-    """
-    names = episodes.unique()
-    if len(names) < 2:
-        return None
-    fold_of = torch.randperm(len(names), generator=torch.Generator().manual_seed(0)) % FOLDS
-    fold = fold_of[torch.searchsorted(names, episodes)]
-    x, y = features.double(), targets.double()
-    x = (x - x.mean(0)) / x.std(0).clamp(min=1e-9)
-    predicted = torch.empty_like(y)
-    for held_out in fold.unique():
-        train, test = fold != held_out, fold == held_out
-        mean_x, mean_y = x[train].mean(0), y[train].mean(0)
-        centred = x[train] - mean_x
-        gram = centred.T @ centred + RIDGE * train.sum() * torch.eye(x.shape[1], dtype=x.dtype)
-        weights = torch.linalg.solve(gram, centred.T @ (y[train] - mean_y))
-        predicted[test] = (x[test] - mean_x) @ weights + mean_y
-    return predicted
-
-
-def r2(predicted: Tensor, targets: Tensor) -> list[float | None]:  # [N, A] -> A
-    """Share of each dimension's variance that is predicted; None for a dimension that does not vary."""
-    targets = targets.double()
-    error, total = (predicted - targets).square().sum(0), (targets - targets.mean(0)).square().sum(0)
-    return [1 - (e / t).item() if t > 1e-12 * len(targets) else None for e, t in zip(error, total)]
 
 
 def image_shift(first: Tensor, second: Tensor) -> Tensor:  # [B, 3, H, W] -> [B, 2]
@@ -170,6 +129,14 @@ STATIC_CHANGE = 2 / 255
 
 
 @dataclass
+class Target:
+    """What happened in each pair, as the recordings tell it (label_probe.py)."""
+
+    values: Tensor  # [N, A]; NaN where a dataset does not have it
+    dimensions: tuple[str, ...]  # their names
+
+
+@dataclass
 class Observations:
     """What was seen of N pairs; latents are of the kind that is to be learned, flattened."""
 
@@ -179,7 +146,7 @@ class Observations:
     random_latents: Tensor  # [N, S * D], of a randomly initialised teacher of the same shape
     change: Tensor  # [N], the largest change of a cell
     shift: Tensor  # [N, 2], of the whole picture
-    actions: Tensor  # [N, A], summed over the gap; NaN where a dataset has none
+    targets: dict[str, Target]  # what happened, by the name of what was recorded
     still_indices: Tensor  # [M, S], of (x, x)
     still_latents: Tensor  # [M, S * D]
     past_to_now: Tensor  # [L, S * D], where the episode has a frame a gap before
@@ -189,18 +156,48 @@ class Observations:
     copy_error: Tensor  # [M], of the first frame as a prediction
 
 
-def probe(latents: Tensor, actions: Tensor, episodes: Tensor) -> list[float | None] | None:
-    """R² of each action dimension from the latents, out of fold; None with fewer than two episodes of actions."""
-    known = ~actions.isnan().any(1)
-    measurable = known.any() and actions.shape[1]
-    predicted = out_of_fold(latents[known], actions[known], episodes[known]) if measurable else None
-    return None if predicted is None else r2(predicted, actions[known])
+def probe_targets(seen: Observations) -> dict[str, dict[str, Any]]:
+    """For each target the R² of its dimensions: from the labels, from a random teacher's continuous latents, from the
+    labels of other pairs, and from the displacement (`ceiling`, of the other targets, where there is one).
+    """
+    order = torch.randperm(len(seen.latents), generator=torch.Generator().manual_seed(0))
+    moved = seen.targets.get(DISPLACEMENT)
+    rows = {}
+    for name, target in seen.targets.items():
+        latents = probe(seen.latents, target.values, seen.episodes)
+        if latents is None:
+            continue
+        rows[name] = {
+            "dimensions": target.dimensions,
+            "latents": latents,
+            "random_teacher": probe(seen.random_latents, target.values, seen.episodes),
+            "shuffled": probe(seen.latents, target.values[order], seen.episodes),
+            "ceiling": None,
+        }
+        if moved and name != DISPLACEMENT:
+            both = ~moved.values.isnan().any(1)
+            rows[name]["ceiling"] = probe(moved.values[both], target.values[both], seen.episodes[both])
+        rows[name]["gained_share"] = gained_shares(rows[name])
+    return rows
+
+
+def gained_shares(row: dict[str, Any]) -> list[float | None]:
+    """By dimension: how much the labels gain on a random teacher, of what can be gained; None: too little to tell.
+
+    An R² below 0 tells as little as one of 0.
+    """
+    shares = []
+    ceiling = row["ceiling"] or [1.0] * len(row["latents"])
+    for values in zip(row["latents"], row["random_teacher"], ceiling):
+        own, random, most = (0.0 if value is None else max(0.0, value) for value in values)
+        is_told = None not in values and most - random > THRESHOLDS.least_to_gain
+        shares.append((own - random) / (most - random) if is_told else None)
+    return shares
 
 
 def measure(seen: Observations, codebook_size: int) -> dict[str, Any]:
     """All measurements, as JSON values; None is "not measured"."""
     still_sequence, _ = seen.still_indices.mode(dim=0)
-    shuffled = seen.actions[torch.randperm(len(seen.actions), generator=torch.Generator().manual_seed(0))]
     total = (seen.latents - seen.latents.mean(0)).square().sum(1).mean()
     still = (seen.still_latents - seen.still_latents.mean(0)).square().sum(1).mean()
     return {
@@ -214,11 +211,7 @@ def measure(seen: Observations, codebook_size: int) -> dict[str, Any]:
             "share_with_the_usual_sequence": (seen.still_indices == still_sequence).all(1).double().mean().item(),
             "moving_pairs_with_it": (seen.indices == still_sequence).all(1).double().mean().item(),
         },
-        "probe": {
-            "latents": probe(seen.latents, seen.actions, seen.episodes),
-            "random_teacher": probe(seen.random_latents, seen.actions, seen.episodes),
-            "shuffled_actions": probe(seen.latents, shuffled, seen.episodes),
-        },
+        "probe": probe_targets(seen),
         "leakage": centred_cosine(seen.past_to_now, seen.future_to_now),
         "camera_share": explained_share(shift_features(seen.shift), seen.latents, seen.episodes),
         "shifted_share": (seen.shift != 0).any(1).double().mean().item(),
@@ -245,6 +238,9 @@ def judge(found: dict[str, Any], kind: TeacherKind, limits: Thresholds = THRESHO
             f"collapsed: a slot effectively uses {mean_perplexity:.2f} codes (at least {limits.perplexity}); fine-tune "
             "from a healthy teacher, lower the learning rate or replace dead codes more often"
         )
+    constant = [slot for slot, value in enumerate(codes["perplexity"]) if value < limits.slot_perplexity]
+    if is_quantized and constant and len(constant) < len(codes["perplexity"]):
+        failures.append(f"slots {constant} of the latent action are constants: they use one code for nearly every pair")
     if is_quantized and codes["most_common_share"] > limits.most_common_share:
         failures.append(
             f"one code sequence is the label of {codes['most_common_share']:.0%} of the pairs (at most "
@@ -255,19 +251,9 @@ def judge(found: dict[str, Any], kind: TeacherKind, limits: Thresholds = THRESHO
             f"the latents tell nothing about the second frame: another pair's predict it as well (error lower by "
             f"{gain:.1%} with the pair's own, at least {limits.reconstruction_gain:.0%}), as with a random teacher"
         )
-    latents, random = found["probe"]["latents"], found["probe"]["random_teacher"]
-    if latents is not None:
-        pairs = [(a, b) for a, b in zip(latents, random) if a is not None]
-        probe_gain = float(np.mean([a - b for a, b in pairs])) if pairs else None
-        if probe_gain is not None and probe_gain < limits.probe_gain:
-            failures.append(
-                f"the latents tell no more about the true actions than those of a random teacher (mean R² "
-                f"{np.mean([a for a, _ in pairs]):.2f} against {np.mean([b for _, b in pairs]):.2f}): try another "
-                "--data.frame-gap-s (--gaps compares them), or train the teacher longer"
-            )
-        missed = [dim for dim, value in enumerate(latents) if value is not None and value < limits.probe_dimension]
-        if missed:
-            warnings.append(f"action dimensions {missed} are not in the latents (R² below {limits.probe_dimension})")
+    for name, row in found["probe"].items():
+        refused, warned = judge_probe(name, row, limits)
+        failures, warnings = failures + refused, warnings + warned
     if (share := found["camera_share"]) is not None and share > limits.camera_share:
         failures.append(
             f"camera motion: a shift of the whole picture explains {share:.0%} of the latents (at most "
@@ -285,6 +271,34 @@ def judge(found: dict[str, Any], kind: TeacherKind, limits: Thresholds = THRESHO
     if found["invalid_share"] > limits.invalid_share:
         warnings.append(f"{found['invalid_share']:.0%} of the frames have no pair within their episode: lower the gap")
     return failures, warnings
+
+
+def judge_probe(name: str, row: dict[str, Any], limits: Thresholds) -> tuple[list[str], list[str]]:
+    """Reasons to fail the labels, and warnings, that a target of the probe gives."""
+    shares = dict(zip(row["dimensions"], row["gained_share"]))
+    moving = [dim for dim, value in zip(row["dimensions"], row["latents"]) if value is not None]
+    if untold := [dim for dim in moving if shares[dim] is None]:
+        warnings = [
+            f"{name}: {', '.join(untold)} cannot be judged: the ceiling is hardly above a random teacher (less than "
+            f"{limits.least_to_gain} of R²)"
+        ]
+    else:
+        warnings = []
+    known = {dim: share for dim, share in shares.items() if share is not None}
+    mean = float(np.mean(list(known.values()))) if known else None
+    if mean is not None and mean < limits.gained_share:
+        failure = (
+            f"the latents tell hardly more about the {name} than a random teacher's: of what those leave to gain they "
+            f"gain {mean:.0%}, mean over {', '.join(known)} (at least {limits.gained_share:.0%}): train the teacher "
+            "longer, ground it (--grounding.roots), or try another --data.frame-gap-s (--gaps compares them)"
+        )
+        return [failure], warnings
+    if missed := [dim for dim, share in known.items() if share < limits.gained_dimension]:
+        warnings.append(
+            f"{name}: {', '.join(missed)} no better than with a random teacher (less than "
+            f"{limits.gained_dimension:.0%} of what there is to gain)"
+        )
+    return [], warnings
 
 
 @dataclass(frozen=True)
@@ -317,24 +331,21 @@ def read_verdict(path: Path) -> Verdict:
     return decode(Verdict, {name: value for name, value in report.items() if name in names}, str(path))
 
 
-def recorded_latents(
-    labels: Labels, report: Path | None, accept: bool, frame_gap_s: float, camera: str, pair_share: float
-) -> Latents:
+def with_health(latents: Latents, report: Path | None, accept: bool) -> Latents:
     """What an artifact records of the latent actions that a run learns, with the verdict of their health report.
 
     Raises ValueError for a report on other labels, or a failed verdict that was not accepted.
     """
-    latents = Latents(labels.teacher_id, labels.kind, frame_gap_s, camera, pair_share)
     if report is None:
         return latents
     verdict = read_verdict(report)
     refuse_differences(
         "--label-health is about other labels",
         [
-            ("teacher", labels.teacher_id, verdict.teacher_id),
-            ("--teacher-kind", labels.kind, verdict.teacher_kind),
-            ("--data.frame-gap-s", frame_gap_s, verdict.frame_gap_s),
-            ("label camera", camera, verdict.camera),
+            ("teacher", latents.teacher_id, verdict.teacher_id),
+            ("--teacher-kind", latents.teacher_kind, verdict.teacher_kind),
+            ("--data.frame-gap-s", latents.frame_gap_s, verdict.frame_gap_s),
+            ("label camera", latents.label_camera, verdict.camera),
         ],
         asked="this run",
         found=report.name,
@@ -353,27 +364,32 @@ def summary(found: dict[str, Any], verdict: Verdict, warnings: list[str]) -> str
     """The report for the terminal: figures in a table, then the verdict with its reasons."""
 
     def listed(values: list[float | None] | None) -> str:
-        return "not measured" if values is None else " ".join("  - " if v is None else f"{v:.2f}" for v in values)
+        return "not measured" if values is None else " ".join("    -" if v is None else f"{v:5.2f}" for v in values)
 
-    codes, probe, still = found["codes"], found["probe"], found["still_pairs"]["variance"]
-    rows = {
-        "pairs, episodes": f"{found['pairs']:,}, {found['episodes']:,}",
-        "codes effectively used, by slot": listed(codes["perplexity"]),
-        "code sequences; most common one": f"{codes['distinct_sequences']}; {codes['most_common_share']:.0%}",
-        "static pairs; frames without a pair": f"{found['static_share']:.1%}; {found['invalid_share']:.1%}",
-        "gain of the own latent in reconstruction": f"{found['reconstruction']['gain']:.1%}",
-        "R² of the true actions": listed(probe["latents"]),
-        "  random teacher": listed(probe["random_teacher"]),
-        "  shuffled actions": listed(probe["shuffled_actions"]),
-        **{f"  gap {gap} s": listed(values) for gap, values in found["probe_by_gap"].items()},
-        "past/future cosine": listed([found["leakage"]]),
-        "share explained by camera motion": listed([found["camera_share"]]),
-        "variance of still pairs": listed([still]),
-    }
-    lines = [f"{name:<42}{value}" for name, value in rows.items()]
+    codes = found["codes"]
+    rows = [
+        ("pairs, episodes", f"{found['pairs']:,}, {found['episodes']:,}"),
+        ("codes effectively used, by slot", listed(codes["perplexity"])),
+        ("code sequences; most common one", f"{codes['distinct_sequences']}; {codes['most_common_share']:.0%}"),
+        ("static pairs; frames without a pair", f"{found['static_share']:.1%}; {found['invalid_share']:.1%}"),
+        ("gain of the own latent in reconstruction", f"{found['reconstruction']['gain']:.1%}"),
+        ("past/future cosine", listed([found["leakage"]])),
+        ("share explained by camera motion", listed([found["camera_share"]])),
+        ("variance of still pairs", listed([found["still_pairs"]["variance"]])),
+    ]
+    for name, row in found["probe"].items():
+        rows += [
+            (f"R² of the {name}", " ".join(f"{dim:>5.5}" for dim in row["dimensions"])),
+            ("  from the labels", listed(row["latents"])),
+            ("  from a random teacher's continuous latents", listed(row["random_teacher"])),
+            ("  from the labels of other pairs", listed(row["shuffled"])),
+            ("  ceiling: from the displacement", listed(row["ceiling"])),
+            ("  gained, of what there is to gain", listed(row["gained_share"])),
+        ]
+        sweep = found["probe_by_gap"].items()
+        rows += [(f"  from the labels at a gap of {gap} s", listed(at[name])) for gap, at in sweep if name in at]
+    width = max(len(name) for name, _ in rows) + 2
+    lines = [f"{name:<{width}}{value}" for name, value in rows]
     lines += [f"warning: {text}" for text in warnings]
     lines += [f"label health: {verdict.verdict.upper()}", *(f"  {reason}" for reason in verdict.reasons)]
     return "\n".join(lines)
-
-
-# --- pictures ---------------------------------------------------------------------------------------------------------

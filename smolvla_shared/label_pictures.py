@@ -1,6 +1,7 @@
 """The pictures of a health report: codes.png, probe.png and transfer.png."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -28,22 +29,26 @@ def draw_usage(path: Path, counts: list[list[int]]) -> None:  # [S][C]
     _save(figure, path)
 
 
-def draw_probe(path: Path, probes: dict[str, list[float | None]], sweep: dict[float, list[float | None]]) -> None:
-    """R² of each action dimension, beside its controls and, where it was asked for, over frame gaps."""
-    figure, axes = _figure(1, 2 if sweep else 1, 5, 3)
-    width = 0.8 / len(probes)
-    for place, (name, values) in enumerate(probes.items()):
-        heights = [0.0 if value is None else value for value in values]
-        axes[0][0].bar(np.arange(len(heights)) + width * place, heights, width, label=name.replace("_", " "))
-    axes[0][0].set(xlabel="action dimension", ylabel="R² out of fold", xticks=range(len(values)), ylim=(None, 1))
-    axes[0][0].axhline(0, color="black", linewidth=0.5)
-    axes[0][0].legend(fontsize=7)
-    for dimension in range(len(values) if sweep else 0):
-        line = [by_gap[dimension] for by_gap in sweep.values()]
-        axes[0][1].plot(list(sweep), [np.nan if v is None else v for v in line], marker="o", label=str(dimension))
-    if sweep:
-        axes[0][1].set(xlabel="frame gap, s", ylim=(None, 1), title="by frame gap")
-        axes[0][1].legend(fontsize=7, title="dimension")
+def draw_probe(path: Path, probes: dict[str, dict[str, Any]], sweep: dict[float, dict[str, list]]) -> None:
+    """A row for each target: R² of its dimensions beside its controls and, where it was asked for, over frame gaps."""
+    figure, axes = _figure(len(probes), 2 if sweep else 1, 5, 3)
+    for (bars, *lines), (name, row) in zip(axes, probes.items()):
+        dimensions = row["dimensions"]
+        shown = {key: row[key] for key in ("ceiling", "latents", "random_teacher", "shuffled") if row[key]}
+        width = 0.8 / len(shown)
+        for place, (key, values) in enumerate(shown.items()):
+            heights = [0.0 if value is None else value for value in values]
+            bars.bar(np.arange(len(heights)) + width * place, heights, width, label=key.replace("_", " "))
+        bars.set(title=name, ylabel="R² out of fold", ylim=(None, 1))
+        bars.set_xticks(range(len(dimensions)), dimensions)
+        bars.axhline(0, color="black", linewidth=0.5)
+        bars.legend(fontsize=7)
+        for axis in lines:
+            for place, dimension in enumerate(dimensions):
+                line = [by_target[name][place] for by_target in sweep.values()]
+                axis.plot(list(sweep), [np.nan if v is None else v for v in line], marker="o", label=dimension)
+            axis.set(xlabel="frame gap, s", ylim=(None, 1), title="by frame gap")
+            axis.legend(fontsize=7)
     _save(figure, path)
 
 

@@ -1,15 +1,18 @@
 """Where latent targets come from, behind one interface: the teacher in every step, or a label cache."""
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from smolvla_shared import data, data_loader, data_order
 from smolvla_shared.batch import Labels, RawBatch, to_device
-from smolvla_shared.config import LATENT, StageOptions, TeacherKind
-from smolvla_shared.label_cache import CachedLabels, label_stores
+from smolvla_shared.cache import dataset_directories
+from smolvla_shared.config import LATENT, DataConfig, StageOptions, TeacherKind
+from smolvla_shared.label_cache import CachedLabels, cached_key, label_stores
 from smolvla_shared.laq import LAQ, LatentActions
-from smolvla_shared.laq_files import load_laq, teacher_id
+from smolvla_shared.laq_files import load_laq, teacher_id, teachers_pairs
 from smolvla_shared.preprocess import Statistics, unit_range
 
 
@@ -32,6 +35,20 @@ class OnlineLabels:
     @torch.no_grad()
     def __call__(self, raw: RawBatch) -> Tensor:  # [B, S, D]
         return self.choose(self.laq.encode(unit_range(raw.pairs)))
+
+
+def labels_pairs[Data: DataConfig](config: StageOptions, data: Data) -> Data:
+    """The data options with the frame gap and label camera of the labels that the options name, where none are stated.
+
+    Raises ValueError where others are stated than the teacher's (laq_files.teachers_pairs) or, in a cache, the labels'.
+    """
+    if config.laq_ckpt:
+        return teachers_pairs(config.laq_ckpt, data, config.accept_other_pairs)
+    if config.labels == "online":  # no labels: Stage 3 without co-training
+        return data
+    key = cached_key(dataset_directories(config.label_cache, [*data.repo_ids, *map(str, data.roots)])[0])
+    own = {"frame_gap_s": key["frame_gap_s"], "label_camera": key["camera"]}
+    return replace(data, **{name: value for name, value in own.items() if getattr(data, name) is None})
 
 
 def open_labels(config: StageOptions, datasets: list[data.RobotDataset], camera: str) -> Labels:

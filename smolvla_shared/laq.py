@@ -31,6 +31,14 @@ SECOND_CONV = {
     64: None,
     256: None,
 }
+# Added to the error of repeating the first frame where a loss is divided by it: pairs that change less count less, and
+# what video compression leaves of a still pair hardly counts.
+STILL_ERROR = 1e-3
+# The embedding sees changes of a frame this many times enlarged: most are a few percent of the range.
+CHANGE_SCALE = 4.0
+
+# Pairs whose latents are kept for placing codes by.
+RECENT_PAIRS = 512
 
 
 def slots_of_grid(code_seq_len: int, grid: int) -> int:
@@ -67,6 +75,11 @@ class LAQConfig:
     heads: int = 16
     # S, codes of a latent action: 1, 2, 4, 16, 64 or 256. The latent vector has S * quant_dim dimensions.
     code_seq_len: int = 4
+    # The decoder predicts what changes, first frame + output, instead of the second frame; and the loss of a pair is
+    # divided by the error of repeating its first frame. LAPA's teachers do neither.
+    predicts_change: bool = False
+    # The embedding of a frame also sees its difference to the first one.
+    sees_change: bool = False
 
     def __post_init__(self):
         if self.code_seq_len not in SECOND_CONV:
@@ -109,11 +122,13 @@ class PairBatch:
     frames: Tensor  # [B, 2, 3, H, W] uint8, or float in [0, 1]
     mask: Tensor  # [B] bool: False where the episode ends before the second frame
     noise: Tensor  # [B, S, D] float32, standard normal: the model draws nothing itself
+    actions: Tensor | None = None  # [B, A] float32, standardised; NaN for a pair without. Only with a grounding head
 
     @property
     def masks(self) -> dict[str, Tensor]:
         """Which pairs count in each loss, [B]."""
-        return {"reconstruction": self.mask}
+        masks = {"reconstruction": self.mask}
+        return masks if self.actions is None else masks | {"grounding": self.mask & ~self.actions.isnan().any(1)}
 
     def __len__(self) -> int:
         return len(self.frames)
@@ -133,15 +148,26 @@ class LAQ(nn.Module):
             nn.Linear(pixels, config.dim),
             nn.LayerNorm(config.dim),
         )
+        if config.sees_change:
+            self.to_change_emb = nn.Sequential(Patchify(config.patch_size), nn.Linear(pixels, config.dim, bias=False))
         self.enc_spatial_transformer = Transformer(config, config.spatial_depth)
         self.enc_temporal_transformer = Transformer(config, config.temporal_depth)
         self.vq = NSVQ(config)
         self.dec_spatial_transformer = Transformer(config, config.spatial_depth, cross_attention=True)
         self.to_pixels_first_frame = nn.Sequential(nn.Linear(config.dim, pixels), Unpatchify(config.patch_size))
+        if config.predicts_change:  # a fresh teacher starts at the error of repeating the first frame
+            nn.init.zeros_(self.to_pixels_first_frame[0].weight)
+            nn.init.zeros_(self.to_pixels_first_frame[0].bias)
+
+    def ground(self, action_dim: int) -> None:
+        """Add a head that reads actions of `action_dim` dimensions from a latent, linearly. Private: it trains the
+        latents, and is part of training checkpoints only.
+        """
+        self._grounding = nn.Linear(self.config.latent_vector_dim, action_dim)
 
     def encode(self, frames: Tensor) -> LatentActions:  # [B, 2, 3, H, W]
         """Latent actions of frame pairs: float, in [0, 1], of any size."""
-        tokens = self.to_patch_emb_first_frame(self.resize(frames))
+        tokens = self._embed(self.resize(frames))
         latent = self._latent(tokens, self._position_bias())
         indices = self.vq.nearest(latent)
         return LatentActions(indices, self.vq.codebooks[indices], latent)
@@ -154,28 +180,45 @@ class LAQ(nn.Module):
         """
         if latents is None:
             latents = self.encode(frames).vectors
-        tokens = self.to_patch_emb_first_frame(self.resize(frames[:, :1]))
-        return self._decode(tokens, latents, self._position_bias())
+        first = self.resize(frames[:, :1])
+        return self._decode(self._embed(first), latents, self._position_bias(), first)
 
     def forward(self, batch: PairBatch) -> dict[str, Tensor]:
-        """Mean squared pixel error of each pair, `{"reconstruction": [B]}`; the caller masks and averages.
+        """Errors of each pair, [B]; the caller masks and averages. The only training entry.
 
-        The only training entry. In training mode it also adds the valid pairs' codes to `vq._usage`.
+        reconstruction: mean squared pixel error of the second frame; where the decoder predicts the change, divided by
+                        that of repeating the first frame
+        grounding:      mean squared error of the actions that the head reads from the latent, if the batch has actions
+
+        In training mode it also notes the valid pairs' codes and latents (NSVQ.note).
         """
         frames = self.resize(unit_range(batch.frames))
         bias = self._position_bias()
-        tokens = self.to_patch_emb_first_frame(frames)  # [B, 2, h, w, E]
+        tokens = self._embed(frames)  # [B, 2, h, w, E]
         latent = self._latent(tokens, bias)
         indices = self.vq.nearest(latent)
         if self.training:
-            self.vq.count(indices, batch.mask)
+            self.vq.note(latent, indices, batch.mask)
+        vectors = self.vq.substitute(latent, indices, batch.noise)
         # As in LAPA the decoder does not train the embedding: the motion must come through the codes.
-        predicted = self._decode(tokens[:, :1].detach(), self.vq.substitute(latent, indices, batch.noise), bias)
-        return {"reconstruction": (predicted.float() - frames[:, 1]).square().mean(dim=(1, 2, 3))}
+        predicted = self._decode(tokens[:, :1].detach(), vectors, bias, frames[:, :1])
+        errors = {"reconstruction": pixel_error(predicted.float(), frames[:, 1])}
+        if self.config.predicts_change:
+            errors["reconstruction"] /= pixel_error(frames[:, 0], frames[:, 1]) + STILL_ERROR
+        if batch.actions is not None:
+            error = self._grounding(vectors.flatten(1)) - batch.actions.nan_to_num()
+            errors["grounding"] = error.square().mean(1)
+        return errors
 
     def resize(self, frames: Tensor) -> Tensor:  # [B, F, 3, H, W]
         """Frames of the size that the model sees, [B, F, 3, image_size, image_size]."""
         return stretch(frames, self.config.image_size)
+
+    def _embed(self, frames: Tensor) -> Tensor:  # [B, F, 3, image_size, image_size] -> [B, F, h, w, E]
+        tokens = self.to_patch_emb_first_frame(frames)
+        if self.config.sees_change:
+            tokens = tokens + self.to_change_emb(CHANGE_SCALE * (frames - frames[:, :1]))
+        return tokens
 
     def _position_bias(self) -> Tensor:  # [M, h * w, h * w]
         return self.spatial_rel_pos_bias(self.config.grid)
@@ -190,12 +233,18 @@ class LAQ(nn.Module):
         tokens = tokens.view(batch, h, w, 2, -1).permute(0, 3, 1, 2, 4)  # [B, 2, h, w, E]
         return self.vq.latents(tokens)
 
-    def _decode(self, tokens: Tensor, vectors: Tensor, bias: Tensor) -> Tensor:  # [B, 1, h, w, E], [B, S, D]
+    def _decode(self, tokens: Tensor, vectors: Tensor, bias: Tensor, first: Tensor) -> Tensor:
+        # [B, 1, h, w, E], [B, S, D], [M, h * w, h * w], [B, 1, 3, H, W] -> [B, 3, H, W]
         shape = tokens.shape[:-1]
         tokens = self.dec_spatial_transformer(
             tokens.flatten(1, 3), shape, bias=bias, context=self.vq.project_codes(vectors)
         )
-        return self.to_pixels_first_frame(tokens.view(*shape, -1))[:, 0]  # [B, 3, H, W]
+        pixels = self.to_pixels_first_frame(tokens.view(*shape, -1))
+        return (first + pixels if self.config.predicts_change else pixels)[:, 0]
+
+
+def pixel_error(one: Tensor, other: Tensor) -> Tensor:  # [B, 3, H, W] -> [B]
+    return (one - other).square().mean(dim=(1, 2, 3))
 
 
 class NSVQ(nn.Module):
@@ -211,9 +260,11 @@ class NSVQ(nn.Module):
             for kernel, stride, padding in filter(None, (FIRST_CONV, SECOND_CONV[config.code_seq_len]))
         ]
         self.cnn_encoder = nn.Sequential(convs[0]) if len(convs) == 1 else nn.Sequential(convs[0], nn.ReLU(), convs[1])
-        # Codes of the valid training pairs of all processes, since the trainer last cleared them. Private: part of
-        # training checkpoints, so that a resume replaces the same dead codes, but not of published weights.
+        # What codes are placed by (place_codes), of the valid training pairs of all processes: the uses of each code
+        # since the trainer last cleared them, and the newest latents (NaN: none yet). Private: part of training
+        # checkpoints, so that a resume places the same codes, but not of published weights.
         self.register_buffer("_usage", torch.zeros(config.code_seq_len, config.codebook_size, dtype=torch.int64))
+        self.register_buffer("_recent", torch.full((RECENT_PAIRS, config.code_seq_len, config.quant_dim), torch.nan))
 
     def latents(self, tokens: Tensor) -> Tensor:  # [B, 2, h, w, E] -> [B, S, D]
         grid = self.project_in(tokens).flatten(0, 1).permute(0, 3, 1, 2)  # [B * 2, D, h, w]
@@ -239,40 +290,22 @@ class NSVQ(nn.Module):
         return self.project_out(vectors.reshape(batch, width, slots).transpose(1, 2))
 
     @torch.no_grad()
-    def count(self, indices: Tensor, mask: Tensor) -> None:  # [B, S], [B]
+    def note(self, latent: Tensor, indices: Tensor, mask: Tensor) -> None:  # [B, S, D], [B, S], [B]
+        """Count the uses of the codes, and keep the latents."""
         counts = (F.one_hot(indices, len(self.codebooks)) * mask[:, None, None]).sum(0)  # [S, C]
-        # Summed here, so that every process holds the same counts: replacing by one process's own is what makes runs
-        # on many devices collapse where a run on one does not.
+        latent = latent.masked_fill(~mask[:, None, None], torch.nan)
+        # Shared here, so that every process holds the same: placing codes by one process's own pairs is what makes
+        # runs on many devices collapse where a run on one does not.
         if torch.distributed.is_initialized():
             torch.distributed.all_reduce(counts)
+            parts = [torch.empty_like(latent) for _ in range(torch.distributed.get_world_size())]
+            torch.distributed.all_gather(parts, latent.contiguous())
+            latent = torch.cat(parts)
         self._usage += counts
+        self._recent.copy_(torch.cat([self._recent, latent])[-RECENT_PAIRS:])
 
-
-def perplexity(counts: Tensor) -> Tensor:  # [S, C] -> [S]
-    """Effective number of codes that each slot uses, exp(entropy): 1 is collapse, C is uniform; 1 without counts."""
-    share = counts / counts.sum(-1, keepdim=True).clamp(min=1)
-    return torch.special.entr(share).sum(-1).exp()
-
-
-@torch.no_grad()
-def replace_dead_codes(laq: LAQ, counts: Tensor, threshold: float, generator: torch.Generator) -> int:
-    """Put dead codes beside living ones, so that they get latents of their own; how many were replaced.
-
-    A code is dead when it was used less than `threshold` times as often as the average code. It becomes a living code,
-    drawn in proportion to use, plus noise of 1% of that code's length. Living codes stay as they are. Processes
-    that agree on the arguments agree on the result: the draws come from the CPU `generator`.
-
-    counts: [S, C] or [C], uses of each code, over all processes
-    """
-    codebook = laq.vq.codebooks
-    counts = counts.detach().cpu().float().reshape(-1, len(codebook)).sum(0)  # the slots share the codebook
-    dead = counts < threshold * counts.mean()
-    if not dead.any():
-        return 0
-    weights = counts.masked_fill(dead, 0)
-    source = torch.multinomial(weights, int(dead.sum()), replacement=True, generator=generator)
-    noise = torch.randn(len(source), codebook.shape[1], generator=generator).to(codebook.device)
-    living = codebook[source.to(codebook.device)]
-    scale = 0.01 * living.norm(dim=-1, keepdim=True) / codebook.shape[1] ** 0.5
-    codebook[dead.to(codebook.device)] = living + scale * noise
-    return len(source)
+    @property
+    def recent(self) -> Tensor:  # [N, D]
+        """The newest latents of all slots, which share the codebook; on the CPU."""
+        latents = self._recent.flatten(0, 1).cpu()
+        return latents[~latents.isnan().any(1)]

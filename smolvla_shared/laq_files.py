@@ -2,7 +2,7 @@
 
 import json
 import re
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from smolvla_shared.config import DataConfig
 from smolvla_shared.files import (
     check_weights,
     file_sha256,
@@ -20,6 +21,7 @@ from smolvla_shared.files import (
     write_weights,
 )
 from smolvla_shared.laq import LAQ, SECOND_CONV, LAQConfig, slots_of_grid
+from smolvla_shared.refusals import refuse_differences
 
 SCHEMA = "smolvla_shared.laq.v1"
 
@@ -48,6 +50,42 @@ def save_laq(laq: LAQ, path: Path, extra: dict[str, Any] | None = None) -> None:
         "source": extra or {},
     }
     write_text(path.with_suffix(".json"), json.dumps(manifest, indent=2) + "\n")
+
+
+def teachers_source(path: Path) -> dict[str, Any]:
+    """What the file beside a teacher says of its training; nothing for LAPA's."""
+    manifest = Path(path).with_suffix(".json")
+    is_ours = Path(path).suffix == ".safetensors" and manifest.is_file()  # if it is missing, load_laq says so
+    return json.loads(manifest.read_text()).get("source", {}) if is_ours else {}
+
+
+def teachers_pairs[Data: DataConfig](path: Path, data: Data, accept_other: bool = False) -> Data:
+    """The data options with the frame gap and label camera that a teacher was trained on, where none are stated.
+
+    LAPA's files have neither recorded. Raises ValueError where others are stated, unless they are accepted.
+    """
+    source = teachers_source(path)
+    return with_pairs(data, source.get("frame_gap_s"), source.get("label_camera"), str(path), accept_other)
+
+
+def with_pairs[Data: DataConfig](
+    data: Data, frame_gap_s: float | None, label_camera: str | None, whose: str, accept_other: bool
+) -> Data:
+    """The data options with this frame gap and label camera, where none are stated; others are refused."""
+    stated = {"frame_gap_s": data.frame_gap_s, "label_camera": data.label_camera}
+    own = {"frame_gap_s": frame_gap_s, "label_camera": label_camera}
+    if not accept_other:
+        refuse_differences(
+            f"{whose} was trained on other pairs",
+            [
+                (f"--data.{name.replace('_', '-')}", stated[name], own[name])
+                for name in own
+                if None not in (stated[name], own[name])
+            ],
+            found="teacher",
+            fix="Leave these options out, or pass --accept-other-pairs",
+        )
+    return replace(data, **{name: own[name] if stated[name] is None else stated[name] for name in own})
 
 
 def load_laq(path: Path, code_seq_len: int | None = None, image_size: int | None = None) -> LAQ:
@@ -81,9 +119,20 @@ def load_laq(path: Path, code_seq_len: int | None = None, image_size: int | None
     with torch.device("meta"):
         laq = LAQ(config)
     check_weights(str(path), expected=public_state(laq.state_dict()), found=state)
-    state["vq._usage"] = torch.zeros(laq.vq._usage.shape, dtype=torch.int64)
-    laq.load_state_dict(state, assign=True)
-    return laq.requires_grad_(False).eval()
+    return assemble_laq(config, state).requires_grad_(False).eval()
+
+
+def assemble_laq(config: LAQConfig, state: dict[str, Tensor]) -> LAQ:
+    """A LAQ of these weights, without a copy of them; what is private of a LAQ is as in a fresh one."""
+    with torch.device("meta"):
+        laq = LAQ(config)
+    shapes = {key: tensor for key, tensor in laq.state_dict().items() if key not in public_state(state)}
+    private = {
+        key: torch.full(like.shape, torch.nan if like.is_floating_point() else 0, dtype=like.dtype)
+        for key, like in shapes.items()
+    }
+    laq.load_state_dict(public_state(state) | private, assign=True)
+    return laq
 
 
 def read_config(path: Path) -> LAQConfig:

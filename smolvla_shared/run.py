@@ -32,6 +32,7 @@ from torch.utils.data import DataLoader
 
 from smolvla_shared.batch import RawBatch, to_device
 from smolvla_shared.config import RunConfig
+from smolvla_shared.data import RobotDataset
 from smolvla_shared.run_checkpoint import (
     FULL_STATE,
     Export,
@@ -257,12 +258,12 @@ def versions() -> dict[str, str]:
     return {name: metadata.version(name) for name in ("torch", "transformers", "lerobot", "accelerate", "numpy")}
 
 
-def origin(config: RunConfig, step: int, datasets: list[str]) -> dict[str, Any]:
+def origin(config: RunConfig, step: int, datasets: list[RobotDataset]) -> dict[str, Any]:
     """Where published weights are from, for the JSON file beside them."""
     return {
         "run": config.run_dir.name,
         "global_step": step,
-        "datasets": tuple(datasets),
+        "datasets": tuple(dataset.name for dataset in datasets),
         "weights": config.published_weights,
         "versions": versions(),
     }

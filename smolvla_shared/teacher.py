@@ -7,7 +7,7 @@ python -m smolvla_shared.teacher check --laq-ckpt laq.safetensors --data.roots m
 
 import sys
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -18,43 +18,74 @@ from tqdm import tqdm
 
 from smolvla_shared import data, data_loader, data_order
 from smolvla_shared.batch import RawBatch
-from smolvla_shared.config import RunConfig
+from smolvla_shared.config import OptimConfig, RunConfig
+from smolvla_shared.grounding import Grounding, GroundingConfig
 from smolvla_shared.label_cache import LabelConfig, label
 from smolvla_shared.label_check import CheckConfig, check
-from smolvla_shared.laq import LAQ, LAQConfig, PairBatch, perplexity, replace_dead_codes
-from smolvla_shared.laq_files import load_laq, save_laq
+from smolvla_shared.laq import LAQ, LAQConfig, PairBatch
+from smolvla_shared.laq_codebook import dead_codes, perplexity, place_codes
+from smolvla_shared.laq_files import assemble_laq, load_laq, save_laq, teachers_pairs
 from smolvla_shared.losses import masked_mean, valid_tokens
 from smolvla_shared.preprocess import unit_range
 from smolvla_shared.refusals import refuse_differences
 
 TEACHER_FILE = "laq.safetensors"
 NOISE = "nsvq"  # the key of the quantiser's noise in a RawBatch
+# The shape of a fresh teacher. It sees the change in every patch, so it needs no temporal layers.
+FRESH = LAQConfig(
+    dim=64,
+    quant_dim=16,
+    image_size=64,
+    patch_size=8,
+    spatial_depth=1,
+    temporal_depth=0,
+    dim_head=16,
+    heads=4,
+    predicts_change=True,
+    sees_change=True,
+)
+
+
+@dataclass(frozen=True)
+class TeacherOptim(OptimConfig):
+    # Peak learning rate of AdamW. Default: 3e-3 at a width (--laq.dim) of 64, the less the wider, 2e-4 at LAPA's 1024.
+    lr: float | None = None
+    # Steps of linear warm-up from 0.
+    warmup_steps: int = 50
+
+    def of_width(self, dim: int) -> "TeacherOptim":
+        """With a learning rate, where none is stated."""
+        return self if self.lr else replace(self, lr=3e-3 * 64 / dim)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherConfig(RunConfig):
     """Train a LAQ teacher on video: it learns codes that tell a frame from an earlier one. Needs no actions."""
 
-    # The defaults are the shape of LAPA's released teacher.
-    laq: LAQConfig = field(default_factory=LAQConfig)
+    # The defaults suit hours of video and a CPU or a small GPU; LAPA's released teacher is LAQConfig's own shape.
+    laq: LAQConfig = FRESH
     # A LAQ to fine-tune, ours or LAPA's, instead of fresh weights: the stable way where video is scarce. It brings its
     # shape; of a LAPA file only --laq.code-seq-len and --laq.image-size are not in it.
     init_from: Path | None = None
+    # AdamW with linear warm-up and a cosine schedule.
+    optim: TeacherOptim = field(default_factory=TeacherOptim)
+    # A few labelled episodes to learn from beside the video.
+    grounding: GroundingConfig = field(default_factory=GroundingConfig)
     # Steps between replacements of dead codes; their uses are counted over all processes.
-    replace_every: int = 100
+    replace_every: int = 20
     # A code is dead when it was used less than this share of the average.
-    dead_below: float = 0.05
+    dead_below: float = 0.1
     # No replacement in the last share of the run, so that the codes settle.
     settle_share: float = 0.2
     # Warn when the slots effectively use fewer codes than this on average, three times in a row.
     collapse_below: float = 1.5
 
 
-def start_laq(config: TeacherConfig) -> LAQ:
-    """A fresh LAQ, or the one to fine-tune. Raises ValueError where --laq.* contradicts its shape."""
+def given_laq(config: TeacherConfig) -> LAQ | None:
+    """The LAQ to fine-tune, if there is one. Raises ValueError where --laq.* contradicts its shape."""
     if config.init_from is None:
-        return LAQ(config.laq)
-    default = asdict(LAQConfig())
+        return None
+    default = asdict(FRESH)
     stated = {name: value for name, value in asdict(config.laq).items() if value != default[name]}
     given = load_laq(config.init_from, stated.get("code_seq_len"), stated.get("image_size"))
     shape = asdict(given.config)
@@ -63,8 +94,14 @@ def start_laq(config: TeacherConfig) -> LAQ:
         [(name, value, shape[name]) for name, value in stated.items()],
         found="file",
     )
-    laq = LAQ(given.config)
-    laq.load_state_dict(given.state_dict())
+    return given
+
+
+def start_laq(config: TeacherConfig, given: LAQ | None) -> LAQ:
+    """A fresh LAQ, or a trainable copy of the one to fine-tune."""
+    laq = LAQ(given.config if given else config.laq)
+    if given:
+        laq.load_state_dict(given.state_dict())
     return laq
 
 
@@ -84,7 +121,9 @@ def reconstruction_errors(laq: LAQ, batches: Iterable[RawBatch], accelerator: Ac
 
 
 class CodebookKeeper:
-    """Replaces dead codes every `replace_every` steps, reports how the codes are used, and warns of a collapse."""
+    """Places the codes: all of a fresh teacher by the latents of its first batch, dead ones every `replace_every` steps
+    by the newest latents. Reports how the codes are used, and warns of a collapse.
+    """
 
     def __init__(self, laq: LAQ, config: TeacherConfig):
         self.laq, self.config = laq, config
@@ -93,14 +132,20 @@ class CodebookKeeper:
     def after_step(self, step: int) -> dict[str, float]:
         """What there is to log after this step."""
         config, vq = self.config, self.laq.vq
+        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
+        if step == 1 and config.init_from is None:
+            # Random codes are far longer than latents, which are a difference of two frames much alike: all latents
+            # would have the same code, and the decoder would see mostly noise.
+            place_codes(self.laq, torch.ones(len(vq.codebooks), dtype=torch.bool), generator)
         if step % config.replace_every:
             return {}
         usage = vq._usage.clone()
         vq._usage.zero_()
         replaced = 0
         if step <= (1 - config.settle_share) * config.steps:
-            generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
-            replaced = replace_dead_codes(self.laq, usage, config.dead_below, generator)
+            dead = dead_codes(usage, config.dead_below)
+            replaced = int(dead.sum())
+            place_codes(self.laq, dead, generator)
         per_slot = perplexity(usage.float())
         self.collapsed = self.collapsed + 1 if per_slot.mean() < config.collapse_below else 0
         if self.collapsed == 3:
@@ -117,25 +162,40 @@ class CodebookKeeper:
         }
 
 
+def open_recordings(config: TeacherConfig) -> tuple[list[data.RobotDataset], int, str]:
+    """The video's datasets, then the grounding's; how many are the video's; the label camera, which all must have."""
+    options = teachers_pairs(config.init_from, config.data, accept_other=True) if config.init_from else config.data
+    video, labelled = data.open_datasets(options), config.grounding.data_options(options)
+    datasets = video + (data.open_datasets(labelled) if labelled else [])
+    _, label_camera = data.choose_cameras(datasets, options)
+    return datasets, len(video), label_camera
+
+
 def train_teacher(config: TeacherConfig) -> None:
     from smolvla_shared.run import Run, origin, start_run
 
     # What a user can get wrong is refused here, before Run makes the run directory.
+    given = given_laq(config)
+    config = replace(config, optim=config.optim.of_width((given.config if given else config.laq).dim))
     accelerator, resume_from = start_run(config)
     if accelerator.is_fsdp2:
         raise ValueError("a teacher fits every GPU and is not sharded: use configs/accelerate/ddp_8gpu.yaml")
-    datasets = data.open_datasets(config.data)
-    _, label_camera = data.choose_cameras(datasets, config.data)
-    training, held_out = data_order.split_datasets(datasets, config.val_fraction, config.seed)
+    datasets, num_videos, label_camera = open_recordings(config)
+    training, held_out = data_order.split_datasets(datasets[:num_videos], config.val_fraction, config.seed)
     pair_share = data.valid_pair_share(datasets, training)
-    laq = start_laq(config)
-    groups = data_order.group_rows(training), data_order.group_rows(held_out)
+    laq = start_laq(config, given)
+    grounding = None
+    groups = data_order.group_rows(training)
+    if datasets[num_videos:]:
+        grounding = Grounding(datasets[num_videos:], num_videos, config.grounding, config.val_fraction, config.seed)
+        laq.ground(grounding.action_dim)
+        groups = data_order.mix(grounding.rows, training, video_share=1 - config.grounding.share)
     accelerator.print(
         f"{data.describe(datasets, with_pairs=True)}\n"
         f"LAQ {f'from {config.init_from}' if config.init_from else 'with fresh weights'}: "
         f"{sum(p.numel() for p in laq.parameters()):,} parameters; a latent action is {laq.config.code_seq_len} codes "
-        f"out of {laq.config.codebook_size}; {data_order.plan(groups[0], config)}; pairs of {label_camera}, "
-        f"{pair_share:.1%} of the frames have one"
+        f"out of {laq.config.codebook_size}; {data_order.plan(groups, config)}; pairs of {label_camera}, "
+        f"{pair_share:.1%} of the frames have one" + (f"; {grounding}" if grounding else "")
     )
     spec = data_loader.SampleSpec(
         cameras=(),
@@ -143,27 +203,28 @@ def train_teacher(config: TeacherConfig) -> None:
         pair_size=laq.config.image_size,
         draws={NOISE: (laq.config.code_seq_len, laq.config.quant_dim)},
     )
-    loaders = data_loader.make_loaders(datasets, *groups, spec, config, accelerator)
+    loaders = data_loader.make_loaders(datasets, groups, data_order.group_rows(held_out), spec, config, accelerator)
     keeper = CodebookKeeper(laq, config)
+    weight = {"reconstruction": 1.0, "grounding": config.grounding.weight}
 
     def export(directory: Path, weights: dict[str, Tensor], step: int) -> None:
         directory.mkdir(parents=True)
-        with torch.device("meta"):
-            published = LAQ(laq.config)
-        published.load_state_dict(weights, assign=True)
-        source = origin(config, step, [dataset.name for dataset in datasets])
-        source |= {"frame_gap_s": config.data.frame_gap_s, "label_camera": label_camera}
-        save_laq(published, directory / TEACHER_FILE, extra=source)
+        source = origin(config, step, datasets[:num_videos])
+        source |= {"frame_gap_s": datasets[0].frame_gap_s, "label_camera": label_camera}
+        source |= {"grounding": grounding.source if grounding else None}
+        save_laq(assemble_laq(laq.config, weights), directory / TEACHER_FILE, extra=source)
 
     with Run(config, accelerator, laq, resume_from, export) as run:
         for raws in run.steps(loaders.train):
-            batches = [PairBatch(raw.pairs, raw.pair_mask, raw.noise[NOISE][:, 0]) for raw in raws]
+            actions = [grounding(raw) if grounding else None for raw in raws]  # [B, A] of the labelled pairs
+            batches = [PairBatch(r.pairs, r.pair_mask, r.noise[NOISE][:, 0], a) for r, a in zip(raws, actions)]
             counts = valid_tokens(batches, accelerator)
             run.mark("preprocess")
             for batch in run.passes(batches):
-                errors = run.core(batch)  # {"reconstruction": [B]}: squared pixel error of each pair
+                # {"reconstruction": [B]}: pixel error of each pair; {"grounding": [B]}: of its actions
+                errors = run.core(batch)
                 parts = {name: masked_mean(errors[name], batch.masks[name], counts[name]) for name in errors}
-                run.backward(sum(parts.values()))
+                run.backward(sum(weight[name] * part for name, part in parts.items()))
                 run.record(parts, errors, batch.masks)
             run.update()
             run.log(keeper.after_step(run.step))

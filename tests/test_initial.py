@@ -327,10 +327,10 @@ def test_the_artifact_names_cameras_and_label_camera_where_the_user_does_not(tmp
     initial = open_from(save(tmp_path, core, replace(LATENTS, label_camera=CAMERAS[1])))
     options = PolicyDataConfig(repo_ids=("a",), random_shift=0.1)
     with_latents = initial.data_options(options, with_latents=True)
-    assert with_latents == replace(options, cameras=CAMERAS, label_camera=CAMERAS[1])
+    assert with_latents == replace(options, cameras=CAMERAS, label_camera=CAMERAS[1], frame_gap_s=0.5)
     # Without co-training no pairs are read, so a dataset need not have the label camera.
     assert initial.data_options(options, with_latents=False) == replace(options, cameras=CAMERAS)
-    stated = replace(options, cameras=("front",), label_camera="front")
+    stated = replace(options, cameras=("front",), label_camera="front", frame_gap_s=0.25)
     assert initial.data_options(stated, with_latents=True) == stated
 
 

@@ -2,18 +2,21 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
-from smolvla_shared import data, label_health
+from smolvla_shared import data, label_health, label_probe
 from smolvla_shared.config import DataConfig, OptimConfig
 from smolvla_shared.label_check import CheckConfig, check, observe
-from smolvla_shared.label_health import THRESHOLDS, Observations, Verdict, judge, measure
+from smolvla_shared.label_health import Observations, Target, Verdict, judge, measure
+from smolvla_shared.label_probe import DISPLACEMENT
 from smolvla_shared.labels import OnlineLabels
-from smolvla_shared.laq import LAQ, LAQConfig, LatentActions, PairBatch, replace_dead_codes
+from smolvla_shared.laq import LAQ, LAQConfig, LatentActions, PairBatch
+from smolvla_shared.laq_codebook import dead_codes, place_codes
 from smolvla_shared.laq_files import load_laq, save_laq
 from smolvla_shared.run_optimizer import learning_rate
 from smolvla_shared.teacher import main
@@ -43,7 +46,7 @@ def test_code_usage_of_known_codes():
 def test_the_probe_finds_what_is_linear_and_nothing_else():
     features, episodes = normal(600, 5), torch.arange(600) // 20
     targets = torch.stack([features[:, 0] - 2 * features[:, 3], normal(600), torch.ones(600)], 1)
-    exact, noise, constant = label_health.r2(label_health.out_of_fold(features, targets, episodes), targets)
+    exact, noise, constant = label_probe.r2(label_probe.out_of_fold(features, targets, episodes), targets)
     assert exact > 0.999
     assert -0.05 < noise < 0.05
     assert constant is None
@@ -54,11 +57,11 @@ def test_the_probe_is_split_by_episode():
     episodes = torch.arange(400) // 20
     features = torch.nn.functional.one_hot(episodes).double()
     targets = normal(20)[episodes][:, None]
-    (by_episode,) = label_health.r2(label_health.out_of_fold(features, targets, episodes), targets)
-    (by_row,) = label_health.r2(label_health.out_of_fold(features, targets, torch.arange(400)), targets)
+    (by_episode,) = label_probe.r2(label_probe.out_of_fold(features, targets, episodes), targets)
+    (by_row,) = label_probe.r2(label_probe.out_of_fold(features, targets, torch.arange(400)), targets)
     assert by_episode < 0.05
     assert by_row > 0.9
-    assert label_health.out_of_fold(features, targets, torch.zeros(400, dtype=torch.int64)) is None
+    assert label_probe.out_of_fold(features, targets, torch.zeros(400, dtype=torch.int64)) is None
 
 
 def textured(count: int, size: int = 64) -> torch.Tensor:
@@ -96,7 +99,7 @@ def observations(count: int = 400, **changes: torch.Tensor) -> Observations:
         "random_latents": normal(count, 6),
         "change": torch.full((count,), 0.2),
         "shift": torch.zeros(count, 2, dtype=torch.int64),
-        "actions": actions,
+        "targets": {DISPLACEMENT: Target(actions, ("x", "y"))},
         "still_indices": torch.zeros(count, 4, dtype=torch.int64),
         "still_latents": still,
         "past_to_now": latents,
@@ -117,8 +120,11 @@ def verdict_of(seen: Observations, kind="quantized", invalid_share=0.0) -> tuple
 
 def test_a_good_teacher_passes():
     found = measure(observations(), codebook_size=8)
-    assert min(found["probe"]["latents"]) > 0.99
-    assert max(found["probe"]["shuffled_actions"] + found["probe"]["random_teacher"]) < 0.1
+    row = found["probe"][DISPLACEMENT]
+    assert min(row["latents"]) > 0.99
+    assert max(row["shuffled"] + row["random_teacher"]) < 0.1
+    assert row["ceiling"] is None
+    assert min(row["gained_share"]) > 0.98
     assert found["leakage"] == pytest.approx(-1)
     assert found["reconstruction"]["gain"] == pytest.approx(0.3)
     assert found["still_pairs"]["share_with_the_usual_sequence"] == 1
@@ -130,17 +136,20 @@ def test_every_failure_has_its_reason():
     rows = torch.arange(400)
     shift = torch.randint(-5, 6, (400, 2), generator=GENERATOR)
     one_code = torch.zeros(400, 4, dtype=torch.int64)
+    constant_slot = observations().indices
+    constant_slot[:, 2] = 5
     cases = {
         "collapsed": {"indices": one_code},
         "one code sequence is the label of 60%": {
             "indices": torch.where(rows[:, None] < 240, 0, torch.randint(1, 8, (400, 4), generator=GENERATOR))
         },
         "the latents tell nothing about the second frame": {"own_error": torch.ones(400)},
-        "no more about the true actions than those of a random teacher": {"latents": normal(400, 6)},
+        "hardly more about the displacement of observation.state than a random teacher's": {"latents": normal(400, 6)},
+        "slots [2] of the latent action are constants": {"indices": constant_slot},
         "camera motion: a shift of the whole picture": {
             "shift": shift,
             "latents": shift.double().repeat(1, 3),
-            "actions": shift.double(),
+            "targets": {DISPLACEMENT: Target(shift.double(), ("x", "y"))},
         },
         "appearance, not motion": {"future_to_now": observations().latents, "past_to_now": observations().latents},
     }
@@ -164,20 +173,42 @@ def test_what_only_warns():
     assert "40% of the frames have no pair" in verdict_of(observations(), invalid_share=0.4)[1][0]
 
 
-def test_a_missed_action_dimension_is_named():
+def test_a_missed_dimension_is_named():
     seen = observations()
     seen.latents[:, 1] = normal(400)
     failures, warnings = verdict_of(seen)
     assert not failures
-    assert warnings == [f"action dimensions [1] are not in the latents (R² below {THRESHOLDS.probe_dimension})"]
+    assert warnings == [
+        "displacement of observation.state: y no better than with a random teacher (less than 10% of what there is to "
+        "gain)"
+    ]
 
 
-def test_without_actions_the_probe_is_not_measured():
-    seen = observations(actions=torch.full((400, 0), torch.nan))
-    for actions in (seen.actions, torch.full((400, 2), torch.nan)):
-        found = measure(replace(seen, actions=actions), 8)
-        assert found["probe"] == {"latents": None, "random_teacher": None, "shuffled_actions": None}
-        assert verdict_of(replace(seen, actions=actions)) == ([], [])
+def test_the_ceiling_is_what_the_displacement_tells_of_the_actions():
+    """Actions of which half the variance is no motion: latents that are the motion gain all there is to gain."""
+    seen = observations()
+    moved = seen.targets[DISPLACEMENT]
+    actions = Target(moved.values + normal(400, 2), ("dx", "dy"))
+    row = measure(replace(seen, targets={"executed_action": actions, DISPLACEMENT: moved}), 8)["probe"][
+        "executed_action"
+    ]
+    assert row["ceiling"] == pytest.approx([0.5, 0.5], abs=0.1)
+    assert row["latents"] == pytest.approx(row["ceiling"], abs=0.03)
+    assert row["gained_share"] == pytest.approx([1, 1], abs=0.06)
+    assert row["dimensions"] == ("dx", "dy")
+    # With a random teacher that tells as much there is nothing to gain, and nothing to tell.
+    known = replace(seen, targets={"executed_action": actions, DISPLACEMENT: moved}, random_latents=seen.latents)
+    failures, warnings = verdict_of(known)
+    assert not failures
+    assert ["cannot be judged" in warning for warning in warnings] == [True, True]
+
+
+def test_without_targets_the_probe_is_not_measured():
+    nothing = Target(torch.full((400, 2), torch.nan), ("x", "y"))
+    for targets in ({}, {"action": nothing}):
+        seen = observations(targets=targets)
+        assert measure(seen, 8)["probe"] == {}
+        assert verdict_of(seen) == ([], [])
 
 
 # --- teachers on video ------------------------------------------------------------------------------------------------
@@ -202,6 +233,28 @@ def laq(laq_checkpoint) -> LAQ:
     return load_laq(laq_checkpoint)
 
 
+class Recorded(SimpleNamespace):
+    """A dataset of six episodes of 20 frames, in memory, with these columns."""
+
+    gap, num_frames, episode_from, episode_to = 3, 120, np.arange(0, 120, 20), np.arange(20, 140, 20)
+    rows_with_pairs = data.RobotDataset.rows_with_pairs
+
+
+@pytest.mark.parametrize("has_state", [True, False])
+@pytest.mark.parametrize("kind", ["sum", "change"])
+def test_velocities_and_positions_are_told_apart(monkeypatch, kind, has_state):
+    """Positions are reached a frame later, velocities are what moves; smooth motions of both."""
+    time = torch.arange(120, dtype=torch.float64)
+    position = torch.stack([(time / 17).sin(), (time / 23).cos()], 1) + 0.01 * normal(120, 2).cumsum(0)
+    velocity = torch.diff(position, dim=0, append=position[-1:]) + 0.03 * normal(120, 2)
+    columns = {"action": velocity if kind == "sum" else torch.cat([position[1:], position[-1:]])}
+    columns |= {"observation.state": position} if has_state else {}
+    monkeypatch.setattr(label_probe, "column", lambda dataset, key: columns[key])
+    mode, reason = label_probe.action_mode(Recorded(features=columns))
+    assert mode == kind
+    assert ("displacement explains" if has_state else "correlate by") in reason
+
+
 def test_a_teacher_that_encodes_the_action_scores_near_1(laq, labelled_dataset, tmp_path):
     sees = SeesTheSquare(laq.config)
     config = CheckConfig(
@@ -215,14 +268,17 @@ def test_a_teacher_that_encodes_the_action_scores_near_1(laq, labelled_dataset, 
         OnlineLabels(sees, "continuous", CAMERA), datasets, replace(config, detailed_pairs=40)
     )
     by_hand = np.array(datasets[0].lerobot.hf_dataset["action"])
-    assert seen.actions.shape[1] == 4
+    actions = seen.targets["action"].values
+    assert actions.shape[1] == 4
     rows = datasets[0].rows_with_pairs(np.arange(datasets[0].num_frames))  # all of them: there are fewer than asked for
-    assert np.allclose(seen.actions, [by_hand[row : row + 4].sum(0) for row in rows], atol=1e-5)
+    assert np.allclose(actions, [by_hand[row : row + 4].sum(0) for row in rows], atol=1e-5)
     assert len(triples) == len(latents) == 40
-    scores = label_health.probe(seen.latents, seen.actions, seen.episodes)
+    scores = label_probe.probe(seen.latents, actions, seen.episodes)
     assert min(scores[:2]) > 0.95  # the square's velocity
     assert abs(scores[3]) < 0.2  # noise
-    assert judge(measure(seen, 8) | {"invalid_share": 0.0}, "continuous")[1]  # names what it misses
+    found = measure(seen, 8) | {"invalid_share": 0.0}
+    failures, warnings = judge(found, "continuous")
+    assert any("cannot be judged" in text or "no better" in text for text in failures + warnings), found["probe"]
 
 
 def run_check(tmp_path, *arguments) -> tuple[int, dict]:
@@ -264,8 +320,7 @@ def test_a_collapsed_teacher_fails(laq, video_dataset, tmp_path):
     )
     assert code == 1
     assert report["reasons"][0].startswith("collapsed: a slot effectively uses 1.00 codes")
-    assert report["measured"]["probe"]["latents"] is None
-    assert not (tmp_path / "check" / "probe.png").exists()
+    assert list(report["measured"]["probe"]) == [DISPLACEMENT]  # video without actions, but with a state
 
 
 def shake(scenes: torch.Tensor, generator: torch.Generator) -> torch.Tensor:  # [N, 3, 32, 32]
@@ -297,7 +352,7 @@ def test_a_teacher_of_a_shaking_camera_fails(tmp_path):
         optimizer.step()
         if step % 20 == 0:
             if step < 0.8 * steps:
-                replace_dead_codes(shaken, shaken.vq._usage, 0.05, generator)
+                place_codes(shaken, dead_codes(shaken.vq._usage, 0.05), generator)
             shaken.vq._usage.zero_()
     save_laq(shaken, tmp_path / "laq.safetensors")
 
@@ -316,7 +371,7 @@ def test_a_teacher_of_a_shaking_camera_fails(tmp_path):
     assert [reason.split(":")[0] for reason in report["reasons"]] == ["camera motion"], report
 
 
-def test_what_a_user_can_get_wrong(laq_checkpoint, video_dataset, tmp_path, capsys):
+def test_what_a_user_can_get_wrong(laq_checkpoint, video_dataset, tmp_path, capsys, monkeypatch):
     config = CheckConfig(out=tmp_path, laq_ckpt=laq_checkpoint, data=DataConfig(roots=(video_dataset,)))
     with pytest.raises(ValueError, match=r"--out .* exists: name a new directory"):
         check(config)
@@ -328,7 +383,9 @@ def test_what_a_user_can_get_wrong(laq_checkpoint, video_dataset, tmp_path, caps
     with pytest.raises(ValueError, match="must be at least 2, got 1 and 500"):
         replace(config, pairs=1)
     new = replace(config, out=tmp_path / "new", gaps=(0.1,))
-    with pytest.raises(ValueError, match="none of the datasets has actions"):
+    monkeypatch.setattr(label_probe, "action_key", lambda dataset: None)
+    monkeypatch.setattr(data, "STATE_KEY", "nothing")
+    with pytest.raises(ValueError, match="none of the datasets has actions or a state"):
         check(new)
     assert not new.out.exists()
     with pytest.raises(ValueError, match=r"no such file; `python -m smolvla_shared.teacher check` writes it"):

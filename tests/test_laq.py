@@ -4,7 +4,7 @@ import json
 import math
 import pickle
 import socket
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from smolvla_shared.files import public_state
-from smolvla_shared.laq import LAQ, LAQConfig, PairBatch, perplexity, replace_dead_codes
+from smolvla_shared.laq import LAQ, RECENT_PAIRS, STILL_ERROR, LAQConfig, PairBatch
+from smolvla_shared.laq_codebook import dead_codes, perplexity, place_codes, spread_codes
 from smolvla_shared.laq_files import load_laq, save_laq, teacher_id
 
 DATA = Path(__file__).parent / "data" / "laq"
@@ -50,6 +51,13 @@ def tiny() -> LAQ:
     return LAQ(TINY)
 
 
+@pytest.fixture
+def tiny_change() -> LAQ:
+    """One that sees and predicts changes."""
+    torch.manual_seed(0)
+    return LAQ(replace(TINY, predicts_change=True, sees_change=True))
+
+
 def random_pairs(n: int, config: LAQConfig = TINY, seed: int = 0) -> PairBatch:
     g = torch.Generator().manual_seed(seed)
     return PairBatch(
@@ -82,7 +90,8 @@ def test_latents_of_other_pairs_are_used_as_given(laq_small, expected):
 
 
 def test_config_of_the_reference_is_inferred(laq_small):
-    assert asdict(laq_small.config) == json.loads((DATA / "laq_small_config.json").read_text())
+    assert laq_small.config == LAQConfig(**json.loads((DATA / "laq_small_config.json").read_text()))
+    assert not laq_small.config.predicts_change and not laq_small.config.sees_change
     assert laq_small.config.latent_vector_dim == 32
     assert not laq_small.training
     assert not any(p.requires_grad for p in laq_small.parameters())
@@ -140,6 +149,37 @@ def test_every_trainable_parameter_gets_a_gradient(tiny):
     assert not [name for name, p in trainable.items() if p.grad is None]
     for part in ("vq.codebooks", "vq.cnn_encoder.0.weight", "enc_", "dec_", "to_patch_emb", "spatial_rel_pos_bias"):
         assert any(p.grad.abs().max() > 0 for name, p in trainable.items() if name.startswith(part)), part
+
+
+def test_a_fresh_teacher_of_changes_repeats_the_first_frame(tiny_change):
+    batch = random_pairs(6)
+    frames = batch.frames / 255
+    assert torch.equal(tiny_change.reconstruct(frames), frames[:, 0])
+    error = (frames[:, 0] - frames[:, 1]).square().mean((1, 2, 3))
+    torch.testing.assert_close(tiny_change(batch)["reconstruction"], error / (error + STILL_ERROR))
+
+
+def test_a_pair_without_change_has_the_embedding_of_its_frames(tiny_change):
+    frames = random_pairs(2).frames[:, :1].expand(-1, 2, -1, -1, -1) / 255
+    torch.testing.assert_close(tiny_change._embed(frames), tiny_change.to_patch_emb_first_frame(frames))
+
+
+def test_grounding_reads_the_actions_from_the_latent(tiny):
+    tiny.ground(3)
+    batch = random_pairs(5)
+    batch.actions = torch.randn(5, 3)
+    batch.actions[2] = torch.nan
+    batch.mask[4] = False
+    errors = tiny(batch)
+    assert batch.masks["grounding"].tolist() == [True, True, False, True, False]
+    latents = tiny.encode(batch.frames / 255)
+    vectors = tiny.vq.substitute(latents.continuous, latents.indices, batch.noise).flatten(1)
+    by_hand = (tiny._grounding(vectors) - batch.actions).square().mean(1)
+    torch.testing.assert_close(errors["grounding"][[0, 1, 3, 4]], by_hand[[0, 1, 3, 4]])
+    assert errors["grounding"].isfinite().all()
+    errors["grounding"][batch.masks["grounding"]].sum().backward()
+    assert tiny.to_patch_emb_first_frame[2].weight.grad.abs().max() > 0
+    assert not [key for key in public_state(tiny.state_dict()) if "grounding" in key]  # only for training
 
 
 def test_noise_substitution_keeps_the_length_of_the_error(tiny):
@@ -203,43 +243,65 @@ def count_in_a_process(rank: int, port: int, directory: str) -> None:
     torch.manual_seed(0)
     laq = LAQ(TINY)
     laq(random_pairs(3, seed=rank))
-    torch.save(laq.vq._usage, f"{directory}/{rank}.pt")
+    torch.save((laq.vq._usage, laq.vq._recent), f"{directory}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
 @pytest.mark.slow
-def test_usage_is_summed_over_processes(tiny, tmp_path):
+def test_usage_and_latents_are_those_of_all_processes(tiny, tmp_path):
     with socket.create_server(("localhost", 0)) as server:
         port = server.getsockname()[1]
     torch.multiprocessing.spawn(count_in_a_process, (port, str(tmp_path)), nprocs=2)
     for rank in range(2):  # one process that sees both batches counts the same
         tiny(random_pairs(3, seed=rank))
     for rank in range(2):
-        assert torch.equal(torch.load(tmp_path / f"{rank}.pt"), tiny.vq._usage)
+        usage, recent = torch.load(tmp_path / f"{rank}.pt")
+        assert torch.equal(usage, tiny.vq._usage)
+        torch.testing.assert_close(recent, tiny.vq._recent, equal_nan=True)
 
 
-def test_dead_codes_move_beside_living_ones(tiny):
-    counts = torch.tensor([[50, 0, 1, 20], [30, 0, 0, 20]])  # 121 uses, 30 a code: 1 and 2 are dead
-    before = tiny.vq.codebooks.detach().clone()
-    twin = LAQ(TINY)
-    twin.load_state_dict(tiny.state_dict())
-    assert replace_dead_codes(tiny, counts, 0.1, torch.Generator().manual_seed(7)) == 2
-    after = tiny.vq.codebooks.detach()
-    assert torch.equal(after[[0, 3]], before[[0, 3]])
-    distance = torch.cdist(after[[1, 2]], before[[0, 3]]).min(dim=1).values
-    assert (distance > 0).all() and (distance < 0.05 * before[[0, 3]].norm(dim=1).max()).all()
-    assert not torch.equal(after[1], after[2])
-    # A function of its arguments; counts summed over the slots say the same.
+def test_dead_codes_are_those_that_are_hardly_used():
+    counts = torch.tensor([[50, 0, 1, 20], [30, 0, 0, 20]])  # 121 uses, 30 a code
+    assert dead_codes(counts, 0.1).tolist() == [False, True, True, False]
+    assert dead_codes(counts.sum(0), 0.1).tolist() == [False, True, True, False]  # summed over the slots
+    assert not dead_codes(torch.zeros(2, 4), 0.1).any()
+
+
+def test_free_codes_go_where_no_code_is():
+    """Four far clusters of latents, and codes at two of them: the free ones get the other two."""
+    g = torch.Generator().manual_seed(0)
+    centres = 10 * torch.eye(4)
+    latents = (centres[:, None] + 0.1 * torch.randn(4, 25, 4, generator=g)).flatten(0, 1)
+    codes = torch.stack([centres[0], torch.zeros(4), centres[2], torch.zeros(4)])
+    is_free = torch.tensor([False, True, False, True])
+    found = spread_codes(codes, is_free, latents, torch.Generator().manual_seed(7))
+    assert torch.equal(found[[0, 2]], codes[[0, 2]])
+    assert torch.cdist(found[[1, 3]], centres[[1, 3]]).min(1).values.max() < 0.2
+    assert sorted(torch.cdist(found, centres).argmin(1).tolist()) == [0, 1, 2, 3]
+    # A function of its arguments, and with every code free as well.
     torch.manual_seed(99)
-    replace_dead_codes(twin, counts.sum(0), 0.1, torch.Generator().manual_seed(7))
-    assert torch.equal(twin.vq.codebooks, after)
+    assert torch.equal(found, spread_codes(codes, is_free, latents, torch.Generator().manual_seed(7)))
+    fresh = spread_codes(torch.randn(4, 4), torch.ones(4, dtype=torch.bool), latents, g)
+    assert sorted(torch.cdist(fresh, centres).argmin(1).tolist()) == [0, 1, 2, 3]
 
 
-@pytest.mark.parametrize("counts", [[10, 9, 11, 10], [0, 0, 0, 0]])
-def test_nothing_to_replace(tiny, counts):
-    before = tiny.vq.codebooks.detach().clone()
-    assert replace_dead_codes(tiny, torch.tensor(counts), 0.1, torch.Generator()) == 0
-    assert torch.equal(tiny.vq.codebooks, before)
+def test_codes_are_placed_by_recent_latents_of_valid_pairs(tiny):
+    batch = random_pairs(6)
+    batch.mask[[1, 4]] = False
+    tiny(batch)
+    latents = tiny.encode(batch.frames / 255).continuous[batch.mask].flatten(0, 1)
+    torch.testing.assert_close(tiny.vq.recent, latents)
+    place_codes(tiny, torch.ones(4, dtype=torch.bool), torch.Generator().manual_seed(0))
+    assert (torch.cdist(tiny.vq.codebooks, latents).min(1).values < latents.norm(dim=1).max()).all()
+    assert (
+        perplexity(torch.bincount(tiny.vq.nearest(latents[:, None]).flatten(), minlength=4).float()[None]) > 2
+    ).all()
+    for _ in range(RECENT_PAIRS // 6):
+        tiny(batch)
+    assert len(tiny.vq._recent) == RECENT_PAIRS  # the newest
+    torch.testing.assert_close(tiny.vq.recent[-16:], latents)
+    tiny.eval()(random_pairs(6, seed=1))
+    torch.testing.assert_close(tiny.vq.recent[-16:], latents)
 
 
 def test_perplexity():
@@ -271,7 +333,7 @@ def test_training_learns_the_motion(tiny):
         torch.nn.utils.clip_grad_norm_(tiny.parameters(), 1.0)
         optimizer.step()
         if step % 25 == 0:
-            replace_dead_codes(tiny, tiny.vq._usage, 0.1, g)
+            place_codes(tiny, dead_codes(tiny.vq._usage, 0.1), g)
             tiny.vq._usage.zero_()
     with torch.no_grad():
         frames = moving_squares(128, g) / 255
@@ -310,7 +372,7 @@ def test_round_trip_through_our_own_files(laq_small, tmp_path, expected):
     state = public_state(laq_small.state_dict())
     assert state.keys() == load_file(path).keys() == torch.load(LAPA_FILE, weights_only=True).keys()
     assert all(torch.equal(tensor, public_state(loaded.state_dict())[key]) for key, tensor in state.items())
-    assert loaded.vq._usage.sum() == 0
+    assert loaded.vq._usage.sum() == 0 and not len(loaded.vq.recent)
     assert teacher_id(loaded) == teacher_id(laq_small)
     frames = expected["frames"] / 255
     assert torch.equal(loaded.reconstruct(frames), laq_small.reconstruct(frames))

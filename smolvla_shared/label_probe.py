@@ -1,0 +1,135 @@
+"""The probe: how much of what happened between the two frames of a pair is in its latent, linearly.
+
+What happened is what a recording says of it, and what the video can show: the actions that were executed, over the gap,
+and the displacement of the proprioceptive state.
+"""
+
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from smolvla_shared.data import ACTION_KEY, EXECUTED_ACTION_KEY, STATE_KEY, RobotDataset
+
+# How the actions of a gap become one vector: velocities and deltas are summed, of absolute positions the change counts.
+ActionMode = Literal["sum", "change"]
+DISPLACEMENT = "displacement of observation.state"
+FOLDS = 5
+# Of the standardised features' Gram matrix per sample: enough that 128 collinear dimensions do not fit noise.
+RIDGE = 1e-2
+# Correlation of an action with the one before it, above which actions without a state count as absolute positions.
+POSITION_CORRELATION = 0.995
+
+
+# --- targets ----------------------------------------------------------------------------------------------------------
+
+
+def action_key(dataset: RobotDataset) -> str | None:
+    """The column of what the robot was told to do: executed actions where they were recorded, else the actions."""
+    return next((key for key in (EXECUTED_ACTION_KEY, ACTION_KEY) if key in dataset.features), None)
+
+
+def column(dataset: RobotDataset, key: str) -> Tensor:
+    """A vector feature of all frames, [N, A] float64."""
+    values = dataset.lerobot.hf_dataset.select_columns([key]).with_format("numpy")[:][key]
+    return torch.from_numpy(np.asarray(values, np.float64)).view(len(values), -1)
+
+
+def dimension_names(dataset: RobotDataset, key: str) -> tuple[str, ...]:
+    """What the dataset calls the dimensions of a vector feature; numbers where it does not say."""
+    names = dataset.features[key].get("names")
+    names = next(iter(names.values())) if isinstance(names, dict) else names
+    return tuple(names) if names else tuple(map(str, range(dataset.vector_dim(key))))
+
+
+def over_gap(values: Tensor, rows: Tensor, gap: int, mode: ActionMode) -> Tensor:  # [N, A], [n] -> [n, A]
+    """What a vector did between the frames of each pair: its change, or the sum over the frames before the second."""
+    if mode == "sum":
+        values = F.pad(values.cumsum(0), (0, 0, 1, 0))
+    return values[rows + gap] - values[rows]
+
+
+def displacements(dataset: RobotDataset, rows: Tensor) -> Tensor:  # [n] -> [n, A]
+    return over_gap(column(dataset, STATE_KEY), rows, dataset.gap, "change")
+
+
+def summed_actions(dataset: RobotDataset, rows: Tensor, mode: ActionMode) -> Tensor:  # [n] -> [n, A]
+    """The dataset's executed (else recorded) actions over the gap of each pair."""
+    return over_gap(column(dataset, action_key(dataset)), rows, dataset.gap, mode)
+
+
+def action_mode(dataset: RobotDataset) -> tuple[ActionMode, str]:
+    """Whether a dataset's actions are velocities (`sum`) or absolute positions (`change`), and what says so.
+
+    With a state: of the two ways to read the actions, the one that the displacement of the state explains better.
+    Without one: positions hardly change from one frame to the next.
+    """
+    rows = torch.from_numpy(dataset.rows_with_pairs(np.arange(dataset.num_frames)))
+    episodes = torch.from_numpy(np.searchsorted(dataset.episode_to, rows.numpy(), side="right"))
+    if STATE_KEY in dataset.features:
+        moved = displacements(dataset, rows)
+        explained = {mode: mean_r2(moved, summed_actions(dataset, rows, mode), episodes) for mode in ("sum", "change")}
+        if max(explained.values()) > 0.1:
+            mode = max(explained, key=explained.get)
+            return (
+                mode,
+                f"the displacement explains {explained['sum']:.2f} of sums, {explained['change']:.2f} of changes",
+            )
+    actions = column(dataset, action_key(dataset))
+    inside = np.setdiff1d(np.arange(1, dataset.num_frames), dataset.episode_from)
+    before, now = actions[inside - 1], actions[inside]
+    correlation = torch.stack([torch.corrcoef(torch.stack(both))[0, 1] for both in zip(before.T, now.T)])
+    median = correlation[~correlation.isnan()].median().item()
+    return ("change" if median > POSITION_CORRELATION else "sum"), f"an action and the next correlate by {median:.3f}"
+
+
+# --- the fit ----------------------------------------------------------------------------------------------------------
+
+
+def out_of_fold(features: Tensor, targets: Tensor, episodes: Tensor) -> Tensor | None:
+    """Ridge predictions of `targets` [N, A] from `features` [N, F], each by a fit that saw nothing of its episode.
+
+    None with fewer than two episodes.
+    """
+    names = episodes.unique()
+    if len(names) < 2:
+        return None
+    fold_of = torch.randperm(len(names), generator=torch.Generator().manual_seed(0)) % FOLDS
+    fold = fold_of[torch.searchsorted(names, episodes)]
+    x, y = features.double(), targets.double()
+    x = (x - x.mean(0)) / x.std(0).clamp(min=1e-9)
+    predicted = torch.empty_like(y)
+    for held_out in fold.unique():
+        train, test = fold != held_out, fold == held_out
+        mean_x, mean_y = x[train].mean(0), y[train].mean(0)
+        centred = x[train] - mean_x
+        gram = centred.T @ centred + RIDGE * train.sum() * torch.eye(x.shape[1], dtype=x.dtype)
+        weights = torch.linalg.solve(gram, centred.T @ (y[train] - mean_y))
+        predicted[test] = (x[test] - mean_x) @ weights + mean_y
+    return predicted
+
+
+def r2(predicted: Tensor, targets: Tensor) -> list[float | None]:  # [N, A] -> A
+    """Share of each dimension's variance that is predicted; None for a dimension that does not vary."""
+    targets = targets.double()
+    error, total = (predicted - targets).square().sum(0), (targets - targets.mean(0)).square().sum(0)
+    return [1 - (e / t).item() if t > 1e-12 * len(targets) else None for e, t in zip(error, total)]
+
+
+def probe(latents: Tensor, targets: Tensor, episodes: Tensor) -> list[float | None] | None:
+    """R² of each target dimension from the latents, out of fold, over the pairs whose target is known (not NaN).
+
+    None with fewer than two episodes of them.
+    """
+    known = ~targets.isnan().any(1)
+    measurable = known.any() and targets.shape[1]
+    predicted = out_of_fold(latents[known], targets[known], episodes[known]) if measurable else None
+    return None if predicted is None else r2(predicted, targets[known])
+
+
+def mean_r2(latents: Tensor, targets: Tensor, episodes: Tensor) -> float:
+    """Mean of the probe over the dimensions that vary; 0 where there is none, or only one episode."""
+    values = [value for value in probe(latents, targets, episodes) or [] if value is not None]
+    return sum(values) / len(values) if values else 0.0
