@@ -98,7 +98,7 @@ class CachedLabels:
         self.teacher_id: str = stores[0].key["teacher_id"]
         self.kind: TeacherKind = stores[0].key["teacher_kind"]
         # [C, D]; the same for every dataset, since the teacher is.
-        self.codebook = read_mapped(stores[0].directory / CODEBOOK)["codebook"]
+        self.codebook = read_mapped(f"{stores[0].directory}/{CODEBOOK}")["codebook"]
         self.shape = len(stores[0][0]), self.codebook.shape[1]
 
     def to(self, device: torch.device) -> None:
