@@ -34,7 +34,7 @@ class Latents:
     label_camera: str
     # Share of the sampled pairs that did not cross an episode's end.
     valid_pair_share: float
-    # Verdict of `teacher check` on the labels (health.py), and its reasons where it is "fail" and was accepted.
+    # Verdict of `teacher check` on the labels (label_health.py), and its reasons where it is "fail" and was accepted.
     health: str = "not measured"
     health_reasons: tuple[str, ...] = ()
 

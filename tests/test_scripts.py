@@ -308,12 +308,19 @@ def test_options_that_do_not_go_together_are_refused_at_once(stage, arguments, m
 def test_what_contradicts_the_artifact_is_refused(runs, tmp_path, labelled_dataset, laq_checkpoint):
     given = ["--data.roots", str(labelled_dataset), "--stage2-artifact", str(runs / "s2" / ARTIFACT)]
     cotrain = ["--latent-loss-weight", "0.1", "--laq-ckpt"]
-    own_teacher = str(runs / "laq" / TEACHER)
+    own_teacher, another_gap = str(runs / "laq" / TEACHER), ["--data.frame-gap-s", "0.25"]
     for arguments, message in [
         (["--model.name", "my/trunk"], "model_name: command line my/trunk, artifact tiny"),
         (["--data.cameras", "top"], "asked for .'top'.*found .*observation.image"),
         ([*cotrain, str(laq_checkpoint)], r"teacher \(--laq-ckpt\): command line [0-9a-f]{64}, artifact [0-9a-f]{64}"),
-        ([*cotrain, own_teacher, "--data.frame-gap-s", "0.25"], "frame-gap-s: command line 0.25, artifact 0.5"),
+        (
+            [*cotrain, own_teacher, *another_gap],
+            "frame-gap-s: command line 0.25, teacher 0.5(?s:.*)--accept-other-pairs",
+        ),
+        (
+            [*cotrain, own_teacher, *another_gap, "--accept-other-pairs"],
+            "frame-gap-s: command line 0.25, artifact 0.5",
+        ),
         (["--normalization", "artifact", "--model.no-use-state"], "state: dimensions in the data 0, in the artifact 4"),
     ]:
         args = [*given, *arguments, "--run-dir", str(tmp_path / "run")]
