@@ -315,7 +315,7 @@ def test_what_contradicts_the_artifact_is_refused(runs, tmp_path, labelled_datas
         ([*cotrain, str(laq_checkpoint)], r"teacher \(--laq-ckpt\): command line [0-9a-f]{64}, artifact [0-9a-f]{64}"),
         (
             [*cotrain, own_teacher, *another_gap],
-            "frame-gap-s: command line 0.25, teacher 0.5(?s:.*)--accept-other-pairs",
+            "command line 0.25, teacher 0.5(?s:.*)--accept-other-pairs",
         ),
         (
             [*cotrain, own_teacher, *another_gap, "--accept-other-pairs"],
