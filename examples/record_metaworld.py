@@ -20,6 +20,7 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
+from smolvla_shared.data import ACTION_KEY, EXECUTED_ACTION_KEY
 from smolvla_shared.rollouts import FIRST_RECORDING_SEED, make_metaworld, metaworld_tasks, render_headless
 
 SEEDS_PER_RECORDING = 10_000_000
@@ -32,7 +33,8 @@ ATTEMPTS = 20  # to get a successful demonstration
 class RecordConfig:
     """Record demonstrations of one or several tasks."""
 
-    # `labelled`: image, state and action, successful episodes only. `video`: image and state, no action column.
+    # `labelled`: image, state, action and executed action, successful episodes only. `video`: image and state, no
+    # action column.
     kind: Literal["video", "labelled"]
     # Directory of the new dataset.
     root: Path
@@ -45,7 +47,8 @@ class RecordConfig:
     # Side of the recorded image, pixels.
     image_size: int = 96
     # Standard deviation of the disturbances that are added to the expert's action (of [-1, 1]) for half of the time.
-    # The *recorded* action is the expert's, so a policy learns to recover (DART, arXiv 1703.09327).
+    # The recorded `action` is the expert's, so a policy learns to recover (DART, arXiv 1703.09327). The column
+    # `executed_action` holds what the arm was told to do, and so what the video shows.
     noise: float = 0.3
     # Processes that simulate and render.
     num_workers: int = 2
@@ -76,19 +79,20 @@ def attempt(job: Job, seed: int) -> tuple[list[dict[str, Any]], bool]:
     observation, _ = env.reset(seed=seed)
     frames, disturbance = [], np.zeros(4)
     for step in range(MAX_STEPS):
+        if step % 10 == 0:  # a disturbance lasts for 10 steps
+            disturbance = rng.normal(0, job.noise, 4) * rng.integers(2)
         full_state = env._env.unwrapped._get_obs()  # the expert also sees where the objects are
         action = np.clip(env.expert_policy.get_action(full_state), -1, 1).astype(np.float32)
+        executed = np.clip(action + disturbance, -1, 1).astype(np.float32)
         frames.append(
             {
                 "observation.image": observation["pixels"],
                 "observation.state": observation["agent_pos"].astype(np.float32),
-                "action": action,
+                ACTION_KEY: action,
+                EXECUTED_ACTION_KEY: executed,
                 "task": env.task_description,
             }
         )
-        if step % 10 == 0:  # a disturbance lasts for 10 steps
-            disturbance = rng.normal(0, job.noise, 4) * rng.integers(2)
-        executed = np.clip(action + disturbance, -1, 1).astype(np.float32)
         observation, _, terminated, _, info = env.step(executed)
         if terminated:
             return frames, info["is_success"]
@@ -110,9 +114,8 @@ def features(config: RecordConfig) -> dict[str, dict[str, Any]]:
         "observation.image": {"dtype": "video", "shape": (size, size, 3), "names": ["height", "width", "channels"]},
         "observation.state": {"dtype": "float32", "shape": (4,), "names": names},
     }
-    return result | (
-        {"action": {"dtype": "float32", "shape": (4,), "names": names}} if config.kind == "labelled" else {}
-    )
+    actions = (ACTION_KEY, EXECUTED_ACTION_KEY) if config.kind == "labelled" else ()
+    return result | {key: {"dtype": "float32", "shape": (4,), "names": names} for key in actions}
 
 
 def main(config: RecordConfig) -> None:

@@ -21,6 +21,9 @@ from smolvla_shared.config import ACTION, CoreConfig, DataConfig
 from smolvla_shared.preprocess import Statistics
 
 STATE_KEY, ACTION_KEY = "observation.state", "action"
+# What the robot was told to do where `action` is what an expert would have done. LeRobot takes every column whose name
+# starts with "action" for a policy's output, so this one does not.
+EXECUTED_ACTION_KEY = "executed_action"
 
 
 @dataclass(frozen=True)
