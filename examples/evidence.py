@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from functools import cached_property
 from pathlib import Path
@@ -56,9 +56,9 @@ class Sizes:
 
 
 SETTINGS = {
+    "reach": Setting("reach-v3", ("reach-v3",)),
+    "door-open": Setting("door-open-v3", ("door-open-v3",)),
     "push": Setting("push-v3", ("push-v3",)),
-    "coffee-button": Setting("coffee-button-v3", ("coffee-button-v3",)),
-    "drawer-open": Setting("drawer-open-v3", ("drawer-open-v3",)),
 }
 DEMONSTRATIONS = (1, 5, 10, 25)
 SEEDS = (0, 1, 2)
@@ -311,7 +311,7 @@ def choose(config: EvidenceConfig) -> Iterator[Cell]:
 
 
 def main(config: EvidenceConfig) -> None:
-    cells = list(choose(config))
+    config, cells = replace(config, root=config.root.absolute()), list(choose(config))
     if not cells:
         raise ValueError(f"--only {config.only} matches none of <{'|'.join(SETTINGS)}>/<N>/<{'|'.join(ARMS)}>/<seed>")
     config.root.mkdir(parents=True, exist_ok=True)

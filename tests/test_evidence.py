@@ -105,7 +105,7 @@ def test_everything_runs_once(tmp_path):
     assert all(row["episodes"] == row["pairs_with_scratch"] == QUICK.rollouts for row in table)
     assert (tmp_path / "demonstrations.png").stat().st_size > 1000
     # A rollout that was stopped runs again, and nothing else does.
-    (stopped,) = (tmp_path / "parts").glob(f"{Cell('push', 1, 'stage 2', 0, QUICK).rollout().directory}")
+    (stopped,) = (tmp_path / "parts").glob(f"{Cell('reach', 1, 'stage 2', 0, QUICK).rollout().directory}")
     (stopped / "done.json").unlink()
     printed = evidence(tmp_path)
     assert [word for word in printed.split() if word.startswith(("record-", "stage", "rollout"))] == [stopped.name]
