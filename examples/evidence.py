@@ -1,0 +1,331 @@
+"""Does video pay? Arms with and without Stage 2, on equal demonstrations, steps and initial states.
+
+    python examples/evidence.py --root runs/evidence                          # everything; goes on where it was stopped
+    python examples/evidence.py --root runs/evidence --only '*/5/scratch/*' '*/5/stage 2/*'
+    python examples/evidence.py --root runs/quick --quick                     # one setting, two arms, a few steps
+
+Every part (a recording, a teacher, labels, a training run, a rollout) is one of the project's commands. Its directory
+is named by a hash of the command and of the parts that it reads: `parts/<name>-<hash>` with log.txt, done.json and what
+the command wrote. A part that is complete is skipped. What is complete of the table is in evidence.json,
+demonstrations.png and steps.png, and is printed.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from fnmatch import fnmatch
+from functools import cached_property
+from pathlib import Path
+
+import tyro
+from evidence_table import Measured, compare, markdown, plot
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where a policy is judged, and which video it has seen before."""
+
+    task: str
+    # Tasks of the action-free video.
+    video_tasks: tuple[str, ...]
+    # Environment steps after which an episode of a rollout has failed.
+    max_steps: int = 150
+    # Options of Stage 2 and Stage 3.
+    options: str = ""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    video_episodes: int = 100  # of each video task
+    held_out: int = 3  # demonstrations beside those that are trained on, for the held-out action error
+    teacher_steps: int = 700
+    stage2_steps: int = 600
+    stage3_steps: int = 600
+    batch_size: int = 32
+    flow_draws: int = 4
+    rollouts: int = 100  # episodes of each arm and seed
+
+
+SETTINGS = {
+    "reach": Setting("reach-v3", ("reach-v3",)),
+    "door-open": Setting("door-open-v3", ("door-open-v3",)),
+    "push": Setting("push-v3", ("push-v3",)),
+}
+DEMONSTRATIONS = (1, 5, 10, 25)
+SEEDS = (0, 1, 2)
+# Success is also measured at a third and two thirds of Stage 3 for these arms, at this number of demonstrations.
+CURVE_ARMS, CURVE_DEMONSTRATIONS = ("scratch", "stage 2", "true actions"), 5
+QUICK = Sizes(2, 1, 2, 2, 2, batch_size=4, flow_draws=1, rollouts=2)
+# Video is recorded with this seed, demonstrations with the run's. Rollouts of run seed s have the initial states of
+# seeds s * ROLLOUT_SEEDS and up. Nothing was tuned on any of them.
+VIDEO_SEED, ROLLOUT_SEEDS = 50, 1_000
+IMAGE_SIZE = 64  # the tiny preset's
+GAP_S, CHUNK_S, SLOTS = 0.05, 0.2, 4  # a teacher's pair; a chunk of 16 actions at 80 fps; true actions given of it
+TEACHER = (
+    "--laq.dim 64 --laq.quant-dim 16 --laq.image-size 64 --laq.patch-size 8 --laq.spatial-depth 2 "
+    "--laq.temporal-depth 1 --laq.dim-head 16 --laq.heads 4"
+)
+STAGES = "--optim.lr 1e-3"
+STAGE2 = ""
+STAGE3 = "--chunk-size 16 --n-action-steps 8 --ema-decay 0.99"
+
+
+@dataclass(frozen=True)
+class Part:
+    """One run of one of the project's commands."""
+
+    name: str
+    # Words with a space between them. @out is what it writes, @0, @1, ... what its inputs have written.
+    command: str
+    inputs: tuple["Part", ...] = ()
+
+    @cached_property
+    def directory(self) -> str:
+        made_of = [self.command, [part.directory for part in self.inputs]]
+        return f"{self.name}-{hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:12]}"
+
+    def out(self, root: Path) -> Path:
+        return root / "parts" / self.directory / "out"
+
+    def is_complete(self, root: Path) -> bool:
+        return (self.out(root).parent / "done.json").exists()
+
+    def words(self, root: Path) -> list[str]:
+        """The command with the paths of its inputs."""
+        paths = {"out": self.out(root)} | {f"{i}": part.out(root) for i, part in enumerate(self.inputs)}
+        return [re.sub(r"^@(\w+)", lambda found: f"{paths[found[1]]}", word) for word in self.command.split()]
+
+    def make(self, root: Path) -> None:
+        """Run what is missing. Raises subprocess.CalledProcessError where a command fails; log.txt says why."""
+        if self.is_complete(root):
+            return
+        for part in self.inputs:
+            part.make(root)
+        out, command = self.out(root), [sys.executable, *self.words(root)]
+        if out.exists() and "--run-dir" in command:  # a training run that was stopped goes on
+            command.append("--resume")
+        elif "label" not in command:  # the label command goes on by itself
+            shutil.rmtree(out, ignore_errors=True)
+        print(f"{time.strftime('%H:%M')} {self.directory}", flush=True)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        start = time.monotonic()
+        with (out.parent / "log.txt").open("a") as log:
+            subprocess.run(command, cwd=REPOSITORY, check=True, stdout=log, stderr=subprocess.STDOUT, env=environment())
+        done = {"command": command, "minutes": round((time.monotonic() - start) / 60, 2), "commit": commit()}
+        (out.parent / "done.json").write_text(json.dumps(done, indent=2) + "\n")
+
+
+def environment() -> dict[str, str]:
+    return {"HF_HUB_OFFLINE": "1", "MUJOCO_GL": "osmesa", "PYTHONPATH": str(REPOSITORY)} | os.environ
+
+
+def commit() -> str:
+    done = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=REPOSITORY, capture_output=True, text=True)
+    return done.stdout.strip() or "unknown"
+
+
+def places(first: int, count: int) -> str:
+    """`count` inputs of a command, from the given one on."""
+    return " ".join(f"@{place}" for place in range(first, first + count))
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One policy of the table."""
+
+    setting: str
+    demonstrations: int
+    arm: str
+    seed: int
+    sizes: Sizes
+
+    @property
+    def name(self) -> str:
+        return f"{self.setting}/{self.demonstrations}/{self.arm}/{self.seed}"
+
+    @property
+    def where(self) -> Setting:
+        return SETTINGS[self.setting]
+
+    def record(self, task: str, episodes: int, seed: int) -> Part:
+        """Episode e is the same whatever the number of episodes."""
+        command = f"examples/record_metaworld.py --kind labelled --root @out --tasks {task} --episodes {episodes}"
+        return Part(f"record-{task}", f"{command} --seed {seed} --image-size {IMAGE_SIZE} --num-workers 1")
+
+    def video(self) -> tuple[Part, ...]:
+        """Recorded with actions, which Stage 2 does not read: the arms `true actions` and `all labels` do."""
+        return tuple(self.record(task, self.sizes.video_episodes, VIDEO_SEED) for task in self.where.video_tasks)
+
+    def labelled(self) -> Part:
+        return self.record(self.where.task, self.demonstrations + self.sizes.held_out, self.seed)
+
+    def training(self, steps: int) -> str:
+        options = f"--run-dir @out --seed {self.seed} --steps {steps} --batch-size {self.sizes.batch_size}"
+        return (
+            f"{options} --optim.warmup-steps {max(1, min(100, steps // 6))} --eval-every {steps} --data.num-workers 1"
+        )
+
+    def stage(self, steps: int) -> str:
+        """Options of Stage 2 and Stage 3."""
+        return f"{self.training(steps)} --flow-draws {self.sizes.flow_draws} {STAGES} {self.where.options}"
+
+    def teacher(self, learns: bool) -> Part:
+        """A teacher of the video; or one that keeps its random weights."""
+        video = self.video()
+        training = self.training(self.sizes.teacher_steps if learns else 1) + f" --optim.lr {2e-3 if learns else 1e-12}"
+        command = f"-m smolvla_shared.teacher train {training} {TEACHER} --data.frame-gap-s {GAP_S}"
+        name = "teacher" if learns else "teacher-random"
+        return Part(name, f"{command} --data.roots {places(0, len(video))}", video)
+
+    def labels(self, kind: str) -> tuple[Part, str]:
+        """Labels of the video (for co-training also of the demonstrations), and the options that read them."""
+        data = (*self.video(), self.labelled()) if kind == "co-training" else self.video()
+        pairs = f"--data.frame-gap-s {CHUNK_S if kind == 'executed' else GAP_S}"
+        latents = f"--teacher-kind {'continuous' if kind in ('executed', 'continuous') else 'quantized'}"
+        to = f"--label-cache @out {pairs} --data.roots {places(0, len(data))}"
+        if kind == "executed":
+            part = Part("labels-executed", f"examples/relabel.py --kind executed {to} --slots {SLOTS}", data)
+        elif kind == "shuffled":
+            source, options = (*data, self.labels("teacher")[0]), f"--source-cache @{len(data)} --seed {self.seed}"
+            part = Part("labels-shuffled", f"examples/relabel.py --kind shuffled {to} {options}", source)
+        else:
+            checkpoint = f"@{len(data)}/checkpoints/last/pretrained_model/laq.safetensors"
+            command = f"-m smolvla_shared.teacher label --laq-ckpt {checkpoint} {to} {latents}"
+            part = Part("labels", command, (*data, self.teacher(learns=kind != "random teacher")))
+        return part, f"{pairs} {latents} --labels cache --label-cache"
+
+    def stage2(self, kind: str) -> Part:
+        video, (labels, options) = self.video(), self.labels(kind)
+        command = f"train_stage2.py {self.stage(self.sizes.stage2_steps)} --model.preset tiny {STAGE2}"
+        roots = f"--data.roots {places(0, len(video))} {options} @{len(video)}"
+        return Part("stage2", f"{command} {roots}", (*video, labels))
+
+    def policy(self) -> Part:
+        """Stage 3 of this arm."""
+        sizes, kind = self.sizes, ARMS[self.arm]
+        steps = sizes.stage3_steps + (sizes.stage2_steps if self.arm == "scratch, all compute" else 0)
+        data = (self.labelled(), *(self.video() if self.arm == "all labels" else ()))
+        held_out = 0.05 if self.arm == "all labels" else sizes.held_out / (self.demonstrations + sizes.held_out)
+        command = f"train_stage3.py {self.stage(steps)} {STAGE3} --save-every {max(1, steps // 3)}"
+        command += f" --val-fraction {held_out:.4f} --data.roots {places(0, len(data))}"
+        if not kind:
+            return Part("stage3", f"{command} --model.preset tiny", data)
+        artifact = "--stage2-artifact @1/artifacts/smolvla_shared_stage2_artifact.safetensors"
+        if kind != "co-training":
+            return Part("stage3", f"{command} {artifact}", (*data, self.stage2(kind)))
+        (labels, options), video = self.labels(kind), self.video()
+        command += f" {artifact} --latent-loss-weight 0.5 {options} @2 --video-roots {places(3, len(video))}"
+        return Part("stage3", command, (*data, self.stage2("teacher"), labels, *video))
+
+    def rollout(self, step: int | None = None) -> Part:
+        """Episodes of the policy, or of its checkpoint of a step."""
+        checkpoint = f"@0/checkpoints/{'last' if step is None else f'{step:06d}'}/pretrained_model"
+        command = f"rollout.py --policy-path {checkpoint} --env.task {self.where.task} --out @out --num-envs 1"
+        command += f" --episodes {self.sizes.rollouts} --seed {self.seed * ROLLOUT_SEEDS}"
+        return Part("rollout", f"{command} --max-steps {self.where.max_steps}", (self.policy(),))
+
+    def curve(self) -> dict[int, Part]:
+        """Rollouts by Stage 3 step; of the last step alone, unless the arm has a curve."""
+        steps, has_curve = self.sizes.stage3_steps, (self.arm, self.demonstrations)
+        if has_curve not in [(arm, CURVE_DEMONSTRATIONS) for arm in CURVE_ARMS] or steps < 3:
+            return {steps: self.rollout()}
+        return {step: self.rollout(step) for step in (steps // 3, 2 * (steps // 3))} | {steps: self.rollout()}
+
+
+# Each arm, and the labels of its Stage 2; None: it has no Stage 2.
+ARMS = {
+    "scratch": None,
+    "stage 2": "teacher",
+    "co-training": "co-training",
+    "continuous": "continuous",
+    "random teacher": "random teacher",
+    "shuffled latents": "shuffled",
+    "true actions": "executed",
+    "scratch, all compute": None,
+    "all labels": None,
+}
+
+
+def outcomes(part: Part, root: Path) -> dict[int, bool]:
+    """Success by initial state."""
+    results = json.loads((part.out(root) / "results.json").read_text())
+    return {episode["seed"]: episode["success"] for episode in results["per_episode"]}
+
+
+def held_out_error(part: Part, root: Path) -> float:
+    lines = [json.loads(line) for line in (part.out(root) / "metrics.jsonl").read_text().splitlines()]
+    return [line["val/action_error"] for line in lines if "val/action_error" in line][-1]
+
+
+def gather(cells: list[Cell], root: Path) -> list[Measured]:
+    """What the complete cells gave, over their seeds."""
+    measured = {}
+    for cell in cells:
+        curve = {step: part for step, part in cell.curve().items() if part.is_complete(root)}
+        if cell.sizes.stage3_steps not in curve:
+            continue
+        place = cell.setting, cell.demonstrations, cell.arm
+        row = measured.setdefault(place, Measured(*place))
+        row.held_out_errors.append(held_out_error(cell.policy(), root))
+        for step, part in curve.items():
+            found = {(cell.seed, state): won for state, won in outcomes(part, root).items()}
+            row.by_step.setdefault(step, {}).update(found)
+    return list(measured.values())
+
+
+@dataclass(frozen=True)
+class EvidenceConfig:
+    """Make the table of arms with and without Stage 2."""
+
+    # Directory of all parts and of the results.
+    root: Path
+    # Only policies whose name <setting>/<demonstrations>/<arm>/<seed> matches one of these patterns.
+    only: tuple[str, ...] = ("*",)
+    # One setting, two arms and a few steps: whether everything runs.
+    quick: bool = False
+    # Print the results of what is complete, run nothing.
+    report: bool = False
+
+
+def choose(config: EvidenceConfig) -> Iterator[Cell]:
+    """All seeds of a cell's arm come last: a table with one seed everywhere is there first."""
+    sizes = QUICK if config.quick else Sizes()
+    arms = ("scratch", "stage 2") if config.quick else tuple(ARMS)
+    settings = list(SETTINGS)[:1] if config.quick else list(SETTINGS)
+    for seed in SEEDS[:1] if config.quick else SEEDS:
+        for setting in settings:
+            for demonstrations in (1,) if config.quick else DEMONSTRATIONS:
+                for arm in arms:
+                    cell = Cell(setting, demonstrations, arm, seed, sizes)
+                    if any(fnmatch(cell.name, pattern) for pattern in config.only):
+                        yield cell
+
+
+def main(config: EvidenceConfig) -> None:
+    config, cells = replace(config, root=config.root.absolute()), list(choose(config))
+    if not cells:
+        raise ValueError(f"--only {config.only} matches none of <{'|'.join(SETTINGS)}>/<N>/<{'|'.join(ARMS)}>/<seed>")
+    config.root.mkdir(parents=True, exist_ok=True)
+    for cell in cells:
+        for part in cell.curve().values():
+            if not config.report:
+                part.make(config.root)
+    table = compare(gather(cells, config.root))
+    (config.root / "evidence.json").write_text(json.dumps(table, indent=2) + "\n")
+    if table:
+        plot(table, config.root / "demonstrations.png", by_step=False)
+        plot(table, config.root / "steps.png", by_step=True)
+    print(markdown(table))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(EvidenceConfig))
