@@ -47,7 +47,7 @@ class Setting:
 class Sizes:
     video_episodes: int = 100  # of each video task
     held_out: int = 3  # demonstrations beside those that are trained on, for the held-out action error
-    teacher_steps: int = 700
+    teacher_steps: int = 1200
     stage2_steps: int = 600
     stage3_steps: int = 600
     batch_size: int = 32
@@ -70,10 +70,6 @@ QUICK = Sizes(2, 1, 2, 2, 2, batch_size=4, flow_draws=1, rollouts=2)
 VIDEO_SEED, ROLLOUT_SEEDS = 50, 1_000
 IMAGE_SIZE = 64  # the tiny preset's
 GAP_S, CHUNK_S, SLOTS = 0.05, 0.2, 4  # a teacher's pair; a chunk of 16 actions at 80 fps; true actions given of it
-TEACHER = (
-    "--laq.dim 64 --laq.quant-dim 16 --laq.image-size 64 --laq.patch-size 8 --laq.spatial-depth 2 "
-    "--laq.temporal-depth 1 --laq.dim-head 16 --laq.heads 4"
-)
 STAGES = "--optim.lr 1e-3"
 STAGE2 = ""
 STAGE3 = "--chunk-size 16 --n-action-steps 8 --ema-decay 0.99"
@@ -125,7 +121,10 @@ class Part:
 
 
 def environment() -> dict[str, str]:
-    return {"HF_HUB_OFFLINE": "1", "MUJOCO_GL": "osmesa", "PYTHONPATH": str(REPOSITORY)} | os.environ
+    """Offline, without a display, and with the package of this repository before an installed one."""
+    paths = [str(REPOSITORY), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    found = {"HF_HUB_OFFLINE": "1", "MUJOCO_GL": "osmesa"} | os.environ
+    return found | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
 def commit() -> str:
@@ -181,8 +180,8 @@ class Cell:
     def teacher(self, learns: bool) -> Part:
         """A teacher of the video; or one that keeps its random weights."""
         video = self.video()
-        training = self.training(self.sizes.teacher_steps if learns else 1) + f" --optim.lr {2e-3 if learns else 1e-12}"
-        command = f"-m smolvla_shared.teacher train {training} {TEACHER} --data.frame-gap-s {GAP_S}"
+        training = self.training(self.sizes.teacher_steps if learns else 1) + ("" if learns else " --optim.lr 1e-12")
+        command = f"-m smolvla_shared.teacher train {training} --data.frame-gap-s {GAP_S}"
         name = "teacher" if learns else "teacher-random"
         return Part(name, f"{command} --data.roots {places(0, len(video))}", video)
 

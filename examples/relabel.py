@@ -11,12 +11,16 @@ is what a useless one would: the latent actions of another cache, each given to 
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
+import torch
 import tyro
 
 from smolvla_shared.config import DataConfig, TeacherKind
+
+if TYPE_CHECKING:
+    from smolvla_shared.data import RobotDataset
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,45 +61,48 @@ def executed_latents(executed: np.ndarray, rows: np.ndarray, gap: int, slots: in
 
 def main(config: RelabelConfig) -> None:
     from smolvla_shared import data
-    from smolvla_shared.label_cache import cached_teacher_id, label_directories, label_key, label_store
+    from smolvla_shared.cache import read_mapped
+    from smolvla_shared.files import write_weights
+    from smolvla_shared.label_cache import CODEBOOK, label_stores
 
     datasets = data.open_datasets(config.data)
     _, camera = data.choose_cameras(datasets, config.data)
-    names = [dataset.name for dataset in datasets]
-    sources = label_directories(config.source_cache, names) if config.source_cache else [None] * len(names)
-    for dataset, source, directory in zip(datasets, sources, label_directories(config.label_cache, names), strict=True):
+    if config.source_cache:
+        kind = config.teacher_kind
+        sources = label_stores(config.source_cache, datasets, None, kind, camera)
+        for source in sources:
+            source.open()
+        teacher = f"{sources[0].key['teacher_id']}, shuffled with seed {config.seed}"
+    else:
+        kind, sources = "continuous", [None] * len(datasets)
+        teacher = f"executed actions, {config.slots} slots"
+    stores = label_stores(config.label_cache, datasets, teacher, kind, camera)
+    for dataset, source, store in zip(datasets, sources, stores, strict=True):
         rows = dataset.rows_with_pairs(np.arange(dataset.num_frames))
         if source is None:
-            if data.EXECUTED_ACTION_KEY not in dataset.features:
-                raise ValueError(
-                    f"{dataset.name} has no column {data.EXECUTED_ACTION_KEY}: record it with --kind labelled"
-                )
-            column = dataset.lerobot.hf_dataset.select_columns([data.EXECUTED_ACTION_KEY]).with_format("numpy")
-            latents = executed_latents(column[:][data.EXECUTED_ACTION_KEY], rows, dataset.gap, config.slots)
-            arrays = {
-                "indices": np.zeros((dataset.num_frames, config.slots), np.uint8),
-                "continuous": np.zeros((dataset.num_frames, *latents.shape[1:]), np.float32),
-            }
-            arrays["continuous"][rows] = latents
-            codebook = np.zeros((1, latents.shape[-1]), np.float32)
-            key = label_key(dataset, f"executed actions, {config.slots} slots", "continuous", camera)
+            latents = torch.from_numpy(executed_latents(executed_actions(dataset), rows, dataset.gap, config.slots))
+            labels = torch.zeros(dataset.num_frames, *latents.shape[1:])
+            labels[rows] = latents
+            codebook = torch.zeros(1, latents.shape[-1])
         else:
-            teacher = cached_teacher_id(source)
-            found = label_store(source, label_key(dataset, teacher, config.teacher_kind, camera), dataset.num_frames)
-            arrays = {name: np.array(array) for name, array in found.open().items() if name != "mask"}
-            order = np.random.default_rng(config.seed).permutation(rows)
-            for array in arrays.values():
-                array[rows] = array[order]
-            codebook = np.load(source / "codebook.npy")
-            key = label_key(dataset, f"{teacher}, shuffled with seed {config.seed}", config.teacher_kind, camera)
-        arrays["mask"] = np.isin(np.arange(dataset.num_frames), rows)
-        store = label_store(directory, key, dataset.num_frames)
+            labels = torch.stack([source[row] for row in range(dataset.num_frames)])
+            labels[rows] = labels[np.random.default_rng(config.seed).permutation(rows)]
+            codebook = read_mapped(f"{source.directory}/{CODEBOOK}")["codebook"]
         store.claim()
-        np.save(directory / "codebook.npy", codebook)
+        write_weights(store.directory / CODEBOOK, {"codebook": codebook})
         for shard in store.missing():
-            store.write(shard, {name: array[shard.start : shard.stop] for name, array in arrays.items()})
-        store.finish()
-        print(f"{directory}: {len(rows):,} of {dataset.num_frames:,} frames, {config.kind}")
+            store.write(shard, labels[shard.start : shard.stop].clone())
+        print(f"{store.directory}: {len(rows):,} of {dataset.num_frames:,} frames, {config.kind}")
+
+
+def executed_actions(dataset: "RobotDataset") -> np.ndarray:
+    """[frames, A]. Raises ValueError where they were not recorded."""
+    from smolvla_shared.data import EXECUTED_ACTION_KEY
+
+    if EXECUTED_ACTION_KEY not in dataset.features:
+        raise ValueError(f"{dataset.name} has no column {EXECUTED_ACTION_KEY}: record it with --kind labelled")
+    column = dataset.lerobot.hf_dataset.select_columns([EXECUTED_ACTION_KEY]).with_format("numpy")
+    return column[:][EXECUTED_ACTION_KEY]
 
 
 if __name__ == "__main__":
