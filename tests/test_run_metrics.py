@@ -147,6 +147,7 @@ def train_tracked(config, **options):
             raise Stop
         return {}
 
+    config.run_dir.rmdir()  # a new run makes its own
     with pytest.raises(Stop):
         train_points(config, run.start_run(config)[0], after_step=stop)
     resumed = replace(config, resume=True)
@@ -197,6 +198,7 @@ def test_wandb_works_offline(tmp_path, monkeypatch):
 def test_trackio_gets_the_lines_of_the_log(tmp_path, monkeypatch):
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
     config = make_config(tmp_path / "run", steps=3, trackers=("trackio",))
+    config.run_dir.rmdir()  # a new run makes its own
     train_points(config, run.start_run(config)[0])
     import sqlite3
 
