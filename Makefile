@@ -16,7 +16,7 @@ demo: setup  ## run the whole pipeline on demonstrations it records itself, abou
 	@PATH="$(CURDIR)/.venv/bin:$$PATH" examples/quickstart.sh
 
 # One thread a process (tests/conftest.py) and a process a core beat many threads: the models of the tests are tiny.
-test: setup lint  ## check the style and run all tests, 10 to 20 minutes on two cores
+test: setup lint  ## check the style and run all tests, 15 to 30 minutes on two cores
 	@PATH="$(CURDIR)/.venv/bin:$$PATH" pytest -m "" -n logical --maxprocesses 4 --dist loadfile
 
 lint: setup  ## check style and format
