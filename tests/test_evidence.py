@@ -101,11 +101,11 @@ def test_everything_runs_once(tmp_path):
     printed = evidence(tmp_path)
     assert not parts & set(printed.split())  # what was complete did not run again
     table = json.loads((tmp_path / "evidence.json").read_text())
-    assert [row["arm"] for row in table] == ["scratch", "stage 2"]
+    assert [row["arm"] for row in table] == ["scratch", "continuous"]
     assert all(row["episodes"] == row["pairs_with_scratch"] == QUICK.rollouts for row in table)
     assert (tmp_path / "demonstrations.png").stat().st_size > 1000
     # A rollout that was stopped runs again, and nothing else does.
-    (stopped,) = (tmp_path / "parts").glob(f"{Cell('reach', 1, 'stage 2', 0, QUICK).rollout().directory}")
+    (stopped,) = (tmp_path / "parts").glob(f"{Cell('reach', 1, 'continuous', 0, QUICK).rollout().directory}")
     (stopped / "done.json").unlink()
     printed = evidence(tmp_path)
     assert [word for word in printed.split() if word.startswith(("record-", "stage", "rollout"))] == [stopped.name]
