@@ -1,7 +1,5 @@
 """examples/evidence.py: its statistics against closed forms, parts by their hashes, and a small run of everything."""
 
-import json
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "examples"))
 
-from evidence import ARMS, QUICK, Cell, Part, Sizes  # noqa: E402
+from evidence import ARMS, Cell, Part, Sizes  # noqa: E402
 from evidence_table import Measured, compare, holm, markdown, mcnemar_exact  # noqa: E402
 from relabel import executed_latents  # noqa: E402
 
@@ -82,31 +80,3 @@ def test_true_actions_are_the_means_of_the_parts_of_a_gap():
     np.testing.assert_array_equal(latents[1], [[7, 8], [11, 12]])
     with pytest.raises(ValueError, match="--slots 3 do not divide a gap of 4 frames"):
         executed_latents(executed, np.array([0]), gap=4, slots=3)
-
-
-def evidence(root: Path, *options: str) -> str:
-    command = [sys.executable, "examples/evidence.py", "--root", str(root), "--quick", *options]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    logs = [
-        path.read_text()[-2000:] for path in root.glob("parts/*/log.txt") if not (path.parent / "done.json").exists()
-    ]
-    assert done.returncode == 0, done.stderr + "\n".join(logs)
-    return done.stdout
-
-
-@pytest.mark.slow
-def test_everything_runs_once(tmp_path):
-    evidence(tmp_path, "--only", "*/scratch/*")
-    parts = {path.name for path in (tmp_path / "parts").iterdir()}
-    printed = evidence(tmp_path)
-    assert not parts & set(printed.split())  # what was complete did not run again
-    table = json.loads((tmp_path / "evidence.json").read_text())
-    assert [row["arm"] for row in table] == ["scratch", "continuous"]
-    assert all(row["episodes"] == row["pairs_with_scratch"] == QUICK.rollouts for row in table)
-    assert (tmp_path / "demonstrations.png").stat().st_size > 1000
-    # A rollout that was stopped runs again, and nothing else does.
-    (stopped,) = (tmp_path / "parts").glob(f"{Cell('reach', 1, 'continuous', 0, QUICK).rollout().directory}")
-    (stopped / "done.json").unlink()
-    printed = evidence(tmp_path)
-    assert [word for word in printed.split() if word.startswith(("record-", "stage", "rollout"))] == [stopped.name]
-    assert json.loads((tmp_path / "evidence.json").read_text()) == table
