@@ -1,4 +1,4 @@
-"""examples/evidence.py: its statistics against closed forms, parts by their hashes, and a small run of everything."""
+"""examples/evidence.py: its statistics against closed forms, parts by their hashes, true actions as latents."""
 
 import sys
 from dataclasses import replace
