@@ -25,6 +25,12 @@ CAMERA = "observation.image"
 GENERATOR = torch.Generator().manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def same_draws():
+    """A test's data does not depend on the tests before it."""
+    GENERATOR.manual_seed(0)
+
+
 def normal(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=GENERATOR, dtype=torch.float64)
 
