@@ -2,7 +2,9 @@
 
 import os
 import runpy
+import subprocess
 import tempfile
+from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
 
@@ -22,6 +24,16 @@ os.environ |= {
 os.environ.setdefault("MUJOCO_GL", "osmesa")
 
 runpy.run_path(f"{NO_NETWORK}/sitecustomize.py")  # not an import: Ubuntu's Python has imported one of that name
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[subprocess.Popen]:
+    """Runs the project's commands; see forked.py."""
+    from forked import start_server
+
+    with start_server() as process:
+        yield process
+        process.stdin.close()
 
 
 @pytest.fixture(scope="session")

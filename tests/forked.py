@@ -47,6 +47,13 @@ class Forked:
         return json.loads(self.server.stdout.readline())["code"]
 
 
+def run_forked(server: subprocess.Popen, command: list[str | Path], output: Path) -> tuple[int, str]:
+    """The exit code of `python <command>` and what it printed, which is appended to the file `output`, too."""
+    before = output.stat().st_size if output.exists() else 0
+    code = Forked(server, command, output).wait()
+    return code, output.read_bytes()[before:].decode()
+
+
 def start_server() -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT

@@ -168,3 +168,23 @@ def equal(one, other) -> bool:
     if isinstance(one, list | tuple):
         return len(one) == len(other) and all(equal(a, b) for a, b in zip(one, other))
     return one == other
+
+
+# --- pictures ---------------------------------------------------------------------------------------------------------
+
+
+def drawn_figures(monkeypatch) -> dict[str, Any]:
+    """The matplotlib figures that are saved from now on, by the name of their file."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib.figure import Figure
+
+    figures, save = {}, Figure.savefig
+
+    def savefig(figure: Figure, path: Path, **options: Any) -> None:
+        figures[Path(path).name] = figure
+        save(figure, path, **options)
+
+    monkeypatch.setattr(Figure, "savefig", savefig)
+    return figures

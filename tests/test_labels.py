@@ -5,14 +5,13 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from forked import ROOT, Forked, start_server
+from forked import ROOT, Forked
 from safetensors.torch import load_file
 
 from smolvla_shared import data, data_blocks, data_loader, data_order, label_cache
@@ -153,13 +152,6 @@ def test_what_a_user_can_get_wrong(tmp_path, laq_checkpoint, video_dataset, labe
 
 
 # --- the real command -------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[subprocess.Popen]:
-    with start_server() as process:
-        yield process
-        process.stdin.close()
 
 
 @pytest.fixture

@@ -9,13 +9,13 @@ import signal
 import subprocess
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
-from forked import Forked, start_server
+from forked import Forked
 from helpers import equal, metrics_of
 from safetensors.torch import load_file
 
@@ -32,13 +32,6 @@ SIZES += "--optim.warmup-steps 3".split()
 TINY_LAQ = "--laq.dim 32 --laq.quant-dim 8 --laq.image-size 64 --laq.patch-size 8 --laq.spatial-depth 1".split()
 TINY_LAQ += "--laq.temporal-depth 1 --laq.dim-head 16 --laq.heads 2 --optim.lr 5e-3 --replace-every 5".split()
 ARTIFACT = Path("artifacts") / "smolvla_shared_stage2_artifact.safetensors"
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[subprocess.Popen]:
-    with start_server() as process:
-        yield process
-        process.stdin.close()
 
 
 @pytest.fixture(scope="module")

@@ -2,13 +2,12 @@
 how many environments run side by side."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from forked import run_forked
 from lerobot.policies.factory import make_pre_post_processors
 from PIL import Image
 
@@ -20,7 +19,6 @@ from smolvla_shared.preprocess import Statistics
 from smolvla_shared.rollouts import Episode, wilson_interval
 from smolvla_shared.trunk import load_trunk_tokenizer
 
-ROOT = Path(__file__).parents[1]
 TASK = "plate-slide-v3"
 
 
@@ -177,32 +175,23 @@ def test_an_environment_without_task_text(num_envs, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_command(policy_path, tmp_path):
-    command = [sys.executable, "rollout.py", "--policy-path", str(policy_path), "--env.task", TASK, "--max-steps", "6"]
-    command += [
-        "--episodes",
-        "2",
-        "--num-envs",
-        "2",
-        "--n-action-steps",
-        "2",
-        "--videos",
-        "--out",
-        str(tmp_path / "out"),
-    ]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.splitlines()[-1].startswith(f"{TASK}: 0 of 2 episodes succeeded, 0% (95% interval 0% to 66%)")
+def test_the_command(server, policy_path, tmp_path):
+    command = ["rollout.py", "--policy-path", policy_path, "--env.task", TASK, "--max-steps", "6", "--episodes", "2"]
+    command += ["--num-envs", "2", "--n-action-steps", "2", "--videos", "--out", tmp_path / "out"]
+    code, printed = run_forked(server, command, tmp_path / "printed.txt")
+    assert code == 0, printed
+    assert printed.splitlines()[-1].startswith(f"{TASK}: 0 of 2 episodes succeeded, 0% (95% interval 0% to 66%)")
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["n_action_steps"] == 2
     assert len(list((tmp_path / "out").glob("*.mp4"))) == 2
-    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert again.returncode != 0
-    assert "exists: name another directory" in again.stderr
+    code, printed = run_forked(server, command, tmp_path / "printed.txt")
+    assert code == 1
+    assert "exists: name another directory" in printed
 
 
-def test_a_directory_without_a_policy_is_refused(tmp_path):
-    command = [sys.executable, "rollout.py", "--policy-path", str(tmp_path)]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode != 0
-    assert f"{tmp_path} holds no policy: config.json is missing (found: [])" in result.stderr
+def test_a_directory_without_a_policy_is_refused(server, tmp_path):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    code, printed = run_forked(server, ["rollout.py", "--policy-path", empty], tmp_path / "printed.txt")
+    assert code == 1
+    assert f"{empty} holds no policy: config.json is missing (found: [])" in printed

@@ -5,9 +5,11 @@ import time
 from collections import Counter
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
-from helpers import Regression, make_config, metrics_of, passes, train_points
+from helpers import Regression, drawn_figures, make_config, metrics_of, passes, train_points
+from PIL import Image
 
 from smolvla_shared import run, run_metrics
 from smolvla_shared.config import LATENT
@@ -24,10 +26,20 @@ def test_a_log_is_cut_at_the_step_of_the_checkpoint(tmp_path):
     assert MetricsLog(log.path, 0).read() == []
 
 
-def test_curves_are_drawn(tmp_path):
-    metrics = [{"step": 1, "loss/a": 1.0}, {"step": 2, "loss/a": 0.5, "val/a": 0.7, "lr": 1e-3}]
+def test_curves_are_drawn(tmp_path, monkeypatch):
+    """A panel for each quantity, with held-out values beside the training's; what is not measured leaves no point."""
+    figures = drawn_figures(monkeypatch)
+    metrics = [{"step": 1, "loss/a": 1.0, "val/b": 3.0}, {"step": 2, "loss/a": 0.5, "val/a": 0.7, "lr": 1e-3}]
     plot_curves(metrics, tmp_path / "curves.png")
-    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    a, b = figures["curves.png"].axes
+    assert {line.get_label(): line.get_xydata().tolist() for line in a.lines} == {
+        "loss/a": [[1, 1.0], [2, 0.5]],
+        "val/a": [[2, 0.7]],
+    }
+    assert {line.get_label(): line.get_xydata().tolist() for line in b.lines} == {"val/b": [[1, 3.0]]}
+    assert (a.get_title(), a.get_yscale(), b.get_title(), b.get_yscale()) == ("a", "log", "b", "linear")
+    with Image.open(tmp_path / "curves.png") as image:
+        assert np.asarray(image.convert("RGB")).std() > 0
     plot_curves([{"step": 1, "lr": 1.0}], tmp_path / "nothing.png")
     assert not (tmp_path / "nothing.png").exists()
 
