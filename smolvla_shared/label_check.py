@@ -2,7 +2,7 @@
 
 import collections
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -35,8 +35,6 @@ class CheckConfig(TeacherOptions):
     pairs: int = 5000
     # Pairs of them that get the costlier measurements: still pairs, past and future, reconstruction.
     detailed_pairs: int = 500
-    # Frame gaps, in seconds, to compare by the probe.
-    gaps: tuple[float, ...] = ()
     # How the actions of a gap add up: their `sum` (velocities, deltas) or their `change` (absolute positions). Default:
     # what the data say, which is printed.
     actions: label_probe.ActionMode | None = None
@@ -110,15 +108,15 @@ def draw_rows(datasets: list[data.RobotDataset], config: CheckConfig) -> list[np
 
 
 def teacher_frames(
-    teacher: OnlineLabels, dataset: data.RobotDataset, rows: np.ndarray, gaps: tuple[int, ...], num_workers: int
+    teacher: OnlineLabels, dataset: data.RobotDataset, rows: np.ndarray, num_workers: int
 ) -> Iterator[tuple[np.ndarray, Tensor, Tensor]]:
-    """Blocks of rows, the frames that lie `gaps` gaps from each [n, gaps, 3, H, W] as the teacher sees them, and
-    whether the episode has them [n, gaps].
+    """Yields blocks of n rows; their frames at t - gap, t and t + gap as the teacher sees them, [n, 3, 3, H, W]; and
+    whether the episode has each of these frames, [n, 3] bool.
     """
     blocks = data_blocks.episode_blocks(dataset, rows, size=64)
-    frames = data_blocks.FrameBlocks(dataset, teacher.camera, blocks, tuple(gap * dataset.gap for gap in gaps))
+    frames = data_blocks.FrameBlocks(dataset, teacher.camera, blocks, (-dataset.gap, 0, dataset.gap))
     device = teacher.laq.vq.codebooks.device
-    progress = tqdm(total=len(rows), desc=f"{Path(dataset.name).name}, gap {dataset.gap_s:.3g} s", unit="pair")
+    progress = tqdm(total=len(rows), desc=Path(dataset.name).name, unit="pair")
     for block, (pictures, places, has) in zip(blocks, make_worker_loader(frames, num_workers)):
         yield block, teacher.laq.resize(unit_range(pictures.to(device)))[places.to(device)], has
         progress.update(len(block))
@@ -142,7 +140,7 @@ def observe(
     control = None
     seen = first_episode = 0
     for dataset, rows in zip(datasets, drawn):
-        for block, frames, has in teacher_frames(teacher, dataset, rows, (-1, 0, 1), config.data.num_workers):
+        for block, frames, has in teacher_frames(teacher, dataset, rows, config.data.num_workers):
             pairs = frames[:, 1:]
             if control is None:
                 control = random_teacher(teacher.laq, config.seed)
@@ -167,22 +165,6 @@ def observe(
     found = {name: torch.cat(values) for name, values in columns.items()} | observe_details(teacher, **details)
     found["targets"] = find_targets(datasets, drawn, config)
     return label_health.Observations(**found), details["triples"], details["latents"]
-
-
-@torch.no_grad()
-def probe_at(
-    teacher: OnlineLabels, datasets: list[data.RobotDataset], config: CheckConfig
-) -> dict[str, list[float | None] | None]:
-    """The probe of each target at the frame gap of these datasets."""
-    drawn, columns, first_episode = draw_rows(datasets, config), collections.defaultdict(list), 0
-    for dataset, rows in zip(datasets, drawn):
-        for block, pairs, _ in teacher_frames(teacher, dataset, rows, (0, 1), config.data.num_workers):
-            columns["latents"].append(teacher.choose(teacher.laq.encode(pairs)).flatten(1).cpu())
-            columns["episodes"].append(torch.full((len(block),), first_episode + dataset.episode_of(block[0])))
-        first_episode += len(dataset.episode_from)
-    latents, episodes = torch.cat(columns["latents"]), torch.cat(columns["episodes"])
-    targets = find_targets(datasets, drawn, config)
-    return {name: label_probe.probe(latents, target.values, episodes) for name, target in targets.items()}
 
 
 @torch.no_grad()
@@ -236,17 +218,6 @@ def draw_transfer(path: Path, laq: LAQ, triples: Tensor, latents: Tensor) -> Non
     label_pictures.draw_transfer(path, {title: images.cpu() for title, images in columns.items()})
 
 
-def datasets_with_targets(config: DataConfig) -> list[data.RobotDataset]:
-    """The datasets that a probe can use, with the pairs of this frame gap. Raises ValueError if there are none."""
-    datasets = [d for d in data.open_datasets(config) if label_probe.action_key(d) or data.STATE_KEY in d.features]
-    if not datasets:
-        raise ValueError(
-            "--gaps compares frame gaps by the probe, but none of the datasets has actions or a state: leave it out"
-        )
-    data.valid_pair_share(datasets, [(i, np.arange(dataset.num_frames)) for i, dataset in enumerate(datasets)])
-    return datasets
-
-
 def check(config: CheckConfig) -> None:
     if config.out.exists():
         raise ValueError(f"--out {config.out} exists: name a new directory")
@@ -256,15 +227,12 @@ def check(config: CheckConfig) -> None:
     _, camera = data.choose_cameras(datasets, options)
     all_frames = [(index, np.arange(dataset.num_frames)) for index, dataset in enumerate(datasets)]
     valid_share = data.valid_pair_share(datasets, all_frames)
-    by_gap = {gap: datasets_with_targets(replace(options, frame_gap_s=gap)) for gap in sorted(config.gaps)}
     print(data.describe(datasets, with_pairs=True))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     teacher = OnlineLabels(laq.to(device), config.teacher_kind, camera)
 
     seen, triples, latents = observe(teacher, datasets, config)
     found = label_health.measure(seen, laq.config.codebook_size) | {"invalid_share": 1 - valid_share}
-    sweep = {gap: probe_at(teacher, others, config) for gap, others in by_gap.items()}
-    found["probe_by_gap"] = sweep
     failures, warnings = label_health.judge(found, config.teacher_kind)
     verdict = label_health.Verdict(
         verdict="fail" if failures else "pass",
@@ -279,7 +247,7 @@ def check(config: CheckConfig) -> None:
     label_pictures.draw_usage(config.out / "codes.png", found["codes"]["counts"])
     draw_transfer(config.out / "transfer.png", laq, triples, latents)
     if found["probe"]:
-        label_pictures.draw_probe(config.out / "probe.png", found["probe"], sweep)
+        label_pictures.draw_probe(config.out / "probe.png", found["probe"])
     label_health.write_report(config.out / "label_health.json", verdict, found, warnings)
     print(label_health.summary(found, verdict, warnings))
     print(f"report and pictures: {config.out}")

@@ -290,7 +290,7 @@ def judge_probe(name: str, row: dict[str, Any], limits: Thresholds) -> tuple[lis
         failure = (
             f"the latents tell hardly more about the {name} than a random teacher's: of what those leave to gain they "
             f"gain {mean:.0%}, mean over {', '.join(known)} (at least {limits.gained_share:.0%}): train the teacher "
-            "longer, ground it (--grounding.roots), or try another --data.frame-gap-s (--gaps compares them)"
+            "longer, ground it (--grounding.roots), or try another --data.frame-gap-s"
         )
         return [failure], warnings
     if missed := [dim for dim, share in known.items() if share < limits.gained_dimension]:
@@ -386,8 +386,6 @@ def summary(found: dict[str, Any], verdict: Verdict, warnings: list[str]) -> str
             ("  ceiling: from the displacement", listed(row["ceiling"])),
             ("  gained, of what there is to gain", listed(row["gained_share"])),
         ]
-        sweep = found["probe_by_gap"].items()
-        rows += [(f"  from the labels at a gap of {gap} s", listed(at[name])) for gap, at in sweep if name in at]
     width = max(len(name) for name, _ in rows) + 2
     lines = [f"{name:<{width}}{value}" for name, value in rows]
     lines += [f"warning: {text}" for text in warnings]

@@ -29,10 +29,10 @@ def draw_usage(path: Path, counts: list[list[int]]) -> None:  # [S][C]
     _save(figure, path)
 
 
-def draw_probe(path: Path, probes: dict[str, dict[str, Any]], sweep: dict[float, dict[str, list]]) -> None:
-    """A row for each target: R² of its dimensions beside its controls and, where it was asked for, over frame gaps."""
-    figure, axes = _figure(len(probes), 2 if sweep else 1, 5, 3)
-    for (bars, *lines), (name, row) in zip(axes, probes.items()):
+def draw_probe(path: Path, probes: dict[str, dict[str, Any]]) -> None:
+    """A row for each target: R² of its dimensions beside its controls."""
+    figure, axes = _figure(len(probes), 1, 5, 3)
+    for (bars,), (name, row) in zip(axes, probes.items()):
         dimensions = row["dimensions"]
         shown = {key: row[key] for key in ("ceiling", "latents", "random_teacher", "shuffled") if row[key]}
         width = 0.8 / len(shown)
@@ -43,12 +43,6 @@ def draw_probe(path: Path, probes: dict[str, dict[str, Any]], sweep: dict[float,
         bars.set_xticks(range(len(dimensions)), dimensions)
         bars.axhline(0, color="black", linewidth=0.5)
         bars.legend(fontsize=7)
-        for axis in lines:
-            for place, dimension in enumerate(dimensions):
-                line = [by_target[name][place] for by_target in sweep.values()]
-                axis.plot(list(sweep), [np.nan if v is None else v for v in line], marker="o", label=dimension)
-            axis.set(xlabel="frame gap, s", ylim=(None, 1), title="by frame gap")
-            axis.legend(fontsize=7)
     _save(figure, path)
 
 
