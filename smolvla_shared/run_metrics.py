@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
 
@@ -46,17 +47,13 @@ class MetricsLog:
 
 def plot_curves(metrics: list[dict[str, float]], path: Path) -> None:
     """Losses and held-out metrics over steps. An error and its baseline share a panel."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     panels: dict[str, list[str]] = {}
     for name in sorted({key for line in metrics for key in line if key.startswith(("loss/", "val/", "usage/"))}):
         panels.setdefault(name.split("/")[1].split("_of_")[0], []).append(name)
     if not panels:
         return
-    figure, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 3), squeeze=False)
+    figure = Figure(figsize=(4 * len(panels), 3))
+    axes = figure.subplots(1, len(panels), squeeze=False)
     for axis, (title, names) in zip(axes[0], panels.items(), strict=True):
         for name in names:
             points = [(line["step"], line[name]) for line in metrics if name in line]
@@ -68,7 +65,6 @@ def plot_curves(metrics: list[dict[str, float]], path: Path) -> None:
         axis.grid(alpha=0.3)
     figure.tight_layout()
     figure.savefig(path, dpi=100)
-    plt.close(figure)
 
 
 class Window:
