@@ -8,7 +8,6 @@ Training then neither decodes the frames nor runs the tower, which is most of th
 import shutil
 from dataclasses import asdict, dataclass
 from importlib import metadata
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -75,13 +74,21 @@ def prepare_features(
     directories = dataset_directories(options.feature_cache, [dataset.name for dataset in datasets])
     square_side = data.square_sides(datasets, cameras)
     tower = tower_id(core)
-    stores = {
-        camera: tuple(
-            feature_store(directory / camera, dataset, camera, tower, square_side.get(camera), core, config)
-            for directory, dataset in zip(directories, datasets, strict=True)
-        )
-        for camera in cameras
-    }
+    stores: dict[str, tuple[RowCache, ...]] = dict.fromkeys(cameras, ())
+    for directory, dataset in zip(directories, datasets, strict=True):
+        fingerprint = dataset_fingerprint(dataset.lerobot.root)
+        for camera in cameras:
+            key = FeatureKey(
+                tower=tower,
+                computed_in=f"{core.config.torch_dtype} weights, precision {config.precision}",
+                stored_in=options.feature_cache_dtype,
+                image_size=core.config.image_size,
+                square_side=square_side.get(camera),
+                camera=camera,
+                dataset=fingerprint,
+                versions={name: metadata.version(name) for name in ("torch", "lerobot", data.video_decoder())},
+            )
+            stores[camera] += (RowCache(directory / camera, asdict(key), dataset.num_frames, SHARD_ROWS),)
     check_size([store for some in stores.values() for store in some], core, config, accelerator)
     core.to(accelerator.device)
     for camera in cameras:
@@ -89,28 +96,6 @@ def prepare_features(
             fill(store, core, dataset, camera, config, accelerator)
             store.open()
     return stores
-
-
-def feature_store(
-    directory: Path,
-    dataset: data.RobotDataset,
-    camera: str,
-    tower: str,
-    square_side: int | None,
-    core: SmolVLASharedCore,
-    config: StageOptions,
-) -> RowCache:
-    key = FeatureKey(
-        tower=tower,
-        computed_in=f"{core.config.torch_dtype} weights, precision {config.precision}",
-        stored_in=config.data.feature_cache_dtype,
-        image_size=core.config.image_size,
-        square_side=square_side,
-        camera=camera,
-        dataset=dataset_fingerprint(dataset.lerobot.root),
-        versions={name: metadata.version(name) for name in ("torch", "lerobot", data.video_decoder())},
-    )
-    return RowCache(directory, asdict(key), dataset.num_frames, SHARD_ROWS)
 
 
 def token_shape(core: SmolVLASharedCore) -> tuple[int, int]:
