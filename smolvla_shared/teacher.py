@@ -5,10 +5,10 @@ accelerate launch -m smolvla_shared.teacher label --laq-ckpt laq.safetensors --d
 python -m smolvla_shared.teacher check --laq-ckpt laq.safetensors --data.roots my/videos --out runs/check
 """
 
-import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Annotated
 
 import torch
 import tyro
@@ -22,7 +22,7 @@ from smolvla_shared.config import OptimConfig, RunConfig
 from smolvla_shared.grounding import Grounding, GroundingConfig
 from smolvla_shared.label_cache import LabelConfig, label
 from smolvla_shared.label_check import CheckConfig, check
-from smolvla_shared.laq import LAQ, LAQConfig, PairBatch
+from smolvla_shared.laq import LAQ, LAQConfig, PairBatch, pixel_error
 from smolvla_shared.laq_codebook import dead_codes, perplexity, place_codes
 from smolvla_shared.laq_files import assemble_laq, load_laq, save_laq, teachers_pairs
 from smolvla_shared.losses import masked_mean, valid_tokens
@@ -97,14 +97,6 @@ def given_laq(config: TeacherConfig) -> LAQ | None:
     return given
 
 
-def start_laq(config: TeacherConfig, given: LAQ | None) -> LAQ:
-    """A fresh LAQ, or a trainable copy of the one to fine-tune."""
-    laq = LAQ(given.config if given else config.laq)
-    if given:
-        laq.load_state_dict(given.state_dict())
-    return laq
-
-
 @torch.no_grad()
 def reconstruction_errors(laq: LAQ, batches: Iterable[RawBatch], accelerator: Accelerator) -> dict[str, float]:
     """Held-out pixel error of the second frame predicted from its codes, beside that of repeating the first frame."""
@@ -113,7 +105,7 @@ def reconstruction_errors(laq: LAQ, batches: Iterable[RawBatch], accelerator: Ac
         frames = laq.resize(unit_range(raw.pairs.to(accelerator.device)))
         mask = raw.pair_mask.to(accelerator.device)
         predicted = laq.reconstruct(frames)
-        errors = [(p - frames[:, 1]).square().mean((1, 2, 3)) * mask for p in (predicted, frames[:, 0])]
+        errors = [pixel_error(image, frames[:, 1]) * mask for image in (predicted, frames[:, 0])]
         sums += torch.stack([errors[0].sum(), errors[1].sum(), mask.sum()])
     error, of_first_frame, count = accelerator.reduce(sums, "sum").tolist()
     count = max(count, 1)
@@ -183,7 +175,9 @@ def train_teacher(config: TeacherConfig) -> None:
     datasets, num_videos, label_camera = open_recordings(config)
     training, held_out = data_order.split_datasets(datasets[:num_videos], config.val_fraction, config.seed)
     pair_share = data.valid_pair_share(datasets, training)
-    laq = start_laq(config, given)
+    laq = LAQ(given.config if given else config.laq)
+    if given:  # which is frozen
+        laq.load_state_dict(given.state_dict())
     grounding = None
     groups = data_order.group_rows(training)
     if datasets[num_videos:]:
@@ -234,16 +228,16 @@ def train_teacher(config: TeacherConfig) -> None:
     accelerator.print(f"teacher: {config.run_dir / 'checkpoints' / 'last' / 'pretrained_model' / TEACHER_FILE}")
 
 
-COMMANDS = {"train": (TeacherConfig, train_teacher), "label": (LabelConfig, label), "check": (CheckConfig, check)}
-
-
-def main(arguments: list[str]) -> None:
-    name = arguments[0] if arguments else "nothing"
-    if name not in COMMANDS:
-        raise SystemExit(f"python -m smolvla_shared.teacher {{{','.join(COMMANDS)}}} [--help]; got {name}")
-    config_class, command = COMMANDS[name]
-    command(tyro.cli(config_class, prog=f"python -m smolvla_shared.teacher {name}", args=arguments[1:]))
+def main(arguments: list[str] | None = None) -> None:
+    config = tyro.cli(
+        Annotated[TeacherConfig, tyro.conf.subcommand("train")]
+        | Annotated[LabelConfig, tyro.conf.subcommand("label")]
+        | Annotated[CheckConfig, tyro.conf.subcommand("check")],
+        prog="python -m smolvla_shared.teacher",
+        args=arguments,
+    )
+    {TeacherConfig: train_teacher, LabelConfig: label, CheckConfig: check}[type(config)](config)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()
