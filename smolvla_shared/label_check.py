@@ -15,7 +15,7 @@ from smolvla_shared.cache import dataset_fingerprint
 from smolvla_shared.config import DataConfig, TeacherOptions
 from smolvla_shared.data_loader import make_worker_loader
 from smolvla_shared.labels import OnlineLabels
-from smolvla_shared.laq import LAQ
+from smolvla_shared.laq import LAQ, pixel_error
 from smolvla_shared.laq_files import load_laq, teachers_pairs, teachers_source
 from smolvla_shared.preprocess import unit_range
 
@@ -188,9 +188,9 @@ def observe_details(
             "still_latents": teacher.choose(still).flatten(1),
             "past_to_now": teacher.choose(laq.encode(torch.stack([past, now], dim=1))).flatten(1),
             "future_to_now": teacher.choose(laq.encode(torch.stack([future, now], dim=1))).flatten(1),
-            "own_error": (laq.reconstruct(frames[:, 1:], own.to(device)) - future).square().mean((1, 2, 3)),
-            "other_error": (laq.reconstruct(frames[:, 1:], other.to(device)) - future).square().mean((1, 2, 3)),
-            "copy_error": (now - future).square().mean((1, 2, 3)),
+            "own_error": pixel_error(laq.reconstruct(frames[:, 1:], own.to(device)), future),
+            "other_error": pixel_error(laq.reconstruct(frames[:, 1:], other.to(device)), future),
+            "copy_error": pixel_error(now, future),
         }
         for name, values in new.items():
             columns[name].append(values.cpu()[has] if name.endswith("_to_now") else values.cpu())
@@ -204,7 +204,7 @@ def draw_transfer(path: Path, laq: LAQ, triples: Tensor, latents: Tensor) -> Non
     The pairs are out of the tenth part in which most moves; beside each picture is its difference to the first frame.
     """
     device = laq.vq.codebooks.device
-    motion = (triples[:, 2] - triples[:, 1]).square().mean((1, 2, 3))
+    motion = pixel_error(triples[:, 2], triples[:, 1])
     liveliest = motion.argsort(descending=True)[:: max(1, len(motion) // 60)][:6]
     pairs, own = triples[liveliest, 1:].to(device), latents[liveliest].to(device)
     first, second = pairs.unbind(1)

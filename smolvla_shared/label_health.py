@@ -85,9 +85,8 @@ def image_shift(first: Tensor, second: Tensor) -> Tensor:  # [B, 3, H, W] -> [B,
     down = (peak // width + height // 2) % height - height // 2
     right = (peak % width + width // 2) % width - width // 2
     moved = torch.stack([f.roll((y, x), (1, 2)) for f, y, x in zip(first, down.tolist(), right.tolist())])
-    better = cell_change(moved, second) < cell_change(first, second)
-    worse = cell_change(moved, second) > cell_change(first, second)
-    is_whole = better.sum(1) > worse.sum(1)
+    undone, left = cell_change(first, second), cell_change(moved, second)
+    is_whole = (left < undone).sum(1) > (left > undone).sum(1)
     return torch.stack([down, right], 1) * is_whole[:, None]
 
 

@@ -30,12 +30,6 @@ def code_usage(indices: Tensor, codebook_size: int) -> dict[str, Any]:  # [N, S]
     }
 
 
-def nearest_codes(latents: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:  # [N, D], [C, D] -> [N], [N]
-    """Squared distance to the nearest code, and which that is."""
-    distance, code = torch.cdist(latents, codes).min(1)
-    return distance.square(), code
-
-
 def spread_codes(codes: Tensor, is_free: Tensor, latents: Tensor, generator: torch.Generator) -> Tensor:
     """The codes [C, D], with the free ones [C] moved to where latents [N, D] are far from every other code.
 
@@ -44,12 +38,14 @@ def spread_codes(codes: Tensor, is_free: Tensor, latents: Tensor, generator: tor
     """
     codes, placed = codes.clone(), ~is_free
     for code in is_free.nonzero().flatten().tolist():
-        chance = nearest_codes(latents, codes[placed])[0] if placed.any() else torch.ones(len(latents))
+        chance = torch.ones(len(latents))
+        if placed.any():
+            chance = torch.cdist(latents, codes[placed]).min(1).values.square()
         # Where every latent has a code already, any latent will do.
         codes[code] = latents[torch.multinomial(chance + 1e-12, 1, generator=generator)[0]]
         placed[code] = True
     for _ in range(KMEANS_ROUNDS):
-        _, nearest = nearest_codes(latents, codes)
+        nearest = torch.cdist(latents, codes).min(1).indices
         for code in is_free.nonzero().flatten().tolist():
             if (nearest == code).any():
                 codes[code] = latents[nearest == code].mean(0)

@@ -65,18 +65,11 @@ def teachers_pairs[Data: DataConfig](path: Path, data: Data, accept_other: bool 
     LAPA's files have neither recorded. Raises ValueError where others are stated, unless they are accepted.
     """
     source = teachers_source(path)
-    return with_pairs(data, source.get("frame_gap_s"), source.get("label_camera"), str(path), accept_other)
-
-
-def with_pairs[Data: DataConfig](
-    data: Data, frame_gap_s: float | None, label_camera: str | None, whose: str, accept_other: bool
-) -> Data:
-    """The data options with this frame gap and label camera, where none are stated; others are refused."""
     stated = {"frame_gap_s": data.frame_gap_s, "label_camera": data.label_camera}
-    own = {"frame_gap_s": frame_gap_s, "label_camera": label_camera}
+    own = {name: source.get(name) for name in stated}
     if not accept_other:
         refuse_differences(
-            f"{whose} was trained on other pairs",
+            f"{path} was trained on other pairs",
             [
                 (f"--data.{name.replace('_', '-')}", stated[name], own[name])
                 for name in own
@@ -103,7 +96,8 @@ def load_laq(path: Path, code_seq_len: int | None = None, image_size: int | None
             f"`python -m smolvla_shared.teacher train` writes"
         )
     if path.suffix == ".pt":
-        state = read_lapa_state(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = {key.removeprefix("module."): tensor for key, tensor in state.items()}  # DDP's prefix
         config = infer_config(path, state, code_seq_len, image_size)
     else:
         config = read_config(path)
@@ -155,12 +149,6 @@ def read_config(path: Path) -> LAQConfig:
             f"the file was changed or cut short, copy both again"
         )
     return LAQConfig(**manifest["config"])
-
-
-def read_lapa_state(path: Path) -> dict[str, Tensor]:
-    """LAPA's state dict, without the `module.` that DDP put before its keys."""
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    return {key.removeprefix("module."): tensor for key, tensor in state.items()}
 
 
 def infer_config(path: Path, state: dict[str, Tensor], code_seq_len: int | None, image_size: int | None) -> LAQConfig:

@@ -40,7 +40,6 @@ from smolvla_shared.run_checkpoint import (
     check_run,
     claim_run,
     ema_weights,
-    exported_weights,
     load_checkpoint,
     plan_checkpoints,
     save_checkpoint,
@@ -48,7 +47,7 @@ from smolvla_shared.run_checkpoint import (
 )
 from smolvla_shared.run_metrics import OTHER, Recorder
 from smolvla_shared.run_optimizer import FiniteGradients, clip_gradients, learning_rate, make_optimizer
-from smolvla_shared.run_sharding import check_plugin, distribute
+from smolvla_shared.run_sharding import check_plugin, distribute, gather
 from smolvla_shared.run_signals import StopSignals
 
 
@@ -209,7 +208,8 @@ class Run:
 
     def weights(self) -> dict[str, Tensor]:
         """The full weights to publish, on the main process: of the EMA if there is one, else of the last step."""
-        return exported_weights(self.state, self.accelerator)
+        state = self.state
+        return gather(state.module.state_dict(), self.accelerator) | gather(state.ema, self.accelerator)
 
     def _finish_step(self) -> None:
         stops = self.signals.wanted() and not self.is_end
@@ -253,17 +253,13 @@ class Run:
         )
 
 
-def versions() -> dict[str, str]:
-    """Versions of the libraries that decide about the numbers."""
-    return {name: metadata.version(name) for name in ("torch", "transformers", "lerobot", "accelerate", "numpy")}
-
-
 def origin(config: RunConfig, step: int, datasets: list[RobotDataset]) -> dict[str, Any]:
     """Where published weights are from, for the JSON file beside them."""
+    libraries = ("torch", "transformers", "lerobot", "accelerate", "numpy")  # these decide about the numbers
     return {
         "run": config.run_dir.name,
         "global_step": step,
         "datasets": tuple(dataset.name for dataset in datasets),
         "weights": config.published_weights,
-        "versions": versions(),
+        "versions": {name: metadata.version(name) for name in libraries},
     }

@@ -184,11 +184,6 @@ def damage(checkpoint: Path) -> list[str]:
 # --- writing and reading ----------------------------------------------------------------------------------------------
 
 
-def exported_weights(state: TrainingState, accelerator: Accelerator) -> dict[str, Tensor]:
-    """The full weights to publish, on the main process: of the EMA if there is one, else of the last step."""
-    return gather(state.module.state_dict(), accelerator) | gather(state.ema, accelerator)
-
-
 def save_checkpoint(config: RunConfig, state: TrainingState, accelerator: Accelerator, export: Export | None) -> None:
     """Write checkpoints/<step>, point checkpoints/last at it, and remove what --keep does not keep.
 
