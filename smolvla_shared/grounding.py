@@ -66,7 +66,7 @@ class Grounding:
             rows = rows[rows < end]
             pairs = torch.from_numpy(dataset.rows_with_pairs(rows))
             mode, reason = label_probe.action_mode(dataset)
-            known[index] = dataset, pairs, label_probe.summed_actions(dataset, pairs, mode)
+            known[index] = dataset, pairs, label_probe.actions_over_gap(dataset, pairs, mode)
             self.rows.append((index, rows))
             self.used[dataset.name] = {
                 "fingerprint": dataset_fingerprint(dataset.lerobot.root),

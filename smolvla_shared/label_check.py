@@ -72,7 +72,7 @@ def find_targets(
                 "change": "positions, whose change over the gap counts",
             }
             print(f"{dataset.name}: {action} are {meaning[mode]} ({reason})")
-            found[action][index] = label_probe.summed_actions(dataset, rows, mode)
+            found[action][index] = label_probe.actions_over_gap(dataset, rows, mode)
             dimensions.setdefault(action, label_probe.dimension_names(dataset, action))
         if data.STATE_KEY in dataset.features:
             found[label_probe.DISPLACEMENT][index] = label_probe.displacements(dataset, rows)
@@ -137,13 +137,11 @@ def observe(
     is_detailed[order[: config.detailed_pairs]] = True
     columns = collections.defaultdict(list)
     detailed = collections.defaultdict(list)
-    control = None
+    control = random_teacher(teacher.laq, config.seed)
     seen = first_episode = 0
     for dataset, rows in zip(datasets, drawn):
         for block, frames, has in teacher_frames(teacher, dataset, rows, config.data.num_workers):
             pairs = frames[:, 1:]
-            if control is None:
-                control = random_teacher(teacher.laq, config.seed)
             codes = teacher.laq.encode(pairs)
             latents = teacher.choose(codes)
             new = {
