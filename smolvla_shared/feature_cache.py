@@ -21,22 +21,22 @@ from smolvla_shared.files import json_sha256, state_sha256
 from smolvla_shared.model import SmolVLASharedCore, parameters_by_part
 from smolvla_shared.preprocess import prepare_images
 
-# How a recorded frame becomes the tower's input (preprocess.py). The number is raised when that changes.
+# How a recorded frame becomes the tower's input (preprocess.py). Raise the number when that changes.
 PREPROCESSING = "1: uint8 / 255, bilinear with padding on the left and top, to [-1, 1]"
-TOWER = ("vision tower", "connector")  # of model.PARTS
+TOWER = ("vision tower", "connector")  # two names in model.PARTS
 FRAMES_AT_ONCE = 16
 SHARD_ROWS = 256  # 31 MB of a 500M trunk's tokens in bfloat16; 3,200 files at 100 GB
 
 
 @dataclass(frozen=True)
 class FeatureKey:
-    """All that decides about the features of a camera of a dataset."""
+    """Everything that determines the features of one camera of a dataset."""
 
     tower: str  # sha256 of the configuration and weights of vision tower and connector
     computed_in: str
     stored_in: str
     image_size: int
-    # Side of the square that frames become first where the datasets' sizes differ; None where they do not.
+    # Side of the square that frames are resized to first, pixels. None: all datasets have one size.
     square_side: int | None
     camera: str
     dataset: str  # cache.dataset_fingerprint
@@ -57,10 +57,10 @@ def prepare_features(
     config: StageOptions,
     accelerator: Accelerator,
 ) -> dict[str, tuple[RowCache, ...]]:
-    """For SampleSpec.features: by camera a complete cache for each dataset; without --data.feature-cache nothing.
+    """Fill and open the feature caches, one for each camera and dataset (SampleSpec.features). {}: no cache asked for.
 
-    Missing shards are computed. A run that was killed meanwhile goes on where it stopped.
-    Raises ValueError for a tower that trains, a cache of something else, and one that is too large.
+    Only missing shards are computed. Raises ValueError if the tower trains, a cache has another key, or the caches are
+    too large.
     """
     options = config.data
     if options.feature_cache is None:
@@ -99,14 +99,14 @@ def prepare_features(
 
 
 def token_shape(core: SmolVLASharedCore) -> tuple[int, int]:
-    """Tokens of an image and their width."""
+    """(tokens, hidden) of an image."""
     tokens = len(core.trunk.patch_positions) // core.config.vlm["scale_factor"] ** 2
     return tokens, core.trunk.hidden_size
 
 
 def check_size(stores: list[RowCache], core: SmolVLASharedCore, config: StageOptions, accelerator) -> None:
-    """Announce the size of the caches. Raises ValueError where another cache is in a directory, and where the size is
-    more than allowed or than the disk has.
+    """Print the size of the caches. Raises ValueError if a cache has another key, or if the size exceeds
+    --data.feature-cache-gb or the free disk.
     """
     options = config.data
     row_gb = np.prod(token_shape(core)) * getattr(torch, options.feature_cache_dtype).itemsize / 1e9
@@ -137,7 +137,7 @@ def fill(
     config: StageOptions,
     accelerator: Accelerator,
 ) -> None:
-    """Compute the image tokens of every frame; every process does its share."""
+    """Compute the image tokens of every frame. Every process computes its share."""
 
     def compute(frames: Tensor, _: Tensor) -> Tensor:
         frames = data.common_size(frames, store.key["square_side"])

@@ -1,4 +1,4 @@
-"""The command `teacher check`: read frame pairs, run the teacher on them, and have health.py judge what comes out."""
+"""The command `teacher check`: reads frame pairs, runs the teacher, and has label_health.py judge the latents."""
 
 import collections
 from collections.abc import Iterator
@@ -22,23 +22,23 @@ from smolvla_shared.preprocess import unit_range
 
 @dataclass(frozen=True, kw_only=True)
 class CheckConfig(TeacherOptions):
-    """Measure whether a teacher's latent actions are worth learning: writes label_health.json and pictures, prints a
-    verdict with reasons, and exits with code 1 if it fails."""
+    """Measure whether a teacher's latent actions are worth learning. Writes label_health.json and pictures, prints a
+    verdict with reasons, and exits with code 1 if the labels fail."""
 
     # The teacher: a .safetensors file of `teacher train`, or LAPA's .pt file.
     laq_ckpt: Path
     # New directory for the report and its pictures.
     out: Path
-    # Recordings to measure on. Where they have actions, probes tell how much of them is in the latents.
+    # Datasets to measure on. With actions or a state, a probe measures how much of the motion is in the latents.
     data: DataConfig
-    # Frame pairs to look at, drawn from all datasets.
+    # Frame pairs to measure, drawn from all datasets.
     pairs: int = 5000
-    # Pairs of them that get the costlier measurements: still pairs, past and future, reconstruction.
+    # How many of these also get the costlier measurements: still pairs, past and future, reconstruction.
     detailed_pairs: int = 500
-    # How the actions of a gap add up: their `sum` (velocities, deltas) or their `change` (absolute positions). Default:
-    # what the data say, which is printed.
+    # sum: actions are velocities or deltas, added up over the gap. change: actions are absolute positions. Default:
+    # decided from the data, and printed.
     actions: label_probe.ActionMode | None = None
-    # Which pairs are drawn, and the random teacher's weights.
+    # Seed of the drawn pairs and of the random teacher's weights.
     seed: int = 0
 
     def __post_init__(self):
@@ -58,8 +58,8 @@ def random_teacher(laq: LAQ, seed: int) -> LAQ:
 def find_targets(
     datasets: list[data.RobotDataset], drawn: list[np.ndarray], config: CheckConfig
 ) -> dict[str, label_health.Target]:
-    """What happened between the frames of the drawn pairs, by the name of what was recorded (label_probe.py): one
-    target for each column of actions, and the displacement of the state.
+    """Recorded motions over the gap of the drawn pairs, by name (label_probe.py): a target for each column of actions,
+    and the displacement of the state.
     """
     found = collections.defaultdict(dict)  # name -> dataset -> [n, A]
     dimensions = {}
@@ -81,16 +81,16 @@ def find_targets(
 
 
 def fill(parts: dict[int, Tensor], drawn: list[np.ndarray]) -> Tensor:
-    """The parts of some datasets as rows of all of them, NaN for the others."""
+    """Values of some datasets [n, A] as rows of all datasets [N, A]; NaN for the other datasets."""
     width = next(iter(parts.values())).shape[1]
     nothing = [torch.full((len(rows), width), float("nan"), dtype=torch.float64) for rows in drawn]
     return torch.cat([parts.get(index, missing) for index, missing in enumerate(nothing)])
 
 
 def unseen_rows(dataset: data.RobotDataset, grounded: dict[str, list[int]]) -> np.ndarray:
-    """Rows with pairs, but for the episodes whose actions the teacher has learned: the probe would flatter it.
+    """Rows with pairs, without the episodes that grounded the teacher: the probe would flatter it on their actions.
 
-    grounded: fingerprint of a dataset -> such episodes
+    grounded: fingerprint of a dataset -> episodes that grounded the teacher
     """
     rows = dataset.rows_with_pairs(np.arange(dataset.num_frames))
     known = grounded.get(dataset_fingerprint(dataset.lerobot.root), []) if grounded else []
@@ -98,7 +98,7 @@ def unseen_rows(dataset: data.RobotDataset, grounded: dict[str, list[int]]) -> n
 
 
 def draw_rows(datasets: list[data.RobotDataset], config: CheckConfig) -> list[np.ndarray]:
-    """Rows with pairs, drawn from each dataset in proportion to what it has; sorted."""
+    """Sorted rows with pairs, drawn from each dataset in proportion to its number of them."""
     rng = np.random.default_rng(config.seed)
     grounding = teachers_source(config.laq_ckpt).get("grounding") or {"datasets": {}}
     grounded = {used["fingerprint"]: used["episodes"] for used in grounding["datasets"].values()}
@@ -117,8 +117,8 @@ def teacher_frames(
     frames = data_blocks.FrameBlocks(dataset, teacher.camera, blocks, (-dataset.gap, 0, dataset.gap))
     device = teacher.laq.vq.codebooks.device
     progress = tqdm(total=len(rows), desc=Path(dataset.name).name, unit="pair")
-    for block, (pictures, places, has) in zip(blocks, make_worker_loader(frames, num_workers)):
-        yield block, teacher.laq.resize(unit_range(pictures.to(device)))[places.to(device)], has
+    for block, (images, places, has) in zip(blocks, make_worker_loader(frames, num_workers)):
+        yield block, teacher.laq.resize(unit_range(images.to(device)))[places.to(device)], has
         progress.update(len(block))
     progress.close()
 
@@ -127,8 +127,8 @@ def teacher_frames(
 def observe(
     teacher: OnlineLabels, datasets: list[data.RobotDataset], config: CheckConfig
 ) -> tuple[label_health.Observations, Tensor, Tensor]:
-    """What label_health.py judges, of pairs drawn from the datasets; and, of the detailed pairs, the (past, present,
-    future) frames [M, 3, 3, H, W] and the latents [M, S, D].
+    """Run the teacher on pairs drawn from the datasets. Also returns the (past, present, future) frames [M, 3, 3, H, W]
+    and the latents [M, S, D] of the detailed pairs.
     """
     drawn = draw_rows(datasets, config)
     total = sum(map(len, drawn))
@@ -169,11 +169,11 @@ def observe(
 def observe_details(
     teacher: OnlineLabels, triples: Tensor, latents: Tensor, has_past: Tensor
 ) -> dict[str, Tensor]:  # [M, 3, 3, H, W], [M, S, D], [M]
-    """The costlier measurements: still pairs, the present from either side (where it has a past), reconstruction."""
+    """The costlier measurements: still pairs, (past -> now) and (future -> now) if there is a past, reconstruction."""
     laq = teacher.laq
     device = laq.vq.codebooks.device
     columns = collections.defaultdict(list)
-    # Another pair's latent: the next of a random order, so that it is not that of the frame after.
+    # Another pair's latent is that of the next pair in a random order: that of the next frame would be much alike.
     order = torch.randperm(len(latents), generator=torch.Generator().manual_seed(0))
     others = torch.empty_like(latents)
     others[order] = latents[order.roll(1)]
@@ -197,9 +197,9 @@ def observe_details(
 
 @torch.no_grad()
 def draw_transfer(path: Path, laq: LAQ, triples: Tensor, latents: Tensor) -> None:
-    """The latent transfer test on six pairs: what the decoder makes of a frame with another pair's latent.
+    """Latent transfer: decode six first frames with the pair's own latent and with another pair's.
 
-    The pairs are out of the tenth part in which most moves; beside each picture is its difference to the first frame.
+    The pairs are from the tenth with the most motion. Beside each image stands its difference to the first frame.
     """
     device = laq.vq.codebooks.device
     motion = pixel_error(triples[:, 2], triples[:, 1])

@@ -1,7 +1,6 @@
-"""Label health: are a teacher's latent actions worth learning? Measurements on frame pairs, a verdict, pictures.
+"""Label health: are a teacher's latent actions worth learning? Measurements, thresholds and a verdict.
 
-What can go wrong, and what shows it, is listed with `Thresholds`. label_check.py reads the frames and runs the teacher;
-everything here is arithmetic on what came out.
+`Thresholds` lists what can go wrong and what shows it. label_check.py reads the frames and runs the teacher.
 """
 
 import json
@@ -26,33 +25,33 @@ SCHEMA = "smolvla_shared.label_health.v2"
 
 @dataclass(frozen=True)
 class Thresholds:
-    """Where a measurement fails the labels or, where it says so, only warns."""
+    """Limits of the measurements: which fail the labels, and which only warn."""
 
     # Fail below: codes effectively used, mean over slots.
     perplexity: float = 1.5
-    # Fail below: codes effectively used by a single slot. At 1 it is a constant, which Stage 2 learns for nothing.
+    # Fail below: codes effectively used by a single slot. At 1 the slot is a constant.
     slot_perplexity: float = 1.1
-    # Fail above: share of the pairs that have the most common code sequence. A target that is mostly one constant is
+    # Fail above: share of the pairs that have the most common code sequence. A target that is mostly constant can be
     # learned without looking at the frame.
     most_common_share: float = 0.5
-    # Fail below: by how much a pair's own latent predicts its second frame better than another pair's, as a share of
-    # the error. At 0 the latents say nothing about what happened; a teacher with random weights is there.
+    # Fail below: 1 - (reconstruction error with a pair's own latent) / (error with another pair's latent). At 0 the
+    # latents say nothing about what happened, as with random weights.
     reconstruction_gain: float = 0.05
-    # Fail below: of what a teacher with random weights leaves to gain (its continuous latents tell something of the
-    # motion, too) the share that the labels gain, by R² of the true motion, mean over dimensions. The most that can be
-    # gained is the ceiling: what the displacement tells of the actions, or 1.
+    # Fail below: (R² from the labels - random) / (ceiling - random), mean over the dimensions of a recorded motion.
+    # random: R² from the continuous latents of random weights, which predict some motion, too. ceiling: R² of actions
+    # from the true displacement; 1 for the displacement, or where none was recorded.
     gained_share: float = 0.1
-    # A target tells teachers apart where there is more than this to gain, R².
+    # Dimensions with less than this between random and ceiling, in R², are not judged.
     least_to_gain: float = 0.1
-    # Fail above: share of the latents' variance that a shift of the whole picture explains. Beyond it the teacher
-    # encodes the camera first of all.
+    # Fail above: share of the latents' variance that a shift of the whole frame explains. Above it the teacher mainly
+    # encodes the camera.
     camera_share: float = 0.5
-    # Fail above: cosine of the latents (past -> now) and (future -> now). They share only the present frame: motion
-    # makes them opposite, appearance alike.
+    # Fail above: cosine of the latents (past -> now) and (future -> now). These pairs share only the present frame:
+    # motion makes their latents opposite, appearance makes them alike.
     leakage: float = 0.5
-    # Warn above: variance of the latents of still pairs (x, x) over that of the pairs. What varies there is appearance.
+    # Warn above: variance of the latents of still pairs (x, x), over that of all pairs. Only appearance varies there.
     still_variance: float = 0.5
-    # Warn above: share of pairs in which nothing moves. They teach to do nothing.
+    # Warn above: share of pairs in which nothing moves. Such pairs teach to do nothing.
     static_share: float = 0.5
     # Warn above: share of frames whose episode ends before the second frame of the pair.
     invalid_share: float = 0.3
@@ -67,13 +66,13 @@ THRESHOLDS = Thresholds()
 
 
 def image_shift(first: Tensor, second: Tensor) -> Tensor:  # [B, 3, H, W] -> [B, 2]
-    """How far the whole picture moved, (down, right) in pixels; 0 where only a part of it moved.
+    """How far the whole frame moved, (down, right) in pixels; 0 if only a part of the frame moved.
 
-    Phase correlation (Kuglin and Hines, 1975) finds the strongest common shift; it counts as the picture's where
-    undoing it makes more cells of the picture alike than unlike.
+    Phase correlation (Kuglin and Hines, 1975) finds the strongest shift. It is that of the whole frame if it brings
+    more cells of the first frame closer to the second one than away from it.
     """
     height, width = first.shape[-2:]
-    window = torch.hann_window(height)[:, None] * torch.hann_window(width)  # the borders are no feature
+    window = torch.hann_window(height)[:, None] * torch.hann_window(width)  # fades the borders, which do not move
 
     def spectrum(frames: Tensor) -> Tensor:
         gray = frames.mean(1)
@@ -85,18 +84,18 @@ def image_shift(first: Tensor, second: Tensor) -> Tensor:  # [B, 3, H, W] -> [B,
     down = (peak // width + height // 2) % height - height // 2
     right = (peak % width + width // 2) % width - width // 2
     moved = torch.stack([f.roll((y, x), (1, 2)) for f, y, x in zip(first, down.tolist(), right.tolist())])
-    undone, left = cell_change(first, second), cell_change(moved, second)
-    is_whole = (left < undone).sum(1) > (left > undone).sum(1)
+    before, after = cell_change(first, second), cell_change(moved, second)
+    is_whole = (after < before).sum(1) > (after > before).sum(1)
     return torch.stack([down, right], 1) * is_whole[:, None]
 
 
 def cell_change(first: Tensor, second: Tensor) -> Tensor:  # [B, 3, H, W] -> [B, 64]
-    """Mean absolute change of each of 8 x 8 cells of the picture."""
+    """Mean absolute change of each of 8 x 8 cells of the frame."""
     return F.adaptive_avg_pool2d((second - first).abs().mean(1, keepdim=True), 8).flatten(1)
 
 
 def shift_features(shift: Tensor) -> Tensor:  # [N, 2] -> [N, 7]
-    """What a latent that encodes a shift could depend on: direction, size, and their squares."""
+    """What latents that encode a shift could be linear in: its components, their squares and sizes."""
     y, x = shift.double().unbind(1)
     return torch.stack([y, x, y * y, x * x, x * y, y.abs(), x.abs()], 1)
 
@@ -104,7 +103,7 @@ def shift_features(shift: Tensor) -> Tensor:  # [N, 2] -> [N, 7]
 def explained_share(features: Tensor, targets: Tensor, episodes: Tensor) -> float | None:
     """Share of the targets' variance, over all dimensions together, that a linear fit predicts out of fold.
 
-    None where there is nothing to explain or only one episode.
+    None if the targets do not vary or there is only one episode.
     """
     predicted = out_of_fold(features, targets, episodes)
     total = (targets - targets.mean(0)).double().square().sum().item()
@@ -114,7 +113,7 @@ def explained_share(features: Tensor, targets: Tensor, episodes: Tensor) -> floa
 
 
 def centred_cosine(one: Tensor, other: Tensor) -> float | None:  # [N, F]
-    """Mean cosine of the rows of two sets, each around its own mean; None where a set does not vary, or has one row."""
+    """Mean cosine of the rows of two sets, each set centred. None if a set does not vary or has fewer than two rows."""
     if len(one) < 2:
         return None
     centred = [rows - rows.mean(0) for rows in (one, other)]
@@ -123,41 +122,41 @@ def centred_cosine(one: Tensor, other: Tensor) -> float | None:  # [N, F]
     return F.cosine_similarity(*centred, dim=1).mean().item()
 
 
-# Video compression changes a cell of a still picture by less, as a share of the range of values.
+# A cell that changes less is still: video compression changes it as much. Share of the pixel range.
 STATIC_CHANGE = 2 / 255
 
 
 @dataclass
 class Target:
-    """What happened in each pair, as the recordings tell it (label_probe.py)."""
+    """A recorded motion over the gap of each pair (label_probe.py)."""
 
-    values: Tensor  # [N, A]; NaN where a dataset does not have it
-    dimensions: tuple[str, ...]  # their names
+    values: Tensor  # [N, A]; NaN for datasets without it
+    dimensions: tuple[str, ...]  # names of the A dimensions
 
 
 @dataclass
 class Observations:
-    """What was seen of N pairs; latents are of the kind that is to be learned, flattened."""
+    """What was observed of N pairs, of M of them in detail. Latents are of the kind to be learned, flattened."""
 
-    episodes: Tensor  # [N] int64, a number of its own for each episode of each dataset
+    episodes: Tensor  # [N] int64, unique over all datasets
     indices: Tensor  # [N, S]
     latents: Tensor  # [N, S * D]
     random_latents: Tensor  # [N, S * D], of a randomly initialised teacher of the same shape
     change: Tensor  # [N], the largest change of a cell
-    shift: Tensor  # [N, 2], of the whole picture
-    targets: dict[str, Target]  # what happened, by the name of what was recorded
+    shift: Tensor  # [N, 2], of the whole frame
+    targets: dict[str, Target]  # by the name of the recorded column
     still_indices: Tensor  # [M, S], of (x, x)
     still_latents: Tensor  # [M, S * D]
-    past_to_now: Tensor  # [L, S * D], where the episode has a frame a gap before
-    future_to_now: Tensor  # [L, S * D], likewise
+    past_to_now: Tensor  # [L, S * D], of the L detailed pairs with a frame a gap before
+    future_to_now: Tensor  # [L, S * D]
     own_error: Tensor  # [M], squared error of the second frame's reconstruction from the pair's own latent
-    other_error: Tensor  # [M], from another pair's
+    other_error: Tensor  # [M], from another pair's latent
     copy_error: Tensor  # [M], of the first frame as a prediction
 
 
 def probe_targets(seen: Observations) -> dict[str, dict[str, Any]]:
-    """For each target the R² of its dimensions: from the labels, from a random teacher's continuous latents, from the
-    labels of other pairs, and from the displacement (`ceiling`, of the other targets, where there is one).
+    """R² of the dimensions of each target: from the labels, from a random teacher's continuous latents, from the labels
+    of other pairs, and (`ceiling`, for actions if there is a state) from the displacement.
     """
     order = torch.randperm(len(seen.latents), generator=torch.Generator().manual_seed(0))
     moved = seen.targets.get(DISPLACEMENT)
@@ -181,9 +180,9 @@ def probe_targets(seen: Observations) -> dict[str, dict[str, Any]]:
 
 
 def gained_shares(row: dict[str, Any]) -> list[float | None]:
-    """By dimension: how much the labels gain on a random teacher, of what can be gained; None: too little to tell.
+    """By dimension: (latents - random_teacher) / (ceiling - random_teacher); None if the divisor is too small.
 
-    An R² below 0 tells as little as one of 0.
+    R² below 0 count as 0.
     """
     shares = []
     ceiling = row["ceiling"] or [1.0] * len(row["latents"])
@@ -227,7 +226,7 @@ def measure(seen: Observations, codebook_size: int) -> dict[str, Any]:
 
 
 def judge(found: dict[str, Any], kind: TeacherKind, limits: Thresholds = THRESHOLDS) -> tuple[list[str], list[str]]:
-    """Reasons to fail the labels, and warnings, in words; what was not measured gives neither."""
+    """Reasons to fail the labels, and warnings, in words. What was not measured gives neither."""
     failures, warnings = [], []
     codes, gain = found["codes"], found["reconstruction"]["gain"]
     mean_perplexity = float(np.mean(codes["perplexity"]))
@@ -255,7 +254,7 @@ def judge(found: dict[str, Any], kind: TeacherKind, limits: Thresholds = THRESHO
         failures, warnings = failures + refused, warnings + warned
     if (share := found["camera_share"]) is not None and share > limits.camera_share:
         failures.append(
-            f"camera motion: a shift of the whole picture explains {share:.0%} of the latents (at most "
+            f"camera motion: a shift of the whole frame explains {share:.0%} of the latents (at most "
             f"{limits.camera_share:.0%}); steady the video or label another camera"
         )
     if (leakage := found["leakage"]) is not None and leakage > limits.leakage:
@@ -273,16 +272,15 @@ def judge(found: dict[str, Any], kind: TeacherKind, limits: Thresholds = THRESHO
 
 
 def judge_probe(name: str, row: dict[str, Any], limits: Thresholds) -> tuple[list[str], list[str]]:
-    """Reasons to fail the labels, and warnings, that a target of the probe gives."""
+    """Reasons to fail the labels, and warnings, from one target of the probe."""
     shares = dict(zip(row["dimensions"], row["gained_share"]))
     moving = [dim for dim, value in zip(row["dimensions"], row["latents"]) if value is not None]
+    warnings = []
     if untold := [dim for dim in moving if shares[dim] is None]:
-        warnings = [
+        warnings.append(
             f"{name}: {', '.join(untold)} cannot be judged: the ceiling is hardly above a random teacher (less than "
             f"{limits.least_to_gain} of R²)"
-        ]
-    else:
-        warnings = []
+        )
     known = {dim: share for dim, share in shares.items() if share is not None}
     mean = float(np.mean(list(known.values()))) if known else None
     if mean is not None and mean < limits.gained_share:
@@ -302,11 +300,11 @@ def judge_probe(name: str, row: dict[str, Any], limits: Thresholds) -> tuple[lis
 
 @dataclass(frozen=True)
 class Verdict:
-    """What travels on: from label_health.json to Stage 2 and its artifact."""
+    """The part of label_health.json that Stage 2 reads and its artifact records."""
 
     verdict: Literal["pass", "fail"]
     reasons: tuple[str, ...]
-    # Whose labels, and of what.
+    # Which labels were checked.
     teacher_id: str
     teacher_kind: TeacherKind
     frame_gap_s: float
@@ -314,14 +312,14 @@ class Verdict:
 
 
 def write_report(path: Path, verdict: Verdict, found: dict[str, Any], warnings: list[str]) -> None:
-    """label_health.json: the verdict first, then what it rests on."""
+    """Write label_health.json: the verdict, and the measurements and thresholds it is based on."""
     report = {"schema_version": SCHEMA} | asdict(verdict)
     report |= {"warnings": warnings, "measured": found, "thresholds": asdict(THRESHOLDS)}
     write_text(path, json.dumps(report, indent=2) + "\n")
 
 
 def read_verdict(path: Path) -> Verdict:
-    """The verdict of a label_health.json. Raises ValueError if there is none."""
+    """The verdict of a label_health.json. Raises ValueError if the file is missing or holds something else."""
     if not path.is_file():
         raise ValueError(f"--label-health {path}: no such file; `python -m smolvla_shared.teacher check` writes it")
     report = read_json(path)
@@ -331,9 +329,9 @@ def read_verdict(path: Path) -> Verdict:
 
 
 def with_health(latents: Latents, report: Path | None, accept: bool) -> Latents:
-    """What an artifact records of the latent actions that a run learns, with the verdict of their health report.
+    """The artifact's record of a run's latent actions, with the verdict of their health report if there is one.
 
-    Raises ValueError for a report on other labels, or a failed verdict that was not accepted.
+    Raises ValueError for a report on other labels, and for a failed verdict without `accept`.
     """
     if report is None:
         return latents
@@ -369,8 +367,10 @@ def summary(found: dict[str, Any], verdict: Verdict, warnings: list[str]) -> str
     rows = [
         ("pairs, episodes", f"{found['pairs']:,}, {found['episodes']:,}"),
         ("codes effectively used, by slot", listed(codes["perplexity"])),
-        ("code sequences; most common one", f"{codes['distinct_sequences']}; {codes['most_common_share']:.0%}"),
-        ("static pairs; frames without a pair", f"{found['static_share']:.1%}; {found['invalid_share']:.1%}"),
+        ("code sequences", f"{codes['distinct_sequences']:,}"),
+        ("pairs with the most common sequence", f"{codes['most_common_share']:.0%}"),
+        ("static pairs", f"{found['static_share']:.1%}"),
+        ("frames without a pair", f"{found['invalid_share']:.1%}"),
         ("gain of the own latent in reconstruction", f"{found['reconstruction']['gain']:.1%}"),
         ("past/future cosine", listed([found["leakage"]])),
         ("share explained by camera motion", listed([found["camera_share"]])),

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def draw_transfer(path: Path, columns: dict[str, Tensor]) -> None:  # title -> [N, 3, H, W] in [0, 1]
-    """A row for each pair: its frames, and what the decoder makes of its own and of another pair's codes."""
+    """A grid of images: a column for each title, a row for each pair."""
     axes = _axes(len(next(iter(columns.values()))), len(columns), 1.6, 1.6)
     for column, (title, frames) in enumerate(columns.items()):
         axes[0][column].set_title(title, fontsize=8)
@@ -26,7 +26,7 @@ def draw_usage(path: Path, counts: list[list[int]]) -> None:  # [S][C]
     for slot, (row,) in enumerate(axes):
         row.bar(range(shares.shape[1]), shares[slot])
         row.set(ylim=(0, 1), ylabel=f"slot {slot}", xticks=range(shares.shape[1]) if slot == len(shares) - 1 else [])
-    axes[-1][0].set_xlabel("code; share of the pairs")
+    axes[-1][0].set_xlabel("code (height: share of the pairs)")
     _save(axes, path)
 
 

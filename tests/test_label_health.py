@@ -1,4 +1,4 @@
-"""health.py: every measurement against a case whose answer is known, and the right reason for every bad teacher."""
+"""label_health.py: every measurement against a case with a known answer, and the right reason for every bad teacher."""
 
 import json
 from dataclasses import replace
@@ -152,7 +152,7 @@ def test_every_failure_has_its_reason():
         "the latents tell nothing about the second frame": {"own_error": torch.ones(400)},
         "hardly more about the displacement of observation.state than a random teacher's": {"latents": normal(400, 6)},
         "slots [2] of the latent action are constants": {"indices": constant_slot},
-        "camera motion: a shift of the whole picture": {
+        "camera motion: a shift of the whole frame": {
             "shift": shift,
             "latents": shift.double().repeat(1, 3),
             "targets": {DISPLACEMENT: Target(shift.double(), ("x", "y"))},
