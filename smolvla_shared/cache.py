@@ -52,7 +52,7 @@ def dataset_fingerprint(root: Path) -> str:
 
 
 def dataset_directories(cache: Path, names: list[str]) -> list[Path]:
-    """Each dataset's directory in a cache, named by the end of its repo id or path. Raises ValueError if two are equal."""
+    """Each dataset's directory in a cache, by the end of its repo id or path. Raises ValueError if two are equal."""
     directories = [cache / "--".join(Path(name).parts[-2:]) for name in names]
     if len(set(directories)) < len(directories):
         raise ValueError(f"two of {names} end in the same names: give each a cache directory of its own")

@@ -180,15 +180,12 @@ def observe_details(
     for frames, own, other, has in zip(*(values.split(64) for values in (triples, latents, others, has_past))):
         frames = frames.to(device)
         past, now, future = frames.unbind(1)
-        still = laq.encode(torch.stack([now, now], dim=1))
         new = {
-            "still_indices": still.indices,
-            "still_latents": teacher.choose(still).flatten(1),
+            "still_latents": teacher.choose(laq.encode(torch.stack([now, now], dim=1))).flatten(1),
             "past_to_now": teacher.choose(laq.encode(torch.stack([past, now], dim=1))).flatten(1),
             "future_to_now": teacher.choose(laq.encode(torch.stack([future, now], dim=1))).flatten(1),
             "own_error": pixel_error(laq.reconstruct(frames[:, 1:], own.to(device)), future),
             "other_error": pixel_error(laq.reconstruct(frames[:, 1:], other.to(device)), future),
-            "copy_error": pixel_error(now, future),
         }
         for name, values in new.items():
             columns[name].append(values.cpu()[has] if name.endswith("_to_now") else values.cpu())

@@ -145,13 +145,11 @@ class Observations:
     change: Tensor  # [N], the largest change of a cell
     shift: Tensor  # [N, 2], of the whole frame
     targets: dict[str, Target]  # by the name of the recorded column
-    still_indices: Tensor  # [M, S], of (x, x)
     still_latents: Tensor  # [M, S * D]
     past_to_now: Tensor  # [L, S * D], of the L detailed pairs with a frame a gap before
     future_to_now: Tensor  # [L, S * D]
     own_error: Tensor  # [M], squared error of the second frame's reconstruction from the pair's own latent
     other_error: Tensor  # [M], from another pair's latent
-    copy_error: Tensor  # [M], of the first frame as a prediction
 
 
 def probe_targets(seen: Observations) -> dict[str, dict[str, Any]]:
@@ -195,7 +193,6 @@ def gained_shares(row: dict[str, Any]) -> list[float | None]:
 
 def measure(seen: Observations, codebook_size: int) -> dict[str, Any]:
     """All measurements, as JSON values; None is "not measured"."""
-    still_sequence, _ = seen.still_indices.mode(dim=0)
     total = (seen.latents - seen.latents.mean(0)).square().sum(1).mean()
     still = (seen.still_latents - seen.still_latents.mean(0)).square().sum(1).mean()
     return {
@@ -203,20 +200,13 @@ def measure(seen: Observations, codebook_size: int) -> dict[str, Any]:
         "episodes": len(seen.episodes.unique()),
         "codes": code_usage(seen.indices, codebook_size),
         "static_share": (seen.change < STATIC_CHANGE).double().mean().item(),
-        "still_pairs": {
-            "variance": (still / total).item() if total > 0 else None,
-            "distinct_sequences": len(seen.still_indices.unique(dim=0)),
-            "share_with_the_usual_sequence": (seen.still_indices == still_sequence).all(1).double().mean().item(),
-            "moving_pairs_with_it": (seen.indices == still_sequence).all(1).double().mean().item(),
-        },
+        "still_variance": (still / total).item() if total > 0 else None,
         "probe": probe_targets(seen),
         "leakage": centred_cosine(seen.past_to_now, seen.future_to_now),
         "camera_share": explained_share(shift_features(seen.shift), seen.latents, seen.episodes),
-        "shifted_share": (seen.shift != 0).any(1).double().mean().item(),
         "reconstruction": {
             "own_latent": seen.own_error.mean().item(),
             "another_pairs_latent": seen.other_error.mean().item(),
-            "first_frame": seen.copy_error.mean().item(),
             "gain": 1 - (seen.own_error.mean() / seen.other_error.mean()).item(),
         },
     }
@@ -225,53 +215,53 @@ def measure(seen: Observations, codebook_size: int) -> dict[str, Any]:
 # --- verdict ----------------------------------------------------------------------------------------------------------
 
 
-def judge(found: dict[str, Any], kind: TeacherKind, limits: Thresholds = THRESHOLDS) -> tuple[list[str], list[str]]:
+def judge(found: dict[str, Any], kind: TeacherKind) -> tuple[list[str], list[str]]:
     """Reasons to fail the labels, and warnings, in words. What was not measured gives neither."""
     failures, warnings = [], []
     codes, gain = found["codes"], found["reconstruction"]["gain"]
     mean_perplexity = float(np.mean(codes["perplexity"]))
     is_quantized = kind == "quantized"  # continuous latents do not depend on the codebook
-    if is_quantized and mean_perplexity < limits.perplexity:
+    if is_quantized and mean_perplexity < THRESHOLDS.perplexity:
         failures.append(
-            f"collapsed: a slot effectively uses {mean_perplexity:.2f} codes (at least {limits.perplexity}); fine-tune "
-            "from a healthy teacher, lower the learning rate or replace dead codes more often"
+            f"collapsed: a slot effectively uses {mean_perplexity:.2f} codes (at least {THRESHOLDS.perplexity}); "
+            "fine-tune from a healthy teacher, lower the learning rate or replace dead codes more often"
         )
-    constant = [slot for slot, value in enumerate(codes["perplexity"]) if value < limits.slot_perplexity]
+    constant = [slot for slot, value in enumerate(codes["perplexity"]) if value < THRESHOLDS.slot_perplexity]
     if is_quantized and constant and len(constant) < len(codes["perplexity"]):
         failures.append(f"slots {constant} of the latent action are constants: they use one code for nearly every pair")
-    if is_quantized and codes["most_common_share"] > limits.most_common_share:
+    if is_quantized and codes["most_common_share"] > THRESHOLDS.most_common_share:
         failures.append(
             f"one code sequence is the label of {codes['most_common_share']:.0%} of the pairs (at most "
-            f"{limits.most_common_share:.0%}): a constant would predict it"
+            f"{THRESHOLDS.most_common_share:.0%}): a constant would predict it"
         )
-    if gain < limits.reconstruction_gain:
+    if gain < THRESHOLDS.reconstruction_gain:
         failures.append(
             f"the latents tell nothing about the second frame: another pair's predict it as well (error lower by "
-            f"{gain:.1%} with the pair's own, at least {limits.reconstruction_gain:.0%}), as with a random teacher"
+            f"{gain:.1%} with the pair's own, at least {THRESHOLDS.reconstruction_gain:.0%}), as with a random teacher"
         )
     for name, row in found["probe"].items():
-        refused, warned = judge_probe(name, row, limits)
+        refused, warned = judge_probe(name, row)
         failures, warnings = failures + refused, warnings + warned
-    if (share := found["camera_share"]) is not None and share > limits.camera_share:
+    if (share := found["camera_share"]) is not None and share > THRESHOLDS.camera_share:
         failures.append(
             f"camera motion: a shift of the whole frame explains {share:.0%} of the latents (at most "
-            f"{limits.camera_share:.0%}); steady the video or label another camera"
+            f"{THRESHOLDS.camera_share:.0%}); steady the video or label another camera"
         )
-    if (leakage := found["leakage"]) is not None and leakage > limits.leakage:
+    if (leakage := found["leakage"]) is not None and leakage > THRESHOLDS.leakage:
         failures.append(
             f"appearance, not motion: latents towards the same frame from its past and from its future agree (cosine "
-            f"{leakage:.2f}, at most {limits.leakage})"
+            f"{leakage:.2f}, at most {THRESHOLDS.leakage})"
         )
-    if (still := found["still_pairs"]["variance"]) is not None and still > limits.still_variance:
+    if (still := found["still_variance"]) is not None and still > THRESHOLDS.still_variance:
         warnings.append(f"pairs (x, x) without motion vary {still:.0%} as much as the others: appearance leaks in")
-    if found["static_share"] > limits.static_share:
+    if found["static_share"] > THRESHOLDS.static_share:
         warnings.append(f"nothing moves in {found['static_share']:.0%} of the pairs: cut idle parts or raise the gap")
-    if found["invalid_share"] > limits.invalid_share:
+    if found["invalid_share"] > THRESHOLDS.invalid_share:
         warnings.append(f"{found['invalid_share']:.0%} of the frames have no pair within their episode: lower the gap")
     return failures, warnings
 
 
-def judge_probe(name: str, row: dict[str, Any], limits: Thresholds) -> tuple[list[str], list[str]]:
+def judge_probe(name: str, row: dict[str, Any]) -> tuple[list[str], list[str]]:
     """Reasons to fail the labels, and warnings, from one target of the probe."""
     shares = dict(zip(row["dimensions"], row["gained_share"]))
     moving = [dim for dim, value in zip(row["dimensions"], row["latents"]) if value is not None]
@@ -279,21 +269,21 @@ def judge_probe(name: str, row: dict[str, Any], limits: Thresholds) -> tuple[lis
     if untold := [dim for dim in moving if shares[dim] is None]:
         warnings.append(
             f"{name}: {', '.join(untold)} cannot be judged: the ceiling is hardly above a random teacher (less than "
-            f"{limits.least_to_gain} of R²)"
+            f"{THRESHOLDS.least_to_gain} of R²)"
         )
     known = {dim: share for dim, share in shares.items() if share is not None}
     mean = float(np.mean(list(known.values()))) if known else None
-    if mean is not None and mean < limits.gained_share:
+    if mean is not None and mean < THRESHOLDS.gained_share:
         failure = (
             f"the latents tell hardly more about the {name} than a random teacher's: of what those leave to gain they "
-            f"gain {mean:.0%}, mean over {', '.join(known)} (at least {limits.gained_share:.0%}): train the teacher "
-            "longer, ground it (--grounding.roots), or try another --data.frame-gap-s"
+            f"gain {mean:.0%}, mean over {', '.join(known)} (at least {THRESHOLDS.gained_share:.0%}): train the "
+            "teacher longer, ground it (--grounding.roots), or try another --data.frame-gap-s"
         )
         return [failure], warnings
-    if missed := [dim for dim, share in known.items() if share < limits.gained_dimension]:
+    if missed := [dim for dim, share in known.items() if share < THRESHOLDS.gained_dimension]:
         warnings.append(
             f"{name}: {', '.join(missed)} no better than with a random teacher (less than "
-            f"{limits.gained_dimension:.0%} of what there is to gain)"
+            f"{THRESHOLDS.gained_dimension:.0%} of what there is to gain)"
         )
     return [], warnings
 
@@ -374,7 +364,7 @@ def summary(found: dict[str, Any], verdict: Verdict, warnings: list[str]) -> str
         ("gain of the own latent in reconstruction", f"{found['reconstruction']['gain']:.1%}"),
         ("past/future cosine", listed([found["leakage"]])),
         ("share explained by camera motion", listed([found["camera_share"]])),
-        ("variance of still pairs", listed([found["still_pairs"]["variance"]])),
+        ("variance of still pairs", listed([found["still_variance"]])),
     ]
     for name, row in found["probe"].items():
         rows += [

@@ -23,7 +23,6 @@ def code_usage(indices: Tensor, codebook_size: int) -> dict[str, Any]:  # [N, S]
     sequences, repeats = torch.unique(indices, dim=0, return_counts=True)
     return {
         "perplexity": perplexity(counts.double()).tolist(),
-        "used_codes": (counts > 0).sum(1).tolist(),
         "counts": counts.tolist(),
         "distinct_sequences": len(sequences),
         "most_common_share": repeats.max().item() / len(indices),

@@ -42,7 +42,6 @@ def test_code_usage_of_known_codes():
     indices = torch.tensor([[0, 1], [1, 1], [2, 1], [3, 1]])
     assert label_health.code_usage(indices, 8) == {
         "perplexity": pytest.approx([4.0, 1.0]),
-        "used_codes": [4, 1],
         "counts": [[1, 1, 1, 1, 0, 0, 0, 0], [0, 4, 0, 0, 0, 0, 0, 0]],
         "distinct_sequences": 4,
         "most_common_share": 0.25,
@@ -106,13 +105,11 @@ def observations(count: int = 400, **changes: torch.Tensor) -> Observations:
         "change": torch.full((count,), 0.2),
         "shift": torch.zeros(count, 2, dtype=torch.int64),
         "targets": {DISPLACEMENT: Target(actions, ("x", "y"))},
-        "still_indices": torch.zeros(count, 4, dtype=torch.int64),
         "still_latents": still,
         "past_to_now": latents,
         "future_to_now": -latents,
         "own_error": torch.full((count,), 0.7),
         "other_error": torch.full((count,), 1.0),
-        "copy_error": torch.full((count,), 0.9),
     }
     return Observations(**fields | changes)
 
@@ -133,8 +130,7 @@ def test_a_good_teacher_passes():
     assert min(row["gained_share"]) > 0.98
     assert found["leakage"] == pytest.approx(-1)
     assert found["reconstruction"]["gain"] == pytest.approx(0.3)
-    assert found["still_pairs"]["share_with_the_usual_sequence"] == 1
-    assert found["still_pairs"]["variance"] < 0.1
+    assert found["still_variance"] < 0.1
     assert verdict_of(observations()) == ([], [])
 
 
