@@ -62,8 +62,8 @@ def actions_over_gap(dataset: RobotDataset, rows: Tensor, mode: ActionMode) -> T
 def action_mode(dataset: RobotDataset) -> tuple[ActionMode, str]:
     """Whether a dataset's actions are velocities (`sum`) or absolute positions (`change`), and why, in words.
 
-    The mode in which the displacement of the state explains the actions better or, if there is no state or it explains
-    neither, whether successive actions are nearly equal: positions are.
+    If the displacement of the state explains the actions: the mode in which it explains them better. If not, or without
+    a state: `change` if successive actions are nearly equal.
     """
     rows = torch.from_numpy(dataset.rows_with_pairs(np.arange(dataset.num_frames)))
     episodes = torch.from_numpy(np.searchsorted(dataset.episode_to, rows.numpy(), side="right"))
@@ -71,11 +71,8 @@ def action_mode(dataset: RobotDataset) -> tuple[ActionMode, str]:
         moved = displacements(dataset, rows)
         explained = {m: mean_r2(moved, actions_over_gap(dataset, rows, m), episodes) for m in ("sum", "change")}
         if max(explained.values()) > 0.1:
-            mode = max(explained, key=explained.get)
-            return (
-                mode,
-                f"the displacement explains {explained['sum']:.2f} of sums, {explained['change']:.2f} of changes",
-            )
+            reason = f"the displacement explains {explained['sum']:.2f} of sums, {explained['change']:.2f} of changes"
+            return max(explained, key=explained.get), reason
     actions = column(dataset, action_key(dataset))
     inside = np.setdiff1d(np.arange(1, dataset.num_frames), dataset.episode_from)
     before, now = actions[inside - 1], actions[inside]
