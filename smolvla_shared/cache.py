@@ -3,8 +3,8 @@
     <directory>/cache.json                  the key
     <directory>/shards/000012.safetensors   row i is row i % shard_rows of shard i // shard_rows
 
-A shard is there whole or not at all, and a cache is complete when all its shards are there. The key asked for and the
-key found must be equal; any difference is refused with both sides.
+A shard exists whole or not at all, and a cache is complete when all its shards exist. A key that differs from the one
+asked for is refused, with both sides of every difference.
 """
 
 import hashlib
@@ -23,17 +23,16 @@ from smolvla_shared.files import write_text, write_weights
 from smolvla_shared.refusals import refuse_differences
 
 MANIFEST = "cache.json"
-# The fingerprint reads this many bytes at either end of a data file, and its size: videos are too long to hash whole.
+# Bytes that the fingerprint reads at either end of a data file: videos are too large to hash whole.
 FINGERPRINT_EDGE = 1 << 16
 # Files that a process keeps mapped at a time. A mapping takes addresses, not memory; Linux allows 65,530 of them.
 MAPPED_FILES = 4096
 
 
 def dataset_fingerprint(root: Path) -> str:
-    """sha256 that tells a LeRobotDataset from another or an edited one, wherever it lies.
+    """sha256 of a LeRobotDataset: the same wherever the dataset is stored, another one after an edit.
 
-    Every file counts with its name within the dataset and its size. Metadata count with all their bytes, data and
-    videos with their first and last 64 KiB.
+    Hashed are the name and size of every file, all bytes of metadata, and the first and last 64 KiB of data and videos.
     """
     digest = hashlib.sha256()
     for folder in ("meta", "data", "videos", "images"):
@@ -53,7 +52,7 @@ def dataset_fingerprint(root: Path) -> str:
 
 
 def dataset_directories(cache: Path, names: list[str]) -> list[Path]:
-    """Where a cache keeps each dataset's rows: the last two parts of its repo id or path, joined."""
+    """Each dataset's directory in a cache, by the end of its repo id or path. Raises ValueError if two are equal."""
     directories = [cache / "--".join(Path(name).parts[-2:]) for name in names]
     if len(set(directories)) < len(directories):
         raise ValueError(f"two of {names} end in the same names: give each a cache directory of its own")
@@ -82,17 +81,17 @@ class RowCache:
     directory: Path
     key: dict[str, Any]
     num_rows: int
-    # Rows of a shard. A kill loses less than a shard's work in each process.
+    # Rows of a shard. A kill loses at most one shard of work in each process.
     shard_rows: int
 
     def is_complete(self) -> bool:
-        """Whether all shards are there; False where the directory is missing or empty.
+        """Whether all shards exist; False if the directory is missing or empty.
 
-        Raises ValueError for a directory of another key, and for one that holds something else.
+        Raises ValueError if the directory has another key or holds something else.
         """
         manifest = self.directory / MANIFEST
         if not manifest.is_file():
-            if {path.name for path in self.directory.glob("*")} - {f"{MANIFEST}.tmp"}:  # which a kill may leave
+            if {path.name for path in self.directory.glob("*")} - {f"{MANIFEST}.tmp"}:  # a kill may leave .tmp
                 raise ValueError(f"{self.directory} holds something that is no cache: name another directory")
             return False
         asked, found = json.loads(self._manifest())["key"], json.loads(manifest.read_text())["key"]
@@ -104,7 +103,7 @@ class RowCache:
         return not self.missing()
 
     def claim(self) -> None:
-        """Start or go on filling. One process calls this before any process writes."""
+        """Prepare the directory for writing. One process calls this before any process writes."""
         if not self.is_complete():
             self.directory.mkdir(parents=True, exist_ok=True)
             write_text(self.directory / MANIFEST, self._manifest())
@@ -119,7 +118,7 @@ class RowCache:
         return [range(start, min(start + self.shard_rows, self.num_rows)) for start in starts]
 
     def _shard(self, row: int) -> str:
-        """The path of a row's shard; as text, because making a Path takes longer than reading a row of codes."""
+        """The path of a row's shard. A text, because making a Path takes longer than reading a row of codes."""
         return f"{self.directory}/shards/{row // self.shard_rows:06d}.safetensors"
 
     def missing(self) -> list[range]:
@@ -128,14 +127,14 @@ class RowCache:
         return [rows for rows in self.shards() if self._shard(rows.start) not in there]
 
     def write(self, rows: range, values: Tensor) -> None:
-        """Keep the values of a shard's rows. A process that is killed meanwhile leaves nothing under its name."""
+        """Write a shard. A process that is killed meanwhile leaves nothing under the shard's name."""
         path = Path(self._shard(rows.start))
         own = path.with_suffix(f".{os.getpid()}.part")  # another run may be filling the same cache
         write_weights(own, {"rows": values})
         own.replace(path)
 
     def open(self) -> None:
-        """Raises ValueError for another key, missing shards and damaged ones."""
+        """Check and map every shard. Raises ValueError for another key, and for missing or damaged shards."""
         if not self.is_complete():
             if not (self.directory / MANIFEST).is_file():
                 there = sorted(path.name for path in self.directory.parent.glob("*/")) or "nothing"
@@ -149,5 +148,5 @@ class RowCache:
             read_mapped(self._shard(rows.start))
 
     def __getitem__(self, row: int) -> Tensor:
-        """A view of the file: copy it before another process gets it."""
+        """A row, as a view of the mapped file. Copy the row before another process gets it."""
         return read_mapped(self._shard(row))["rows"][row % self.shard_rows]

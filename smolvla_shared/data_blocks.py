@@ -1,4 +1,4 @@
-"""Every frame of a dataset, once and in order, in blocks of rows: to fill a cache, or to look at frame pairs."""
+"""The frames of a dataset, once and in order, in blocks of rows: to fill a cache, or to check frame pairs."""
 
 from collections.abc import Callable
 
@@ -15,10 +15,10 @@ from smolvla_shared.data_loader import make_worker_loader
 
 
 class FrameBlocks(Dataset):
-    """Reads the frames of one camera at several offsets from each row of a block, every frame once and in order.
+    """Frames of one camera at several offsets from each row of a block. Each frame is read once, in order.
 
-    blocks:  rows of one dataset that lie in one episode, for each block
-    offsets: frames from a row, such as (0, gap) for pairs
+    blocks:  for each block its rows, all in one episode
+    offsets: distances from a row in frames, such as (0, gap) for pairs
     """
 
     def __init__(self, dataset: RobotDataset, camera: str, blocks: list[np.ndarray], offsets: tuple[int, ...]):
@@ -28,8 +28,8 @@ class FrameBlocks(Dataset):
         return len(self.blocks)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Frames [F, 3, h, w] uint8; the place among them of each row's frames, [n, offsets]; whether the episode has
-        that frame, [n, offsets] bool. The row's own frame stands in for one that the episode has not.
+        """Frames [F, 3, h, w] uint8; the index of each row's frames among the F, [n, offsets]; whether the episode has
+        that frame, [n, offsets] bool. Where it has not, the index is that of the row's own frame.
         """
         rows = self.blocks[index]
         episode = self.dataset.episode_of(rows[0])
@@ -41,7 +41,7 @@ class FrameBlocks(Dataset):
 
 
 def episode_blocks(dataset: RobotDataset, rows: np.ndarray, size: int) -> list[np.ndarray]:
-    """Sorted rows in blocks of at most `size`, none of which spans two episodes."""
+    """Sorted rows in blocks of at most `size` rows. No block spans two episodes."""
     episodes = np.searchsorted(dataset.episode_to, rows, side="right")
     by_episode = np.split(rows, np.flatnonzero(np.diff(episodes)) + 1) if len(rows) else []
     return [block[start : start + size] for block in by_episode for start in range(0, len(block), size)]
@@ -59,11 +59,11 @@ def fill_cache(
     num_workers: int,
     accelerator: Accelerator,
 ) -> None:
-    """Fill a dataset's cache from a camera's frames; every process does its share of the missing shards.
+    """Fill a dataset's cache from a camera's frames. Every process fills its share of the missing shards.
 
-    pairs:   compute a row from its frame and the one a gap later, and leave it 0 where the episode ends before that;
-             or compute every row from its frame alone
-    compute: frames and places of up to `rows_at_once` rows (FrameBlocks), on the device -> their values
+    pairs:   True: a row is computed from its frame and the frame a gap later, and is 0 if the episode ends before that.
+             False: a row is computed from its frame alone
+    compute: (frames, indices) of up to `rows_at_once` rows (FrameBlocks), on the device -> values of these rows
     """
     if accelerator.is_main_process:
         store.claim()

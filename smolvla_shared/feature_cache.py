@@ -8,7 +8,6 @@ Training then neither decodes the frames nor runs the tower, which is most of th
 import shutil
 from dataclasses import asdict, dataclass
 from importlib import metadata
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -22,22 +21,22 @@ from smolvla_shared.files import json_sha256, state_sha256
 from smolvla_shared.model import SmolVLASharedCore, parameters_by_part
 from smolvla_shared.preprocess import prepare_images
 
-# How a recorded frame becomes the tower's input (preprocess.py). The number is raised when that changes.
+# How a recorded frame becomes the tower's input (preprocess.py). Raise the number when that changes.
 PREPROCESSING = "1: uint8 / 255, bilinear with padding on the left and top, to [-1, 1]"
-TOWER = ("vision tower", "connector")  # of model.PARTS
+TOWER = ("vision tower", "connector")  # two names in model.PARTS
 FRAMES_AT_ONCE = 16
 SHARD_ROWS = 256  # 31 MB of a 500M trunk's tokens in bfloat16; 3,200 files at 100 GB
 
 
 @dataclass(frozen=True)
 class FeatureKey:
-    """All that decides about the features of a camera of a dataset."""
+    """Everything that determines the features of one camera of a dataset."""
 
     tower: str  # sha256 of the configuration and weights of vision tower and connector
     computed_in: str
     stored_in: str
     image_size: int
-    # Side of the square that frames become first where the datasets' sizes differ; None where they do not.
+    # Side of the square that frames are resized to first, pixels. None: all datasets have one size.
     square_side: int | None
     camera: str
     dataset: str  # cache.dataset_fingerprint
@@ -58,10 +57,10 @@ def prepare_features(
     config: StageOptions,
     accelerator: Accelerator,
 ) -> dict[str, tuple[RowCache, ...]]:
-    """For SampleSpec.features: by camera a complete cache for each dataset; without --data.feature-cache nothing.
+    """Fill and open the feature caches, one for each camera and dataset (SampleSpec.features). {}: no cache asked for.
 
-    Missing shards are computed. A run that was killed meanwhile goes on where it stopped.
-    Raises ValueError for a tower that trains, a cache of something else, and one that is too large.
+    Only missing shards are computed. Raises ValueError if the tower trains, a cache has another key, or the caches are
+    too large.
     """
     options = config.data
     if options.feature_cache is None:
@@ -75,13 +74,21 @@ def prepare_features(
     directories = dataset_directories(options.feature_cache, [dataset.name for dataset in datasets])
     square_side = data.square_sides(datasets, cameras)
     tower = tower_id(core)
-    stores = {
-        camera: tuple(
-            feature_store(directory / camera, dataset, camera, tower, square_side.get(camera), core, config)
-            for directory, dataset in zip(directories, datasets, strict=True)
-        )
-        for camera in cameras
-    }
+    stores: dict[str, tuple[RowCache, ...]] = dict.fromkeys(cameras, ())
+    for directory, dataset in zip(directories, datasets, strict=True):
+        fingerprint = dataset_fingerprint(dataset.lerobot.root)
+        for camera in cameras:
+            key = FeatureKey(
+                tower=tower,
+                computed_in=f"{core.config.torch_dtype} weights, precision {config.precision}",
+                stored_in=options.feature_cache_dtype,
+                image_size=core.config.image_size,
+                square_side=square_side.get(camera),
+                camera=camera,
+                dataset=fingerprint,
+                versions={name: metadata.version(name) for name in ("torch", "lerobot", data.video_decoder())},
+            )
+            stores[camera] += (RowCache(directory / camera, asdict(key), dataset.num_frames, SHARD_ROWS),)
     check_size([store for some in stores.values() for store in some], core, config, accelerator)
     core.to(accelerator.device)
     for camera in cameras:
@@ -91,37 +98,15 @@ def prepare_features(
     return stores
 
 
-def feature_store(
-    directory: Path,
-    dataset: data.RobotDataset,
-    camera: str,
-    tower: str,
-    square_side: int | None,
-    core: SmolVLASharedCore,
-    config: StageOptions,
-) -> RowCache:
-    key = FeatureKey(
-        tower=tower,
-        computed_in=f"{core.config.torch_dtype} weights, precision {config.precision}",
-        stored_in=config.data.feature_cache_dtype,
-        image_size=core.config.image_size,
-        square_side=square_side,
-        camera=camera,
-        dataset=dataset_fingerprint(dataset.lerobot.root),
-        versions={name: metadata.version(name) for name in ("torch", "lerobot", data.video_decoder())},
-    )
-    return RowCache(directory, asdict(key), dataset.num_frames, SHARD_ROWS)
-
-
 def token_shape(core: SmolVLASharedCore) -> tuple[int, int]:
-    """Tokens of an image and their width."""
+    """(tokens, hidden) of an image."""
     tokens = len(core.trunk.patch_positions) // core.config.vlm["scale_factor"] ** 2
     return tokens, core.trunk.hidden_size
 
 
 def check_size(stores: list[RowCache], core: SmolVLASharedCore, config: StageOptions, accelerator) -> None:
-    """Announce the size of the caches. Raises ValueError where another cache is in a directory, and where the size is
-    more than allowed or than the disk has.
+    """Print the size of the caches. Raises ValueError if a cache has another key, or if the size exceeds
+    --data.feature-cache-gb or the free disk.
     """
     options = config.data
     row_gb = np.prod(token_shape(core)) * getattr(torch, options.feature_cache_dtype).itemsize / 1e9
@@ -152,7 +137,7 @@ def fill(
     config: StageOptions,
     accelerator: Accelerator,
 ) -> None:
-    """Compute the image tokens of every frame; every process does its share."""
+    """Compute the image tokens of every frame. Every process computes its share."""
 
     def compute(frames: Tensor, _: Tensor) -> Tensor:
         frames = data.common_size(frames, store.key["square_side"])

@@ -1,7 +1,7 @@
-"""Grounding: a teacher that sees a few labelled episodes beside its video learns which motion is the robot's.
+"""Grounding: a few labelled episodes beside the video teach the teacher which motion is the robot's.
 
-A linear head reads the actions from the latent while both are trained (LAOM, arXiv 2502.00379). It is only for
-training; the published teacher is a LAQ like any other, and its JSON file says what grounded it.
+A linear head learns to predict the actions from the latent, together with the teacher (LAOM, arXiv 2502.00379). The
+published teacher is a LAQ without this head; its JSON file records the labelled episodes.
 """
 
 from dataclasses import dataclass, replace
@@ -21,17 +21,17 @@ from smolvla_shared.preprocess import Statistics
 
 @dataclass(frozen=True)
 class GroundingConfig:
-    """A few labelled episodes that the teacher learns from beside its video. Optional: without datasets nothing is."""
+    """A few labelled episodes that the teacher learns from beside its video. Without datasets there is no grounding."""
 
-    # Hub ids of labelled LeRobotDatasets (v3). Their executed actions are used where there are some, else the actions.
+    # Hub ids of labelled LeRobotDatasets (v3). The column executed_action is used or, if there is none, action.
     repo_ids: tuple[str, ...] = ()
     # Local directories of labelled LeRobotDatasets (v3).
     roots: tuple[Path, ...] = ()
-    # Labelled episodes of each dataset to use, the first ones; 0: all. What --val-fraction holds out is not used.
+    # Use the first this many episodes of each dataset; 0: all. Episodes that --val-fraction holds out are not used.
     episodes: int = 0
-    # Weight of the squared error of the standardised actions beside the reconstruction's.
+    # Weight of the standardised actions' squared error in the loss. The reconstruction has weight 1.
     weight: float = 0.1
-    # Share of a batch that the labelled pairs get.
+    # Share of labelled pairs in a batch.
     share: float = 0.25
 
     def __post_init__(self):
@@ -43,15 +43,17 @@ class GroundingConfig:
             )
 
     def data_options(self, data: DataConfig) -> DataConfig | None:
-        """The labelled datasets, read as the video is; None if there are none."""
+        """The video's data options, but with the labelled datasets; None if there are none."""
         return replace(data, repo_ids=self.repo_ids, roots=self.roots) if self.repo_ids or self.roots else None
 
 
 class Grounding:
-    """The labelled datasets of a run, and the actions over the gap of every pair of them.
+    """The actions over the gap of every training pair of the labelled datasets.
 
-    first: place of the first of them among the run's datasets
-    rows:  (dataset index, training rows) of each, in the run's numbering
+    first: index of the first labelled dataset in the run
+    rows:  (dataset index in the run, training rows) of each labelled dataset
+
+    Raises ValueError for a dataset without actions.
     """
 
     def __init__(
@@ -66,7 +68,7 @@ class Grounding:
             rows = rows[rows < end]
             pairs = torch.from_numpy(dataset.rows_with_pairs(rows))
             mode, reason = label_probe.action_mode(dataset)
-            known[index] = dataset, pairs, label_probe.summed_actions(dataset, pairs, mode)
+            known[index] = dataset, pairs, label_probe.actions_over_gap(dataset, pairs, mode)
             self.rows.append((index, rows))
             self.used[dataset.name] = {
                 "fingerprint": dataset_fingerprint(dataset.lerobot.root),
@@ -79,7 +81,7 @@ class Grounding:
         self.actions = {}  # dataset index -> [N, A], standardised; NaN where a row has no pair
         for index, (dataset, pairs, actions) in known.items():
             self.actions[index] = torch.full((dataset.num_frames, self.action_dim), torch.nan)
-            # A dimension that does not vary has nothing to tell.
+            # Without a floor, a constant dimension would become rounding noise.
             self.actions[index][pairs] = (actions.float() - mean) / std.clamp(min=1e-3 * std.max())
 
     def __call__(self, raw: RawBatch) -> Tensor:  # [B, A]
@@ -94,5 +96,5 @@ class Grounding:
 
     @property
     def source(self) -> dict[str, Any]:
-        """What the teacher's JSON file records of it."""
+        """What the teacher's JSON file records of the grounding."""
         return {"weight": self.config.weight, "share": self.config.share, "datasets": self.used}

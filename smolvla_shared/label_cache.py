@@ -1,9 +1,9 @@
-"""The label cache: the latent actions of every frame of a dataset, and the command that writes them.
+"""The label cache: the latent actions of every frame of a dataset, and the command `teacher label` that writes them.
 
-A cache directory holds the labels of any number of datasets, each under a key of all that decides about a label
-(cache.py). Where the episode ends before the second frame a row is 0.
+A cache directory holds the labels of any number of datasets, each under a key of everything that determines a label
+(cache.py). A row is 0 if the episode ends before the pair's second frame.
 
-    <directory>/<dataset>/shards/                a row: [S] codes, or [S, D] latents before quantisation, as the kind is
+    <directory>/<dataset>/shards/                a row: [S] codes if quantized, [S, D] latents if continuous
     <directory>/<dataset>/codebook.safetensors   codebook [C, D]
 """
 
@@ -27,7 +27,7 @@ from smolvla_shared.laq import LAQ
 from smolvla_shared.laq_files import load_laq, teacher_id, teachers_pairs
 from smolvla_shared.preprocess import unit_range
 
-# How a recorded frame becomes what the teacher sees (LAQ.resize); raised when that changes.
+# How a recorded frame becomes the teacher's input (LAQ.resize). Raise the number when that changes.
 PREPROCESSING = "1: uint8 / 255, antialiased bilinear to the teacher's square"
 CODEBOOK = "codebook.safetensors"
 SHARD_ROWS = 1024  # 16 KB of codes or 0.5 MB of latents, which two CPU cores compute in 4 s
@@ -35,7 +35,7 @@ SHARD_ROWS = 1024  # 16 KB of codes or 0.5 MB of latents, which two CPU cores co
 
 @dataclass(frozen=True)
 class LabelKey:
-    """All that decides about the labels of a dataset."""
+    """Everything that determines the labels of a dataset."""
 
     teacher_id: str  # sha256 of the teacher's configuration and weights
     teacher_kind: TeacherKind
@@ -49,15 +49,16 @@ class LabelKey:
 def label_stores(
     cache: Path, datasets: list[data.RobotDataset], teacher: str | None, kind: TeacherKind, camera: str
 ) -> list[RowCache]:
-    """Where the labels of each dataset are, or will be.
+    """The label cache of each dataset, complete or not.
 
-    teacher: its id; None takes the one whose labels are there, and raises ValueError if there are none
+    teacher: the teacher's id. None: the teacher whose labels are there; raises ValueError if there are none
     """
     directories = dataset_directories(cache, [dataset.name for dataset in datasets])
     if teacher is None:
         teacher = cached_key(directories[0])["teacher_id"]
-    keys = [
-        LabelKey(
+    stores = []
+    for directory, dataset in zip(directories, datasets, strict=True):
+        key = LabelKey(
             teacher_id=teacher,
             teacher_kind=kind,
             frame_gap_s=dataset.gap_s,
@@ -65,16 +66,12 @@ def label_stores(
             dataset=dataset_fingerprint(dataset.lerobot.root),
             versions={name: metadata.version(name) for name in ("torch", "lerobot", data.video_decoder())},
         )
-        for dataset in datasets
-    ]
-    return [
-        RowCache(directory, asdict(key), dataset.num_frames, SHARD_ROWS)
-        for directory, key, dataset in zip(directories, keys, datasets, strict=True)
-    ]
+        stores.append(RowCache(directory, asdict(key), dataset.num_frames, SHARD_ROWS))
+    return stores
 
 
 def cached_key(directory: Path) -> dict[str, Any]:
-    """What labels a directory holds, the fields of LabelKey. Raises ValueError if it holds none."""
+    """The key of the labels in a directory, the fields of LabelKey. Raises ValueError if there are no labels."""
     if not (directory / MANIFEST).is_file():
         there = sorted(path.name for path in directory.parent.glob("*/")) or "nothing"
         raise ValueError(
@@ -85,19 +82,19 @@ def cached_key(directory: Path) -> dict[str, Any]:
 
 
 class CachedLabels:
-    """Labels of one or several datasets from complete caches; reads neither teacher nor frames."""
+    """Labels from complete caches. Neither the teacher nor frame pairs are read."""
 
     camera = None
     pair_size = 0
 
     def __init__(self, stores: list[RowCache]):
-        """stores: of the run's datasets, in its order. Raises ValueError for what RowCache.open refuses."""
+        """stores: one for each dataset of the run, in order. Raises ValueError for what RowCache.open refuses."""
         for store in stores:
             store.open()
         self.stores = stores
         self.teacher_id: str = stores[0].key["teacher_id"]
         self.kind: TeacherKind = stores[0].key["teacher_kind"]
-        # [C, D]; the same for every dataset, since the teacher is.
+        # [C, D], of the first dataset: all have the same teacher.
         self.codebook = read_mapped(f"{stores[0].directory}/{CODEBOOK}")["codebook"]
         self.shape = len(stores[0][0]), self.codebook.shape[1]
 
@@ -112,16 +109,16 @@ class CachedLabels:
 
 @dataclass(frozen=True, kw_only=True)
 class LabelConfig(TeacherOptions):
-    """Write the latent actions of every frame of the datasets into a cache, for --labels cache of the scripts. A
-    command that was killed goes on where it stopped when it is run again."""
+    """Write the latent actions of every frame into a cache, for --labels cache of the training scripts. If the command
+    is killed, run it again: it goes on where it stopped."""
 
     # The teacher: a .safetensors file of `teacher train`, or LAPA's .pt file.
     laq_ckpt: Path
-    # Directory of the label cache; each dataset gets one of its own in it.
+    # Directory of the label cache. Each dataset gets a subdirectory.
     label_cache: Path
     # Which recordings, and which pairs of their frames.
     data: DataConfig
-    # Pairs that the teacher sees at once.
+    # Pairs in a forward pass of the teacher.
     batch_size: int = 64
 
 
@@ -133,7 +130,7 @@ def label(config: LabelConfig) -> None:
     _, camera = data.choose_cameras(datasets, options)
     data.valid_pair_share(datasets, [(i, np.arange(dataset.num_frames)) for i, dataset in enumerate(datasets)])
     stores = label_stores(config.label_cache, datasets, teacher_id(laq), config.teacher_kind, camera)
-    unfinished = [not store.is_complete() for store in stores]  # all keys are compared before any work
+    unfinished = [not store.is_complete() for store in stores]  # refuses wrong keys before any work
     laq.to(accelerator.device)
     for dataset, store, todo in zip(datasets, stores, unfinished):
         label_dataset(laq, dataset, camera, store, config, accelerator)
@@ -144,7 +141,7 @@ def label(config: LabelConfig) -> None:
 def label_dataset(
     laq: LAQ, dataset: data.RobotDataset, camera: str, store: RowCache, config: LabelConfig, accelerator: Accelerator
 ) -> None:
-    """Fill the label cache of a dataset; every process does its share of the shards."""
+    """Fill the label cache of a dataset. Every process fills its share of the shards."""
     continuous, slots = config.teacher_kind == "continuous", laq.config.code_seq_len
 
     def compute(frames: Tensor, places: Tensor) -> Tensor:

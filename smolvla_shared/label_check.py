@@ -1,8 +1,8 @@
-"""The command `teacher check`: read frame pairs, run the teacher on them, and have health.py judge what comes out."""
+"""The command `teacher check`: reads frame pairs, runs the teacher, and has label_health.py judge the latents."""
 
 import collections
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,32 +15,30 @@ from smolvla_shared.cache import dataset_fingerprint
 from smolvla_shared.config import DataConfig, TeacherOptions
 from smolvla_shared.data_loader import make_worker_loader
 from smolvla_shared.labels import OnlineLabels
-from smolvla_shared.laq import LAQ
+from smolvla_shared.laq import LAQ, pixel_error
 from smolvla_shared.laq_files import load_laq, teachers_pairs, teachers_source
 from smolvla_shared.preprocess import unit_range
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckConfig(TeacherOptions):
-    """Measure whether a teacher's latent actions are worth learning: writes label_health.json and pictures, prints a
-    verdict with reasons, and exits with code 1 if it fails."""
+    """Measure whether a teacher's latent actions are worth learning. Writes label_health.json and pictures, prints a
+    verdict with reasons, and exits with code 1 if the labels fail."""
 
     # The teacher: a .safetensors file of `teacher train`, or LAPA's .pt file.
     laq_ckpt: Path
     # New directory for the report and its pictures.
     out: Path
-    # Recordings to measure on. Where they have actions, probes tell how much of them is in the latents.
+    # Datasets to measure on. With actions or a state, a probe measures how much of the motion is in the latents.
     data: DataConfig
-    # Frame pairs to look at, drawn from all datasets.
+    # Frame pairs to measure, drawn from all datasets.
     pairs: int = 5000
-    # Pairs of them that get the costlier measurements: still pairs, past and future, reconstruction.
+    # How many of these also get the costlier measurements: still pairs, past and future, reconstruction.
     detailed_pairs: int = 500
-    # Frame gaps, in seconds, to compare by the probe.
-    gaps: tuple[float, ...] = ()
-    # How the actions of a gap add up: their `sum` (velocities, deltas) or their `change` (absolute positions). Default:
-    # what the data say, which is printed.
+    # sum: actions are velocities or deltas, added up over the gap. change: actions are absolute positions. Default:
+    # decided from the data, and printed.
     actions: label_probe.ActionMode | None = None
-    # Which pairs are drawn, and the random teacher's weights.
+    # Seed of the drawn pairs and of the random teacher's weights.
     seed: int = 0
 
     def __post_init__(self):
@@ -60,8 +58,8 @@ def random_teacher(laq: LAQ, seed: int) -> LAQ:
 def find_targets(
     datasets: list[data.RobotDataset], drawn: list[np.ndarray], config: CheckConfig
 ) -> dict[str, label_health.Target]:
-    """What happened between the frames of the drawn pairs, by the name of what was recorded (label_probe.py): one
-    target for each column of actions, and the displacement of the state.
+    """Recorded motions over the gap of the drawn pairs, by name (label_probe.py): a target for each column of actions,
+    and the displacement of the state.
     """
     found = collections.defaultdict(dict)  # name -> dataset -> [n, A]
     dimensions = {}
@@ -74,7 +72,7 @@ def find_targets(
                 "change": "positions, whose change over the gap counts",
             }
             print(f"{dataset.name}: {action} are {meaning[mode]} ({reason})")
-            found[action][index] = label_probe.summed_actions(dataset, rows, mode)
+            found[action][index] = label_probe.actions_over_gap(dataset, rows, mode)
             dimensions.setdefault(action, label_probe.dimension_names(dataset, action))
         if data.STATE_KEY in dataset.features:
             found[label_probe.DISPLACEMENT][index] = label_probe.displacements(dataset, rows)
@@ -83,16 +81,16 @@ def find_targets(
 
 
 def fill(parts: dict[int, Tensor], drawn: list[np.ndarray]) -> Tensor:
-    """The parts of some datasets as rows of all of them, NaN for the others."""
+    """Values of some datasets [n, A] as rows of all datasets [N, A]; NaN for the other datasets."""
     width = next(iter(parts.values())).shape[1]
     nothing = [torch.full((len(rows), width), float("nan"), dtype=torch.float64) for rows in drawn]
     return torch.cat([parts.get(index, missing) for index, missing in enumerate(nothing)])
 
 
 def unseen_rows(dataset: data.RobotDataset, grounded: dict[str, list[int]]) -> np.ndarray:
-    """Rows with pairs, but for the episodes whose actions the teacher has learned: the probe would flatter it.
+    """Rows with pairs, without the episodes that grounded the teacher: the probe would flatter it on their actions.
 
-    grounded: fingerprint of a dataset -> such episodes
+    grounded: fingerprint of a dataset -> episodes that grounded the teacher
     """
     rows = dataset.rows_with_pairs(np.arange(dataset.num_frames))
     known = grounded.get(dataset_fingerprint(dataset.lerobot.root), []) if grounded else []
@@ -100,7 +98,7 @@ def unseen_rows(dataset: data.RobotDataset, grounded: dict[str, list[int]]) -> n
 
 
 def draw_rows(datasets: list[data.RobotDataset], config: CheckConfig) -> list[np.ndarray]:
-    """Rows with pairs, drawn from each dataset in proportion to what it has; sorted."""
+    """Sorted rows with pairs, drawn from each dataset in proportion to its number of them."""
     rng = np.random.default_rng(config.seed)
     grounding = teachers_source(config.laq_ckpt).get("grounding") or {"datasets": {}}
     grounded = {used["fingerprint"]: used["episodes"] for used in grounding["datasets"].values()}
@@ -110,17 +108,17 @@ def draw_rows(datasets: list[data.RobotDataset], config: CheckConfig) -> list[np
 
 
 def teacher_frames(
-    teacher: OnlineLabels, dataset: data.RobotDataset, rows: np.ndarray, gaps: tuple[int, ...], num_workers: int
+    teacher: OnlineLabels, dataset: data.RobotDataset, rows: np.ndarray, num_workers: int
 ) -> Iterator[tuple[np.ndarray, Tensor, Tensor]]:
-    """Blocks of rows, the frames that lie `gaps` gaps from each [n, gaps, 3, H, W] as the teacher sees them, and
-    whether the episode has them [n, gaps].
+    """Yields blocks of n rows; their frames at t - gap, t and t + gap as the teacher sees them, [n, 3, 3, H, W]; and
+    whether the episode has each of these frames, [n, 3] bool.
     """
     blocks = data_blocks.episode_blocks(dataset, rows, size=64)
-    frames = data_blocks.FrameBlocks(dataset, teacher.camera, blocks, tuple(gap * dataset.gap for gap in gaps))
+    frames = data_blocks.FrameBlocks(dataset, teacher.camera, blocks, (-dataset.gap, 0, dataset.gap))
     device = teacher.laq.vq.codebooks.device
-    progress = tqdm(total=len(rows), desc=f"{Path(dataset.name).name}, gap {dataset.gap_s:.3g} s", unit="pair")
-    for block, (pictures, places, has) in zip(blocks, make_worker_loader(frames, num_workers)):
-        yield block, teacher.laq.resize(unit_range(pictures.to(device)))[places.to(device)], has
+    progress = tqdm(total=len(rows), desc=Path(dataset.name).name, unit="pair")
+    for block, (images, places, has) in zip(blocks, make_worker_loader(frames, num_workers)):
+        yield block, teacher.laq.resize(unit_range(images.to(device)))[places.to(device)], has
         progress.update(len(block))
     progress.close()
 
@@ -129,8 +127,8 @@ def teacher_frames(
 def observe(
     teacher: OnlineLabels, datasets: list[data.RobotDataset], config: CheckConfig
 ) -> tuple[label_health.Observations, Tensor, Tensor]:
-    """What label_health.py judges, of pairs drawn from the datasets; and, of the detailed pairs, the (past, present,
-    future) frames [M, 3, 3, H, W] and the latents [M, S, D].
+    """Run the teacher on pairs drawn from the datasets. Also returns the (past, present, future) frames [M, 3, 3, H, W]
+    and the latents [M, S, D] of the detailed pairs.
     """
     drawn = draw_rows(datasets, config)
     total = sum(map(len, drawn))
@@ -139,13 +137,11 @@ def observe(
     is_detailed[order[: config.detailed_pairs]] = True
     columns = collections.defaultdict(list)
     detailed = collections.defaultdict(list)
-    control = None
+    control = random_teacher(teacher.laq, config.seed)
     seen = first_episode = 0
     for dataset, rows in zip(datasets, drawn):
-        for block, frames, has in teacher_frames(teacher, dataset, rows, (-1, 0, 1), config.data.num_workers):
+        for block, frames, has in teacher_frames(teacher, dataset, rows, config.data.num_workers):
             pairs = frames[:, 1:]
-            if control is None:
-                control = random_teacher(teacher.laq, config.seed)
             codes = teacher.laq.encode(pairs)
             latents = teacher.choose(codes)
             new = {
@@ -170,45 +166,26 @@ def observe(
 
 
 @torch.no_grad()
-def probe_at(
-    teacher: OnlineLabels, datasets: list[data.RobotDataset], config: CheckConfig
-) -> dict[str, list[float | None] | None]:
-    """The probe of each target at the frame gap of these datasets."""
-    drawn, columns, first_episode = draw_rows(datasets, config), collections.defaultdict(list), 0
-    for dataset, rows in zip(datasets, drawn):
-        for block, pairs, _ in teacher_frames(teacher, dataset, rows, (0, 1), config.data.num_workers):
-            columns["latents"].append(teacher.choose(teacher.laq.encode(pairs)).flatten(1).cpu())
-            columns["episodes"].append(torch.full((len(block),), first_episode + dataset.episode_of(block[0])))
-        first_episode += len(dataset.episode_from)
-    latents, episodes = torch.cat(columns["latents"]), torch.cat(columns["episodes"])
-    targets = find_targets(datasets, drawn, config)
-    return {name: label_probe.probe(latents, target.values, episodes) for name, target in targets.items()}
-
-
-@torch.no_grad()
 def observe_details(
     teacher: OnlineLabels, triples: Tensor, latents: Tensor, has_past: Tensor
 ) -> dict[str, Tensor]:  # [M, 3, 3, H, W], [M, S, D], [M]
-    """The costlier measurements: still pairs, the present from either side (where it has a past), reconstruction."""
+    """The costlier measurements: still pairs, (past -> now) and (future -> now) if there is a past, reconstruction."""
     laq = teacher.laq
     device = laq.vq.codebooks.device
     columns = collections.defaultdict(list)
-    # Another pair's latent: the next of a random order, so that it is not that of the frame after.
+    # Another pair's latent is that of the next pair in a random order: that of the next frame would be much alike.
     order = torch.randperm(len(latents), generator=torch.Generator().manual_seed(0))
     others = torch.empty_like(latents)
     others[order] = latents[order.roll(1)]
     for frames, own, other, has in zip(*(values.split(64) for values in (triples, latents, others, has_past))):
         frames = frames.to(device)
         past, now, future = frames.unbind(1)
-        still = laq.encode(torch.stack([now, now], dim=1))
         new = {
-            "still_indices": still.indices,
-            "still_latents": teacher.choose(still).flatten(1),
+            "still_latents": teacher.choose(laq.encode(torch.stack([now, now], dim=1))).flatten(1),
             "past_to_now": teacher.choose(laq.encode(torch.stack([past, now], dim=1))).flatten(1),
             "future_to_now": teacher.choose(laq.encode(torch.stack([future, now], dim=1))).flatten(1),
-            "own_error": (laq.reconstruct(frames[:, 1:], own.to(device)) - future).square().mean((1, 2, 3)),
-            "other_error": (laq.reconstruct(frames[:, 1:], other.to(device)) - future).square().mean((1, 2, 3)),
-            "copy_error": (now - future).square().mean((1, 2, 3)),
+            "own_error": pixel_error(laq.reconstruct(frames[:, 1:], own.to(device)), future),
+            "other_error": pixel_error(laq.reconstruct(frames[:, 1:], other.to(device)), future),
         }
         for name, values in new.items():
             columns[name].append(values.cpu()[has] if name.endswith("_to_now") else values.cpu())
@@ -217,12 +194,12 @@ def observe_details(
 
 @torch.no_grad()
 def draw_transfer(path: Path, laq: LAQ, triples: Tensor, latents: Tensor) -> None:
-    """The latent transfer test on six pairs: what the decoder makes of a frame with another pair's latent.
+    """Latent transfer: decode six first frames with the pair's own latent and with another pair's.
 
-    The pairs are out of the tenth part in which most moves; beside each picture is its difference to the first frame.
+    The pairs are from the tenth with the most motion. Beside each image stands its difference to the first frame.
     """
     device = laq.vq.codebooks.device
-    motion = (triples[:, 2] - triples[:, 1]).square().mean((1, 2, 3))
+    motion = pixel_error(triples[:, 2], triples[:, 1])
     liveliest = motion.argsort(descending=True)[:: max(1, len(motion) // 60)][:6]
     pairs, own = triples[liveliest, 1:].to(device), latents[liveliest].to(device)
     first, second = pairs.unbind(1)
@@ -236,17 +213,6 @@ def draw_transfer(path: Path, laq: LAQ, triples: Tensor, latents: Tensor) -> Non
     label_pictures.draw_transfer(path, {title: images.cpu() for title, images in columns.items()})
 
 
-def datasets_with_targets(config: DataConfig) -> list[data.RobotDataset]:
-    """The datasets that a probe can use, with the pairs of this frame gap. Raises ValueError if there are none."""
-    datasets = [d for d in data.open_datasets(config) if label_probe.action_key(d) or data.STATE_KEY in d.features]
-    if not datasets:
-        raise ValueError(
-            "--gaps compares frame gaps by the probe, but none of the datasets has actions or a state: leave it out"
-        )
-    data.valid_pair_share(datasets, [(i, np.arange(dataset.num_frames)) for i, dataset in enumerate(datasets)])
-    return datasets
-
-
 def check(config: CheckConfig) -> None:
     if config.out.exists():
         raise ValueError(f"--out {config.out} exists: name a new directory")
@@ -256,15 +222,12 @@ def check(config: CheckConfig) -> None:
     _, camera = data.choose_cameras(datasets, options)
     all_frames = [(index, np.arange(dataset.num_frames)) for index, dataset in enumerate(datasets)]
     valid_share = data.valid_pair_share(datasets, all_frames)
-    by_gap = {gap: datasets_with_targets(replace(options, frame_gap_s=gap)) for gap in sorted(config.gaps)}
     print(data.describe(datasets, with_pairs=True))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     teacher = OnlineLabels(laq.to(device), config.teacher_kind, camera)
 
     seen, triples, latents = observe(teacher, datasets, config)
     found = label_health.measure(seen, laq.config.codebook_size) | {"invalid_share": 1 - valid_share}
-    sweep = {gap: probe_at(teacher, others, config) for gap, others in by_gap.items()}
-    found["probe_by_gap"] = sweep
     failures, warnings = label_health.judge(found, config.teacher_kind)
     verdict = label_health.Verdict(
         verdict="fail" if failures else "pass",
@@ -279,7 +242,7 @@ def check(config: CheckConfig) -> None:
     label_pictures.draw_usage(config.out / "codes.png", found["codes"]["counts"])
     draw_transfer(config.out / "transfer.png", laq, triples, latents)
     if found["probe"]:
-        label_pictures.draw_probe(config.out / "probe.png", found["probe"], sweep)
+        label_pictures.draw_probe(config.out / "probe.png", found["probe"])
     label_health.write_report(config.out / "label_health.json", verdict, found, warnings)
     print(label_health.summary(found, verdict, warnings))
     print(f"report and pictures: {config.out}")

@@ -1,7 +1,6 @@
-"""Label health: are a teacher's latent actions worth learning? Measurements on frame pairs, a verdict, pictures.
+"""Label health: are a teacher's latent actions worth learning? Measurements, thresholds and a verdict.
 
-What can go wrong, and what shows it, is listed with `Thresholds`. label_check.py reads the frames and runs the teacher;
-everything here is arithmetic on what came out.
+`Thresholds` lists what can go wrong and what shows it. label_check.py reads the frames and runs the teacher.
 """
 
 import json
@@ -26,33 +25,33 @@ SCHEMA = "smolvla_shared.label_health.v2"
 
 @dataclass(frozen=True)
 class Thresholds:
-    """Where a measurement fails the labels or, where it says so, only warns."""
+    """Limits of the measurements: which fail the labels, and which only warn."""
 
     # Fail below: codes effectively used, mean over slots.
     perplexity: float = 1.5
-    # Fail below: codes effectively used by a single slot. At 1 it is a constant, which Stage 2 learns for nothing.
+    # Fail below: codes effectively used by a single slot. At 1 the slot is a constant.
     slot_perplexity: float = 1.1
-    # Fail above: share of the pairs that have the most common code sequence. A target that is mostly one constant is
+    # Fail above: share of the pairs that have the most common code sequence. A target that is mostly constant can be
     # learned without looking at the frame.
     most_common_share: float = 0.5
-    # Fail below: by how much a pair's own latent predicts its second frame better than another pair's, as a share of
-    # the error. At 0 the latents say nothing about what happened; a teacher with random weights is there.
+    # Fail below: 1 - (reconstruction error with a pair's own latent) / (error with another pair's latent). At 0 the
+    # latents say nothing about what happened, as with random weights.
     reconstruction_gain: float = 0.05
-    # Fail below: of what a teacher with random weights leaves to gain (its continuous latents tell something of the
-    # motion, too) the share that the labels gain, by R² of the true motion, mean over dimensions. The most that can be
-    # gained is the ceiling: what the displacement tells of the actions, or 1.
+    # Fail below: (R² from the labels - random) / (ceiling - random), mean over the dimensions of a recorded motion.
+    # random: R² from the continuous latents of random weights, which predict some motion, too. ceiling: R² of actions
+    # from the true displacement; 1 for the displacement, or where none was recorded.
     gained_share: float = 0.1
-    # A target tells teachers apart where there is more than this to gain, R².
+    # Dimensions with less than this between random and ceiling, in R², are not judged.
     least_to_gain: float = 0.1
-    # Fail above: share of the latents' variance that a shift of the whole picture explains. Beyond it the teacher
-    # encodes the camera first of all.
+    # Fail above: share of the latents' variance that a shift of the whole frame explains. Above it the teacher mainly
+    # encodes the camera.
     camera_share: float = 0.5
-    # Fail above: cosine of the latents (past -> now) and (future -> now). They share only the present frame: motion
-    # makes them opposite, appearance alike.
+    # Fail above: cosine of the latents (past -> now) and (future -> now). These pairs share only the present frame:
+    # motion makes their latents opposite, appearance makes them alike.
     leakage: float = 0.5
-    # Warn above: variance of the latents of still pairs (x, x) over that of the pairs. What varies there is appearance.
+    # Warn above: variance of the latents of still pairs (x, x), over that of all pairs. Only appearance varies there.
     still_variance: float = 0.5
-    # Warn above: share of pairs in which nothing moves. They teach to do nothing.
+    # Warn above: share of pairs in which nothing moves. Such pairs teach to do nothing.
     static_share: float = 0.5
     # Warn above: share of frames whose episode ends before the second frame of the pair.
     invalid_share: float = 0.3
@@ -67,13 +66,13 @@ THRESHOLDS = Thresholds()
 
 
 def image_shift(first: Tensor, second: Tensor) -> Tensor:  # [B, 3, H, W] -> [B, 2]
-    """How far the whole picture moved, (down, right) in pixels; 0 where only a part of it moved.
+    """How far the whole frame moved, (down, right) in pixels; 0 if only a part of the frame moved.
 
-    Phase correlation (Kuglin and Hines, 1975) finds the strongest common shift; it counts as the picture's where
-    undoing it makes more cells of the picture alike than unlike.
+    Phase correlation (Kuglin and Hines, 1975) finds the strongest shift. It is that of the whole frame if it brings
+    more cells of the first frame closer to the second one than away from it.
     """
     height, width = first.shape[-2:]
-    window = torch.hann_window(height)[:, None] * torch.hann_window(width)  # the borders are no feature
+    window = torch.hann_window(height)[:, None] * torch.hann_window(width)  # fades the borders, which do not move
 
     def spectrum(frames: Tensor) -> Tensor:
         gray = frames.mean(1)
@@ -85,19 +84,18 @@ def image_shift(first: Tensor, second: Tensor) -> Tensor:  # [B, 3, H, W] -> [B,
     down = (peak // width + height // 2) % height - height // 2
     right = (peak % width + width // 2) % width - width // 2
     moved = torch.stack([f.roll((y, x), (1, 2)) for f, y, x in zip(first, down.tolist(), right.tolist())])
-    better = cell_change(moved, second) < cell_change(first, second)
-    worse = cell_change(moved, second) > cell_change(first, second)
-    is_whole = better.sum(1) > worse.sum(1)
+    before, after = cell_change(first, second), cell_change(moved, second)
+    is_whole = (after < before).sum(1) > (after > before).sum(1)
     return torch.stack([down, right], 1) * is_whole[:, None]
 
 
 def cell_change(first: Tensor, second: Tensor) -> Tensor:  # [B, 3, H, W] -> [B, 64]
-    """Mean absolute change of each of 8 x 8 cells of the picture."""
+    """Mean absolute change of each of 8 x 8 cells of the frame."""
     return F.adaptive_avg_pool2d((second - first).abs().mean(1, keepdim=True), 8).flatten(1)
 
 
 def shift_features(shift: Tensor) -> Tensor:  # [N, 2] -> [N, 7]
-    """What a latent that encodes a shift could depend on: direction, size, and their squares."""
+    """What latents that encode a shift could be linear in: its components, their squares and sizes."""
     y, x = shift.double().unbind(1)
     return torch.stack([y, x, y * y, x * x, x * y, y.abs(), x.abs()], 1)
 
@@ -105,7 +103,7 @@ def shift_features(shift: Tensor) -> Tensor:  # [N, 2] -> [N, 7]
 def explained_share(features: Tensor, targets: Tensor, episodes: Tensor) -> float | None:
     """Share of the targets' variance, over all dimensions together, that a linear fit predicts out of fold.
 
-    None where there is nothing to explain or only one episode.
+    None if the targets do not vary or there is only one episode.
     """
     predicted = out_of_fold(features, targets, episodes)
     total = (targets - targets.mean(0)).double().square().sum().item()
@@ -115,7 +113,7 @@ def explained_share(features: Tensor, targets: Tensor, episodes: Tensor) -> floa
 
 
 def centred_cosine(one: Tensor, other: Tensor) -> float | None:  # [N, F]
-    """Mean cosine of the rows of two sets, each around its own mean; None where a set does not vary, or has one row."""
+    """Mean cosine of the rows of two sets, each set centred. None if a set does not vary or has fewer than two rows."""
     if len(one) < 2:
         return None
     centred = [rows - rows.mean(0) for rows in (one, other)]
@@ -124,41 +122,39 @@ def centred_cosine(one: Tensor, other: Tensor) -> float | None:  # [N, F]
     return F.cosine_similarity(*centred, dim=1).mean().item()
 
 
-# Video compression changes a cell of a still picture by less, as a share of the range of values.
+# A cell that changes less is still: video compression changes it as much. Share of the pixel range.
 STATIC_CHANGE = 2 / 255
 
 
 @dataclass
 class Target:
-    """What happened in each pair, as the recordings tell it (label_probe.py)."""
+    """A recorded motion over the gap of each pair (label_probe.py)."""
 
-    values: Tensor  # [N, A]; NaN where a dataset does not have it
-    dimensions: tuple[str, ...]  # their names
+    values: Tensor  # [N, A]; NaN for datasets without it
+    dimensions: tuple[str, ...]  # names of the A dimensions
 
 
 @dataclass
 class Observations:
-    """What was seen of N pairs; latents are of the kind that is to be learned, flattened."""
+    """What was observed of N pairs, of M of them in detail. Latents are of the kind to be learned, flattened."""
 
-    episodes: Tensor  # [N] int64, a number of its own for each episode of each dataset
+    episodes: Tensor  # [N] int64, unique over all datasets
     indices: Tensor  # [N, S]
     latents: Tensor  # [N, S * D]
     random_latents: Tensor  # [N, S * D], of a randomly initialised teacher of the same shape
     change: Tensor  # [N], the largest change of a cell
-    shift: Tensor  # [N, 2], of the whole picture
-    targets: dict[str, Target]  # what happened, by the name of what was recorded
-    still_indices: Tensor  # [M, S], of (x, x)
+    shift: Tensor  # [N, 2], of the whole frame
+    targets: dict[str, Target]  # by the name of the recorded column
     still_latents: Tensor  # [M, S * D]
-    past_to_now: Tensor  # [L, S * D], where the episode has a frame a gap before
-    future_to_now: Tensor  # [L, S * D], likewise
+    past_to_now: Tensor  # [L, S * D], of the L detailed pairs with a frame a gap before
+    future_to_now: Tensor  # [L, S * D]
     own_error: Tensor  # [M], squared error of the second frame's reconstruction from the pair's own latent
-    other_error: Tensor  # [M], from another pair's
-    copy_error: Tensor  # [M], of the first frame as a prediction
+    other_error: Tensor  # [M], from another pair's latent
 
 
 def probe_targets(seen: Observations) -> dict[str, dict[str, Any]]:
-    """For each target the R² of its dimensions: from the labels, from a random teacher's continuous latents, from the
-    labels of other pairs, and from the displacement (`ceiling`, of the other targets, where there is one).
+    """R² of the dimensions of each target: from the labels, from a random teacher's continuous latents, from the labels
+    of other pairs, and (`ceiling`, for actions if there is a state) from the displacement.
     """
     order = torch.randperm(len(seen.latents), generator=torch.Generator().manual_seed(0))
     moved = seen.targets.get(DISPLACEMENT)
@@ -182,9 +178,9 @@ def probe_targets(seen: Observations) -> dict[str, dict[str, Any]]:
 
 
 def gained_shares(row: dict[str, Any]) -> list[float | None]:
-    """By dimension: how much the labels gain on a random teacher, of what can be gained; None: too little to tell.
+    """By dimension: (latents - random_teacher) / (ceiling - random_teacher); None if the divisor is too small.
 
-    An R² below 0 tells as little as one of 0.
+    R² below 0 count as 0.
     """
     shares = []
     ceiling = row["ceiling"] or [1.0] * len(row["latents"])
@@ -197,7 +193,6 @@ def gained_shares(row: dict[str, Any]) -> list[float | None]:
 
 def measure(seen: Observations, codebook_size: int) -> dict[str, Any]:
     """All measurements, as JSON values; None is "not measured"."""
-    still_sequence, _ = seen.still_indices.mode(dim=0)
     total = (seen.latents - seen.latents.mean(0)).square().sum(1).mean()
     still = (seen.still_latents - seen.still_latents.mean(0)).square().sum(1).mean()
     return {
@@ -205,20 +200,13 @@ def measure(seen: Observations, codebook_size: int) -> dict[str, Any]:
         "episodes": len(seen.episodes.unique()),
         "codes": code_usage(seen.indices, codebook_size),
         "static_share": (seen.change < STATIC_CHANGE).double().mean().item(),
-        "still_pairs": {
-            "variance": (still / total).item() if total > 0 else None,
-            "distinct_sequences": len(seen.still_indices.unique(dim=0)),
-            "share_with_the_usual_sequence": (seen.still_indices == still_sequence).all(1).double().mean().item(),
-            "moving_pairs_with_it": (seen.indices == still_sequence).all(1).double().mean().item(),
-        },
+        "still_variance": (still / total).item() if total > 0 else None,
         "probe": probe_targets(seen),
         "leakage": centred_cosine(seen.past_to_now, seen.future_to_now),
         "camera_share": explained_share(shift_features(seen.shift), seen.latents, seen.episodes),
-        "shifted_share": (seen.shift != 0).any(1).double().mean().item(),
         "reconstruction": {
             "own_latent": seen.own_error.mean().item(),
             "another_pairs_latent": seen.other_error.mean().item(),
-            "first_frame": seen.copy_error.mean().item(),
             "gain": 1 - (seen.own_error.mean() / seen.other_error.mean()).item(),
         },
     }
@@ -227,87 +215,86 @@ def measure(seen: Observations, codebook_size: int) -> dict[str, Any]:
 # --- verdict ----------------------------------------------------------------------------------------------------------
 
 
-def judge(found: dict[str, Any], kind: TeacherKind, limits: Thresholds = THRESHOLDS) -> tuple[list[str], list[str]]:
-    """Reasons to fail the labels, and warnings, in words; what was not measured gives neither."""
+def judge(found: dict[str, Any], kind: TeacherKind) -> tuple[list[str], list[str]]:
+    """Reasons to fail the labels, and warnings, in words. What was not measured gives neither."""
     failures, warnings = [], []
     codes, gain = found["codes"], found["reconstruction"]["gain"]
     mean_perplexity = float(np.mean(codes["perplexity"]))
     is_quantized = kind == "quantized"  # continuous latents do not depend on the codebook
-    if is_quantized and mean_perplexity < limits.perplexity:
+    if is_quantized and mean_perplexity < THRESHOLDS.perplexity:
         failures.append(
-            f"collapsed: a slot effectively uses {mean_perplexity:.2f} codes (at least {limits.perplexity}); fine-tune "
-            "from a healthy teacher, lower the learning rate or replace dead codes more often"
+            f"collapsed: a slot effectively uses {mean_perplexity:.2f} codes (at least {THRESHOLDS.perplexity}); "
+            "fine-tune from a healthy teacher, lower the learning rate or replace dead codes more often"
         )
-    constant = [slot for slot, value in enumerate(codes["perplexity"]) if value < limits.slot_perplexity]
+    constant = [slot for slot, value in enumerate(codes["perplexity"]) if value < THRESHOLDS.slot_perplexity]
     if is_quantized and constant and len(constant) < len(codes["perplexity"]):
         failures.append(f"slots {constant} of the latent action are constants: they use one code for nearly every pair")
-    if is_quantized and codes["most_common_share"] > limits.most_common_share:
+    if is_quantized and codes["most_common_share"] > THRESHOLDS.most_common_share:
         failures.append(
             f"one code sequence is the label of {codes['most_common_share']:.0%} of the pairs (at most "
-            f"{limits.most_common_share:.0%}): a constant would predict it"
+            f"{THRESHOLDS.most_common_share:.0%}): a constant would predict it"
         )
-    if gain < limits.reconstruction_gain:
+    if gain < THRESHOLDS.reconstruction_gain:
         failures.append(
             f"the latents tell nothing about the second frame: another pair's predict it as well (error lower by "
-            f"{gain:.1%} with the pair's own, at least {limits.reconstruction_gain:.0%}), as with a random teacher"
+            f"{gain:.1%} with the pair's own, at least {THRESHOLDS.reconstruction_gain:.0%}), as with a random teacher"
         )
     for name, row in found["probe"].items():
-        refused, warned = judge_probe(name, row, limits)
+        refused, warned = judge_probe(name, row)
         failures, warnings = failures + refused, warnings + warned
-    if (share := found["camera_share"]) is not None and share > limits.camera_share:
+    if (share := found["camera_share"]) is not None and share > THRESHOLDS.camera_share:
         failures.append(
-            f"camera motion: a shift of the whole picture explains {share:.0%} of the latents (at most "
-            f"{limits.camera_share:.0%}); steady the video or label another camera"
+            f"camera motion: a shift of the whole frame explains {share:.0%} of the latents (at most "
+            f"{THRESHOLDS.camera_share:.0%}); steady the video or label another camera"
         )
-    if (leakage := found["leakage"]) is not None and leakage > limits.leakage:
+    if (leakage := found["leakage"]) is not None and leakage > THRESHOLDS.leakage:
         failures.append(
             f"appearance, not motion: latents towards the same frame from its past and from its future agree (cosine "
-            f"{leakage:.2f}, at most {limits.leakage})"
+            f"{leakage:.2f}, at most {THRESHOLDS.leakage})"
         )
-    if (still := found["still_pairs"]["variance"]) is not None and still > limits.still_variance:
+    if (still := found["still_variance"]) is not None and still > THRESHOLDS.still_variance:
         warnings.append(f"pairs (x, x) without motion vary {still:.0%} as much as the others: appearance leaks in")
-    if found["static_share"] > limits.static_share:
+    if found["static_share"] > THRESHOLDS.static_share:
         warnings.append(f"nothing moves in {found['static_share']:.0%} of the pairs: cut idle parts or raise the gap")
-    if found["invalid_share"] > limits.invalid_share:
+    if found["invalid_share"] > THRESHOLDS.invalid_share:
         warnings.append(f"{found['invalid_share']:.0%} of the frames have no pair within their episode: lower the gap")
     return failures, warnings
 
 
-def judge_probe(name: str, row: dict[str, Any], limits: Thresholds) -> tuple[list[str], list[str]]:
-    """Reasons to fail the labels, and warnings, that a target of the probe gives."""
+def judge_probe(name: str, row: dict[str, Any]) -> tuple[list[str], list[str]]:
+    """Reasons to fail the labels, and warnings, from one target of the probe."""
     shares = dict(zip(row["dimensions"], row["gained_share"]))
     moving = [dim for dim, value in zip(row["dimensions"], row["latents"]) if value is not None]
+    warnings = []
     if untold := [dim for dim in moving if shares[dim] is None]:
-        warnings = [
+        warnings.append(
             f"{name}: {', '.join(untold)} cannot be judged: the ceiling is hardly above a random teacher (less than "
-            f"{limits.least_to_gain} of R²)"
-        ]
-    else:
-        warnings = []
+            f"{THRESHOLDS.least_to_gain} of R²)"
+        )
     known = {dim: share for dim, share in shares.items() if share is not None}
     mean = float(np.mean(list(known.values()))) if known else None
-    if mean is not None and mean < limits.gained_share:
+    if mean is not None and mean < THRESHOLDS.gained_share:
         failure = (
             f"the latents tell hardly more about the {name} than a random teacher's: of what those leave to gain they "
-            f"gain {mean:.0%}, mean over {', '.join(known)} (at least {limits.gained_share:.0%}): train the teacher "
-            "longer, ground it (--grounding.roots), or try another --data.frame-gap-s (--gaps compares them)"
+            f"gain {mean:.0%}, mean over {', '.join(known)} (at least {THRESHOLDS.gained_share:.0%}): train the "
+            "teacher longer, ground it (--grounding.roots), or try another --data.frame-gap-s"
         )
         return [failure], warnings
-    if missed := [dim for dim, share in known.items() if share < limits.gained_dimension]:
+    if missed := [dim for dim, share in known.items() if share < THRESHOLDS.gained_dimension]:
         warnings.append(
             f"{name}: {', '.join(missed)} no better than with a random teacher (less than "
-            f"{limits.gained_dimension:.0%} of what there is to gain)"
+            f"{THRESHOLDS.gained_dimension:.0%} of what there is to gain)"
         )
     return [], warnings
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What travels on: from label_health.json to Stage 2 and its artifact."""
+    """The part of label_health.json that Stage 2 reads and its artifact records."""
 
     verdict: Literal["pass", "fail"]
     reasons: tuple[str, ...]
-    # Whose labels, and of what.
+    # Which labels were checked.
     teacher_id: str
     teacher_kind: TeacherKind
     frame_gap_s: float
@@ -315,14 +302,14 @@ class Verdict:
 
 
 def write_report(path: Path, verdict: Verdict, found: dict[str, Any], warnings: list[str]) -> None:
-    """label_health.json: the verdict first, then what it rests on."""
+    """Write label_health.json: the verdict, and the measurements and thresholds it is based on."""
     report = {"schema_version": SCHEMA} | asdict(verdict)
     report |= {"warnings": warnings, "measured": found, "thresholds": asdict(THRESHOLDS)}
     write_text(path, json.dumps(report, indent=2) + "\n")
 
 
 def read_verdict(path: Path) -> Verdict:
-    """The verdict of a label_health.json. Raises ValueError if there is none."""
+    """The verdict of a label_health.json. Raises ValueError if the file is missing or holds something else."""
     if not path.is_file():
         raise ValueError(f"--label-health {path}: no such file; `python -m smolvla_shared.teacher check` writes it")
     report = read_json(path)
@@ -332,9 +319,9 @@ def read_verdict(path: Path) -> Verdict:
 
 
 def with_health(latents: Latents, report: Path | None, accept: bool) -> Latents:
-    """What an artifact records of the latent actions that a run learns, with the verdict of their health report.
+    """The artifact's record of a run's latent actions, with the verdict of their health report if there is one.
 
-    Raises ValueError for a report on other labels, or a failed verdict that was not accepted.
+    Raises ValueError for a report on other labels, and for a failed verdict without `accept`.
     """
     if report is None:
         return latents
@@ -370,12 +357,14 @@ def summary(found: dict[str, Any], verdict: Verdict, warnings: list[str]) -> str
     rows = [
         ("pairs, episodes", f"{found['pairs']:,}, {found['episodes']:,}"),
         ("codes effectively used, by slot", listed(codes["perplexity"])),
-        ("code sequences; most common one", f"{codes['distinct_sequences']}; {codes['most_common_share']:.0%}"),
-        ("static pairs; frames without a pair", f"{found['static_share']:.1%}; {found['invalid_share']:.1%}"),
+        ("code sequences", f"{codes['distinct_sequences']:,}"),
+        ("pairs with the most common sequence", f"{codes['most_common_share']:.0%}"),
+        ("static pairs", f"{found['static_share']:.1%}"),
+        ("frames without a pair", f"{found['invalid_share']:.1%}"),
         ("gain of the own latent in reconstruction", f"{found['reconstruction']['gain']:.1%}"),
         ("past/future cosine", listed([found["leakage"]])),
         ("share explained by camera motion", listed([found["camera_share"]])),
-        ("variance of still pairs", listed([found["still_pairs"]["variance"]])),
+        ("variance of still pairs", listed([found["still_variance"]])),
     ]
     for name, row in found["probe"].items():
         rows += [
@@ -386,8 +375,6 @@ def summary(found: dict[str, Any], verdict: Verdict, warnings: list[str]) -> str
             ("  ceiling: from the displacement", listed(row["ceiling"])),
             ("  gained, of what there is to gain", listed(row["gained_share"])),
         ]
-        sweep = found["probe_by_gap"].items()
-        rows += [(f"  from the labels at a gap of {gap} s", listed(at[name])) for gap, at in sweep if name in at]
     width = max(len(name) for name, _ in rows) + 2
     lines = [f"{name:<{width}}{value}" for name, value in rows]
     lines += [f"warning: {text}" for text in warnings]

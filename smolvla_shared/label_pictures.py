@@ -4,35 +4,36 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 from torch import Tensor
 
 
 def draw_transfer(path: Path, columns: dict[str, Tensor]) -> None:  # title -> [N, 3, H, W] in [0, 1]
-    """A row for each pair: its frames, and what the decoder makes of its own and of another pair's codes."""
-    figure, axes = _figure(len(next(iter(columns.values()))), len(columns), 1.6, 1.6)
+    """A grid of images: a column for each title, a row for each pair."""
+    axes = _axes(len(next(iter(columns.values()))), len(columns), 1.6, 1.6)
     for column, (title, frames) in enumerate(columns.items()):
         axes[0][column].set_title(title, fontsize=8)
         for row, frame in enumerate(frames):
             axes[row][column].imshow(frame.clamp(0, 1).permute(1, 2, 0).numpy())
             axes[row][column].axis("off")
-    _save(figure, path)
+    _save(axes, path)
 
 
 def draw_usage(path: Path, counts: list[list[int]]) -> None:  # [S][C]
     """How often each slot uses each code."""
     shares = np.array(counts, float) / np.maximum(np.sum(counts, axis=1, keepdims=True), 1)
-    figure, axes = _figure(len(shares), 1, 4, 1.1)
+    axes = _axes(len(shares), 1, 4, 1.1)
     for slot, (row,) in enumerate(axes):
         row.bar(range(shares.shape[1]), shares[slot])
         row.set(ylim=(0, 1), ylabel=f"slot {slot}", xticks=range(shares.shape[1]) if slot == len(shares) - 1 else [])
-    axes[-1][0].set_xlabel("code; share of the pairs")
-    _save(figure, path)
+    axes[-1][0].set_xlabel("code (height: share of the pairs)")
+    _save(axes, path)
 
 
-def draw_probe(path: Path, probes: dict[str, dict[str, Any]], sweep: dict[float, dict[str, list]]) -> None:
-    """A row for each target: R² of its dimensions beside its controls and, where it was asked for, over frame gaps."""
-    figure, axes = _figure(len(probes), 2 if sweep else 1, 5, 3)
-    for (bars, *lines), (name, row) in zip(axes, probes.items()):
+def draw_probe(path: Path, probes: dict[str, dict[str, Any]]) -> None:
+    """A row for each target: R² of its dimensions beside its controls."""
+    axes = _axes(len(probes), 1, 5, 3)
+    for (bars,), (name, row) in zip(axes, probes.items()):
         dimensions = row["dimensions"]
         shown = {key: row[key] for key in ("ceiling", "latents", "random_teacher", "shuffled") if row[key]}
         width = 0.8 / len(shown)
@@ -43,27 +44,14 @@ def draw_probe(path: Path, probes: dict[str, dict[str, Any]], sweep: dict[float,
         bars.set_xticks(range(len(dimensions)), dimensions)
         bars.axhline(0, color="black", linewidth=0.5)
         bars.legend(fontsize=7)
-        for axis in lines:
-            for place, dimension in enumerate(dimensions):
-                line = [by_target[name][place] for by_target in sweep.values()]
-                axis.plot(list(sweep), [np.nan if v is None else v for v in line], marker="o", label=dimension)
-            axis.set(xlabel="frame gap, s", ylim=(None, 1), title="by frame gap")
-            axis.legend(fontsize=7)
-    _save(figure, path)
+    _save(axes, path)
 
 
-def _figure(rows: int, columns: int, width: float, height: float):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot.subplots(rows, columns, figsize=(width * columns, height * rows), squeeze=False)
+def _axes(rows: int, columns: int, width: float, height: float) -> np.ndarray:  # [rows, columns]
+    return Figure(figsize=(width * columns, height * rows)).subplots(rows, columns, squeeze=False)
 
 
-def _save(figure, path: Path) -> None:
-    from matplotlib import pyplot
-
+def _save(axes: np.ndarray, path: Path) -> None:
+    figure = axes[0, 0].figure
     figure.tight_layout()
     figure.savefig(path, dpi=110)
-    pyplot.close(figure)

@@ -1,7 +1,6 @@
-"""The probe: how much of what happened between the two frames of a pair is in its latent, linearly.
+"""A linear probe: how well latents predict the recorded motion between the two frames of a pair.
 
-What happened is what a recording says of it, and what the video can show: the actions that were executed, over the gap,
-and the displacement of the proprioceptive state.
+The recorded motion is the executed actions over the gap, and the displacement of the proprioceptive state.
 """
 
 from typing import Literal
@@ -13,13 +12,13 @@ from torch import Tensor
 
 from smolvla_shared.data import ACTION_KEY, EXECUTED_ACTION_KEY, STATE_KEY, RobotDataset
 
-# How the actions of a gap become one vector: velocities and deltas are summed, of absolute positions the change counts.
+# How the actions over a gap become one vector. sum: of velocities or deltas. change: of absolute positions.
 ActionMode = Literal["sum", "change"]
 DISPLACEMENT = "displacement of observation.state"
 FOLDS = 5
-# Of the standardised features' Gram matrix per sample: enough that 128 collinear dimensions do not fit noise.
+# Added to the diagonal of the features' correlation matrix: enough that 128 collinear dimensions do not fit noise.
 RIDGE = 1e-2
-# Correlation of an action with the one before it, above which actions without a state count as absolute positions.
+# Without a state, actions count as absolute positions if successive ones correlate more than this.
 POSITION_CORRELATION = 0.995
 
 
@@ -27,7 +26,7 @@ POSITION_CORRELATION = 0.995
 
 
 def action_key(dataset: RobotDataset) -> str | None:
-    """The column of what the robot was told to do: executed actions where they were recorded, else the actions."""
+    """The column of executed actions or, if there is none, of actions; None without either."""
     return next((key for key in (EXECUTED_ACTION_KEY, ACTION_KEY) if key in dataset.features), None)
 
 
@@ -38,14 +37,14 @@ def column(dataset: RobotDataset, key: str) -> Tensor:
 
 
 def dimension_names(dataset: RobotDataset, key: str) -> tuple[str, ...]:
-    """What the dataset calls the dimensions of a vector feature; numbers where it does not say."""
+    """Names of a vector feature's dimensions; their numbers if the dataset has no names."""
     names = dataset.features[key].get("names")
     names = next(iter(names.values())) if isinstance(names, dict) else names
     return tuple(names) if names else tuple(map(str, range(dataset.vector_dim(key))))
 
 
 def over_gap(values: Tensor, rows: Tensor, gap: int, mode: ActionMode) -> Tensor:  # [N, A], [n] -> [n, A]
-    """What a vector did between the frames of each pair: its change, or the sum over the frames before the second."""
+    """Change of a vector from a pair's first to its second frame, or its sum over the frames before the second."""
     if mode == "sum":
         values = F.pad(values.cumsum(0), (0, 0, 1, 0))
     return values[rows + gap] - values[rows]
@@ -55,28 +54,25 @@ def displacements(dataset: RobotDataset, rows: Tensor) -> Tensor:  # [n] -> [n, 
     return over_gap(column(dataset, STATE_KEY), rows, dataset.gap, "change")
 
 
-def summed_actions(dataset: RobotDataset, rows: Tensor, mode: ActionMode) -> Tensor:  # [n] -> [n, A]
-    """The dataset's executed (else recorded) actions over the gap of each pair."""
+def actions_over_gap(dataset: RobotDataset, rows: Tensor, mode: ActionMode) -> Tensor:  # [n] -> [n, A]
+    """The actions (action_key) over the gap of each pair."""
     return over_gap(column(dataset, action_key(dataset)), rows, dataset.gap, mode)
 
 
 def action_mode(dataset: RobotDataset) -> tuple[ActionMode, str]:
-    """Whether a dataset's actions are velocities (`sum`) or absolute positions (`change`), and what says so.
+    """Whether a dataset's actions are velocities (`sum`) or absolute positions (`change`), and why, in words.
 
-    With a state: of the two ways to read the actions, the one that the displacement of the state explains better.
-    Without one: positions hardly change from one frame to the next.
+    If the displacement of the state explains the actions: the mode in which it explains them better. If not, or without
+    a state: `change` if successive actions are nearly equal.
     """
     rows = torch.from_numpy(dataset.rows_with_pairs(np.arange(dataset.num_frames)))
     episodes = torch.from_numpy(np.searchsorted(dataset.episode_to, rows.numpy(), side="right"))
     if STATE_KEY in dataset.features:
         moved = displacements(dataset, rows)
-        explained = {mode: mean_r2(moved, summed_actions(dataset, rows, mode), episodes) for mode in ("sum", "change")}
+        explained = {m: mean_r2(moved, actions_over_gap(dataset, rows, m), episodes) for m in ("sum", "change")}
         if max(explained.values()) > 0.1:
-            mode = max(explained, key=explained.get)
-            return (
-                mode,
-                f"the displacement explains {explained['sum']:.2f} of sums, {explained['change']:.2f} of changes",
-            )
+            reason = f"the displacement explains {explained['sum']:.2f} of sums, {explained['change']:.2f} of changes"
+            return max(explained, key=explained.get), reason
     actions = column(dataset, action_key(dataset))
     inside = np.setdiff1d(np.arange(1, dataset.num_frames), dataset.episode_from)
     before, now = actions[inside - 1], actions[inside]
@@ -89,9 +85,9 @@ def action_mode(dataset: RobotDataset) -> tuple[ActionMode, str]:
 
 
 def out_of_fold(features: Tensor, targets: Tensor, episodes: Tensor) -> Tensor | None:
-    """Ridge predictions of `targets` [N, A] from `features` [N, F], each by a fit that saw nothing of its episode.
+    """Ridge predictions of `targets` [N, A] from `features` [N, F], each by a fit that has not seen its episode.
 
-    None with fewer than two episodes.
+    None if there are fewer than two episodes.
     """
     names = episodes.unique()
     if len(names) < 2:
@@ -121,7 +117,7 @@ def r2(predicted: Tensor, targets: Tensor) -> list[float | None]:  # [N, A] -> A
 def probe(latents: Tensor, targets: Tensor, episodes: Tensor) -> list[float | None] | None:
     """R² of each target dimension from the latents, out of fold, over the pairs whose target is known (not NaN).
 
-    None with fewer than two episodes of them.
+    None if these pairs are from fewer than two episodes.
     """
     known = ~targets.isnan().any(1)
     measurable = known.any() and targets.shape[1]
@@ -130,6 +126,6 @@ def probe(latents: Tensor, targets: Tensor, episodes: Tensor) -> list[float | No
 
 
 def mean_r2(latents: Tensor, targets: Tensor, episodes: Tensor) -> float:
-    """Mean of the probe over the dimensions that vary; 0 where there is none, or only one episode."""
+    """Mean of the probe over the dimensions that vary; 0 if none varies or there is only one episode."""
     values = [value for value in probe(latents, targets, episodes) or [] if value is not None]
     return sum(values) / len(values) if values else 0.0

@@ -17,7 +17,7 @@ from smolvla_shared.preprocess import Statistics, unit_range
 
 
 class OnlineLabels:
-    """Labels from the teacher itself, on the device that it is on."""
+    """Labels that the teacher computes in every step, on the teacher's device."""
 
     def __init__(self, laq: LAQ, kind: TeacherKind, camera: str):
         self.laq, self.kind, self.camera = laq, kind, camera
@@ -29,7 +29,7 @@ class OnlineLabels:
         self.laq.to(device)
 
     def choose(self, latents: LatentActions) -> Tensor:  # [B, S, D]
-        """The labels among the teacher's latents: before or after quantisation."""
+        """The latents of this kind: before quantisation if continuous, after it if quantized."""
         return latents.continuous if self.kind == "continuous" else latents.vectors
 
     @torch.no_grad()
@@ -38,9 +38,10 @@ class OnlineLabels:
 
 
 def labels_pairs[Data: DataConfig](config: StageOptions, data: Data) -> Data:
-    """The data options with the frame gap and label camera of the labels that the options name, where none are stated.
+    """The data options; frame gap and label camera that they leave out are those of the labels that `config` names.
 
-    Raises ValueError where others are stated than the teacher's (laq_files.teachers_pairs) or, in a cache, the labels'.
+    Raises ValueError if the options contradict the teacher (laq_files.teachers_pairs). A label cache refuses other
+    pairs when it is opened.
     """
     if config.laq_ckpt:
         return teachers_pairs(config.laq_ckpt, data, config.accept_other_pairs)
@@ -52,13 +53,13 @@ def labels_pairs[Data: DataConfig](config: StageOptions, data: Data) -> Data:
 
 
 def open_labels(config: StageOptions, datasets: list[data.RobotDataset], camera: str) -> Labels:
-    """The latent targets that the options name, on the CPU (Labels.to moves them).
+    """The labels that the options name, on the CPU (Labels.to moves them).
 
     Raises ValueError for a teacher that cannot be loaded, and for a cache that is incomplete or has another key.
     """
     laq = load_laq(config.laq_ckpt, config.laq_code_seq_len, config.laq_image_size) if config.laq_ckpt else None
     if config.labels == "online":
-        assert laq is not None  # both scripts' options see to it
+        assert laq is not None  # the scripts' options refuse this
         return OnlineLabels(laq, config.teacher_kind, camera)
     teacher = teacher_id(laq) if laq else None
     return CachedLabels(label_stores(config.label_cache, datasets, teacher, config.teacher_kind, camera))
@@ -67,15 +68,17 @@ def open_labels(config: StageOptions, datasets: list[data.RobotDataset], camera:
 def latent_statistics(
     labels: Labels,
     datasets: list[data.RobotDataset],
-    frames: list[tuple[int, np.ndarray]],
+    rows: list[tuple[int, np.ndarray]],
     seed: int,
     device: torch.device | str = "cpu",
     recorded: Statistics | None = None,
 ) -> Statistics:
     """Mean and standard deviation of the latent targets over up to 512 valid training pairs, drawn with the seed.
 
-    recorded: the statistics of a latent head that has learned these latents; they are returned instead
-    Moves the labels to the device.
+    rows:     (dataset index, training rows) of each dataset
+    recorded: the statistics of a latent head that has already learned these latents; returned as they are
+
+    Moves the labels to the device. Raises ValueError if the teacher gives every pair the same latent action.
     """
     labels.to(device)
     if recorded:
@@ -83,7 +86,7 @@ def latent_statistics(
     spec = data_loader.SampleSpec(
         cameras=(), label_camera=labels.camera, pair_size=labels.pair_size, draws={LATENT: labels.shape}
     )
-    sampler = data_order.StepSampler(data_order.group_rows(frames), seed, batch_size=32, first_step=0, last_step=16)
+    sampler = data_order.StepSampler(data_order.group_rows(rows), seed, batch_size=32, first_step=0, last_step=16)
     loader = data_loader.make_loader(data_loader.SampleDataset(datasets, spec, seed), sampler, num_workers=0)
     vectors = [labels(to_device(raw, device)).flatten(1).cpu()[raw.pair_mask] for raw in loader]
     statistics = Statistics.of(torch.cat(vectors))
@@ -92,6 +95,6 @@ def latent_statistics(
             "the teacher gives every pair the same latent action: its codebook has collapsed, or the pairs do not "
             "move (try a larger --data.frame-gap-s, or train the teacher longer)"
         )
-    # A dimension that never changes carries nothing; a floor keeps rounding from being blown up to a target.
+    # Without a floor, normalisation would turn the rounding of a constant dimension into a target.
     floor = 1e-3 * max(statistics.std)
     return Statistics(statistics.mean, tuple(max(std, floor) for std in statistics.std))

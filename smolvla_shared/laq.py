@@ -1,13 +1,13 @@
-"""LAQ: a latent action is what tells one frame from a later one, in S codes of a small codebook.
+"""LAQ, the teacher: S codes of a small codebook for what happened between two frames.
 
 The inverse-dynamics VQ model of LAPA (arXiv 2410.11758) with noise substitution in place of a straight-through estimate
-(NSVQ, Vali and Backstrom, IEEE Access 2022). The module names are those of LAPA's released checkpoints:
+(NSVQ, Vali and Backstrom, IEEE Access 2022). Module names match LAPA's released checkpoints.
 
-    frames [B, 2, 3, H, W] -> patch tokens -> spatial, then temporal transformer -> small CNN to S slots, a frame
-    latent [B, S, D] = slots of the second frame - slots of the first;  nearest codebook rows: indices, vectors
+    frames [B, 2, 3, H, W] -> patch tokens -> spatial, then temporal transformer -> small CNN -> S slots of each frame
+    slots of the second frame - slots of the first = latent [B, S, D] -> nearest codes: indices, vectors [B, S, D]
     patch tokens of the first frame, cross-attending to the S vectors -> pixels of the second frame
 
-More dimensions than in batch.py's legend: E token width, h, w patches of a frame, C codes, M heads.
+Letters beyond batch.py's legend: E token width, h x w patches of a frame, F frames, C codes, M heads.
 """
 
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from smolvla_shared.laq_layers import Patchify, RelativePositionBias, Transformer, Unpatchify
 from smolvla_shared.preprocess import stretch, unit_range
 
-# The second convolution of the slot CNN by S: (kernel, stride, padding). The first halves the grid, for every S.
+# (kernel, stride, padding) of the slot CNN's convolutions. The first halves the grid, the second depends on S.
 FIRST_CONV = ((3, 3), 2, 1)
 SECOND_CONV = {
     1: ((4, 4), 1, 0),
@@ -31,18 +31,17 @@ SECOND_CONV = {
     64: None,
     256: None,
 }
-# Added to the error of repeating the first frame where a loss is divided by it: pairs that change less count less, and
-# what video compression leaves of a still pair hardly counts.
+# Added to the error of repeating the first frame where the loss is divided by that error. Without it the compression
+# noise of a still pair would count as much as motion.
 STILL_ERROR = 1e-3
-# The embedding sees changes of a frame this many times enlarged: most are a few percent of the range.
+# Factor on frame differences before they are embedded: most are a few percent of the pixel range.
 CHANGE_SCALE = 4.0
-
-# Pairs whose latents are kept for placing codes by.
+# Newest pairs whose latents are kept, for placing codes.
 RECENT_PAIRS = 512
 
 
 def slots_of_grid(code_seq_len: int, grid: int) -> int:
-    """Slots that the CNN of `code_seq_len` makes of `grid` x `grid` patches; 0 where a kernel does not fit."""
+    """Number of slots that the CNN for `code_seq_len` makes of grid x grid patches; 0 if a kernel does not fit."""
     size = [grid, grid]
     for conv in filter(None, (FIRST_CONV, SECOND_CONV[code_seq_len])):
         kernel, stride, padding = conv
@@ -52,14 +51,13 @@ def slots_of_grid(code_seq_len: int, grid: int) -> int:
 
 @dataclass(frozen=True)
 class LAQConfig:
-    """The shape of a LAQ; the defaults are LAPA's released Open-X weights. The weights' shapes tell all but two fields:
-    code_seq_len and image_size."""
+    """The shape of a LAQ. The defaults are those of LAPA's released Open-X weights."""
 
     # Width of the tokens.
     dim: int = 1024
-    # D, width of a codebook row and of one latent token.
+    # D, width of a code and of one latent token.
     quant_dim: int = 32
-    # Rows of the codebook, which all slots share.
+    # C, codes in the codebook, which all slots share.
     codebook_size: int = 8
     # Side of the square that both frames are resized to (aspect ratio not kept), pixels.
     image_size: int = 256
@@ -75,10 +73,10 @@ class LAQConfig:
     heads: int = 16
     # S, codes of a latent action: 1, 2, 4, 16, 64 or 256. The latent vector has S * quant_dim dimensions.
     code_seq_len: int = 4
-    # The decoder predicts what changes, first frame + output, instead of the second frame; and the loss of a pair is
-    # divided by the error of repeating its first frame. LAPA's teachers do neither.
+    # Decode the change from the first frame instead of the second frame, and divide a pair's loss by the error of
+    # repeating its first frame. LAPA's teachers do neither.
     predicts_change: bool = False
-    # The embedding of a frame also sees its difference to the first one.
+    # Embed each frame's difference to the first frame, too. LAPA's teachers do not.
     sees_change: bool = False
 
     def __post_init__(self):
@@ -108,10 +106,10 @@ class LAQConfig:
 
 
 class LatentActions(NamedTuple):
-    """What `LAQ.encode` says about B frame pairs."""
+    """What `LAQ.encode` returns for B frame pairs."""
 
-    indices: Tensor  # [B, S] int64, codebook rows
-    vectors: Tensor  # [B, S, D] float32, those rows
+    indices: Tensor  # [B, S] int64, codes
+    vectors: Tensor  # [B, S, D] float32, the codes' rows of the codebook
     continuous: Tensor  # [B, S, D] float32, the latent before quantisation
 
 
@@ -121,12 +119,12 @@ class PairBatch:
 
     frames: Tensor  # [B, 2, 3, H, W] uint8, or float in [0, 1]
     mask: Tensor  # [B] bool: False where the episode ends before the second frame
-    noise: Tensor  # [B, S, D] float32, standard normal: the model draws nothing itself
-    actions: Tensor | None = None  # [B, A] float32, standardised; NaN for a pair without. Only with a grounding head
+    noise: Tensor  # [B, S, D] float32, standard normal, from the data loader
+    actions: Tensor | None = None  # [B, A] float32, standardised; NaN for pairs of video. None: no grounding
 
     @property
     def masks(self) -> dict[str, Tensor]:
-        """Which pairs count in each loss, [B]."""
+        """Which pairs count in each loss, [B] bool."""
         masks = {"reconstruction": self.mask}
         return masks if self.actions is None else masks | {"grounding": self.mask & ~self.actions.isnan().any(1)}
 
@@ -142,7 +140,7 @@ class LAQ(nn.Module):
         self.config = config
         pixels = 3 * config.patch_size**2
         self.spatial_rel_pos_bias = RelativePositionBias(config.dim, config.heads)
-        self.to_patch_emb_first_frame = nn.Sequential(  # both frames', in spite of its name
+        self.to_patch_emb_first_frame = nn.Sequential(  # of both frames, in spite of LAPA's name
             Patchify(config.patch_size),
             nn.LayerNorm(pixels),
             nn.Linear(pixels, config.dim),
@@ -155,28 +153,26 @@ class LAQ(nn.Module):
         self.vq = NSVQ(config)
         self.dec_spatial_transformer = Transformer(config, config.spatial_depth, cross_attention=True)
         self.to_pixels_first_frame = nn.Sequential(nn.Linear(config.dim, pixels), Unpatchify(config.patch_size))
-        if config.predicts_change:  # a fresh teacher starts at the error of repeating the first frame
+        if config.predicts_change:  # so that a fresh teacher repeats the first frame
             nn.init.zeros_(self.to_pixels_first_frame[0].weight)
             nn.init.zeros_(self.to_pixels_first_frame[0].bias)
 
     def ground(self, action_dim: int) -> None:
-        """Add a head that reads actions of `action_dim` dimensions from a latent, linearly. Private: it trains the
-        latents, and is part of training checkpoints only.
-        """
+        """Add a linear head from a latent action to an action. It is private: published weights do not include it."""
         self._grounding = nn.Linear(self.config.latent_vector_dim, action_dim)
 
     def encode(self, frames: Tensor) -> LatentActions:  # [B, 2, 3, H, W]
-        """Latent actions of frame pairs: float, in [0, 1], of any size."""
+        """Latent actions of frame pairs. Frames are float in [0, 1], of any size."""
         tokens = self._embed(self.resize(frames))
         latent = self._latent(tokens, self._position_bias())
         indices = self.vq.nearest(latent)
         return LatentActions(indices, self.vq.codebooks[indices], latent)
 
     def reconstruct(self, frames: Tensor, latents: Tensor | None = None) -> Tensor:  # [B, 2, 3, H, W], [B, S, D]
-        """The second frames [B, 3, image_size, image_size], predicted from the first ones and the latent actions.
+        """Predict the second frames, [B, 3, image_size, image_size], from the first frames and latent actions.
 
-        Given `latents` come from elsewhere, such as other pairs: does the same latent mean the same motion? They may be
-        continuous: in training the decoder sees latents that are as far from their codes (NSVQ).
+        latents: None: the pairs' own codes. Those of other pairs show whether equal latents mean equal motions.
+                 Continuous latents work, too: NSVQ trains the decoder on vectors as far from the codes
         """
         if latents is None:
             latents = self.encode(frames).vectors
@@ -186,11 +182,11 @@ class LAQ(nn.Module):
     def forward(self, batch: PairBatch) -> dict[str, Tensor]:
         """Errors of each pair, [B]; the caller masks and averages. The only training entry.
 
-        reconstruction: mean squared pixel error of the second frame; where the decoder predicts the change, divided by
-                        that of repeating the first frame
-        grounding:      mean squared error of the actions that the head reads from the latent, if the batch has actions
+        reconstruction: mean squared pixel error of the second frame; with predicts_change, divided by the error of
+                        repeating the first frame
+        grounding:      mean squared error of the standardised actions, if the batch has actions
 
-        In training mode it also notes the valid pairs' codes and latents (NSVQ.note).
+        In training mode the codes and latents of valid pairs are also recorded (NSVQ.note).
         """
         frames = self.resize(unit_range(batch.frames))
         bias = self._position_bias()
@@ -200,7 +196,7 @@ class LAQ(nn.Module):
         if self.training:
             self.vq.note(latent, indices, batch.mask)
         vectors = self.vq.substitute(latent, indices, batch.noise)
-        # As in LAPA the decoder does not train the embedding: the motion must come through the codes.
+        # As in LAPA the decoder does not train the embedding: motion must come through the codes.
         predicted = self._decode(tokens[:, :1].detach(), vectors, bias, frames[:, :1])
         errors = {"reconstruction": pixel_error(predicted.float(), frames[:, 1])}
         if self.config.predicts_change:
@@ -211,7 +207,7 @@ class LAQ(nn.Module):
         return errors
 
     def resize(self, frames: Tensor) -> Tensor:  # [B, F, 3, H, W]
-        """Frames of the size that the model sees, [B, F, 3, image_size, image_size]."""
+        """Frames resized to what the model sees, [B, F, 3, image_size, image_size]."""
         return stretch(frames, self.config.image_size)
 
     def _embed(self, frames: Tensor) -> Tensor:  # [B, F, 3, image_size, image_size] -> [B, F, h, w, E]
@@ -248,7 +244,7 @@ def pixel_error(one: Tensor, other: Tensor) -> Tensor:  # [B, 3, H, W] -> [B]
 
 
 class NSVQ(nn.Module):
-    """Tokens of two frames -> S latents -> codebook rows, with noise in place of the quantisation error in training."""
+    """Tokens of two frames -> S latents -> codes. In training, noise takes the place of the quantisation error."""
 
     def __init__(self, config: LAQConfig):
         super().__init__()
@@ -260,9 +256,9 @@ class NSVQ(nn.Module):
             for kernel, stride, padding in filter(None, (FIRST_CONV, SECOND_CONV[config.code_seq_len]))
         ]
         self.cnn_encoder = nn.Sequential(convs[0]) if len(convs) == 1 else nn.Sequential(convs[0], nn.ReLU(), convs[1])
-        # What codes are placed by (place_codes), of the valid training pairs of all processes: the uses of each code
-        # since the trainer last cleared them, and the newest latents (NaN: none yet). Private: part of training
-        # checkpoints, so that a resume places the same codes, but not of published weights.
+        # For place_codes, over the valid training pairs of all processes: how often each code was used since the
+        # trainer last cleared the counts, and the newest latents (NaN: none yet). Training checkpoints hold both, so
+        # that a resumed run places the same codes. Their names are private: published weights do not hold them.
         self.register_buffer("_usage", torch.zeros(config.code_seq_len, config.codebook_size, dtype=torch.int64))
         self.register_buffer("_recent", torch.full((RECENT_PAIRS, config.code_seq_len, config.quant_dim), torch.nan))
 
@@ -278,24 +274,24 @@ class NSVQ(nn.Module):
     def substitute(self, latent: Tensor, indices: Tensor, noise: Tensor) -> Tensor:  # [B, S, D], [B, S], [B, S, D]
         """NSVQ: x_q = x + |x - c| * v / |v|, v ~ N(0, I).
 
-        As far from the latent as its code is, in a random direction; the codebook learns through the length.
+        x_q is as far from the latent x as the code c is, in a random direction. The codebook learns through |x - c|.
         """
         error = (latent - self.codebooks[indices]).norm(dim=-1, keepdim=True)
         return latent + error * noise / noise.norm(dim=-1, keepdim=True)
 
     def project_codes(self, vectors: Tensor) -> Tensor:  # [B, S, D] -> [B, S, E]
-        # The memory of [S, D] is read as [D, S] before it is transposed: it mixes slots and dimensions when S > 1, and
-        # LAPA's weights were trained so.
+        # The memory of [S, D] is read as [D, S] and then transposed, which mixes slots and dimensions if S > 1. LAPA's
+        # weights were trained with this.
         batch, slots, width = vectors.shape
         return self.project_out(vectors.reshape(batch, width, slots).transpose(1, 2))
 
     @torch.no_grad()
     def note(self, latent: Tensor, indices: Tensor, mask: Tensor) -> None:  # [B, S, D], [B, S], [B]
-        """Count the uses of the codes, and keep the latents."""
+        """Count the uses of the codes, and keep the latents of the valid pairs."""
         counts = (F.one_hot(indices, len(self.codebooks)) * mask[:, None, None]).sum(0)  # [S, C]
         latent = latent.masked_fill(~mask[:, None, None], torch.nan)
-        # Shared here, so that every process holds the same: placing codes by one process's own pairs is what makes
-        # runs on many devices collapse where a run on one does not.
+        # Gathered, so that all processes place the same codes. Placing codes by one process's own pairs makes runs on
+        # many devices collapse where a run on one device does not.
         if torch.distributed.is_initialized():
             torch.distributed.all_reduce(counts)
             parts = [torch.empty_like(latent) for _ in range(torch.distributed.get_world_size())]
@@ -306,6 +302,6 @@ class NSVQ(nn.Module):
 
     @property
     def recent(self) -> Tensor:  # [N, D]
-        """The newest latents of all slots, which share the codebook; on the CPU."""
+        """The newest latents, on the CPU. All slots together, because they share the codebook."""
         latents = self._recent.flatten(0, 1).cpu()
         return latents[~latents.isnan().any(1)]

@@ -27,15 +27,15 @@ SCHEMA = "smolvla_shared.laq.v1"
 
 
 def teacher_id(laq: LAQ) -> str:
-    """sha256 of the config and the public weights. Two teachers of one id give equal labels, whatever their files.
+    """sha256 of the config and the public weights. Teachers with the same id give the same labels.
 
-    The config counts because image_size changes the labels without changing a weight.
+    The config is included because image_size changes the labels without changing a weight.
     """
     return json_sha256([asdict(laq.config), state_sha256(public_state(laq.state_dict()))])
 
 
 def save_laq(laq: LAQ, path: Path, extra: dict[str, Any] | None = None) -> None:
-    """Write `path` (.safetensors) and a .json beside it: config, hash of the weights, and `extra` as the source."""
+    """Write `path` (.safetensors) and a .json beside it: config, hash of the weights, and `extra` as "source"."""
     weights = public_state(laq.state_dict())
     manifest = {
         "schema_version": SCHEMA,
@@ -53,30 +53,23 @@ def save_laq(laq: LAQ, path: Path, extra: dict[str, Any] | None = None) -> None:
 
 
 def teachers_source(path: Path) -> dict[str, Any]:
-    """What the file beside a teacher says of its training; nothing for LAPA's."""
+    """What the .json beside a teacher records of its training; {} for LAPA's files."""
     manifest = Path(path).with_suffix(".json")
-    is_ours = Path(path).suffix == ".safetensors" and manifest.is_file()  # if it is missing, load_laq says so
+    is_ours = Path(path).suffix == ".safetensors" and manifest.is_file()  # load_laq refuses a missing .json
     return json.loads(manifest.read_text()).get("source", {}) if is_ours else {}
 
 
 def teachers_pairs[Data: DataConfig](path: Path, data: Data, accept_other: bool = False) -> Data:
-    """The data options with the frame gap and label camera that a teacher was trained on, where none are stated.
+    """The data options; frame gap and label camera that they leave out are those that the teacher was trained on.
 
-    LAPA's files have neither recorded. Raises ValueError where others are stated, unless they are accepted.
+    LAPA's files record neither. Raises ValueError if the options state others, unless `accept_other`.
     """
     source = teachers_source(path)
-    return with_pairs(data, source.get("frame_gap_s"), source.get("label_camera"), str(path), accept_other)
-
-
-def with_pairs[Data: DataConfig](
-    data: Data, frame_gap_s: float | None, label_camera: str | None, whose: str, accept_other: bool
-) -> Data:
-    """The data options with this frame gap and label camera, where none are stated; others are refused."""
     stated = {"frame_gap_s": data.frame_gap_s, "label_camera": data.label_camera}
-    own = {"frame_gap_s": frame_gap_s, "label_camera": label_camera}
+    own = {name: source.get(name) for name in stated}
     if not accept_other:
         refuse_differences(
-            f"{whose} was trained on other pairs",
+            f"{path} was trained on other pairs",
             [
                 (f"--data.{name.replace('_', '-')}", stated[name], own[name])
                 for name in own
@@ -91,8 +84,8 @@ def with_pairs[Data: DataConfig](
 def load_laq(path: Path, code_seq_len: int | None = None, image_size: int | None = None) -> LAQ:
     """A frozen LAQ in eval mode, on the CPU, from our .safetensors or LAPA's .pt.
 
-    LAPA's files do not say the image size (default 256). It and the weights' shapes tell S. What is given here must
-    agree with the file; every key and shape must match.
+    LAPA's files do not record the image size (default 256). S follows from the image size and the weights' shapes.
+    Raises ValueError if an argument contradicts the file, or a key or shape does not match.
     """
     path = Path(path)
     if path.suffix not in (".safetensors", ".pt"):
@@ -103,7 +96,8 @@ def load_laq(path: Path, code_seq_len: int | None = None, image_size: int | None
             f"`python -m smolvla_shared.teacher train` writes"
         )
     if path.suffix == ".pt":
-        state = read_lapa_state(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = {key.removeprefix("module."): tensor for key, tensor in state.items()}  # DDP's prefix
         config = infer_config(path, state, code_seq_len, image_size)
     else:
         config = read_config(path)
@@ -123,7 +117,7 @@ def load_laq(path: Path, code_seq_len: int | None = None, image_size: int | None
 
 
 def assemble_laq(config: LAQConfig, state: dict[str, Tensor]) -> LAQ:
-    """A LAQ of these weights, without a copy of them; what is private of a LAQ is as in a fresh one."""
+    """A LAQ that holds these weights themselves, not copies. Its private buffers are those of a fresh LAQ."""
     with torch.device("meta"):
         laq = LAQ(config)
     shapes = {key: tensor for key, tensor in laq.state_dict().items() if key not in public_state(state)}
@@ -136,7 +130,7 @@ def assemble_laq(config: LAQConfig, state: dict[str, Tensor]) -> LAQ:
 
 
 def read_config(path: Path) -> LAQConfig:
-    """The config beside our .safetensors `path`, after checking schema and hash."""
+    """The config in the .json beside our .safetensors. Raises ValueError if schema, fields or hash do not match."""
     manifest_path = path.with_suffix(".json")
     if not manifest_path.is_file():
         raise ValueError(f"--laq-ckpt {path}: {manifest_path.name} is missing beside it; the two belong together")
@@ -157,14 +151,8 @@ def read_config(path: Path) -> LAQConfig:
     return LAQConfig(**manifest["config"])
 
 
-def read_lapa_state(path: Path) -> dict[str, Tensor]:
-    """LAPA's state dict, without the `module.` that DDP put before its keys."""
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    return {key.removeprefix("module."): tensor for key, tensor in state.items()}
-
-
 def infer_config(path: Path, state: dict[str, Tensor], code_seq_len: int | None, image_size: int | None) -> LAQConfig:
-    """The config that the shapes of LAPA's weights and the two options tell."""
+    """The config of LAPA's weights, from their shapes and two options. Raises ValueError if these contradict."""
 
     def shape(key: str) -> torch.Size:
         if key not in state:
@@ -181,7 +169,7 @@ def infer_config(path: Path, state: dict[str, Tensor], code_seq_len: int | None,
     image_size = image_size or LAQConfig.image_size
     kernel = tuple(shape("vq.cnn_encoder.2.weight")[2:]) if "vq.cnn_encoder.2.weight" in state else None
     candidates = [S for S, conv in SECOND_CONV.items() if (conv and conv[0]) == kernel]
-    if code_seq_len is None:  # the kernel leaves at most two candidates, and one grid of patches suits only one of them
+    if code_seq_len is None:  # the kernel leaves at most two candidates, of which a grid of patches fits only one
         fitting = [S for S in candidates if slots_of_grid(S, image_size // patch_size) == S]
         code_seq_len = fitting[0] if fitting else candidates[0] if candidates else LAQConfig.code_seq_len
     if code_seq_len not in candidates:

@@ -1,4 +1,4 @@
-"""The layers of a LAQ, under the names of LAPA's released checkpoints. Dimensions as in laq.py."""
+"""Layers of a LAQ. Module names match LAPA's released checkpoints; shape letters are those of laq.py."""
 
 from typing import TYPE_CHECKING
 
@@ -9,14 +9,14 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from smolvla_shared.laq import LAQConfig
 
-# Logits of the cosine-similarity attention are multiplied by it.
+# Scale of the attention's logits. Cosines alone, in [-1, 1], would make the softmax nearly uniform.
 ATTENTION_SCALE = 8.0
-# A cross-attention has this many learned keys and values beside the context's.
+# Learned keys and values that cross-attention adds to the context's.
 CROSS_ATTENTION_NULLS = 2
 
 
 class Transformer(nn.Module):
-    """Layers of position-encoding convolution, attention and feed-forward; a bias-free LayerNorm at the end."""
+    """Layers of convolution (position encoding), attention and feed-forward, then a bias-free LayerNorm."""
 
     def __init__(self, config: "LAQConfig", depth: int, cross_attention: bool = False):
         super().__init__()
@@ -36,7 +36,7 @@ class Transformer(nn.Module):
 
 
 class TransformerLayer(nn.ModuleList):
-    """One layer; a list because LAPA's parameters are numbered, with a gap where there is no cross-attention."""
+    """One layer. A list, because LAPA numbers the parts; number 2 is missing without cross-attention."""
 
     def __init__(self, config: "LAQConfig", cross_attention: bool):
         super().__init__([PositionConvolution(config.dim), Attention(config)])
@@ -53,10 +53,10 @@ class TransformerLayer(nn.ModuleList):
 
 
 class PositionConvolution(nn.Module):
-    """PEG: a depthwise 3 x 3 x 3 convolution that tells each token where it is. Causal in time.
+    """Position encoding (PEG, arXiv 2102.10882): a depthwise 3 x 3 x 3 convolution, causal in time.
 
-    The tokens are *viewed* as (B, F, h, w), also by the temporal transformer, whose tokens are in the order
-    (B, h, w, F). LAPA's weights were trained so.
+    The tokens' memory is read as (B, F, h, w), even in the temporal transformer, whose tokens are in the order
+    (B, h, w, F). LAPA's weights were trained with this.
     """
 
     def __init__(self, dim: int):
@@ -66,8 +66,8 @@ class PositionConvolution(nn.Module):
     def forward(self, tokens: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
         dim = tokens.shape[-1]
         video = tokens.reshape(*shape, dim).permute(0, 1, 4, 2, 3)  # [B, F, E, h, w]
-        # The time taps are (two frames ago, previous, this frame). With one or two frames the first meets only zeros,
-        # and two 2D convolutions do the rest several times faster than the 3D one.
+        # The kernel's time taps are (two frames ago, previous frame, this frame). With at most two frames the first tap
+        # meets only padding, and two 2D convolutions are several times faster than the 3D one.
         _, previous, this = self.dsconv.weight.unbind(2)  # each [E, 1, 3, 3]
         out = F.conv2d(video.flatten(0, 1), this, self.dsconv.bias, padding=1, groups=dim).unflatten(0, shape[:2])
         if shape[1] == 2:
@@ -77,7 +77,7 @@ class PositionConvolution(nn.Module):
 
 
 class Attention(nn.Module):
-    """Cosine-similarity attention; to itself or, with `context`, to that and to learned keys and values."""
+    """Cosine-similarity attention, to itself or to `context` and learned keys and values."""
 
     def __init__(self, config: "LAQConfig", nulls: int = 0):
         super().__init__()
@@ -91,12 +91,13 @@ class Attention(nn.Module):
         self.to_q = nn.Linear(config.dim, inner, bias=False)
         self.to_kv = nn.Linear(config.dim, 2 * inner, bias=False)
         self.to_out = nn.Linear(inner, config.dim, bias=False)
-        if nulls == 0:  # LAPA's files have both in self-attention, which uses neither; DDP waits for what is trainable
+        # Self-attention uses neither, but LAPA's files hold both. DDP would wait for their gradients.
+        if nulls == 0:
             self.context_norm.requires_grad_(False)
             self.null_kv.requires_grad_(False)
 
     def forward(self, x: Tensor, bias: Tensor | None = None, context: Tensor | None = None) -> Tensor:
-        # In self-attention keys and values come from the tokens before the norm.
+        # As in LAPA, self-attention takes keys and values from the tokens before the norm.
         keys_from = x if context is None else self.context_norm(context)
         q = self.to_q(self.norm(x)).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [N, M, n, dim_head]
         k, v = self.to_kv(keys_from).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
@@ -104,7 +105,7 @@ class Attention(nn.Module):
             null_k, null_v = self.null_kv.unflatten(1, (-1, 2)).unbind(2)  # each [M, 2, dim_head]
             k = torch.cat([null_k.expand(len(k), -1, -1, -1), k], dim=2)
             v = torch.cat([null_v.expand(len(v), -1, -1, -1), v], dim=2)
-        q = F.normalize(q, dim=-1) * (self.q_scale * self.k_scale)  # both scales at once: only q @ k matters
+        q = F.normalize(q, dim=-1) * (self.q_scale * self.k_scale)  # k_scale here, too: only q @ k matters
         k = F.normalize(k, dim=-1)
         bias = None if bias is None else bias[None]
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=ATTENTION_SCALE)
@@ -112,7 +113,7 @@ class Attention(nn.Module):
 
 
 class BiasFreeLayerNorm(nn.Module):
-    """LayerNorm with a learned scale; its shift is zero, but a tensor of LAPA's files."""
+    """LayerNorm with a learned scale. The shift `beta` stays zero; LAPA's files hold it."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -141,7 +142,7 @@ def feed_forward(dim: int) -> nn.Sequential:
 
 
 class RelativePositionBias(nn.Module):
-    """An attention bias for each head, from the signed log distance of two patches through a small MLP."""
+    """Attention bias of each head: an MLP of the signed log offset of two patches (Swin v2, arXiv 2111.09883)."""
 
     def __init__(self, dim: int, heads: int):
         super().__init__()
@@ -155,14 +156,14 @@ class RelativePositionBias(nn.Module):
 
     def forward(self, grid: int) -> Tensor:  # [M, h * w, h * w]
         device = self.net[2].weight.device
-        # The MLP sees each of the (2 grid - 1)^2 different offsets once, not each of the grid^4 pairs.
+        # The (2 grid - 1)^2 different offsets, instead of the grid^4 pairs of patches.
         offset = torch.arange(1 - grid, grid, device=device)
         offsets = torch.cartesian_prod(offset, offset).float()
         x = offsets.sign() * offsets.abs().log1p()
         for layer in self.net:
             x = layer(x)
         row, column = torch.cartesian_prod(*[torch.arange(grid, device=device)] * 2).unbind(1)  # each [h * w]
-        row = row[:, None] - row + grid - 1  # [h * w, h * w], from 0
+        row = row[:, None] - row + grid - 1  # [h * w, h * w], counted from 0
         column = column[:, None] - column + grid - 1
         return F.embedding(row * (2 * grid - 1) + column, x).permute(2, 0, 1)
 

@@ -93,7 +93,7 @@ def check_environment(env_type: str, task: str, seeds: range) -> None:
 
 
 def make_environments(env_type: str, task: str, image_size: int, num_envs: int) -> gymnasium.vector.VectorEnv:
-    """A vector of environments; two or more of Meta-World run in a process each."""
+    """Vectorised environments. Two or more of Meta-World run in a process each."""
     from lerobot.envs.configs import EnvConfig
     from lerobot.envs.factory import make_env
 
@@ -109,7 +109,7 @@ def make_environments(env_type: str, task: str, image_size: int, num_envs: int) 
 
 @dataclass
 class Episode:
-    """What happened in one episode."""
+    """The outcome of one episode."""
 
     seed: int
     success: bool = False
@@ -122,7 +122,7 @@ class Episode:
 
 
 def episode_noise(seed: int, step: int, shape: tuple[int, ...]) -> torch.Tensor:
-    """The noise that a chunk is generated from if it is generated at this step of the episode."""
+    """The noise that an action chunk is generated from at this step of the episode."""
     return torch.from_numpy(np.random.default_rng([seed, step]).standard_normal(shape, dtype=np.float32))
 
 
@@ -211,7 +211,7 @@ def run_episodes(
 
 
 def film_strip(episode: Episode, frames: list[np.ndarray], tile: int = 96) -> Image.Image:
-    """A row of the contact sheet, time from left to right; the colour and the text tell success from failure."""
+    """A row of the contact sheet, time from left to right. Colour and text show success or failure."""
     border, label = 3, 110
     color = SUCCESS_COLOR if episode.success else FAILURE_COLOR
     strip = Image.new("RGB", (label + SHEET_COLUMNS * (tile + 2 * border), tile + 2 * border), "white")

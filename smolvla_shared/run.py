@@ -40,7 +40,6 @@ from smolvla_shared.run_checkpoint import (
     check_run,
     claim_run,
     ema_weights,
-    exported_weights,
     load_checkpoint,
     plan_checkpoints,
     save_checkpoint,
@@ -48,15 +47,15 @@ from smolvla_shared.run_checkpoint import (
 )
 from smolvla_shared.run_metrics import OTHER, Recorder
 from smolvla_shared.run_optimizer import FiniteGradients, clip_gradients, learning_rate, make_optimizer
-from smolvla_shared.run_sharding import check_plugin, distribute
+from smolvla_shared.run_sharding import check_plugin, distribute, gather
 from smolvla_shared.run_signals import StopSignals
 
 
 def start_run(config: RunConfig) -> tuple[Accelerator, Path | None]:
-    """Processes, device, mixed precision and trackers of a run, and the checkpoint that --resume goes on from.
+    """The Accelerator of a run, and the checkpoint that --resume goes on from (None: step 0).
 
-    Also seeds the initial weights. Raises ValueError for everything that can be told before data and model are there
-    (run_checkpoint.check_run); the run directory is not made yet.
+    Seeds the initial weights; does not make the run directory yet. Raises ValueError for trackers that are not
+    installed, an Accelerate configuration that would be ignored, and what run_checkpoint.check_run refuses.
     """
     if missing := [name for name in config.trackers if not find_spec(name)]:
         raise ValueError(f"--trackers {' '.join(missing)}: not installed here: pip install {' '.join(missing)}")
@@ -89,10 +88,9 @@ class Run:
         resume_from: Path | None = None,
         export: Export | None = None,
     ):
-        """Distribute the module, restore the checkpoint that is resumed from, and claim the run directory.
+        """Distribute the module, restore the checkpoint `resume_from`, and claim the run directory.
 
-        resume_from: the checkpoint to go on from (start_run)
-        export:      writes what can be used without the run, from full weights, into a directory of each checkpoint
+        export: writes a policy, an artifact or a teacher into a directory of each checkpoint, from full weights
 
         Raises ValueError if the disk has no room for the checkpoints to come.
         """
@@ -135,9 +133,9 @@ class Run:
 
         make_batches: the loader of this process, from a given step on
 
-        What is due after a step happens when the next one is asked for: the line of metrics.jsonl, the checkpoint, the
-        end. Raises FloatingPointError after a step whose gradients are not finite, SystemExit(EXIT_STOPPED) after a
-        signal (run_signals.py), OSError where a checkpoint cannot be written.
+        A step's metrics and checkpoint are written when the next step is asked for. Raises FloatingPointError after a
+        step whose gradients are not finite, SystemExit(EXIT_STOPPED) after a signal (run_signals.py), and OSError if a
+        checkpoint cannot be written.
         """
         self.make_batches = make_batches
         with self.signals.hidden():
@@ -162,7 +160,7 @@ class Run:
                 yield batch
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradients of a loss that is this process's and pass's part of a sum over all of them."""
+        """Backpropagate this pass's part of the loss. The loss is the sum of the parts of all passes and processes."""
         # If the loss is inf or NaN, so are all gradients (inf * 0 = NaN): every process then sees it in the norm.
         loss = loss * (1 + 0 * loss.detach())
         self.mark("forward")
@@ -171,13 +169,13 @@ class Run:
         self.mark("backward")
 
     def record(self, losses: dict[str, Tensor], errors: dict[str, Tensor], masks: dict[str, Tensor]) -> None:
-        """Note a pass for metrics.jsonl: this pass's part of each loss; token errors and masks, [B, T] or [B]."""
+        """Record a pass for metrics.jsonl: the pass's part of each loss, and token errors and masks, [B, T] or [B]."""
         self.recorder.window.add(losses, errors, masks)
         bad = [~error.detach().isfinite().reshape(len(error), -1).all(1) for error in errors.values()]
         self.bad_samples.append(torch.stack(bad).any(0))
 
     def update(self) -> None:
-        """Clip the gradients and take the optimizer's step, unless they are not finite; update the EMA."""
+        """Clip the gradients, take the optimizer's step if they are finite, and update the EMA."""
         config, state = self.config, self.state
         self.grad_norm = clip_gradients(self.optimizer, self.trained, config.optim.max_grad_norm)
         self.gradients.watch(self.step + 1, self.grad_norm, torch.cat(self.bad_samples))
@@ -209,7 +207,8 @@ class Run:
 
     def weights(self) -> dict[str, Tensor]:
         """The full weights to publish, on the main process: of the EMA if there is one, else of the last step."""
-        return exported_weights(self.state, self.accelerator)
+        state = self.state
+        return gather(state.module.state_dict(), self.accelerator) | gather(state.ema, self.accelerator)
 
     def _finish_step(self) -> None:
         stops = self.signals.wanted() and not self.is_end
@@ -230,10 +229,10 @@ class Run:
         self.mark(OTHER)
 
     def _not_finite(self, step: int) -> FloatingPointError:
-        """Save what reproduces a step whose loss or gradients are not finite; the error to raise.
+        """Save what reproduces a step whose loss or gradients are not finite. Returns the error to raise.
 
         Each process writes <run_dir>/not_finite/process<rank>.pt: the step, the fields of its raw batches, and the
-        weights before the step. The batches need not have been kept: what a step reads is a function of the step.
+        weights before the step. The batches are read again: what a step reads is a function of the step.
         """
         again = iter(self.make_batches(step - 1))
         raws = [next(again) for _ in range(self.config.accumulation_steps)]
@@ -249,21 +248,17 @@ class Run:
         )
         return FloatingPointError(
             f"loss or gradients are not finite at step {step}: {which}: {'; '.join(guilty or everyone)}. The batch and "
-            f"the weights before it: torch.load({str(path)!r}). Nothing of it is in a checkpoint"
+            f"the weights before it: torch.load({str(path)!r}). No checkpoint contains this step"
         )
 
 
-def versions() -> dict[str, str]:
-    """Versions of the libraries that decide about the numbers."""
-    return {name: metadata.version(name) for name in ("torch", "transformers", "lerobot", "accelerate", "numpy")}
-
-
 def origin(config: RunConfig, step: int, datasets: list[RobotDataset]) -> dict[str, Any]:
-    """Where published weights are from, for the JSON file beside them."""
+    """The source of published weights, for the JSON file beside them."""
+    libraries = ("torch", "transformers", "lerobot", "accelerate", "numpy")  # these decide about the numbers
     return {
         "run": config.run_dir.name,
         "global_step": step,
         "datasets": tuple(dataset.name for dataset in datasets),
         "weights": config.published_weights,
-        "versions": versions(),
+        "versions": {name: metadata.version(name) for name in libraries},
     }

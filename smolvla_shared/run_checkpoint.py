@@ -29,13 +29,13 @@ FULL_STATE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 STATE_FILE = Path("training_state") / "state.pt"
 # Size and sha256 of every other file of a checkpoint, to detect truncated or mixed checkpoints.
 RECORD_FILE = "checkpoint.json"
-# export(directory, full weights by name, step) writes what can be used without the run.
+# export(directory, full weights by name, step) writes a policy, an artifact or a teacher.
 Export = Callable[[Path, dict[str, Tensor], int], None]
 
 
 @dataclass
 class TrainingState:
-    """The state of a run at a step. The data are no part of it: they are a function of the step (data_order.py)."""
+    """The state of a run at a step. What the step reads is a function of the step, and not part of the state."""
 
     module: nn.Module
     optimizer: torch.optim.Optimizer
@@ -137,7 +137,7 @@ def claim_run(config: RunConfig, accelerator: Accelerator) -> None:
 def last_checkpoint(run_dir: Path) -> Path | None:
     """The checkpoint that checkpoints/last names; None: there is no checkpoint yet.
 
-    Raises ValueError if it is damaged, with the name of the newest whole checkpoint.
+    If that checkpoint is damaged, raises ValueError with the name of the newest whole one.
     """
     last = run_dir / "checkpoints" / "last"
     if not last.is_symlink() and not numbered(run_dir):
@@ -182,11 +182,6 @@ def damage(checkpoint: Path) -> list[str]:
 
 
 # --- writing and reading ----------------------------------------------------------------------------------------------
-
-
-def exported_weights(state: TrainingState, accelerator: Accelerator) -> dict[str, Tensor]:
-    """The full weights to publish, on the main process: of the EMA if there is one, else of the last step."""
-    return gather(state.module.state_dict(), accelerator) | gather(state.ema, accelerator)
 
 
 def save_checkpoint(config: RunConfig, state: TrainingState, accelerator: Accelerator, export: Export | None) -> None:
@@ -246,7 +241,7 @@ def write_record(checkpoint: Path, step: int) -> None:
 
 
 def remove(checkpoint: Path) -> None:
-    """Remove a checkpoint if it exists; renamed first, because a directory named by its step must be whole."""
+    """Remove a checkpoint if it exists. It is renamed first: a directory named by a step must be whole."""
     if checkpoint.exists():
         shutil.rmtree(checkpoint.rename(checkpoint.with_name(f".{checkpoint.name}.old.tmp")))
 

@@ -1,4 +1,4 @@
-"""What is recorded of a run: metrics.jsonl first, the curves drawn from it, and where a step's time goes."""
+"""What is recorded of a run: metrics.jsonl, the curves drawn from it, trackers, and the time that steps take."""
 
 import json
 import os
@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
 
@@ -21,7 +22,7 @@ from smolvla_shared.files import write_text
 
 
 class MetricsLog:
-    """metrics.jsonl: one JSON object per line, each with its step. Lines after `first_step` are dropped."""
+    """metrics.jsonl: a JSON object per line, with its step. A resumed run drops the lines after its `first_step`."""
 
     def __init__(self, path: Path, first_step: int):
         self.path = path
@@ -29,7 +30,7 @@ class MetricsLog:
         write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def read(self) -> list[dict[str, float]]:
-        """All complete lines; a killed run may leave a torn last line."""
+        """All complete lines. A killed run may leave a torn last line, which is skipped."""
         lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
         return [json.loads(line) for line in lines if line.endswith("\n")]
 
@@ -46,17 +47,13 @@ class MetricsLog:
 
 def plot_curves(metrics: list[dict[str, float]], path: Path) -> None:
     """Losses and held-out metrics over steps. An error and its baseline share a panel."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     panels: dict[str, list[str]] = {}
     for name in sorted({key for line in metrics for key in line if key.startswith(("loss/", "val/", "usage/"))}):
         panels.setdefault(name.split("/")[1].split("_of_")[0], []).append(name)
     if not panels:
         return
-    figure, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 3), squeeze=False)
+    figure = Figure(figsize=(4 * len(panels), 3))
+    axes = figure.subplots(1, len(panels), squeeze=False)
     for axis, (title, names) in zip(axes[0], panels.items(), strict=True):
         for name in names:
             points = [(line["step"], line[name]) for line in metrics if name in line]
@@ -68,11 +65,10 @@ def plot_curves(metrics: list[dict[str, float]], path: Path) -> None:
         axis.grid(alpha=0.3)
     figure.tight_layout()
     figure.savefig(path, dpi=100)
-    plt.close(figure)
 
 
 class Window:
-    """Sums since the last line of metrics.jsonl; they stay on the device until they are read."""
+    """Sums since the last line of metrics.jsonl. They stay on the device until `read`."""
 
     def __init__(self):
         self.clear()
@@ -133,8 +129,8 @@ class StepClock:
         return self.seconds.copy()
 
 
-OTHER = "other"  # the phase of evaluating, logging and saving, which is no part of a step
-BOUND_FROM = 0.25  # a phase with this share of a step is called its bottleneck
+OTHER = "other"  # the phase of evaluating, logging and saving, which does not count as part of a step
+BOUND_FROM = 0.25  # share of a step from which on a phase is called the bottleneck
 ADVICE = {
     "data": "waiting for data (reading and decoding video); raise --data.num-workers or cache the "
     "features of a frozen vision tower (--data.feature-cache)",
@@ -211,7 +207,7 @@ class Recorder:
         """Write a line of metrics.jsonl: the window's means, these metrics, and seconds per step by phase."""
         metrics = self.window.read(self.accelerator) | metrics
         self.window.clear()
-        steps, seconds = self.step - self.last_line[0], self.clock.read()  # on every process: marks would pile up
+        steps, seconds = self.step - self.last_line[0], self.clock.read()  # on every process, or marks would pile up
         if not self.is_main:
             return
         self.bar.set_postfix({name: f"{value:.4f}" for name, value in metrics.items() if name.startswith("loss/")})

@@ -1,14 +1,14 @@
-"""The LAQ teacher's commands: train one, write its labels into a cache, check whether its labels are any good.
+"""The LAQ teacher's commands: train a teacher, write its labels into a cache, check whether they are worth learning.
 
 accelerate launch -m smolvla_shared.teacher train --data.roots my/videos --run-dir runs/laq
 accelerate launch -m smolvla_shared.teacher label --laq-ckpt laq.safetensors --data.roots my/videos --label-cache labels
 python -m smolvla_shared.teacher check --laq-ckpt laq.safetensors --data.roots my/videos --out runs/check
 """
 
-import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Annotated
 
 import torch
 import tyro
@@ -22,7 +22,7 @@ from smolvla_shared.config import OptimConfig, RunConfig
 from smolvla_shared.grounding import Grounding, GroundingConfig
 from smolvla_shared.label_cache import LabelConfig, label
 from smolvla_shared.label_check import CheckConfig, check
-from smolvla_shared.laq import LAQ, LAQConfig, PairBatch
+from smolvla_shared.laq import LAQ, LAQConfig, PairBatch, pixel_error
 from smolvla_shared.laq_codebook import dead_codes, perplexity, place_codes
 from smolvla_shared.laq_files import assemble_laq, load_laq, save_laq, teachers_pairs
 from smolvla_shared.losses import masked_mean, valid_tokens
@@ -31,7 +31,7 @@ from smolvla_shared.refusals import refuse_differences
 
 TEACHER_FILE = "laq.safetensors"
 NOISE = "nsvq"  # the key of the quantiser's noise in a RawBatch
-# The shape of a fresh teacher. It sees the change in every patch, so it needs no temporal layers.
+# The shape of a fresh teacher. Every patch shows its change, so no temporal layers are needed.
 FRESH = LAQConfig(
     dim=64,
     quant_dim=16,
@@ -48,36 +48,36 @@ FRESH = LAQConfig(
 
 @dataclass(frozen=True)
 class TeacherOptim(OptimConfig):
-    # Peak learning rate of AdamW. Default: 3e-3 at a width (--laq.dim) of 64, the less the wider, 2e-4 at LAPA's 1024.
+    # Peak learning rate of AdamW. Default: 3e-3 * 64 / --laq.dim, which is about 2e-4 at LAPA's width of 1024.
     lr: float | None = None
     # Steps of linear warm-up from 0.
     warmup_steps: int = 50
 
     def of_width(self, dim: int) -> "TeacherOptim":
-        """With a learning rate, where none is stated."""
+        """These options, with the default learning rate if none is stated."""
         return self if self.lr else replace(self, lr=3e-3 * 64 / dim)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherConfig(RunConfig):
-    """Train a LAQ teacher on video: it learns codes that tell a frame from an earlier one. Needs no actions."""
+    """Train a LAQ teacher on video, without actions: codes for what happened between two frames."""
 
-    # The defaults suit hours of video and a CPU or a small GPU; LAPA's released teacher is LAQConfig's own shape.
+    # Shape of a fresh teacher. The defaults suit hours of video and a CPU or a small GPU.
     laq: LAQConfig = FRESH
-    # A LAQ to fine-tune, ours or LAPA's, instead of fresh weights: the stable way where video is scarce. It brings its
-    # shape; of a LAPA file only --laq.code-seq-len and --laq.image-size are not in it.
+    # A LAQ to fine-tune, ours or LAPA's, instead of fresh weights: the stable way if video is scarce. Its shape is in
+    # the file, except a LAPA file's --laq.code-seq-len and --laq.image-size.
     init_from: Path | None = None
     # AdamW with linear warm-up and a cosine schedule.
     optim: TeacherOptim = field(default_factory=TeacherOptim)
     # A few labelled episodes to learn from beside the video.
     grounding: GroundingConfig = field(default_factory=GroundingConfig)
-    # Steps between replacements of dead codes; their uses are counted over all processes.
+    # Steps between replacements of dead codes.
     replace_every: int = 20
-    # A code is dead when it was used less than this share of the average.
+    # A code is dead if it was used less than this share of the average code.
     dead_below: float = 0.1
-    # No replacement in the last share of the run, so that the codes settle.
+    # No replacements in this last share of the run, so that the codes settle.
     settle_share: float = 0.2
-    # Warn when the slots effectively use fewer codes than this on average, three times in a row.
+    # Warn if a slot effectively uses fewer codes than this, mean over slots, three times in a row.
     collapse_below: float = 1.5
 
 
@@ -97,23 +97,15 @@ def given_laq(config: TeacherConfig) -> LAQ | None:
     return given
 
 
-def start_laq(config: TeacherConfig, given: LAQ | None) -> LAQ:
-    """A fresh LAQ, or a trainable copy of the one to fine-tune."""
-    laq = LAQ(given.config if given else config.laq)
-    if given:
-        laq.load_state_dict(given.state_dict())
-    return laq
-
-
 @torch.no_grad()
 def reconstruction_errors(laq: LAQ, batches: Iterable[RawBatch], accelerator: Accelerator) -> dict[str, float]:
-    """Held-out pixel error of the second frame predicted from its codes, beside that of repeating the first frame."""
+    """Held-out pixel errors of the second frame: reconstructed from its codes, and by repeating the first frame."""
     sums = torch.zeros(3, device=accelerator.device)
     for raw in batches:
         frames = laq.resize(unit_range(raw.pairs.to(accelerator.device)))
         mask = raw.pair_mask.to(accelerator.device)
         predicted = laq.reconstruct(frames)
-        errors = [(p - frames[:, 1]).square().mean((1, 2, 3)) * mask for p in (predicted, frames[:, 0])]
+        errors = [pixel_error(image, frames[:, 1]) * mask for image in (predicted, frames[:, 0])]
         sums += torch.stack([errors[0].sum(), errors[1].sum(), mask.sum()])
     error, of_first_frame, count = accelerator.reduce(sums, "sum").tolist()
     count = max(count, 1)
@@ -121,21 +113,21 @@ def reconstruction_errors(laq: LAQ, batches: Iterable[RawBatch], accelerator: Ac
 
 
 class CodebookKeeper:
-    """Places the codes: all of a fresh teacher by the latents of its first batch, dead ones every `replace_every` steps
-    by the newest latents. Reports how the codes are used, and warns of a collapse.
+    """Places a fresh teacher's codes among the latents of the first batch and, every `replace_every` steps, dead codes
+    among the newest latents. Reports how the codes are used, and warns of a collapse.
     """
 
     def __init__(self, laq: LAQ, config: TeacherConfig):
         self.laq, self.config = laq, config
-        self.collapsed = 0  # reports in a row
+        self.collapsed = 0  # reports of a collapse in a row
 
     def after_step(self, step: int) -> dict[str, float]:
-        """What there is to log after this step."""
+        """Place codes if this step is due for it; returns the metrics to log."""
         config, vq = self.config, self.laq.vq
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
         if step == 1 and config.init_from is None:
-            # Random codes are far longer than latents, which are a difference of two frames much alike: all latents
-            # would have the same code, and the decoder would see mostly noise.
+            # Latents are differences of similar frames, and far shorter than random codes. All latents would have the
+            # same nearest code, and the decoder would see mostly noise.
             place_codes(self.laq, torch.ones(len(vq.codebooks), dtype=torch.bool), generator)
         if step % config.replace_every:
             return {}
@@ -163,7 +155,7 @@ class CodebookKeeper:
 
 
 def open_recordings(config: TeacherConfig) -> tuple[list[data.RobotDataset], int, str]:
-    """The video's datasets, then the grounding's; how many are the video's; the label camera, which all must have."""
+    """The datasets of video, then those of grounding; the number of the former; the label camera, which all have."""
     options = teachers_pairs(config.init_from, config.data, accept_other=True) if config.init_from else config.data
     video, labelled = data.open_datasets(options), config.grounding.data_options(options)
     datasets = video + (data.open_datasets(labelled) if labelled else [])
@@ -183,7 +175,9 @@ def train_teacher(config: TeacherConfig) -> None:
     datasets, num_videos, label_camera = open_recordings(config)
     training, held_out = data_order.split_datasets(datasets[:num_videos], config.val_fraction, config.seed)
     pair_share = data.valid_pair_share(datasets, training)
-    laq = start_laq(config, given)
+    laq = LAQ(given.config if given else config.laq)
+    if given:  # load_laq freezes; this copy trains
+        laq.load_state_dict(given.state_dict())
     grounding = None
     groups = data_order.group_rows(training)
     if datasets[num_videos:]:
@@ -221,8 +215,7 @@ def train_teacher(config: TeacherConfig) -> None:
             counts = valid_tokens(batches, accelerator)
             run.mark("preprocess")
             for batch in run.passes(batches):
-                # {"reconstruction": [B]}: pixel error of each pair; {"grounding": [B]}: of its actions
-                errors = run.core(batch)
+                errors = run.core(batch)  # {"reconstruction": [B]} and, with --grounding, {"grounding": [B]}
                 parts = {name: masked_mean(errors[name], batch.masks[name], counts[name]) for name in errors}
                 run.backward(sum(weight[name] * part for name, part in parts.items()))
                 run.record(parts, errors, batch.masks)
@@ -234,16 +227,16 @@ def train_teacher(config: TeacherConfig) -> None:
     accelerator.print(f"teacher: {config.run_dir / 'checkpoints' / 'last' / 'pretrained_model' / TEACHER_FILE}")
 
 
-COMMANDS = {"train": (TeacherConfig, train_teacher), "label": (LabelConfig, label), "check": (CheckConfig, check)}
-
-
-def main(arguments: list[str]) -> None:
-    name = arguments[0] if arguments else "nothing"
-    if name not in COMMANDS:
-        raise SystemExit(f"python -m smolvla_shared.teacher {{{','.join(COMMANDS)}}} [--help]; got {name}")
-    config_class, command = COMMANDS[name]
-    command(tyro.cli(config_class, prog=f"python -m smolvla_shared.teacher {name}", args=arguments[1:]))
+def main(arguments: list[str] | None = None) -> None:
+    config = tyro.cli(
+        Annotated[TeacherConfig, tyro.conf.subcommand("train")]
+        | Annotated[LabelConfig, tyro.conf.subcommand("label")]
+        | Annotated[CheckConfig, tyro.conf.subcommand("check")],
+        prog="python -m smolvla_shared.teacher",
+        args=arguments,
+    )
+    {TeacherConfig: train_teacher, LabelConfig: label, CheckConfig: check}[type(config)](config)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -77,7 +77,6 @@ def run_command(command: list[str], output: str) -> None:
 def serve() -> None:
     sys.path.insert(0, str(ROOT))
     import lerobot.policies.factory  # noqa: F401
-    import matplotlib.pyplot  # noqa: F401
 
     import smolvla_shared.rollouts
     import smolvla_shared.run  # noqa: F401

@@ -315,9 +315,10 @@ def test_wrong_inputs_leave_no_run_directory(tmp_path, video_dataset):
     assert not config.run_dir.exists()
 
 
-def test_an_unknown_command_names_the_known_ones():
-    with pytest.raises(SystemExit, match=r"smolvla_shared.teacher \{train,label,check\} \[--help\]; got trian"):
+def test_an_unknown_command_names_the_known_ones(capsys):
+    with pytest.raises(SystemExit):
         main(["trian"])
+    assert "train, label, check" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("option", ["random-shift", "feature-cache"])
