@@ -252,13 +252,17 @@ class Run:
         )
 
 
+def versions() -> dict[str, str]:
+    """Versions of the libraries that decide about the numbers."""
+    return {name: metadata.version(name) for name in ("torch", "transformers", "lerobot", "accelerate", "numpy")}
+
+
 def origin(config: RunConfig, step: int, datasets: list[RobotDataset]) -> dict[str, Any]:
     """The source of published weights, for the JSON file beside them."""
-    libraries = ("torch", "transformers", "lerobot", "accelerate", "numpy")  # these decide about the numbers
     return {
         "run": config.run_dir.name,
         "global_step": step,
         "datasets": tuple(dataset.name for dataset in datasets),
         "weights": config.published_weights,
-        "versions": {name: metadata.version(name) for name in libraries},
+        "versions": versions(),
     }
