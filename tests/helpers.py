@@ -175,9 +175,6 @@ def equal(one, other) -> bool:
 
 def drawn_figures(monkeypatch) -> dict[str, Any]:
     """The matplotlib figures that are saved from now on, by the name of their file."""
-    import matplotlib
-
-    matplotlib.use("Agg")
     from matplotlib.figure import Figure
 
     figures, save = {}, Figure.savefig

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from helpers import drawn_figures
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
 from smolvla_shared import data, label_health, label_probe
@@ -289,7 +290,8 @@ def run_check(tmp_path, *arguments) -> tuple[int, dict]:
     return exit_.value.code, json.loads((tmp_path / "check" / "label_health.json").read_text())
 
 
-def test_a_random_teacher_fails(laq_checkpoint, labelled_dataset, tmp_path, capsys):
+def test_a_random_teacher_fails(laq_checkpoint, labelled_dataset, tmp_path, capsys, monkeypatch):
+    figures = drawn_figures(monkeypatch)
     code, report = run_check(tmp_path, "--laq-ckpt", laq_checkpoint, "--data.roots", labelled_dataset, "--pairs", 120)
     assert code == 1
     assert report["verdict"] == "fail"
@@ -297,8 +299,24 @@ def test_a_random_teacher_fails(laq_checkpoint, labelled_dataset, tmp_path, caps
     printed = capsys.readouterr().out
     assert "label health: FAIL" in printed
     assert all(reason in printed for reason in report["reasons"])
-    for picture in ("codes", "transfer", "probe"):
-        assert (tmp_path / "check" / f"{picture}.png").read_bytes().startswith(b"\x89PNG")
+    assert_drawn(figures, report["measured"])
+
+
+def assert_drawn(figures, found) -> None:
+    """The pictures show the report's numbers, and frames of pairs that differ."""
+    for axis, counts in zip(figures["codes.png"].axes, found["codes"]["counts"], strict=True):
+        assert [bar.get_height() for bar in axis.patches] == pytest.approx([c / sum(counts) for c in counts])
+    for axis, (name, row) in zip(figures["probe.png"].axes, found["probe"].items(), strict=True):
+        heights = [bar.get_height() for bars in axis.containers for bar in bars]
+        shown = [row[key] for key in ("ceiling", "latents", "random_teacher", "shuffled") if row[key]]
+        assert axis.get_title() == name
+        assert heights == pytest.approx([value or 0.0 for values in shown for value in values])
+    axes = figures["transfer.png"].axes
+    columns = [axis.get_title() for axis in axes if axis.get_title()]
+    for row in range(0, len(axes), len(columns)):
+        images = [axis.images[0].get_array() for axis in axes[row : row + len(columns)]]
+        assert len({image.shape for image in images}) == 1 and min(image.std() for image in images) > 0
+        assert np.abs(images[0] - images[1]).max() > 0.1, columns
 
 
 def test_episodes_too_short_for_a_past_leave_the_leakage_unmeasured(laq_checkpoint, video_dataset, tmp_path):
