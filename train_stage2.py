@@ -3,12 +3,23 @@
 accelerate launch train_stage2.py --laq-ckpt laq_openx.pt --data.repo-ids my/videos --run-dir runs/s2
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import tyro
 
 from smolvla_shared.config import LATENT, RunConfig, StageOptions
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerFast
+
+    from smolvla_shared.artifact import Latents
+    from smolvla_shared.data import RobotDataset
+    from smolvla_shared.model import SmolVLASharedCore
+    from smolvla_shared.preprocess import Statistics
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +40,31 @@ class Stage2Config(StageOptions, RunConfig):
             raise ValueError("--accept-label-health accepts a report: pass it with --label-health")
 
 
+def export_artifact(
+    config: Stage2Config,
+    core: "SmolVLASharedCore",
+    tokenizer: "PreTrainedTokenizerFast",
+    statistics: "dict[str, Statistics]",
+    latents: "Latents",
+    datasets: "list[RobotDataset]",
+) -> "Callable[[Path, dict[str, Tensor], int], None]":
+    """A function that writes weights and their step into a directory, as the artifact of this run.
+
+    core: not yet trained, to tell afterwards which parts have changed
+    """
+    from smolvla_shared import artifact
+    from smolvla_shared.run import origin
+
+    before = artifact.fingerprints(core.state_dict())
+
+    def export(directory: Path, weights: "dict[str, Tensor]", step: int) -> None:
+        changed = artifact.changed_parts(before, weights)
+        source = artifact.Origin(**origin(config, step, datasets), changed_parts=changed)
+        artifact.save_artifact(directory, core.config, weights, tokenizer, statistics, latents, source)
+
+    return export
+
+
 def main(config: Stage2Config) -> None:
     from smolvla_shared import artifact, data, data_order
     from smolvla_shared.data_loader import SampleSpec, make_loaders
@@ -39,7 +75,7 @@ def main(config: Stage2Config) -> None:
     from smolvla_shared.labels import labels_pairs, latent_statistics, open_labels
     from smolvla_shared.losses import masked_mean, valid_tokens
     from smolvla_shared.preprocess import Preprocessor
-    from smolvla_shared.run import Run, origin, start_run
+    from smolvla_shared.run import Run, start_run
 
     # What a user can get wrong is refused here, before Run makes the run directory.
     datasets = data.open_datasets(config.data)
@@ -49,24 +85,26 @@ def main(config: Stage2Config) -> None:
     cameras, label_camera = data.choose_cameras(datasets, options)
     training, held_out = data_order.split_datasets(datasets, config.val_fraction, config.seed)
     labels = open_labels(config, datasets, label_camera)
-    dims = initial.latent_dims(labels, options, label_camera) | data.state_dims(datasets, config.model.use_state)
+    dims = initial.latent_dims(labels, options, label_camera, config.latent_head)
+    dims |= data.state_dims(datasets, config.model.use_state)
     about = labels.teacher_id, labels.kind, options.gap_s, label_camera, data.valid_pair_share(datasets, training)
     latents = with_health(artifact.Latents(*about), config.label_health, config.accept_label_health)
     accelerator, resume_from = start_run(config)
 
     core = initial.build(config.model, cameras, [LATENT], **dims)
-    before = artifact.fingerprints(core.state_dict())
     statistics = data.statistics(datasets, core.config, [LATENT])
     statistics[LATENT] = latent_statistics(labels, datasets, training, config.seed, accelerator.device)
-    groups = data_order.group_rows(training), data_order.group_rows(held_out)
+    core.learn_codes(labels.codebook, statistics[LATENT])
+    groups = [data_order.group_rows(data.with_pairs(datasets, rows)) for rows in (training, held_out)]
     plan = f"Stage 2: {data_order.plan(groups[0], config)}"
     accelerator.print(initial.describe(core), data.describe(datasets, with_pairs=True), latents, plan, sep="\n")
     features = prepare_features(core, datasets, cameras, config, accelerator)
     spec = SampleSpec.of(core.config, [LATENT], labels, features, config.flow_draws)
     loaders = make_loaders(datasets, *groups, spec, config, accelerator, config.data.random_shift)
     preprocessor = Preprocessor(core.config, initial.tokenizer, statistics)
+    export = export_artifact(config, core, initial.tokenizer, statistics, latents, datasets)
 
-    with Run(config, accelerator, core, resume_from) as run:
+    with Run(config, accelerator, core, resume_from, export) as run:
         for raws in run.steps(loaders.train):
             targets = [labels(raw) for raw in raws]  # latent actions [B, S, D]: what happened between two frames
             run.mark("teacher")
@@ -85,10 +123,8 @@ def main(config: Stage2Config) -> None:
 
     weights = run.weights()
     if accelerator.is_main_process:
-        changed = artifact.changed_parts(before, weights)
-        source = artifact.Origin(**origin(config, run.step, datasets), changed_parts=changed)
-        contents = core.config, weights, initial.tokenizer, statistics, latents, source
-        print("artifact:", artifact.save_artifact(config.run_dir / "artifacts", *contents))
+        export(config.run_dir / "artifacts", weights, run.step)
+        print("artifact:", config.run_dir / "artifacts" / f"{artifact.ARTIFACT_NAME}.safetensors")
 
 
 if __name__ == "__main__":

@@ -14,10 +14,12 @@ import tyro
 from smolvla_shared.config import ACTION, LATENT, RunConfig, StageOptions
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor
 
     from smolvla_shared.config import CoreConfig
     from smolvla_shared.data import RobotDataset
+    from smolvla_shared.data_order import RowGroup
     from smolvla_shared.initial import InitialWeights
     from smolvla_shared.preprocess import Statistics
 
@@ -84,6 +86,18 @@ def open_recordings(config: Stage3Config) -> "tuple[list[RobotDataset], list[Rob
     return labelled, labelled + (data.open_datasets(video) if video else [])
 
 
+def split_rows(
+    config: Stage3Config, datasets: "list[RobotDataset]", num_labelled: int
+) -> "tuple[list[tuple[int, np.ndarray]], list[RowGroup], list[RowGroup]]":
+    """Training rows of all datasets; their mixture; held-out rows of the labelled datasets, which come first."""
+    from smolvla_shared import data, data_order
+
+    training, held_out = data_order.split_datasets(datasets, config.val_fraction, config.seed)
+    video = data.with_pairs(datasets, training[num_labelled:])  # a frame without a pair teaches nothing there
+    mixture = data_order.mix(training[:num_labelled], video, config.video_share)
+    return training, mixture, data_order.group_rows([(i, rows) for i, rows in held_out if i < num_labelled])
+
+
 def export_policy(
     config: Stage3Config,
     core: "CoreConfig",
@@ -125,14 +139,12 @@ def main(config: Stage3Config) -> None:
     dims |= data.state_dims(datasets, config.model.use_state)
     recorded = initial.recorded_statistics(dims) if config.normalization == "artifact" else {}
     labels = open_labels(config, datasets, label_camera) if LATENT in weight else None
-    dims |= initial.latent_dims(labels, options, label_camera) if labels else {}
-    training, held_out = data_order.split_datasets(datasets, config.val_fraction, config.seed)
+    dims |= initial.latent_dims(labels, options, label_camera, config.latent_head) if labels else {}
+    training, groups, held_out = split_rows(config, datasets, len(labelled))
     accelerator, resume_from = start_run(config)
 
     core = initial.build(config.model, cameras, weight, **dims)
     statistics = data.statistics(labelled, core.config, weight)
-    groups = data_order.mix(training[: len(labelled)], training[len(labelled) :], config.video_share)
-    held_out = data_order.group_rows([(index, rows) for index, rows in held_out if index < len(labelled)])
     described = initial.describe(core, statistics.get("state")), data.describe(datasets, with_pairs=LATENT in weight)
     plan = f"Stage 3: {data_order.plan(groups, config)}; loss {weight}; statistics of the {config.normalization}"
     accelerator.print(*described, plan, sep="\n")
@@ -140,6 +152,7 @@ def main(config: Stage3Config) -> None:
     if labels:
         about = labels, datasets, training, config.seed, accelerator.device
         statistics[LATENT] = latent_statistics(*about, recorded=initial.statistics.get(LATENT))
+        core.learn_codes(labels.codebook, statistics[LATENT])
     features = prepare_features(core, datasets, cameras, config, accelerator)
     spec = SampleSpec.of(core.config, weight, labels, features, config.flow_draws)
     loaders = make_loaders(datasets, groups, held_out, spec, config, accelerator, config.data.random_shift)

@@ -23,7 +23,8 @@ from transformers import SmolVLMConfig
 
 from smolvla_shared.batch import Batch, FlowTarget
 from smolvla_shared.config import ACTION, CoreConfig, ModelConfig
-from smolvla_shared.model import SmolVLASharedCore, configure_layers, freeze, layers
+from smolvla_shared.model import SmolVLASharedCore
+from smolvla_shared.model_parts import configure_layers, freeze, layers
 
 # The trunks' shapes on the hub, where they differ from transformers' defaults.
 TRUNKS: dict[str, dict[str, Any]] = {

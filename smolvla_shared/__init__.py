@@ -23,6 +23,7 @@ What surrounds it:
 
     data            reading LeRobotDatasets
     data_blocks     every frame of a dataset, once and in order
+    model_parts     which parts of a core train, and how its layers run
     initial         what training starts from: a trunk, an artifact, a SmolVLA policy, a policy of this project
     evaluate        errors on held-out samples
     laq_codebook    the teacher's codes in training: their use, and where they are placed

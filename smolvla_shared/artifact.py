@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from smolvla_shared.config import CoreConfig, TeacherKind
 from smolvla_shared.files import file_sha256, json_sha256, public_state, state_sha256, write_text, write_weights
-from smolvla_shared.model import PARTS
+from smolvla_shared.model_parts import PARTS
 from smolvla_shared.preprocess import Statistics, pack_tokenizer, unpack_tokenizer
 from smolvla_shared.refusals import decode, read_json, refuse_schema
 
@@ -53,7 +53,7 @@ class Origin:
     run: str
     global_step: int
     datasets: tuple[str, ...]
-    # Parts of the model (model.PARTS) whose weights differ from those at the run's start.
+    # Parts of the model (model_parts.PARTS) whose weights differ from those at the run's start.
     changed_parts: tuple[str, ...]
     # Which weights: the EMA (--ema-decay), or those of the last step.
     weights: str

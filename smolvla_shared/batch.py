@@ -60,6 +60,8 @@ class Labels(Protocol):
     camera: str | None
     # Side of the square that pairs are resized to if the datasets' sizes differ, pixels.
     pair_size: int
+    # The teacher's codes [C, D]; with the kind `quantized` every latent token is one of them.
+    codebook: Tensor
 
     def to(self, device: torch.device) -> None:
         """Move to the batches' device."""

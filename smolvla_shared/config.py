@@ -43,6 +43,8 @@ class CoreConfig:
     # Flattened width S * D of a latent action (0: no latent head), and its number of tokens S.
     latent_vector_dim: int = 0
     code_seq_len: int = 0
+    # Rows C of the teacher's codebook, if the latent head classifies its codes; 0: it is a flow-matching head.
+    codebook_size: int = 0
     # Width of an action (0: no action head), the width it is zero-padded to, and the number of actions in a chunk.
     action_dim: int = 0
     max_action_dim: int = 32
@@ -51,12 +53,18 @@ class CoreConfig:
     # cross-attention.
     expert_width_multiplier: float = 0.75
     self_attn_every_n_layers: int = 2
-    # Euler steps of a sample; shortest and longest period of the time embedding; Beta distribution of training times.
+    # Euler steps of a sample; shortest and longest period of the time embedding; Beta distribution of the action head's
+    # training times.
     flow_steps: int = 10
     min_period: float = 4e-3
     max_period: float = 4.0
     time_beta_alpha: float = 1.5
     time_beta_beta: float = 1.0
+    # Beta distribution of the latent head's training times. Codes are many noise deviations apart: at early times the
+    # noisy latent itself tells which code it is, and nothing is learned from the image. Nobody samples latents in few
+    # steps, so the times are near 1, pure noise.
+    latent_time_beta_alpha: float = 6.0
+    latent_time_beta_beta: float = 1.0
 
     def __post_init__(self):
         object.__setattr__(self, "cameras", tuple(self.cameras))  # JSON has lists
@@ -83,6 +91,14 @@ class CoreConfig:
     def latent_dim(self) -> int:
         """D, the width of one latent token."""
         return self.latent_vector_dim // self.code_seq_len if self.code_seq_len else 0
+
+    @property
+    def time_beta(self) -> dict[str, tuple[float, float]]:
+        """The Beta distribution (alpha, beta) of each target's training times."""
+        return {
+            ACTION: (self.time_beta_alpha, self.time_beta_beta),
+            LATENT: (self.latent_time_beta_alpha, self.latent_time_beta_beta),
+        }
 
 
 TINY = "tiny"  # the model_name of the trunk that ships with this package
@@ -177,12 +193,15 @@ class PolicyDataConfig(DataConfig):
             )
 
 
+WARMUP_STEPS = 500
+
+
 @dataclass(frozen=True)
 class OptimConfig:
     # Peak learning rate of AdamW.
     lr: float = 1e-4
-    # Steps of linear warm-up from 0.
-    warmup_steps: int = 500
+    # Steps of linear warm-up from 0. Default: 500, or a tenth of the run if that is less.
+    warmup_steps: int | None = None
     # The cosine schedule ends at this share of the peak learning rate.
     final_lr_share: float = 0.025
     # Decay rates of AdamW's two moments: of the gradient and of its square.
@@ -283,6 +302,10 @@ class StageOptions(TeacherOptions):
     labels: Literal["online", "cache"] = "online"
     # Directory of the label cache, for --labels cache.
     label_cache: Path | None = None
+    # flow: the latent head generates latent actions by flow matching, as the action head does actions. codes: it
+    # classifies the teacher's codes (cross-entropy); needs --teacher-kind quantized. Default: that of the latent head
+    # to start from, else flow.
+    latent_head: Literal["flow", "codes"] | None = None
 
     def __post_init__(self):
         if (self.labels == "cache") != (self.label_cache is not None):
@@ -290,6 +313,8 @@ class StageOptions(TeacherOptions):
                 f"--labels cache and --label-cache <directory> belong together, got --labels {self.labels} and "
                 f"--label-cache {self.label_cache}"
             )
+        if self.latent_head == "codes" and self.teacher_kind != "quantized":
+            raise ValueError(f"--latent-head codes classifies codes, --teacher-kind {self.teacher_kind} has none")
 
 
 def expert_mlp_width(hidden: int, multiple_of: int = 256) -> int:

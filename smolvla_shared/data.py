@@ -251,9 +251,15 @@ def common_size(frames: Tensor, square_side: int | None) -> Tensor:
     return preprocess.resize_with_pad(preprocess.unit_range(frames), square_side) if square_side else frames
 
 
+def with_pairs(datasets: list[RobotDataset], rows_of: list[tuple[int, np.ndarray]]) -> list[tuple[int, np.ndarray]]:
+    """(dataset index, rows) without the rows whose pair would cross the episode's end: they have no latent action."""
+    rows_of = [(index, datasets[index].rows_with_pairs(rows)) for index, rows in rows_of]
+    return [(index, rows) for index, rows in rows_of if len(rows)]
+
+
 def valid_pair_share(datasets: list[RobotDataset], rows_of: list[tuple[int, np.ndarray]]) -> float:
     """Share of (dataset index, rows) whose pair does not cross the episode's end. Raises ValueError if it is 0."""
-    valid = sum(len(datasets[index].rows_with_pairs(rows)) for index, rows in rows_of)
+    valid = sum(len(rows) for _, rows in with_pairs(datasets, rows_of))
     if not valid:
         gaps = {dataset.name: f"{dataset.gap_s:.3g} s" for dataset in datasets}
         raise ValueError(f"no episode is longer than --data.frame-gap-s, there is nothing to label: {gaps}")

@@ -35,10 +35,11 @@ class SampleSpec:
     # Side of the teacher's square. If the datasets' sizes differ, pairs are resized to it: a label must not depend on
     # the other datasets.
     pair_size: int = 0
-    # Shape [tokens, width] of each flow target's noise, and the number of (noise, time) draws K of a sample.
+    # Shape [tokens, width] of each flow target's noise, the number of (noise, time) draws K of a sample, and the Beta
+    # distribution (alpha, beta) of each target's times; uniform where none is given.
     draws: dict[str, tuple[int, int]] = field(default_factory=dict)
     num_draws: int = 1
-    time_beta: tuple[float, float] = (CoreConfig.time_beta_alpha, CoreConfig.time_beta_beta)
+    time_beta: dict[str, tuple[float, float]] = field(default_factory=dict)
     # By camera: a cache of image tokens for each dataset, read instead of the frames (feature_cache.py).
     features: dict[str, tuple[RowCache, ...]] = field(default_factory=dict)
 
@@ -62,7 +63,7 @@ class SampleSpec:
             pair_size=labels.pair_size if labels else 0,
             draws={name: shape for name, shape in shapes.items() if name in targets},
             num_draws=num_draws,
-            time_beta=(core.time_beta_alpha, core.time_beta_beta),
+            time_beta=core.time_beta,
             features=features,
         )
 
@@ -92,7 +93,8 @@ class SampleDataset(Dataset):
         states, state_valid, actions, action_valid = zip(*map(self.read_vectors, keys), strict=True)
         noise, time = {}, {}
         for name, shape in spec.draws.items():
-            draws = [flow.draw_noise_and_time(rng, spec.num_draws, shape, *spec.time_beta) for rng in rngs]
+            time_beta = spec.time_beta.get(name, (1.0, 1.0))
+            draws = [flow.draw_noise_and_time(rng, spec.num_draws, shape, *time_beta) for rng in rngs]
             noise[name], time[name] = map(_stack, zip(*draws, strict=True))
         # Latents need the mask of pairs even if they come from a cache and no pairs are read.
         pair_valid = [self.has_pair(key) if spec.label_camera or LATENT in spec.draws else True for key in keys]

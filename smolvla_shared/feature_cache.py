@@ -18,7 +18,8 @@ from smolvla_shared import data, data_blocks
 from smolvla_shared.cache import RowCache, dataset_directories, dataset_fingerprint
 from smolvla_shared.config import StageOptions
 from smolvla_shared.files import json_sha256, state_sha256
-from smolvla_shared.model import SmolVLASharedCore, parameters_by_part
+from smolvla_shared.model import SmolVLASharedCore
+from smolvla_shared.model_parts import parameters_by_part
 from smolvla_shared.preprocess import prepare_images
 
 # How a recorded frame becomes the tower's input (preprocess.py). Raise the number when that changes.

@@ -19,14 +19,8 @@ from smolvla_shared.artifact import Latents, load_artifact
 from smolvla_shared.batch import Labels
 from smolvla_shared.config import ACTION, CoreConfig, DataConfig, ModelConfig
 from smolvla_shared.files import check_weights, find_directory, public_state
-from smolvla_shared.model import (
-    PARTS,
-    SmolVLASharedCore,
-    make_core_config,
-    parameter_table,
-    parameters_by_part,
-    prepare_to_train,
-)
+from smolvla_shared.model import SmolVLASharedCore, make_core_config
+from smolvla_shared.model_parts import PARTS, parameter_table, parameters_by_part, prepare_to_train
 from smolvla_shared.preprocess import Statistics
 from smolvla_shared.refusals import read_json, refuse_differences
 from smolvla_shared.trunk import load_trunk_tokenizer, load_trunk_weights
@@ -78,11 +72,15 @@ class InitialWeights:
         names = dict(zip(self.core.cameras, options.cameras))
         return names.get(self.latents.label_camera, self.latents.label_camera)
 
-    def latent_dims(self, labels: Labels, options: DataConfig, label_camera: str) -> dict[str, int]:
-        """The fields of CoreConfig that give a core a latent head for these labels.
+    def latent_dims(
+        self, labels: Labels, options: DataConfig, label_camera: str, head: str | None = None
+    ) -> dict[str, int]:
+        """The fields of CoreConfig that give a core a latent head (--latent-head) for these labels.
 
         Raises ValueError where its own latent head has learned other latent actions.
         """
+        own_head = "codes" if self.core.codebook_size else "flow"
+        head = head or own_head
         if self.latents:
             refuse_differences(
                 f"{self.name} has learned other latent actions",
@@ -91,11 +89,13 @@ class InitialWeights:
                     ("--teacher-kind", labels.kind, self.latents.teacher_kind),
                     ("--data.frame-gap-s", options.gap_s, self.latents.frame_gap_s),
                     ("--data.label-camera", label_camera, self.label_camera(options)),
+                    ("--latent-head", head, own_head),
                 ],
                 found="artifact",
             )
         code_seq_len, latent_dim = labels.shape
-        return {"latent_vector_dim": code_seq_len * latent_dim, "code_seq_len": code_seq_len}
+        dims = {"latent_vector_dim": code_seq_len * latent_dim, "code_seq_len": code_seq_len}
+        return dims | {"codebook_size": len(labels.codebook) if head == "codes" else 0}
 
     def recorded_statistics(self, dims: dict[str, int]) -> dict[str, Statistics]:
         """Its statistics of state and action, for data of these widths (CoreConfig's fields; state_dim 0: no state).

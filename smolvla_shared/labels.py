@@ -9,11 +9,14 @@ from torch import Tensor
 from smolvla_shared import data, data_loader, data_order
 from smolvla_shared.batch import Labels, RawBatch, to_device
 from smolvla_shared.cache import dataset_directories
-from smolvla_shared.config import LATENT, DataConfig, StageOptions, TeacherKind
+from smolvla_shared.config import DataConfig, StageOptions, TeacherKind
 from smolvla_shared.label_cache import CachedLabels, cached_key, label_stores
 from smolvla_shared.laq import LAQ, LatentActions
 from smolvla_shared.laq_files import load_laq, teacher_id, teachers_pairs
 from smolvla_shared.preprocess import Statistics, unit_range
+
+STATISTICS_PAIRS = 10_000
+LEAST_STD = 0.1
 
 
 class OnlineLabels:
@@ -24,6 +27,10 @@ class OnlineLabels:
         self.teacher_id = teacher_id(laq)
         self.shape = laq.config.code_seq_len, laq.config.quant_dim
         self.pair_size = laq.config.image_size
+
+    @property
+    def codebook(self) -> Tensor:  # [C, D]
+        return self.laq.vq.codebooks.detach()
 
     def to(self, device: torch.device) -> None:
         self.laq.to(device)
@@ -73,7 +80,11 @@ def latent_statistics(
     device: torch.device | str = "cpu",
     recorded: Statistics | None = None,
 ) -> Statistics:
-    """Mean and standard deviation of the latent targets over up to 512 valid training pairs, drawn with the seed.
+    """Mean and standard deviation of the latent targets over the training pairs, at most STATISTICS_PAIRS of them,
+    drawn with the seed.
+
+    A standard deviation is at least LEAST_STD of the largest one: a dimension of a code that almost no pair has would
+    otherwise become a target of hundreds, and that of a constant dimension's rounding a target at all.
 
     rows:     (dataset index, training rows) of each dataset
     recorded: the statistics of a latent head that has already learned these latents; returned as they are
@@ -83,18 +94,18 @@ def latent_statistics(
     labels.to(device)
     if recorded:
         return recorded
-    spec = data_loader.SampleSpec(
-        cameras=(), label_camera=labels.camera, pair_size=labels.pair_size, draws={LATENT: labels.shape}
-    )
-    sampler = data_order.StepSampler(data_order.group_rows(rows), seed, batch_size=32, first_step=0, last_step=16)
-    loader = data_loader.make_loader(data_loader.SampleDataset(datasets, spec, seed), sampler, num_workers=0)
-    vectors = [labels(to_device(raw, device)).flatten(1).cpu()[raw.pair_mask] for raw in loader]
+    places = [(index, row) for index, of_dataset in data.with_pairs(datasets, rows) for row in of_dataset]
+    drawn = np.random.default_rng(seed).permutation(len(places))[:STATISTICS_PAIRS]
+    keys = [data_order.SampleKey(0, 0, *map(int, places[place])) for place in sorted(drawn)]
+    spec = data_loader.SampleSpec(cameras=(), label_camera=labels.camera, pair_size=labels.pair_size)
+    samples = data_loader.SampleDataset(datasets, spec, seed)
+    batches = [keys[start : start + 64] for start in range(0, len(keys), 64)]
+    vectors = [labels(to_device(samples[batch], device)).flatten(1).cpu() for batch in batches]
     statistics = Statistics.of(torch.cat(vectors))
     if max(statistics.std) == 0:
         raise ValueError(
             "the teacher gives every pair the same latent action: its codebook has collapsed, or the pairs do not "
             "move (try a larger --data.frame-gap-s, or train the teacher longer)"
         )
-    # Without a floor, normalisation would turn the rounding of a constant dimension into a target.
-    floor = 1e-3 * max(statistics.std)
+    floor = LEAST_STD * max(statistics.std)
     return Statistics(statistics.mean, tuple(max(std, floor) for std in statistics.std))

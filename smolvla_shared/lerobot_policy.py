@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerFast
 
 from smolvla_shared import flow, losses
 from smolvla_shared.batch import Batch, FlowTarget
-from smolvla_shared.config import ACTION, CoreConfig, OptimConfig, RunConfig
+from smolvla_shared.config import ACTION, WARMUP_STEPS, CoreConfig, OptimConfig, RunConfig
 from smolvla_shared.files import check_weights, find_directory, write_text, write_weights
 from smolvla_shared.lerobot_processor import make_hlrp_smolvla_shared_pre_post_processors
 from smolvla_shared.model import SmolVLASharedCore
@@ -133,7 +133,7 @@ class HLRPSmolVLASharedConfig(PreTrainedConfig):
         return CosineDecayWithWarmupSchedulerConfig(
             peak_lr=optim.lr,
             decay_lr=optim.lr * optim.final_lr_share,
-            num_warmup_steps=optim.warmup_steps,
+            num_warmup_steps=WARMUP_STEPS,
             num_decay_steps=RunConfig.steps,
         )
 

@@ -1,31 +1,14 @@
 """SmolVLASharedCore: one prefix pass, then one pass of the shared expert for each head."""
 
-import os
-import shutil
-from collections.abc import Collection
-from functools import partial
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from smolvla_shared import flow, losses
 from smolvla_shared.batch import Batch, FlowTarget
-from smolvla_shared.config import ACTION, LATENT, PRESETS, CoreConfig, ModelConfig
+from smolvla_shared.config import PRESETS, CoreConfig, ModelConfig
+from smolvla_shared.preprocess import Statistics, normalize_latents
 from smolvla_shared.trunk import Expert, Prefix, Trunk, load_trunk_config
-
-# What is frozen, counted and reported as one part, and the prefix of its parameters' names.
-PARTS = {
-    "vision tower": "trunk.vlm.vision_model.",
-    "connector": "trunk.vlm.connector.",
-    "language layers": "trunk.vlm.text_model.",
-    "expert": "expert.",
-    "state projection": "state_proj.",
-    "latent head": "latent_head.",
-    "action head": "action_head.",
-}
 
 
 class FlowHead(nn.Module):
@@ -56,8 +39,39 @@ class FlowHead(nn.Module):
             return self.out_proj(hidden.float())
 
 
+class CodeHead(nn.Module):
+    """The latent head that classifies: S learned tokens -> logits of the teacher's C codes; always float32.
+
+    Its targets and samples are those of a FlowHead of latents. The code of a target is the nearest row of its codebook;
+    a sample, the predicted mean, is the codebook weighted by the probabilities.
+    """
+
+    def __init__(self, num_tokens: int, codebook_size: int, token_dim: int, width: int):
+        super().__init__()
+        self.num_tokens = num_tokens
+        self.tokens = nn.Parameter(torch.randn(num_tokens, width))
+        self.out_proj = nn.Linear(width, codebook_size)
+        # The codes, normalised for each slot as its targets are; `learn` sets them.
+        self.register_buffer("codebook", torch.zeros(num_tokens, codebook_size, token_dim))
+
+    def learn(self, codebook: Tensor, statistics: Statistics) -> None:
+        """Set the codes: a teacher's codebook [C, D], whose latents have these statistics."""
+        sequences = codebook[:, None].expand(-1, self.num_tokens, -1)  # [C, S, D]: a code in every slot
+        self.codebook.copy_(normalize_latents(sequences, statistics).transpose(0, 1))
+
+    def codes(self, latents: Tensor) -> Tensor:
+        """The codes [B, S] nearest to normalised latents [B, S, D]."""
+        return (latents[:, :, None] - self.codebook).square().sum(-1).argmin(-1)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Expert output [B, 1, S, width] -> logits [B, S, C]."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            return self.out_proj(hidden[:, 0].float())
+
+
 class SmolVLASharedCore(nn.Module):
-    """The shared policy: SmolVLM prefix, expert, and a flow-matching head each for latent and real actions.
+    """The shared policy: SmolVLM prefix, expert, and a flow-matching head each for latent and real actions. The latent
+    one may be a CodeHead.
 
     A head exists if the config has its dimensions. `core(batch)` is the only training entry: DDP and FSDP act in
     `__call__`.
@@ -70,12 +84,19 @@ class SmolVLASharedCore(nn.Module):
         self.expert = Expert(config)
         self.state_proj = nn.Linear(config.max_state_dim, self.trunk.hidden_size)
         width, periods = self.expert.width, (config.min_period, config.max_period)
-        if config.latent_vector_dim:
+        if config.codebook_size:
+            self.latent_head = CodeHead(config.code_seq_len, config.codebook_size, config.latent_dim, width)
+        elif config.latent_vector_dim:
             self.latent_head = FlowHead(config.code_seq_len, config.latent_dim, config.latent_dim, width, periods)
         if config.action_dim:
             self.action_head = FlowHead(config.chunk_size, config.max_action_dim, config.action_dim, width, periods)
 
-    def head(self, name: str) -> FlowHead:
+    def learn_codes(self, codebook: Tensor, statistics: Statistics) -> None:
+        """Tell a latent head that classifies which codes [C, D] there are; their latents have these statistics."""
+        if self.config.codebook_size:
+            self.latent_head.learn(codebook, statistics)
+
+    def head(self, name: str) -> FlowHead | CodeHead:
         return self.get_submodule(f"{name}_head")
 
     def encode(self, batch: Batch) -> Prefix:
@@ -84,12 +105,23 @@ class SmolVLASharedCore(nn.Module):
         return self.trunk(batch.images, batch.image_mask, batch.text, batch.text_mask, state_token, batch.state_mask)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """The flow-matching error of every target token: {head: [B, T]}, averaged over draws and real dimensions.
+        """The error of every target token: {head: [B, T]}. A FlowHead's is the flow-matching error, averaged over draws
+        and real dimensions; a CodeHead's the cross-entropy.
 
         batch.masks says which tokens count; the caller applies the masks and averages (losses.masked_mean).
         """
         prefix = self.encode(batch)
-        return {name: self.flow_error(self.head(name), target, prefix) for name, target in batch.targets.items()}
+        return {name: self.error(self.head(name), target, prefix) for name, target in batch.targets.items()}
+
+    def error(self, head: FlowHead | CodeHead, target: FlowTarget, prefix: Prefix) -> Tensor:  # [B, T]
+        if isinstance(head, FlowHead):
+            return self.flow_error(head, target, prefix)
+        logits = self.code_logits(head, prefix, len(target.value))
+        return F.cross_entropy(logits.transpose(1, 2), head.codes(target.value), reduction="none")
+
+    def code_logits(self, head: CodeHead, prefix: Prefix, batch_size: int) -> Tensor:  # [B, S, C]
+        hidden, _ = self.expert(head.tokens.expand(batch_size, 1, -1, -1), prefix)
+        return head.logits(hidden)
 
     def flow_error(self, head: FlowHead, target: FlowTarget, prefix: Prefix) -> Tensor:
         value = target.value[:, None].expand_as(target.noise)  # [B, K, T, A]
@@ -101,9 +133,15 @@ class SmolVLASharedCore(nn.Module):
 
     @torch.no_grad()
     def sample(self, batch: Batch, name: str, noise: Tensor, num_steps: int | None = None) -> Tensor:
-        """Generate one head's tokens from noise [B, T, A] by Euler integration: [B, T, real A], still normalised."""
+        """Generate one head's tokens from noise [B, T, A] by Euler integration: [B, T, real A], still normalised.
+
+        A CodeHead draws nothing: its tokens are its codes, weighted by their probabilities.
+        """
         head = self.head(name)
         prefix = self.encode(batch)
+        if isinstance(head, CodeHead):
+            probabilities = self.code_logits(head, prefix, len(noise)).softmax(-1)
+            return torch.einsum("bsc, scd -> bsd", probabilities, head.codebook)
         contexts = None
 
         def velocity(x_t: Tensor, time: Tensor) -> Tensor:
@@ -127,80 +165,3 @@ def make_core_config(model: ModelConfig, cameras: tuple[str, ...], **dims) -> Co
         num_trunk_layers=min(CoreConfig.num_trunk_layers, vlm["text_config"]["num_hidden_layers"]),
         **dims,
     )
-
-
-def layers(core: SmolVLASharedCore) -> list[GradientCheckpointingLayer]:
-    """The transformer layers of vision tower, trunk and expert: checkpointed, compiled and sharded one by one."""
-    vlm = core.trunk.vlm
-    return [*vlm.vision_model.encoder.layers, *vlm.text_model.layers, *core.expert.layers]
-
-
-def configure_layers(core: SmolVLASharedCore, model: ModelConfig) -> None:
-    """Checkpoint and compile every layer as the --model options say; parameters keep their names and values.
-
-    Raises ValueError if --model.compile finds no C++ compiler.
-    """
-    if model.activation_checkpointing:
-        for layer in layers(core):
-            layer.gradient_checkpointing = True
-            # Without dropout there is no random state to keep.
-            layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
-    if model.compile:
-        compiler = os.environ.get("CXX", "g++")
-        if not shutil.which(compiler):
-            raise ValueError(
-                f"--model.compile needs a C++ compiler, there is no {compiler}: install one (apt-get install g++), "
-                "name yours in the environment variable CXX, or leave --model.compile out"
-            )
-        # Layers of one class share their compiled variants: one per head, in training and in sampling. These are more
-        # than the 8 variants after which PyTorch runs uncompiled.
-        torch._dynamo.config.recompile_limit = 64
-        for layer in layers(core):
-            layer.compile()
-
-
-def parameters_by_part(core: SmolVLASharedCore) -> dict[str, dict[str, nn.Parameter]]:
-    """The parameters of each part that this core has: {part: {name: parameter}}."""
-    named = dict(core.named_parameters())
-    parts = {part: {n: p for n, p in named.items() if n.startswith(prefix)} for part, prefix in PARTS.items()}
-    assert sum(len(parameters) for parameters in parts.values()) == len(named)
-    return {part: parameters for part, parameters in parts.items() if parameters}
-
-
-def freeze(core: SmolVLASharedCore, parts: list[str]) -> None:
-    """Switch off the gradients of these parts. Raises ValueError for a part that this core does not have."""
-    by_part = parameters_by_part(core)
-    for part in parts:
-        if part not in by_part:
-            raise ValueError(f"cannot freeze {part!r}: this model has {', '.join(by_part)}")
-        for parameter in by_part[part].values():
-            parameter.requires_grad_(False)
-
-
-def frozen_parts(model: ModelConfig, core: CoreConfig, targets: Collection[str]) -> list[str]:
-    """The parts that do not train: those that --model.freeze-* freezes, and heads without a target."""
-    freeze_trunk = core.has_pretrained_trunk if model.freeze_trunk is None else model.freeze_trunk
-    freeze_vision = core.has_pretrained_trunk if model.freeze_vision is None else model.freeze_vision
-    parts = ["vision tower", "connector"] if freeze_vision or freeze_trunk else []
-    parts += ["language layers"] if freeze_trunk else []
-    parts += ["state projection"] if model.freeze_state_projection else []
-    heads = {LATENT: core.latent_vector_dim, ACTION: core.action_dim}
-    return parts + [f"{name} head" for name, width in heads.items() if width and name not in targets]
-
-
-def prepare_to_train(core: SmolVLASharedCore, model: ModelConfig, targets: Collection[str]) -> None:
-    """Freeze, checkpoint and compile as the --model options say, for training on these targets."""
-    freeze(core, frozen_parts(model, core.config, targets))
-    configure_layers(core, model)
-
-
-def parameter_table(core: SmolVLASharedCore) -> str:
-    """Trained and frozen parameters of each part, for the first lines of a run."""
-    rows = [f"{'parameters':<18}{'trained':>14}{'frozen':>14}"]
-    total = [0, 0]
-    for part, parameters in parameters_by_part(core).items():
-        trained = sum(p.numel() for p in parameters.values() if p.requires_grad)
-        frozen = sum(p.numel() for p in parameters.values()) - trained
-        total = [total[0] + trained, total[1] + frozen]
-        rows.append(f"{part:<18}{trained:>14,}{frozen:>14,}")
-    return "\n".join([*rows, f"{'total':<18}{total[0]:>14,}{total[1]:>14,}"])

@@ -17,6 +17,8 @@ from transformers import PreTrainedTokenizerFast
 from smolvla_shared.batch import Batch, FlowTarget, RawBatch, to_device
 from smolvla_shared.config import ACTION, LATENT, CoreConfig
 
+# Latent targets are clipped here, standard deviations: a rare latent must not outweigh a batch.
+MAX_LATENT = 5.0
 EPS = 1e-8  # added to standard deviations; LeRobot's normaliser uses the same
 
 
@@ -121,6 +123,12 @@ class Statistics:
         return values * std + mean
 
 
+def normalize_latents(latents: Tensor, statistics: Statistics) -> Tensor:
+    """Latent actions [B, S, D] with the statistics of their S * D dimensions -> targets, clipped at MAX_LATENT."""
+    normalized = statistics.normalize(latents.flatten(1)).view(latents.shape)
+    return normalized.clamp(-MAX_LATENT, MAX_LATENT)
+
+
 class TextTokenizer:
     """Task strings -> token ids and mask, as SmolVLA wants them: one newline at the end, padded on the right."""
 
@@ -181,7 +189,7 @@ class Preprocessor:
         values, masks = {}, {}
         if LATENT in raw.noise:
             assert latents is not None
-            values[LATENT] = self.statistics[LATENT].normalize(latents.flatten(1)).view_as(latents)
+            values[LATENT] = normalize_latents(latents, self.statistics[LATENT])
             masks[LATENT] = raw.pair_mask[:, None].expand(latents.shape[:2])
         if ACTION in raw.noise:
             values[ACTION] = pad_width(self.statistics[ACTION].normalize(raw.actions), config.max_action_dim)

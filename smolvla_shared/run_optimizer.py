@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from smolvla_shared.config import OptimConfig
+from smolvla_shared.config import WARMUP_STEPS, OptimConfig
 from smolvla_shared.run_sharding import full
 
 
@@ -17,9 +17,10 @@ def make_optimizer(parameters: list[nn.Parameter], config: OptimConfig) -> torch
 
 def learning_rate(step: int, num_steps: int, config: OptimConfig) -> float:
     """Linear warm-up, then a cosine from the peak down to its final share; `step` counts from 0."""
-    if step < config.warmup_steps:
-        return config.lr * (step + 1) / config.warmup_steps
-    progress = (step - config.warmup_steps) / max(1, num_steps - config.warmup_steps)
+    warmup_steps = min(WARMUP_STEPS, num_steps // 10) if config.warmup_steps is None else config.warmup_steps
+    if step < warmup_steps:
+        return config.lr * (step + 1) / warmup_steps
+    progress = (step - warmup_steps) / max(1, num_steps - warmup_steps)
     return config.lr * (config.final_lr_share + (1 - config.final_lr_share) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 

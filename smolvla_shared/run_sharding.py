@@ -11,7 +11,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from smolvla_shared.model import SmolVLASharedCore, layers
+from smolvla_shared.model import SmolVLASharedCore
+from smolvla_shared.model_parts import layers
 
 
 def check_plugin(accelerator: Accelerator) -> None:

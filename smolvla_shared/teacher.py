@@ -50,8 +50,8 @@ FRESH = LAQConfig(
 class TeacherOptim(OptimConfig):
     # Peak learning rate of AdamW. Default: 3e-3 * 64 / --laq.dim, which is about 2e-4 at LAPA's width of 1024.
     lr: float | None = None
-    # Steps of linear warm-up from 0.
-    warmup_steps: int = 50
+    # Steps of linear warm-up from 0. Default: 500, or a tenth of the run if that is less.
+    warmup_steps: int | None = 50
 
     def of_width(self, dim: int) -> "TeacherOptim":
         """These options, with the default learning rate if none is stated."""
@@ -175,6 +175,7 @@ def train_teacher(config: TeacherConfig) -> None:
     datasets, num_videos, label_camera = open_recordings(config)
     training, held_out = data_order.split_datasets(datasets[:num_videos], config.val_fraction, config.seed)
     pair_share = data.valid_pair_share(datasets, training)
+    training, held_out = (data.with_pairs(datasets, rows) for rows in (training, held_out))
     laq = LAQ(given.config if given else config.laq)
     if given:  # load_laq freezes; this copy trains
         laq.load_state_dict(given.state_dict())

@@ -41,7 +41,8 @@ from smolvla_shared.config import DataConfig, ModelConfig, PolicyDataConfig
 from smolvla_shared.initial import InitialWeights, open_initial
 from smolvla_shared.labels import OnlineLabels
 from smolvla_shared.laq_files import load_laq
-from smolvla_shared.model import PARTS, SmolVLASharedCore, make_core_config, parameter_table
+from smolvla_shared.model import SmolVLASharedCore, make_core_config
+from smolvla_shared.model_parts import PARTS, parameter_table
 from smolvla_shared.preprocess import Statistics, TextTokenizer, pack_tokenizer
 from smolvla_shared.trunk import load_trunk_tokenizer
 
@@ -504,7 +505,7 @@ def test_co_training_on_other_latent_actions_is_refused(artifact, labels):
 def test_co_training_on_the_artifacts_latent_actions_fits_its_head(labels, core, tmp_path):
     initial = open_from(save(tmp_path, core, replace(LATENTS, teacher_id=labels.teacher_id)))
     dims = initial.latent_dims(labels, options(0.5), CAMERAS[0])
-    assert dims == {"latent_vector_dim": 32, "code_seq_len": 4}  # 4 codes of 8 dimensions
+    assert dims == {"latent_vector_dim": 32, "code_seq_len": 4, "codebook_size": 0}  # 4 codes of 8 dimensions
     assert torch.equal(build(initial, **dims).latent_head.out_proj.weight, core.latent_head.out_proj.weight)
 
 
@@ -523,7 +524,7 @@ def test_the_label_camera_is_renamed_with_the_others(labels, core, tmp_path):
 def test_what_does_not_say_whose_latents_it_has_learned_takes_any(request, name, labels):
     path = request.getfixturevalue(name)
     initial = open_initial(ModelConfig(name=str(path))) if name == "smolvlm" else open_from(path)
-    assert initial.latent_dims(labels, 0.3, "any") == LATENT_HEAD
+    assert initial.latent_dims(labels, 0.3, "any") == LATENT_HEAD | {"codebook_size": 0}
 
 
 # --- statistics -------------------------------------------------------------------------------------------------------

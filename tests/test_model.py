@@ -16,13 +16,12 @@ from smolvla_shared import flow
 from smolvla_shared.batch import Batch, FlowTarget
 from smolvla_shared.config import CoreConfig, ModelConfig
 from smolvla_shared.losses import masked_mean
-from smolvla_shared.model import (
-    SmolVLASharedCore,
+from smolvla_shared.model import SmolVLASharedCore, make_core_config
+from smolvla_shared.model_parts import (
     configure_layers,
     freeze,
     frozen_parts,
     layers,
-    make_core_config,
     parameter_table,
     parameters_by_part,
 )

@@ -17,7 +17,8 @@ import train_stage2
 import train_stage3
 from smolvla_shared.artifact import load_artifact
 from smolvla_shared.laq_files import load_laq, teacher_id
-from smolvla_shared.model import PARTS, SmolVLASharedCore
+from smolvla_shared.model import SmolVLASharedCore
+from smolvla_shared.model_parts import PARTS
 
 LAUNCH = ["-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/cpu.yaml"]
 # Two checkpoints and two evaluations each.

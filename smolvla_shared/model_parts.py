@@ -1,0 +1,102 @@
+"""The parts of a core: which of them train, how their layers run, and how many parameters they have."""
+
+import os
+import shutil
+from collections.abc import Collection
+from functools import partial
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from smolvla_shared.config import ACTION, LATENT, CoreConfig, ModelConfig
+from smolvla_shared.model import SmolVLASharedCore
+
+# What is frozen, counted and reported as one part, and the prefix of its parameters' names.
+PARTS = {
+    "vision tower": "trunk.vlm.vision_model.",
+    "connector": "trunk.vlm.connector.",
+    "language layers": "trunk.vlm.text_model.",
+    "expert": "expert.",
+    "state projection": "state_proj.",
+    "latent head": "latent_head.",
+    "action head": "action_head.",
+}
+
+
+def layers(core: SmolVLASharedCore) -> list[GradientCheckpointingLayer]:
+    """The transformer layers of vision tower, trunk and expert: checkpointed, compiled and sharded one by one."""
+    vlm = core.trunk.vlm
+    return [*vlm.vision_model.encoder.layers, *vlm.text_model.layers, *core.expert.layers]
+
+
+def configure_layers(core: SmolVLASharedCore, model: ModelConfig) -> None:
+    """Checkpoint and compile every layer as the --model options say; parameters keep their names and values.
+
+    Raises ValueError if --model.compile finds no C++ compiler.
+    """
+    if model.activation_checkpointing:
+        for layer in layers(core):
+            layer.gradient_checkpointing = True
+            # Without dropout there is no random state to keep.
+            layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+    if model.compile:
+        compiler = os.environ.get("CXX", "g++")
+        if not shutil.which(compiler):
+            raise ValueError(
+                f"--model.compile needs a C++ compiler, there is no {compiler}: install one (apt-get install g++), "
+                "name yours in the environment variable CXX, or leave --model.compile out"
+            )
+        # Layers of one class share their compiled variants: one per head, in training and in sampling. These are more
+        # than the 8 variants after which PyTorch runs uncompiled.
+        torch._dynamo.config.recompile_limit = 64
+        for layer in layers(core):
+            layer.compile()
+
+
+def parameters_by_part(core: SmolVLASharedCore) -> dict[str, dict[str, nn.Parameter]]:
+    """The parameters of each part that this core has: {part: {name: parameter}}."""
+    named = dict(core.named_parameters())
+    parts = {part: {n: p for n, p in named.items() if n.startswith(prefix)} for part, prefix in PARTS.items()}
+    assert sum(len(parameters) for parameters in parts.values()) == len(named)
+    return {part: parameters for part, parameters in parts.items() if parameters}
+
+
+def freeze(core: SmolVLASharedCore, parts: list[str]) -> None:
+    """Switch off the gradients of these parts. Raises ValueError for a part that this core does not have."""
+    by_part = parameters_by_part(core)
+    for part in parts:
+        if part not in by_part:
+            raise ValueError(f"cannot freeze {part!r}: this model has {', '.join(by_part)}")
+        for parameter in by_part[part].values():
+            parameter.requires_grad_(False)
+
+
+def frozen_parts(model: ModelConfig, core: CoreConfig, targets: Collection[str]) -> list[str]:
+    """The parts that do not train: those that --model.freeze-* freezes, and heads without a target."""
+    freeze_trunk = core.has_pretrained_trunk if model.freeze_trunk is None else model.freeze_trunk
+    freeze_vision = core.has_pretrained_trunk if model.freeze_vision is None else model.freeze_vision
+    parts = ["vision tower", "connector"] if freeze_vision or freeze_trunk else []
+    parts += ["language layers"] if freeze_trunk else []
+    parts += ["state projection"] if model.freeze_state_projection else []
+    heads = {LATENT: core.latent_vector_dim, ACTION: core.action_dim}
+    return parts + [f"{name} head" for name, width in heads.items() if width and name not in targets]
+
+
+def prepare_to_train(core: SmolVLASharedCore, model: ModelConfig, targets: Collection[str]) -> None:
+    """Freeze, checkpoint and compile as the --model options say, for training on these targets."""
+    freeze(core, frozen_parts(model, core.config, targets))
+    configure_layers(core, model)
+
+
+def parameter_table(core: SmolVLASharedCore) -> str:
+    """Trained and frozen parameters of each part, for the first lines of a run."""
+    rows = [f"{'parameters':<18}{'trained':>14}{'frozen':>14}"]
+    total = [0, 0]
+    for part, parameters in parameters_by_part(core).items():
+        trained = sum(p.numel() for p in parameters.values() if p.requires_grad)
+        frozen = sum(p.numel() for p in parameters.values()) - trained
+        total = [total[0] + trained, total[1] + frozen]
+        rows.append(f"{part:<18}{trained:>14,}{frozen:>14,}")
+    return "\n".join([*rows, f"{'total':<18}{total[0]:>14,}{total[1]:>14,}"])
