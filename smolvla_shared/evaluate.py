@@ -3,13 +3,15 @@
 from collections.abc import Iterable
 
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor
 
 from smolvla_shared import losses
 from smolvla_shared.batch import Labels, RawBatch, to_device
+from smolvla_shared.config import LATENT
 from smolvla_shared.model import SmolVLASharedCore
-from smolvla_shared.preprocess import Preprocessor
+from smolvla_shared.preprocess import Preprocessor, nearest_codes, normalize_codebook
 
 
 @torch.no_grad()
@@ -27,9 +29,16 @@ def held_out_errors(
     val/{target}_error_of_mean  the mean squared error of always predicting the training mean
 
     The predicted mean is a sample of one Euler step: at t = 1 the input is pure noise, and the best velocity is
-    noise - E[target | observation].
+    noise - E[target | observation]. With quantized labels also
+
+    val/latent_code_accuracy    how often the code nearest to the predicted mean is the teacher's
+    val/latent_majority_share   how often the teacher's code is the held-out samples' most common one of its slot
     """
     totals: dict[str, Tensor] = {}
+    codes = counts = None
+    if labels and labels.kind == "quantized":
+        codes = normalize_codebook(labels.codebook, labels.shape[0], preprocessor.statistics[LATENT])  # [S, C, D]
+        counts = torch.zeros(codes.shape[:2], device=accelerator.device)  # of each slot's codes
     for raw in batches:
         raw = to_device(raw, accelerator.device)
         batch = preprocessor(raw, labels(raw) if labels else None)
@@ -43,8 +52,15 @@ def held_out_errors(
                     f"{name}_error": (mean - truth).square().mean(-1),
                     f"{name}_error_of_mean": truth.square().mean(-1),
                 }
+                if name == LATENT and codes is not None:
+                    code = nearest_codes(truth, codes)  # [B, S]
+                    tokens["latent_code_accuracy"] = (nearest_codes(mean, codes) == code).float()
+                    counts += (F.one_hot(code, counts.shape[1]) * target.mask[..., None]).sum(0)
                 for key, values in tokens.items():
                     part = torch.stack([losses.masked_sum(values, target.mask), target.mask.sum()])
                     totals[key] = totals.get(key, 0) + part
     reduced = {key: accelerator.reduce(total, "sum").tolist() for key, total in totals.items()}
+    if counts is not None and totals:
+        counts = accelerator.reduce(counts, "sum")
+        reduced["latent_majority_share"] = counts.amax(1).sum().item(), counts.sum().item()
     return {f"val/{key}": total / max(count, 1) for key, (total, count) in reduced.items()}

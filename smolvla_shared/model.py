@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from smolvla_shared import flow, losses
 from smolvla_shared.batch import Batch, FlowTarget
 from smolvla_shared.config import PRESETS, CoreConfig, ModelConfig
-from smolvla_shared.preprocess import Statistics, normalize_latents
+from smolvla_shared.preprocess import Statistics, nearest_codes, normalize_codebook
 from smolvla_shared.trunk import Expert, Prefix, Trunk, load_trunk_config
 
 
@@ -51,17 +51,8 @@ class CodeHead(nn.Module):
         self.num_tokens = num_tokens
         self.tokens = nn.Parameter(torch.randn(num_tokens, width))
         self.out_proj = nn.Linear(width, codebook_size)
-        # The codes, normalised for each slot as its targets are; `learn` sets them.
+        # The codes as targets (preprocess.normalize_codebook); `learn_codes` sets them.
         self.register_buffer("codebook", torch.zeros(num_tokens, codebook_size, token_dim))
-
-    def learn(self, codebook: Tensor, statistics: Statistics) -> None:
-        """Set the codes: a teacher's codebook [C, D], whose latents have these statistics."""
-        sequences = codebook[:, None].expand(-1, self.num_tokens, -1)  # [C, S, D]: a code in every slot
-        self.codebook.copy_(normalize_latents(sequences, statistics).transpose(0, 1))
-
-    def codes(self, latents: Tensor) -> Tensor:
-        """The codes [B, S] nearest to normalised latents [B, S, D]."""
-        return (latents[:, :, None] - self.codebook).square().sum(-1).argmin(-1)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Expert output [B, 1, S, width] -> logits [B, S, C]."""
@@ -94,7 +85,7 @@ class SmolVLASharedCore(nn.Module):
     def learn_codes(self, codebook: Tensor, statistics: Statistics) -> None:
         """Tell a latent head that classifies which codes [C, D] there are; their latents have these statistics."""
         if self.config.codebook_size:
-            self.latent_head.learn(codebook, statistics)
+            self.latent_head.codebook.copy_(normalize_codebook(codebook, self.config.code_seq_len, statistics))
 
     def head(self, name: str) -> FlowHead | CodeHead:
         return self.get_submodule(f"{name}_head")
@@ -117,7 +108,7 @@ class SmolVLASharedCore(nn.Module):
         if isinstance(head, FlowHead):
             return self.flow_error(head, target, prefix)
         logits = self.code_logits(head, prefix, len(target.value))
-        return F.cross_entropy(logits.transpose(1, 2), head.codes(target.value), reduction="none")
+        return F.cross_entropy(logits.transpose(1, 2), nearest_codes(target.value, head.codebook), reduction="none")
 
     def code_logits(self, head: CodeHead, prefix: Prefix, batch_size: int) -> Tensor:  # [B, S, C]
         hidden, _ = self.expert(head.tokens.expand(batch_size, 1, -1, -1), prefix)

@@ -129,6 +129,17 @@ def normalize_latents(latents: Tensor, statistics: Statistics) -> Tensor:
     return normalized.clamp(-MAX_LATENT, MAX_LATENT)
 
 
+def normalize_codebook(codebook: Tensor, code_seq_len: int, statistics: Statistics) -> Tensor:
+    """A teacher's codes [C, D] as targets: for each slot, whose statistics are its own, [S, C, D]."""
+    sequences = codebook[:, None].expand(-1, code_seq_len, -1)  # [C, S, D]: sequence c has code c in every slot
+    return normalize_latents(sequences, statistics).transpose(0, 1)
+
+
+def nearest_codes(latents: Tensor, codes: Tensor) -> Tensor:
+    """The code of each slot [B, S] that is nearest to the latents [B, S, D], of normalize_codebook's [S, C, D]."""
+    return (latents[:, :, None] - codes).square().sum(-1).argmin(-1)
+
+
 class TextTokenizer:
     """Task strings -> token ids and mask, as SmolVLA wants them: one newline at the end, padded on the right."""
 

@@ -15,10 +15,11 @@ from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
 from smolvla_shared import data, data_loader, data_order
 from smolvla_shared.batch import RawBatch
-from smolvla_shared.config import DataConfig, RunConfig
+from smolvla_shared.config import DataConfig, ModelConfig, RunConfig
 from smolvla_shared.data import RobotDataset
 from smolvla_shared.data_loader import SampleDataset, SampleSpec
 from smolvla_shared.data_order import RowGroup, SampleKey, StepSampler
+from smolvla_shared.model import make_core_config
 from smolvla_shared.preprocess import resize_with_pad
 
 CAMERA, WRIST = "observation.image", "observation.images.wrist"
@@ -315,6 +316,16 @@ def test_the_slots_of_a_step_are_dealt_to_processes_and_passes(num_processes, ac
 # --- randomness -------------------------------------------------------------------------------------------------------
 
 
+def test_each_target_has_its_own_distribution_of_times(video):
+    """The means of Beta(6, 1) and Beta(1.5, 1) are 6 / 7 and 0.6."""
+    time_beta = make_core_config(ModelConfig(preset="tiny"), (CAMERA,)).time_beta
+    spec = replace(SPEC, num_draws=2000, draws={"latent": (1, 1), "action": (1, 1)}, time_beta=time_beta)
+    time = SampleDataset([video], spec, 0)[[SampleKey(0, 0, 0, 9)]].time
+    assert {name: times.mean().item() for name, times in time.items()} == pytest.approx(
+        {"latent": 0.001 + 0.999 * 6 / 7, "action": 0.001 + 0.999 * 0.6}, abs=0.02
+    )
+
+
 def test_draws_are_a_function_of_seed_step_and_slot(video):
     def draw(seed: int, step: int, slot: int, frame: int = 9, shift: float = 0.2):
         return SampleDataset([video], SPEC, seed, random_shift=shift)[[SampleKey(step, slot, 0, frame)]]
@@ -461,6 +472,17 @@ def test_too_few_episodes_to_hold_one_out_are_refused(video):
 def test_a_share_that_gets_no_sample_is_refused():
     with pytest.raises(ValueError, match=r"--batch-size 8 is too small for shares of \[0.95, 0.05\].*\[8, 0\]"):
         keys_of(groups_of(30, 30, shares=(0.95, 0.05)), 0, 1)
+
+
+def test_frames_without_a_pair_are_left_out(video, images):
+    """Neither does a dataset remain of which no frame has one."""
+    everything = [(0, np.arange(video.num_frames)), (1, np.arange(3))]
+    found = data.with_pairs([video, images], everything)
+    last = [end - 1 - back for end in video.episode_to for back in range(video.gap)]
+    assert [index for index, _ in found] == ([0, 1] if 3 + images.gap <= images.episode_to[0] else [0])
+    assert found[0][1].tolist() == sorted(set(range(video.num_frames)) - set(last))
+    short = [(0, np.arange(video.episode_to[0] - video.gap, video.episode_to[0]))]
+    assert data.with_pairs([video], short) == []
 
 
 def test_video_without_a_single_whole_pair_is_refused(video_dataset):

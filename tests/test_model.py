@@ -25,7 +25,7 @@ from smolvla_shared.model_parts import (
     parameter_table,
     parameters_by_part,
 )
-from smolvla_shared.preprocess import TextTokenizer, pad_width, prepare_images, stack_cameras
+from smolvla_shared.preprocess import Statistics, TextTokenizer, pad_width, prepare_images, stack_cameras
 from smolvla_shared.trunk import trunk_location
 
 TASKS = ["slide the plate into the cabinet", "open the door", "push the small red button, then wait."]
@@ -708,3 +708,60 @@ def test_overfitting_a_batch_lowers_the_loss_and_samples_approach_the_targets():
         error_of_mean = (truth - truth.mean(0)).square().mean()  # of the best answer that ignores the observation
         assert (sample - truth).square().mean() < 0.25 * error_of_mean
         assert torch.corrcoef(torch.stack([sample.flatten(), truth.flatten()]))[0, 1] > 0.9
+
+
+# --- the head that classifies codes -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def classifier() -> SmolVLASharedCore:
+    core = make_core(make_config(codebook_size=5))
+    codebook = torch.randn(5, 8, generator=torch.Generator().manual_seed(2))
+    core.learn_codes(codebook, Statistics((0.5,) * 32, tuple(1 + slot / 2 for slot in range(4) for _ in range(8))))
+    core.codebook_in_a_file = codebook
+    return core
+
+
+def coded_batch(core: SmolVLASharedCore) -> tuple[Batch, Tensor]:
+    """A batch whose latents are codes, normalised by hand; and which codes these are [B, S]."""
+    batch = make_batch(core.config)
+    codes = torch.randint(0, 5, (3, 4), generator=torch.Generator().manual_seed(3))
+    value = (core.codebook_in_a_file[codes] - 0.5) / (1 + torch.arange(4) / 2)[:, None]
+    target = batch.targets["latent"]
+    return replace(batch, targets=batch.targets | {"latent": replace(target, value=value)}), codes
+
+
+def test_the_error_of_a_code_is_its_cross_entropy(classifier):
+    batch, codes = coded_batch(classifier)
+    found = classifier(batch)
+    log_probabilities = classifier.code_logits(classifier.latent_head, classifier.encode(batch), 3).log_softmax(-1)
+    torch.testing.assert_close(found["latent"], -log_probabilities.gather(-1, codes[..., None])[..., 0])
+    flow_core = make_core(make_config())
+    assert found["action"].shape == flow_core(batch)["action"].shape  # the action head is what it was
+
+
+def test_the_sample_of_a_classifier_is_its_mean_code_and_needs_no_noise(classifier):
+    batch, _ = coded_batch(classifier)
+    probabilities = classifier.code_logits(classifier.latent_head, classifier.encode(batch), 3).softmax(-1)
+    expected = sum(probabilities[..., code, None] * classifier.latent_head.codebook[:, code] for code in range(5))
+    for noise in (batch.targets["latent"].noise[:, 0], torch.zeros(3, 4, 8)):
+        torch.testing.assert_close(classifier.sample(batch, "latent", noise), expected)
+
+
+def test_a_classifier_learns_the_codes_of_its_samples(classifier):
+    """Overfitted, its sample is the target; a copy that is rebuilt from config and weights has learned it, too."""
+    core = SmolVLASharedCore(classifier.config)
+    core.load_state_dict(classifier.state_dict())
+    core.codebook_in_a_file = classifier.codebook_in_a_file
+    batch, _ = coded_batch(core)
+    batch = only(batch, "latent")
+    batch.targets["latent"].mask[:] = True
+    optimizer = torch.optim.AdamW(core.parameters(), lr=1e-3)
+    for _ in range(60):
+        optimizer.zero_grad()
+        core(batch)["latent"].mean().backward()
+        optimizer.step()
+    rebuilt = SmolVLASharedCore(CoreConfig(**json.loads(json.dumps(asdict(core.config)))))
+    rebuilt.load_state_dict(core.state_dict())
+    sample = rebuilt.sample(batch, "latent", torch.zeros(3, 4, 8))
+    torch.testing.assert_close(sample, batch.targets["latent"].value, atol=0.2, rtol=0)

@@ -125,6 +125,15 @@ def test_the_learning_rate_is_linear_then_a_cosine(warmup_steps):
     assert found[-1] == pytest.approx(2e-4)
 
 
+def test_the_warm_up_is_at_most_a_tenth_of_a_run_unless_stated():
+    def peak(steps: int, warmup_steps: int | None) -> int:
+        config = OptimConfig(lr=1.0, warmup_steps=warmup_steps)
+        return [learning_rate(step, steps, config) for step in range(steps)].index(1.0)
+
+    assert [peak(steps, None) for steps in (20, 600, 20_000)] == [1, 59, 499]
+    assert peak(600, 300) == 299
+
+
 # --- several processes ------------------------------------------------------------------------------------------------
 
 
@@ -462,6 +471,39 @@ def test_between_two_log_steps_the_host_never_waits_for_the_device(
     with BlockingCopies() as copies, pytest.raises(Stop):
         run(tmp_path / "run", stop_after=3)
     assert not copies.found, "".join(copies.found)
+
+
+def test_the_accuracy_of_codes_is_that_of_the_predicted_mean():
+    """Beside the share that always naming the most common code would get right."""
+    core = make_core().eval()
+    generator = torch.Generator().manual_seed(0)
+    statistics = Statistics(tuple(torch.randn(32, generator=generator).tolist()), (2.0,) * 32)
+    codebook = torch.randn(8, 8, generator=generator)
+    codes = (codebook[:, None].expand(-1, 4, -1) - torch.tensor(statistics.mean).view(4, 8)) / 2  # [C, S, D]
+    truth = torch.randint(0, 3, (5, 4), generator=generator)
+    mask = torch.tensor([True, True, False, True, True])[:, None].expand(5, 4)
+    value = codes[truth, torch.arange(4)]
+    target = FlowTarget(value, mask, torch.randn(5, 1, 4, 8, generator=generator), torch.rand(5, 1))
+    present, text = torch.ones(5, 1, dtype=torch.bool), torch.arange(5).expand(5, 5)
+    images, state = torch.randn(5, 1, 3, 64, 64, generator=generator), torch.randn(5, 32, generator=generator)
+    batch = Batch(images, present, text, text >= 0, state, present[:, 0], {LATENT: target})
+
+    class Prepared:
+        """Labels and preprocessor of a batch that is prepared already."""
+
+        kind, shape, codebook, statistics = "quantized", (4, 8), None, None
+
+        def __call__(self, raw: Batch, latents: Batch | None = None) -> Batch:
+            return raw
+
+    prepared = Prepared()
+    prepared.codebook, prepared.statistics = codebook, {LATENT: statistics}
+    found = held_out_errors(core, [batch], prepared, make_accelerator(), prepared)
+    mean = core.sample(batch, LATENT, target.noise[:, 0], num_steps=1)
+    guess = torch.stack([(mean[:, slot, None] - codes[:, slot]).norm(dim=-1).argmin(-1) for slot in range(4)], dim=1)
+    assert found["val/latent_code_accuracy"] == pytest.approx((guess == truth)[mask].float().mean().item())
+    most = sum(truth[mask[:, 0], slot].bincount().max().item() for slot in range(4))
+    assert found["val/latent_majority_share"] == pytest.approx(most / 16)
 
 
 def test_held_out_errors_are_what_they_say():
