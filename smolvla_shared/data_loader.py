@@ -15,7 +15,7 @@ from smolvla_shared import flow, preprocess
 from smolvla_shared.batch import Labels, RawBatch
 from smolvla_shared.cache import RowCache
 from smolvla_shared.config import ACTION, LATENT, CoreConfig, RunConfig
-from smolvla_shared.data import ACTION_KEY, STATE_KEY, RobotDataset, common_size, merge, square_sides
+from smolvla_shared.data import ACTION_KEY, STATE_KEY, RobotDataset, common_size, merge, square_sides, with_pairs
 from smolvla_shared.data_order import RowGroup, SampleKey, StepSampler
 from smolvla_shared.run_signals import hide_worker
 
@@ -181,6 +181,20 @@ class SampleDataset(Dataset):
                 actions[: len(chunk)], action_valid[: len(chunk)] = chunk, True
                 actions[len(chunk) :] = chunk[-1]
         return state, has_state, actions, action_valid
+
+
+def sample_pairs(
+    datasets: list[RobotDataset], rows_of: list[tuple[int, np.ndarray]], spec: SampleSpec, limit: int, seed: int
+) -> Iterable[RawBatch]:
+    """All samples of (dataset index, rows) that have a pair, or `limit` of them drawn with the seed; in batches of 64,
+    in the order in which they were recorded, which decodes fastest.
+    """
+    places = [(index, int(row)) for index, rows in with_pairs(datasets, rows_of) for row in rows]
+    drawn = np.random.default_rng(seed).permutation(len(places))[:limit]
+    keys = [SampleKey(0, 0, *places[place]) for place in sorted(drawn)]
+    samples = SampleDataset(datasets, spec, seed)
+    for start in range(0, len(keys), 64):
+        yield samples[keys[start : start + 64]]
 
 
 def _stack(arrays: Iterable[np.ndarray]) -> Tensor:

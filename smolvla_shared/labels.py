@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from smolvla_shared import data, data_loader, data_order
+from smolvla_shared import data, data_loader
 from smolvla_shared.batch import Labels, RawBatch, to_device
 from smolvla_shared.cache import dataset_directories
 from smolvla_shared.config import DataConfig, StageOptions, TeacherKind
@@ -94,13 +94,9 @@ def latent_statistics(
     labels.to(device)
     if recorded:
         return recorded
-    places = [(index, row) for index, of_dataset in data.with_pairs(datasets, rows) for row in of_dataset]
-    drawn = np.random.default_rng(seed).permutation(len(places))[:STATISTICS_PAIRS]
-    keys = [data_order.SampleKey(0, 0, *map(int, places[place])) for place in sorted(drawn)]
     spec = data_loader.SampleSpec(cameras=(), label_camera=labels.camera, pair_size=labels.pair_size)
-    samples = data_loader.SampleDataset(datasets, spec, seed)
-    batches = [keys[start : start + 64] for start in range(0, len(keys), 64)]
-    vectors = [labels(to_device(samples[batch], device)).flatten(1).cpu() for batch in batches]
+    raws = data_loader.sample_pairs(datasets, rows, spec, STATISTICS_PAIRS, seed)
+    vectors = [labels(to_device(raw, device)).flatten(1).cpu() for raw in raws]
     statistics = Statistics.of(torch.cat(vectors))
     if max(statistics.std) == 0:
         raise ValueError(

@@ -31,11 +31,10 @@ SECOND_CONV = {
     64: None,
     256: None,
 }
-# Added to the error of repeating the first frame where the loss is divided by that error. Without it the compression
-# noise of a still pair would count as much as motion.
-STILL_ERROR = 1e-3
 # Factor on frame differences before they are embedded: most are a few percent of the pixel range.
 CHANGE_SCALE = 4.0
+# The decoder's output 1 moves a pixel by this share of half the image's side: objects move little within a gap.
+FLOW_SCALE = 0.1
 # Newest pairs whose latents are kept, for placing codes.
 RECENT_PAIRS = 512
 
@@ -73,13 +72,17 @@ class LAQConfig:
     heads: int = 16
     # S, codes of a latent action: 1, 2, 4, 16, 64 or 256. The latent vector has S * quant_dim dimensions.
     code_seq_len: int = 4
-    # Decode the change from the first frame instead of the second frame, and divide a pair's loss by the error of
-    # repeating its first frame. LAPA's teachers do neither.
+    # Decode the change from the first frame instead of the second frame, and take the mean error of repeating the first
+    # frame as the unit of the loss. LAPA's teachers do neither.
     predicts_change: bool = False
+    # The decoder also moves the pixels of the first frame (an optical flow) before it adds the change. LAPA's do not.
+    moves_pixels: bool = False
     # Embed each frame's difference to the first frame, too. LAPA's teachers do not.
     sees_change: bool = False
 
     def __post_init__(self):
+        if self.moves_pixels and not self.predicts_change:
+            raise ValueError("moves_pixels moves the first frame's pixels: it needs predicts_change")
         if self.code_seq_len not in SECOND_CONV:
             raise ValueError(f"code_seq_len must be one of {sorted(SECOND_CONV)}, got {self.code_seq_len}")
         if self.image_size % self.patch_size:
@@ -152,7 +155,11 @@ class LAQ(nn.Module):
         self.enc_temporal_transformer = Transformer(config, config.temporal_depth)
         self.vq = NSVQ(config)
         self.dec_spatial_transformer = Transformer(config, config.spatial_depth, cross_attention=True)
-        self.to_pixels_first_frame = nn.Sequential(nn.Linear(config.dim, pixels), Unpatchify(config.patch_size))
+        channels = 5 if config.moves_pixels else 3  # RGB, and where each pixel comes from: (x, y)
+        to_patches = nn.Linear(config.dim, channels * config.patch_size**2)
+        self.to_pixels_first_frame = nn.Sequential(to_patches, Unpatchify(config.patch_size, channels))
+        # The error of repeating the first frame, on average over the training video: the unit of the loss. Private.
+        self.register_buffer("_repeat_error", torch.ones(()))
         if config.predicts_change:  # so that a fresh teacher repeats the first frame
             nn.init.zeros_(self.to_pixels_first_frame[0].weight)
             nn.init.zeros_(self.to_pixels_first_frame[0].bias)
@@ -182,8 +189,8 @@ class LAQ(nn.Module):
     def forward(self, batch: PairBatch) -> dict[str, Tensor]:
         """Errors of each pair, [B]; the caller masks and averages. The only training entry.
 
-        reconstruction: mean squared pixel error of the second frame; with predicts_change, divided by the error of
-                        repeating the first frame
+        reconstruction: mean squared pixel error of the second frame; with predicts_change, in units of the training
+                        video's mean error of repeating the first frame
         grounding:      mean squared error of the standardised actions, if the batch has actions
 
         In training mode the codes and latents of valid pairs are also recorded (NSVQ.note).
@@ -200,7 +207,7 @@ class LAQ(nn.Module):
         predicted = self._decode(tokens[:, :1].detach(), vectors, bias, frames[:, :1])
         errors = {"reconstruction": pixel_error(predicted.float(), frames[:, 1])}
         if self.config.predicts_change:
-            errors["reconstruction"] /= pixel_error(frames[:, 0], frames[:, 1]) + STILL_ERROR
+            errors["reconstruction"] /= self._repeat_error
         if batch.actions is not None:
             error = self._grounding(vectors.flatten(1)) - batch.actions.nan_to_num()
             errors["grounding"] = error.square().mean(1)
@@ -235,12 +242,27 @@ class LAQ(nn.Module):
         tokens = self.dec_spatial_transformer(
             tokens.flatten(1, 3), shape, bias=bias, context=self.vq.project_codes(vectors)
         )
-        pixels = self.to_pixels_first_frame(tokens.view(*shape, -1))
-        return (first + pixels if self.config.predicts_change else pixels)[:, 0]
+        pixels, first = self.to_pixels_first_frame(tokens.view(*shape, -1))[:, 0], first[:, 0]
+        if self.config.moves_pixels:
+            pixels, flow = pixels.split((3, 2), dim=1)
+            first = move_pixels(first, flow * FLOW_SCALE)
+        return first + pixels if self.config.predicts_change else pixels
 
 
 def pixel_error(one: Tensor, other: Tensor) -> Tensor:  # [B, 3, H, W] -> [B]
     return (one - other).square().mean(dim=(1, 2, 3))
+
+
+def move_pixels(image: Tensor, flow: Tensor) -> Tensor:  # [B, 3, H, W], [B, 2, H, W] -> [B, 3, H, W]
+    """Each pixel from where its flow (x, y) points to, in shares of half the image's side; the border is repeated.
+
+    The backward warp of optical flow and spatial transformers (Jaderberg et al., arXiv 1506.02025). Zero flow returns
+    the image, up to rounding.
+    """
+    identity = torch.eye(2, 3, device=image.device).expand(len(image), -1, -1)
+    grid = F.affine_grid(identity, list(image.shape), align_corners=False)  # [B, H, W, 2] in [-1, 1]
+    grid = grid + flow.permute(0, 2, 3, 1).float()
+    return F.grid_sample(image, grid, padding_mode="border", align_corners=False)
 
 
 class NSVQ(nn.Module):

@@ -1,11 +1,15 @@
 """The codebook of a teacher in training: how its codes are used, and placing codes so that it does not collapse."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from smolvla_shared.laq import LAQ
+
+if TYPE_CHECKING:
+    from smolvla_shared.teacher import TeacherConfig
 
 # Rounds of k-means after k-means++.
 KMEANS_ROUNDS = 3
@@ -65,3 +69,45 @@ def dead_codes(counts: Tensor, threshold: float) -> Tensor:  # [S, C] -> [C]
     """Codes that all slots together used less than `threshold` times as often as the average code, [C] bool."""
     counts = counts.cpu().float().reshape(-1, counts.shape[-1]).sum(0)
     return counts < threshold * counts.mean()
+
+
+class CodebookKeeper:
+    """Places a fresh teacher's codes among the latents of the first batch and, every `replace_every` steps, dead codes
+    among the newest latents. Reports how the codes are used, and warns of a collapse.
+    """
+
+    def __init__(self, laq: LAQ, config: "TeacherConfig"):
+        self.laq, self.config = laq, config
+        self.collapsed = 0  # reports of a collapse in a row
+
+    def after_step(self, step: int) -> dict[str, float]:
+        """Place codes if this step is due for it; returns the metrics to log."""
+        config, vq = self.config, self.laq.vq
+        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
+        if step == 1 and config.init_from is None:
+            # Latents are differences of similar frames, and far shorter than random codes. All latents would have the
+            # same nearest code, and the decoder would see mostly noise.
+            place_codes(self.laq, torch.ones(len(vq.codebooks), dtype=torch.bool), generator)
+        if step % config.replace_every:
+            return {}
+        usage = vq._usage.clone()
+        vq._usage.zero_()
+        replaced = 0
+        if step <= (1 - config.settle_share) * config.steps:
+            dead = dead_codes(usage, config.dead_below)
+            replaced = int(dead.sum())
+            place_codes(self.laq, dead, generator)
+        per_slot = perplexity(usage.float())
+        self.collapsed = self.collapsed + 1 if per_slot.mean() < config.collapse_below else 0
+        if self.collapsed == 3:
+            tqdm.write(
+                f"warning: at step {step} a slot effectively uses {per_slot.mean():.2f} codes of "
+                f"{self.laq.config.codebook_size}: the codebook has collapsed. If it does not recover, fine-tune a "
+                "healthy teacher (--init-from), lower --optim.lr, or replace dead codes more often (--replace-every)"
+            )
+        return {
+            "usage/perplexity": per_slot.mean().item(),
+            "usage/lowest_slot_perplexity": per_slot.min().item(),
+            "usage/replaced_codes": replaced,
+            **{f"usage/perplexity_of_slot_{slot}": value for slot, value in enumerate(per_slot.tolist())},
+        }

@@ -177,18 +177,18 @@ class Patchify(nn.Module):
 
     def forward(self, frames: Tensor) -> Tensor:
         p = self.patch_size
-        patches = frames.unflatten(-1, (-1, p)).unflatten(-3, (-1, p))  # [B, F, 3, h, p, w, p]
+        patches = frames.unflatten(-1, (-1, p)).unflatten(-3, (-1, p))  # [B, F, C, h, p, w, p]
         return patches.permute(0, 1, 3, 5, 2, 4, 6).flatten(4)
 
 
 class Unpatchify(nn.Module):
-    """[B, F, h, w, 3 * p * p] -> [B, F, 3, H, W]."""
+    """[B, F, h, w, channels * p * p] -> [B, F, channels, H, W]."""
 
-    def __init__(self, patch_size: int):
+    def __init__(self, patch_size: int, channels: int = 3):
         super().__init__()
-        self.patch_size = patch_size
+        self.patch_size, self.channels = patch_size, channels
 
     def forward(self, patches: Tensor) -> Tensor:
         p = self.patch_size
-        frames = patches.unflatten(-1, (3, p, p)).permute(0, 1, 4, 2, 5, 3, 6)  # [B, F, 3, h, p, w, p]
+        frames = patches.unflatten(-1, (self.channels, p, p)).permute(0, 1, 4, 2, 5, 3, 6)  # [B, F, 3, h, p, w, p]
         return frames.flatten(5, 6).flatten(3, 4)

@@ -14,7 +14,6 @@ import torch
 import tyro
 from accelerate import Accelerator
 from torch import Tensor
-from tqdm import tqdm
 
 from smolvla_shared import data, data_loader, data_order
 from smolvla_shared.batch import RawBatch
@@ -23,7 +22,7 @@ from smolvla_shared.grounding import Grounding, GroundingConfig
 from smolvla_shared.label_cache import LabelConfig, label
 from smolvla_shared.label_check import CheckConfig, check
 from smolvla_shared.laq import LAQ, LAQConfig, PairBatch, pixel_error
-from smolvla_shared.laq_codebook import dead_codes, perplexity, place_codes
+from smolvla_shared.laq_codebook import CodebookKeeper
 from smolvla_shared.laq_files import assemble_laq, load_laq, save_laq, teachers_pairs
 from smolvla_shared.losses import masked_mean, valid_tokens
 from smolvla_shared.preprocess import unit_range
@@ -42,6 +41,7 @@ FRESH = LAQConfig(
     dim_head=16,
     heads=4,
     predicts_change=True,
+    moves_pixels=True,
     sees_change=True,
 )
 
@@ -112,46 +112,17 @@ def reconstruction_errors(laq: LAQ, batches: Iterable[RawBatch], accelerator: Ac
     return {"val/reconstruction": error / count, "val/reconstruction_of_first_frame": of_first_frame / count}
 
 
-class CodebookKeeper:
-    """Places a fresh teacher's codes among the latents of the first batch and, every `replace_every` steps, dead codes
-    among the newest latents. Reports how the codes are used, and warns of a collapse.
+@torch.no_grad()
+def repeat_error(laq: LAQ, batches: Iterable[RawBatch]) -> float:
+    """Mean squared pixel error of repeating the first frame, as the teacher sees frames.
+
+    Raises ValueError if nothing moves.
     """
-
-    def __init__(self, laq: LAQ, config: TeacherConfig):
-        self.laq, self.config = laq, config
-        self.collapsed = 0  # reports of a collapse in a row
-
-    def after_step(self, step: int) -> dict[str, float]:
-        """Place codes if this step is due for it; returns the metrics to log."""
-        config, vq = self.config, self.laq.vq
-        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
-        if step == 1 and config.init_from is None:
-            # Latents are differences of similar frames, and far shorter than random codes. All latents would have the
-            # same nearest code, and the decoder would see mostly noise.
-            place_codes(self.laq, torch.ones(len(vq.codebooks), dtype=torch.bool), generator)
-        if step % config.replace_every:
-            return {}
-        usage = vq._usage.clone()
-        vq._usage.zero_()
-        replaced = 0
-        if step <= (1 - config.settle_share) * config.steps:
-            dead = dead_codes(usage, config.dead_below)
-            replaced = int(dead.sum())
-            place_codes(self.laq, dead, generator)
-        per_slot = perplexity(usage.float())
-        self.collapsed = self.collapsed + 1 if per_slot.mean() < config.collapse_below else 0
-        if self.collapsed == 3:
-            tqdm.write(
-                f"warning: at step {step} a slot effectively uses {per_slot.mean():.2f} codes of "
-                f"{self.laq.config.codebook_size}: the codebook has collapsed. If it does not recover, fine-tune a "
-                "healthy teacher (--init-from), lower --optim.lr, or replace dead codes more often (--replace-every)"
-            )
-        return {
-            "usage/perplexity": per_slot.mean().item(),
-            "usage/lowest_slot_perplexity": per_slot.min().item(),
-            "usage/replaced_codes": replaced,
-            **{f"usage/perplexity_of_slot_{slot}": value for slot, value in enumerate(per_slot.tolist())},
-        }
+    pairs = [laq.resize(unit_range(raw.pairs)).unbind(1) for raw in batches]
+    error = torch.cat([pixel_error(first, second) for first, second in pairs]).mean().item()
+    if error == 0:
+        raise ValueError("the frames of every pair are equal: try a larger --data.frame-gap-s, or another camera")
+    return error
 
 
 def open_recordings(config: TeacherConfig) -> tuple[list[data.RobotDataset], int, str]:
@@ -198,6 +169,8 @@ def train_teacher(config: TeacherConfig) -> None:
         pair_size=laq.config.image_size,
         draws={NOISE: (laq.config.code_seq_len, laq.config.quant_dim)},
     )
+    if laq.config.predicts_change:
+        laq._repeat_error.fill_(repeat_error(laq, data_loader.sample_pairs(datasets, training, spec, 512, config.seed)))
     loaders = data_loader.make_loaders(datasets, groups, data_order.group_rows(held_out), spec, config, accelerator)
     keeper = CodebookKeeper(laq, config)
     weight = {"reconstruction": 1.0, "grounding": config.grounding.weight}

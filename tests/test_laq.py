@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from smolvla_shared.files import public_state
-from smolvla_shared.laq import LAQ, RECENT_PAIRS, STILL_ERROR, LAQConfig, PairBatch
+from smolvla_shared.laq import LAQ, RECENT_PAIRS, LAQConfig, PairBatch, move_pixels
 from smolvla_shared.laq_codebook import dead_codes, perplexity, place_codes, spread_codes
 from smolvla_shared.laq_files import load_laq, save_laq, teacher_id
 
@@ -156,7 +156,31 @@ def test_a_fresh_teacher_of_changes_repeats_the_first_frame(tiny_change):
     frames = batch.frames / 255
     assert torch.equal(tiny_change.reconstruct(frames), frames[:, 0])
     error = (frames[:, 0] - frames[:, 1]).square().mean((1, 2, 3))
-    torch.testing.assert_close(tiny_change(batch)["reconstruction"], error / (error + STILL_ERROR))
+    torch.testing.assert_close(tiny_change(batch)["reconstruction"], error)
+    tiny_change._repeat_error.fill_(0.5)  # the unit of the loss
+    torch.testing.assert_close(tiny_change(batch)["reconstruction"], error / 0.5)
+    moving = LAQ(replace(tiny_change.config, moves_pixels=True))
+    torch.testing.assert_close(moving.reconstruct(frames), frames[:, 0], atol=1e-5, rtol=0)
+
+
+def test_flow_moves_pixels():
+    """A flow of whole pixels shifts the image; half a pixel is the mean of two; beyond the border it is repeated."""
+    image = torch.rand(2, 3, 8, 16, generator=torch.Generator().manual_seed(0))
+
+    def flow(x: float, y: float) -> torch.Tensor:  # pixels
+        return torch.tensor([2 * x / 16, 2 * y / 8]).view(1, 2, 1, 1).expand(2, 2, 8, 16)
+
+    right = move_pixels(image, flow(3, 0))
+    torch.testing.assert_close(right[..., :13], image[..., 3:], atol=1e-5, rtol=0)
+    torch.testing.assert_close(right[..., 13:], image[..., 15:].expand(-1, -1, -1, 3), atol=1e-5, rtol=0)
+    torch.testing.assert_close(move_pixels(image, flow(0, -2))[..., 2:, :], image[..., :6, :], atol=1e-5, rtol=0)
+    half = move_pixels(image, flow(0.5, 0))[..., :15]
+    torch.testing.assert_close(half, (image[..., :15] + image[..., 1:]) / 2, atol=1e-5, rtol=0)
+
+
+def test_moving_pixels_without_predicting_the_change_is_refused():
+    with pytest.raises(ValueError, match="it needs predicts_change"):
+        replace(TINY, moves_pixels=True)
 
 
 def test_a_pair_without_change_has_the_embedding_of_its_frames(tiny_change):

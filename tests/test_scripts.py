@@ -67,6 +67,7 @@ def runs(run, run_well, tmp_path_factory, video_dataset, labelled_dataset, laq_c
     train("laq", "-m", "smolvla_shared.teacher", "train", *on_video, *fine_tuned)
     freeze = ["--model.freeze-trunk", "True"]
     train("s2", *LAUNCH, "train_stage2.py", *on_video, *teacher, "--model.preset", "tiny", *freeze)
+    train("codes", "train_stage2.py", *on_video, *teacher, "--model.preset", "tiny", "--latent-head", "codes")
     train("s3", "train_stage3.py", *labelled, *from_artifact, "--ema-decay", "0.5")
     train("scratch", "train_stage3.py", *labelled, "--model.preset", "tiny")
     cotrain = ["--latent-loss-weight", "0.1", "--video-roots", video_dataset]
@@ -148,6 +149,36 @@ def test_stage_2_writes_an_artifact_that_says_where_it_is_from(runs, video_datas
     assert (manifest.source.run, manifest.source.global_step) == ("s2", 4)
     assert manifest.source.datasets == (str(video_dataset),)
     assert manifest.source.versions["torch"] == version("torch")
+
+
+@pytest.mark.slow
+def test_every_checkpoint_of_stage_2_has_its_artifact(runs):
+    last = load_artifact(runs / "s2" / "checkpoints" / "last" / "pretrained_model" / ARTIFACT.name)
+    assert last.manifest == load_artifact(runs / "s2" / ARTIFACT).manifest
+    first = load_artifact(runs / "s2" / "checkpoints" / "000002" / "pretrained_model" / ARTIFACT.name)
+    assert first.manifest.source.global_step == 2
+    assert first.manifest.weights.sha256 != last.manifest.weights.sha256
+
+
+@pytest.mark.slow
+def test_stage_2_classifies_codes_and_stage_3_goes_on_with_them(
+    runs, run_well, video_dataset, labelled_dataset, tmp_path
+):
+    artifact = load_artifact(runs / "codes" / ARTIFACT)
+    teacher = load_laq(runs / "laq" / TEACHER)
+    assert artifact.manifest.core.codebook_size == 8
+    statistics, codebook = artifact.manifest.normalization["latent"], artifact.state_dict["latent_head.codebook"]
+    mean, std = (torch.tensor(values).view(4, 8) for values in (statistics.mean, statistics.std))
+    expected = (teacher.vq.codebooks - mean[:, None]) / std[:, None]
+    torch.testing.assert_close(codebook, expected.clamp(-5, 5))
+    evaluated = [line for line in metrics_of(runs / "codes") if "val/latent" in line]
+    assert all(0 <= line["val/latent_code_accuracy"] <= 1 for line in evaluated)
+    command = ["train_stage3.py", *SIZES, "--data.roots", labelled_dataset, "--data.num-workers", "0"]
+    command += ["--chunk-size", "6", "--n-action-steps", "3", "--stage2-artifact", runs / "codes" / ARTIFACT]
+    command += ["--latent-loss-weight", "0.1", "--laq-ckpt", runs / "laq" / TEACHER, "--video-roots", video_dataset]
+    run_well(*command, "--run-dir", tmp_path / "s3")
+    policy = load_file(tmp_path / "s3" / POLICY / "model.safetensors")
+    assert torch.equal(policy["model.latent_head.codebook"], codebook)
 
 
 @pytest.mark.slow
@@ -288,6 +319,7 @@ def test_wrong_inputs_are_named_and_leave_no_run_directory(
         ("2", "--data.roots x --laq-ckpt x --accept-label-health", "accepts a report: pass it with --label-health"),
         ("2", "--laq-ckpt x", "no dataset given: pass --data.repo-ids"),
         ("2", "--laq-ckpt x --data.roots x --steps 0", "--steps must be at least 1"),
+        ("2", "--data.roots x --laq-ckpt x --latent-head codes --teacher-kind continuous", "continuous has none"),
         ("3", "--data.roots x --chunk-size 4", "--n-action-steps 10 must be between 1 and --chunk-size 4"),
         ("3", "--data.roots x --latent-loss-weight 0.1", "co-training needs --latent-loss-weight > 0"),
         ("3", "--data.roots x --laq-ckpt x", "co-training needs --latent-loss-weight > 0"),
