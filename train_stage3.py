@@ -61,6 +61,10 @@ class Stage3Config(StageOptions, RunConfig):
                 f"co-training needs --latent-loss-weight > 0 (got {self.latent_loss_weight}) and labels: --laq-ckpt "
                 f"(got {self.laq_ckpt}) or --labels cache (got {self.labels})"
             )
+        if self.latent_head and not self.latent_loss_weight:
+            raise ValueError(
+                f"--latent-head {self.latent_head} trains nothing: pass --latent-loss-weight, or leave it out"
+            )
         if self.has_video and not self.latent_loss_weight:
             raise ValueError("--video-roots and --video-repo-ids only teach the latent head: pass --latent-loss-weight")
         if not 0 < self.video_share < 1:
@@ -89,11 +93,17 @@ def open_recordings(config: Stage3Config) -> "tuple[list[RobotDataset], list[Rob
 def split_rows(
     config: Stage3Config, datasets: "list[RobotDataset]", num_labelled: int
 ) -> "tuple[list[tuple[int, np.ndarray]], list[RowGroup], list[RowGroup]]":
-    """Training rows of all datasets; their mixture; held-out rows of the labelled datasets, which come first."""
+    """Training rows of all datasets; their mixture; held-out rows of the labelled datasets, which come first.
+
+    Raises ValueError for video of which no frame has a pair.
+    """
     from smolvla_shared import data, data_order
 
     training, held_out = data_order.split_datasets(datasets, config.val_fraction, config.seed)
-    video = data.with_pairs(datasets, training[num_labelled:])  # a frame without a pair teaches nothing there
+    video = training[num_labelled:]
+    if video:
+        data.valid_pair_share(datasets, video)
+        video = data.with_pairs(datasets, video)  # a frame without a pair teaches nothing there
     mixture = data_order.mix(training[:num_labelled], video, config.video_share)
     return training, mixture, data_order.group_rows([(i, rows) for i, rows in held_out if i < num_labelled])
 

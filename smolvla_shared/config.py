@@ -60,9 +60,8 @@ class CoreConfig:
     max_period: float = 4.0
     time_beta_alpha: float = 1.5
     time_beta_beta: float = 1.0
-    # Beta distribution of the latent head's training times. Codes are many noise deviations apart: at early times the
-    # noisy latent itself tells which code it is, and nothing is learned from the image. Nobody samples latents in few
-    # steps, so the times are near 1, pure noise.
+    # Beta distribution of the latent head's training times, near 1, pure noise. Codes are many noise deviations apart:
+    # at smaller times the noisy latent itself tells its code, and nothing is learned from the image.
     latent_time_beta_alpha: float = 6.0
     latent_time_beta_beta: float = 1.0
 
@@ -193,7 +192,7 @@ class PolicyDataConfig(DataConfig):
             )
 
 
-WARMUP_STEPS = 500
+WARMUP_STEPS = 500  # where none are stated, and at most a tenth of the run
 
 
 @dataclass(frozen=True)

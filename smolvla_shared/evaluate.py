@@ -10,8 +10,9 @@ from torch import Tensor
 from smolvla_shared import losses
 from smolvla_shared.batch import Labels, RawBatch, to_device
 from smolvla_shared.config import LATENT
+from smolvla_shared.laq import LAQ, pixel_error
 from smolvla_shared.model import SmolVLASharedCore
-from smolvla_shared.preprocess import Preprocessor, nearest_codes, normalize_codebook
+from smolvla_shared.preprocess import Preprocessor, nearest_codes, normalize_codebook, unit_range
 
 
 @torch.no_grad()
@@ -24,15 +25,15 @@ def held_out_errors(
 ) -> dict[str, float]:
     """Errors on held-out samples, of each target, in normalised units.
 
-    val/{target}                the flow-matching loss
+    val/{target}                the loss: of flow matching, or a code's cross-entropy
     val/{target}_error          the mean squared error of the predicted mean
     val/{target}_error_of_mean  the mean squared error of always predicting the training mean
 
     The predicted mean is a sample of one Euler step: at t = 1 the input is pure noise, and the best velocity is
     noise - E[target | observation]. With quantized labels also
 
-    val/latent_code_accuracy    how often the code nearest to the predicted mean is the teacher's
-    val/latent_majority_share   how often the teacher's code is the held-out samples' most common one of its slot
+    val/latent_code_accuracy                how often the code nearest to the predicted mean is the teacher's
+    val/latent_code_accuracy_of_majority    how often each slot's most common held-out code is the teacher's
     """
     totals: dict[str, Tensor] = {}
     codes = counts = None
@@ -60,7 +61,22 @@ def held_out_errors(
                     part = torch.stack([losses.masked_sum(values, target.mask), target.mask.sum()])
                     totals[key] = totals.get(key, 0) + part
     reduced = {key: accelerator.reduce(total, "sum").tolist() for key, total in totals.items()}
-    if counts is not None and totals:
+    if counts is not None:
         counts = accelerator.reduce(counts, "sum")
-        reduced["latent_majority_share"] = counts.amax(1).sum().item(), counts.sum().item()
+        reduced["latent_code_accuracy_of_majority"] = counts.amax(1).sum().item(), counts.sum().item()
     return {f"val/{key}": total / max(count, 1) for key, (total, count) in reduced.items()}
+
+
+@torch.no_grad()
+def reconstruction_errors(laq: LAQ, batches: Iterable[RawBatch], accelerator: Accelerator) -> dict[str, float]:
+    """Held-out pixel errors of the second frame: reconstructed from its codes, and by repeating the first frame."""
+    sums = torch.zeros(3, device=accelerator.device)
+    for raw in batches:
+        frames = laq.resize(unit_range(raw.pairs.to(accelerator.device)))
+        mask = raw.pair_mask.to(accelerator.device)
+        predicted = laq.reconstruct(frames)
+        errors = [pixel_error(image, frames[:, 1]) * mask for image in (predicted, frames[:, 0])]
+        sums += torch.stack([errors[0].sum(), errors[1].sum(), mask.sum()])
+    error, of_first_frame, count = accelerator.reduce(sums, "sum").tolist()
+    count = max(count, 1)
+    return {"val/reconstruction": error / count, "val/reconstruction_of_first_frame": of_first_frame / count}

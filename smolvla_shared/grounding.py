@@ -69,7 +69,7 @@ class Grounding:
             pairs = torch.from_numpy(dataset.rows_with_pairs(rows))
             mode, reason = label_probe.action_mode(dataset)
             known[index] = dataset, pairs, label_probe.actions_over_gap(dataset, pairs, mode)
-            self.rows.append((index, rows))
+            self.rows.append((index, pairs.numpy()))
             self.used[dataset.name] = {
                 "fingerprint": dataset_fingerprint(dataset.lerobot.root),
                 "episodes": sorted(set(np.searchsorted(dataset.episode_to, rows, side="right").tolist())),

@@ -77,10 +77,16 @@ class InitialWeights:
     ) -> dict[str, int]:
         """The fields of CoreConfig that give a core a latent head (--latent-head) for these labels.
 
-        Raises ValueError where its own latent head has learned other latent actions.
+        Raises ValueError where its own latent head has learned other latent actions, and for a head that classifies
+        codes where the labels are none.
         """
         own_head = "codes" if self.core.codebook_size else "flow"
         head = head or own_head
+        if head == "codes" and labels.kind != "quantized":
+            raise ValueError(
+                f"the latent head of {self.name} classifies codes, --teacher-kind {labels.kind} has none: "
+                "use --teacher-kind quantized"
+            )
         if self.latents:
             refuse_differences(
                 f"{self.name} has learned other latent actions",

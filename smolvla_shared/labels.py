@@ -15,7 +15,8 @@ from smolvla_shared.laq import LAQ, LatentActions
 from smolvla_shared.laq_files import load_laq, teacher_id, teachers_pairs
 from smolvla_shared.preprocess import Statistics, unit_range
 
-STATISTICS_PAIRS, LEAST_STD = 10_000, 0.1
+STATISTICS_PAIRS = 10_000
+LEAST_STD = 0.1  # of the largest standard deviation
 
 
 class OnlineLabels:

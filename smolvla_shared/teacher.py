@@ -12,12 +12,12 @@ from typing import Annotated
 
 import torch
 import tyro
-from accelerate import Accelerator
 from torch import Tensor
 
 from smolvla_shared import data, data_loader, data_order
 from smolvla_shared.batch import RawBatch
 from smolvla_shared.config import OptimConfig, RunConfig
+from smolvla_shared.evaluate import reconstruction_errors
 from smolvla_shared.grounding import Grounding, GroundingConfig
 from smolvla_shared.label_cache import LabelConfig, label
 from smolvla_shared.label_check import CheckConfig, check
@@ -50,7 +50,7 @@ FRESH = LAQConfig(
 class TeacherOptim(OptimConfig):
     # Peak learning rate of AdamW. Default: 3e-3 * 64 / --laq.dim, which is about 2e-4 at LAPA's width of 1024.
     lr: float | None = None
-    # Steps of linear warm-up from 0. Default: 500, or a tenth of the run if that is less.
+    # Steps of linear warm-up from 0.
     warmup_steps: int | None = 50
 
     def of_width(self, dim: int) -> "TeacherOptim":
@@ -95,21 +95,6 @@ def given_laq(config: TeacherConfig) -> LAQ | None:
         found="file",
     )
     return given
-
-
-@torch.no_grad()
-def reconstruction_errors(laq: LAQ, batches: Iterable[RawBatch], accelerator: Accelerator) -> dict[str, float]:
-    """Held-out pixel errors of the second frame: reconstructed from its codes, and by repeating the first frame."""
-    sums = torch.zeros(3, device=accelerator.device)
-    for raw in batches:
-        frames = laq.resize(unit_range(raw.pairs.to(accelerator.device)))
-        mask = raw.pair_mask.to(accelerator.device)
-        predicted = laq.reconstruct(frames)
-        errors = [pixel_error(image, frames[:, 1]) * mask for image in (predicted, frames[:, 0])]
-        sums += torch.stack([errors[0].sum(), errors[1].sum(), mask.sum()])
-    error, of_first_frame, count = accelerator.reduce(sums, "sum").tolist()
-    count = max(count, 1)
-    return {"val/reconstruction": error / count, "val/reconstruction_of_first_frame": of_first_frame / count}
 
 
 @torch.no_grad()

@@ -503,7 +503,7 @@ def test_the_accuracy_of_codes_is_that_of_the_predicted_mean():
     guess = torch.stack([(mean[:, slot, None] - codes[:, slot]).norm(dim=-1).argmin(-1) for slot in range(4)], dim=1)
     assert found["val/latent_code_accuracy"] == pytest.approx((guess == truth)[mask].float().mean().item())
     most = sum(truth[mask[:, 0], slot].bincount().max().item() for slot in range(4))
-    assert found["val/latent_majority_share"] == pytest.approx(most / 16)
+    assert found["val/latent_code_accuracy_of_majority"] == pytest.approx(most / 16)
 
 
 def test_held_out_errors_are_what_they_say():

@@ -320,6 +320,7 @@ def test_wrong_inputs_are_named_and_leave_no_run_directory(
         ("2", "--laq-ckpt x", "no dataset given: pass --data.repo-ids"),
         ("2", "--laq-ckpt x --data.roots x --steps 0", "--steps must be at least 1"),
         ("2", "--data.roots x --laq-ckpt x --latent-head codes --teacher-kind continuous", "continuous has none"),
+        ("3", "--data.roots x --latent-head codes", "--latent-head codes trains nothing: pass --latent-loss-weight"),
         ("3", "--data.roots x --chunk-size 4", "--n-action-steps 10 must be between 1 and --chunk-size 4"),
         ("3", "--data.roots x --latent-loss-weight 0.1", "co-training needs --latent-loss-weight > 0"),
         ("3", "--data.roots x --laq-ckpt x", "co-training needs --latent-loss-weight > 0"),
