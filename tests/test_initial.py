@@ -509,6 +509,22 @@ def test_co_training_on_the_artifacts_latent_actions_fits_its_head(labels, core,
     assert torch.equal(build(initial, **dims).latent_head.out_proj.weight, core.latent_head.out_proj.weight)
 
 
+def test_the_latent_head_is_the_artifacts_unless_another_is_stated(labels, core, tmp_path):
+    initial = open_from(save(tmp_path, core, replace(LATENTS, teacher_id=labels.teacher_id)))
+    with pytest.raises(ValueError) as error:
+        initial.latent_dims(labels, options(0.5), CAMERAS[0], "codes")
+    assert problems(error) == ["  --latent-head: command line codes, artifact flow"]
+
+
+def test_a_head_that_classifies_needs_codes(labels):
+    initial = open_initial(ModelConfig(preset="tiny"))
+    dims = initial.latent_dims(labels, options(0.5), CAMERAS[0], "codes")
+    assert dims["codebook_size"] == len(labels.codebook)
+    labels.kind = "continuous"
+    with pytest.raises(ValueError, match="classifies codes, --teacher-kind continuous has none"):
+        initial.latent_dims(labels, options(0.5), CAMERAS[0], "codes")
+
+
 def test_the_label_camera_is_renamed_with_the_others(labels, core, tmp_path):
     """A camera is its place: the artifact's latents of its second camera are those of the data's second."""
     latents = replace(LATENTS, teacher_id=labels.teacher_id, label_camera=CAMERAS[1])

@@ -295,6 +295,12 @@ STAGES = {
         ("2", "--data.roots {video} --laq-ckpt {laq} --resume", "--resume: there is no run at"),
         ("3", "--data.roots {video}", "has no 'action' column.*action-free video goes into --video-roots"),
         ("3", "--data.roots {labelled} {images}", "action have different widths"),
+        (
+            "3",
+            "--data.roots {labelled} --latent-loss-weight 1 --laq-ckpt {laq} --video-roots {video} "
+            "--data.frame-gap-s 5",
+            "no episode is longer than --data.frame-gap-s",
+        ),
         ("3", "--data.roots {labelled} --normalization artifact", "starts from a trunk, which has no statistics"),
         ("3", "--data.roots {labelled} --stage2-artifact nowhere.safetensors", "nowhere.safetensors does not exist"),
     ],
