@@ -206,12 +206,21 @@ def test_preprocessor_makes_a_batch(tokenizer):
 
     latent, action = batch.targets["latent"], batch.targets["action"]
     torch.testing.assert_close(latent.value[0], torch.zeros(2, 3))  # the statistics' mean
-    torch.testing.assert_close(latent.value[1], torch.tensor([[6.0, 3, 6], [3, 6, 3]]))
+    torch.testing.assert_close(latent.value[1], torch.tensor([[5.0, 3, 5], [3, 5, 3]]))  # 6 is clipped at 5
     assert latent.mask.tolist() == [[True, True], [False, False]]
     torch.testing.assert_close(action.value[0], torch.tensor([[1.0, 1, 0, 0]] * 3))
     torch.testing.assert_close(action.value[1], torch.tensor([[0.0, -1, 0, 0]] * 3))
     assert action.mask.tolist() == [[True, True, True], [True, False, False]]
     assert action.noise.mean() == 1 and latent.noise.mean() == 0 and action.time.mean() == 1 and latent.time.mean() == 0
+
+
+def test_latents_are_clipped_on_both_sides_and_nothing_else_is(tokenizer):
+    raw = make_raw_batch()
+    raw.actions = raw.actions + 1e3
+    latents = torch.tensor([[-1e3, 1e3, 0.0]]).expand(2, 2, 3)
+    targets = Preprocessor(CONFIG, tokenizer, STATISTICS)(raw, latents).targets
+    assert (targets["latent"].value[..., 0] == -5).all() and (targets["latent"].value[..., 1] == 5).all()
+    assert targets["action"].value.max() > 100
 
 
 def test_targets_are_those_with_noise(tokenizer):
