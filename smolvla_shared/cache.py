@@ -20,9 +20,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from smolvla_shared.files import write_text, write_weights
-from smolvla_shared.refusals import refuse_differences
+from smolvla_shared.refusals import read_json, refuse_differences
 
 MANIFEST = "cache.json"
+ROW_FIELDS = "rows", "shard_rows"  # what a RowCache adds to its key
 # Bytes that the fingerprint reads at either end of a data file: videos are too large to hash whole.
 FINGERPRINT_EDGE = 1 << 16
 # Files that a process keeps mapped at a time. A mapping takes addresses, not memory; Linux allows 65,530 of them.
@@ -57,6 +58,14 @@ def dataset_directories(cache: Path, names: list[str]) -> list[Path]:
     if len(set(directories)) < len(directories):
         raise ValueError(f"two of {names} end in the same names: give each a cache directory of its own")
     return directories
+
+
+def read_key(directory: Path) -> dict[str, Any]:
+    """The key of a cache. Raises ValueError for a manifest that is damaged."""
+    key = read_json(directory / MANIFEST).get("key")
+    if not isinstance(key, dict):
+        raise ValueError(f"{directory / MANIFEST} has no key: remove the directory and fill the cache again")
+    return key
 
 
 @lru_cache(maxsize=MAPPED_FILES)
@@ -94,7 +103,7 @@ class RowCache:
             if {path.name for path in self.directory.glob("*")} - {f"{MANIFEST}.tmp"}:  # a kill may leave .tmp
                 raise ValueError(f"{self.directory} holds something that is no cache: name another directory")
             return False
-        asked, found = json.loads(self._manifest())["key"], json.loads(manifest.read_text())["key"]
+        asked, found = json.loads(self._manifest())["key"], read_key(self.directory)
         refuse_differences(
             f"{self.directory} was made for something else. Make another one, or remove it",
             [(name, asked.get(name), found.get(name)) for name in sorted(asked.keys() | found.keys())],
@@ -110,7 +119,7 @@ class RowCache:
             (self.directory / "shards").mkdir(exist_ok=True)
 
     def _manifest(self) -> str:
-        key = self.key | {"rows": self.num_rows, "shard_rows": self.shard_rows}
+        key = self.key | dict(zip(ROW_FIELDS, (self.num_rows, self.shard_rows)))
         return json.dumps({"key": key}, indent=2) + "\n"
 
     def shards(self) -> list[range]:

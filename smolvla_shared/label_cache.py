@@ -7,11 +7,9 @@ A cache directory holds the labels of any number of datasets, each under a key o
     <directory>/<dataset>/codebook.safetensors   codebook [C, D]
 """
 
-import json
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,12 +18,21 @@ from torch import Tensor
 
 from smolvla_shared import data, data_blocks
 from smolvla_shared.batch import RawBatch
-from smolvla_shared.cache import MANIFEST, RowCache, dataset_directories, dataset_fingerprint, read_mapped
+from smolvla_shared.cache import (
+    MANIFEST,
+    ROW_FIELDS,
+    RowCache,
+    dataset_directories,
+    dataset_fingerprint,
+    read_key,
+    read_mapped,
+)
 from smolvla_shared.config import DataConfig, TeacherKind, TeacherOptions
 from smolvla_shared.files import write_weights
 from smolvla_shared.laq import LAQ
 from smolvla_shared.laq_files import load_laq, teacher_id, teachers_pairs
 from smolvla_shared.preprocess import unit_range
+from smolvla_shared.refusals import decode
 
 # How a recorded frame becomes the teacher's input (LAQ.resize). Raise the number when that changes.
 PREPROCESSING = "1: uint8 / 255, antialiased bilinear to the teacher's square"
@@ -55,7 +62,7 @@ def label_stores(
     """
     directories = dataset_directories(cache, [dataset.name for dataset in datasets])
     if teacher is None:
-        teacher = cached_key(directories[0])["teacher_id"]
+        teacher = cached_key(directories[0]).teacher_id
     stores = []
     for directory, dataset in zip(directories, datasets, strict=True):
         key = LabelKey(
@@ -70,15 +77,16 @@ def label_stores(
     return stores
 
 
-def cached_key(directory: Path) -> dict[str, Any]:
-    """The key of the labels in a directory, the fields of LabelKey. Raises ValueError if there are no labels."""
+def cached_key(directory: Path) -> LabelKey:
+    """The key of the labels in a directory. Raises ValueError if there are none, or they are not labels."""
     if not (directory / MANIFEST).is_file():
         there = sorted(path.name for path in directory.parent.glob("*/")) or "nothing"
         raise ValueError(
             f"--label-cache: there are no labels at {directory} (in {directory.parent}: {there}); "
             "make them with `python -m smolvla_shared.teacher label`"
         )
-    return json.loads((directory / MANIFEST).read_text())["key"]
+    key = {name: value for name, value in read_key(directory).items() if name not in ROW_FIELDS}
+    return decode(LabelKey, key, f"{directory / MANIFEST}")
 
 
 class CachedLabels:

@@ -55,7 +55,7 @@ def labels_pairs[Data: DataConfig](config: StageOptions, data: Data) -> Data:
     if config.labels == "online":  # no labels: Stage 3 without co-training
         return data
     key = cached_key(dataset_directories(config.label_cache, [*data.repo_ids, *map(str, data.roots)])[0])
-    own = {"frame_gap_s": key["frame_gap_s"], "label_camera": key["camera"]}
+    own = {"frame_gap_s": key.frame_gap_s, "label_camera": key.camera}
     return replace(data, **{name: value for name, value in own.items() if getattr(data, name) is None})
 
 

@@ -2,7 +2,7 @@
 
 import json
 import re
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,29 @@ from smolvla_shared.files import (
     write_weights,
 )
 from smolvla_shared.laq import LAQ, SECOND_CONV, LAQConfig, slots_of_grid
-from smolvla_shared.refusals import refuse_differences
+from smolvla_shared.refusals import decode, read_json, refuse_differences, refuse_schema
 
 SCHEMA = "smolvla_shared.laq.v1"
+
+
+@dataclass(frozen=True)
+class Weights:
+    sha256: str
+    tensors: int
+    parameters: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The .json beside a teacher's weights."""
+
+    config: LAQConfig
+    weights: Weights
+    teacher_id: str
+    # What its training used (run.origin, frame gap, label camera, grounding); {}: not recorded.
+    source: dict[str, Any] = field(default_factory=dict)
+    kind: str = "laq"
+    schema_version: str = SCHEMA
 
 
 def teacher_id(laq: LAQ) -> str:
@@ -36,27 +56,16 @@ def teacher_id(laq: LAQ) -> str:
 
 def save_laq(laq: LAQ, path: Path, extra: dict[str, Any] | None = None) -> None:
     """Write `path` (.safetensors) and a .json beside it: config, hash of the weights, and `extra` as "source"."""
-    weights = public_state(laq.state_dict())
-    manifest = {
-        "schema_version": SCHEMA,
-        "kind": "laq",
-        "config": asdict(laq.config),
-        "weights": {
-            "sha256": write_weights(path, weights),
-            "tensors": len(weights),
-            "parameters": sum(tensor.numel() for tensor in weights.values()),
-        },
-        "teacher_id": teacher_id(laq),
-        "source": extra or {},
-    }
-    write_text(path.with_suffix(".json"), json.dumps(manifest, indent=2) + "\n")
+    tensors = public_state(laq.state_dict())
+    weights = Weights(write_weights(path, tensors), len(tensors), sum(tensor.numel() for tensor in tensors.values()))
+    manifest = Manifest(laq.config, weights, teacher_id(laq), extra or {})
+    write_text(path.with_suffix(".json"), json.dumps(asdict(manifest), indent=2) + "\n")
 
 
 def teachers_source(path: Path) -> dict[str, Any]:
     """What the .json beside a teacher records of its training; {} for LAPA's files."""
-    manifest = Path(path).with_suffix(".json")
-    is_ours = Path(path).suffix == ".safetensors" and manifest.is_file()  # load_laq refuses a missing .json
-    return json.loads(manifest.read_text()).get("source", {}) if is_ours else {}
+    check_path(path)
+    return read_manifest(path).source if path.suffix == ".safetensors" else {}
 
 
 def teachers_pairs[Data: DataConfig](path: Path, data: Data, accept_other: bool = False) -> Data:
@@ -81,13 +90,8 @@ def teachers_pairs[Data: DataConfig](path: Path, data: Data, accept_other: bool 
     return replace(data, **{name: own[name] if stated[name] is None else stated[name] for name in own})
 
 
-def load_laq(path: Path, code_seq_len: int | None = None, image_size: int | None = None) -> LAQ:
-    """A frozen LAQ in eval mode, on the CPU, from our .safetensors or LAPA's .pt.
-
-    LAPA's files do not record the image size (default 256). S follows from the image size and the weights' shapes.
-    Raises ValueError if an argument contradicts the file, or a key or shape does not match.
-    """
-    path = Path(path)
+def check_path(path: Path) -> None:
+    """Raise ValueError unless there is a file of one of the two kinds."""
     if path.suffix not in (".safetensors", ".pt"):
         raise ValueError(f"--laq-ckpt {path}: expected a .safetensors file of this package or a .pt file of LAPA")
     if not path.is_file():
@@ -95,12 +99,22 @@ def load_laq(path: Path, code_seq_len: int | None = None, image_size: int | None
             f"--laq-ckpt {path}: no such file; pass LAPA's laq_openx.pt, or the .safetensors file that "
             f"`python -m smolvla_shared.teacher train` writes"
         )
+
+
+def load_laq(path: Path, code_seq_len: int | None = None, image_size: int | None = None) -> LAQ:
+    """A frozen LAQ in eval mode, on the CPU, from our .safetensors or LAPA's .pt.
+
+    LAPA's files do not record the image size (default 256). S follows from the image size and the weights' shapes.
+    Raises ValueError if an argument contradicts the file, or a key or shape does not match.
+    """
+    check_path(path)
     if path.suffix == ".pt":
         state = torch.load(path, map_location="cpu", weights_only=True)
         state = {key.removeprefix("module."): tensor for key, tensor in state.items()}  # DDP's prefix
         config = infer_config(path, state, code_seq_len, image_size)
     else:
-        config = read_config(path)
+        manifest = read_manifest(path)
+        config = manifest.config
         for option, given, found in [
             ("--laq-code-seq-len", code_seq_len, config.code_seq_len),
             ("--laq-image-size", image_size, config.image_size),
@@ -109,6 +123,11 @@ def load_laq(path: Path, code_seq_len: int | None = None, image_size: int | None
                 raise ValueError(
                     f"{option} {given}, but {path.with_suffix('.json')} says {found}: leave the option out"
                 )
+        if (sha256 := file_sha256(path)) != manifest.weights.sha256:
+            raise ValueError(
+                f"{path} has sha256 {sha256}, but {path.with_suffix('.json').name} says {manifest.weights.sha256}: "
+                "the file was changed or cut short, copy both again"
+            )
         state = load_file(path)
     with torch.device("meta"):
         laq = LAQ(config)
@@ -129,26 +148,14 @@ def assemble_laq(config: LAQConfig, state: dict[str, Tensor]) -> LAQ:
     return laq
 
 
-def read_config(path: Path) -> LAQConfig:
-    """The config in the .json beside our .safetensors. Raises ValueError if schema, fields or hash do not match."""
-    manifest_path = path.with_suffix(".json")
-    if not manifest_path.is_file():
-        raise ValueError(f"--laq-ckpt {path}: {manifest_path.name} is missing beside it; the two belong together")
-    manifest = json.loads(manifest_path.read_text())
-    if manifest.get("schema_version") != SCHEMA:
-        raise ValueError(f"{manifest_path}: schema_version {manifest.get('schema_version')!r}, expected {SCHEMA!r}")
-    expected, found = {field.name for field in fields(LAQConfig)}, set(manifest["config"])
-    if found != expected:
-        raise ValueError(
-            f"{manifest_path}: config lacks {sorted(expected - found)} and has unknown {sorted(found - expected)}"
-        )
-    sha256 = file_sha256(path)
-    if manifest["weights"]["sha256"] != sha256:
-        raise ValueError(
-            f"{path} has sha256 {sha256}, but {manifest_path.name} says {manifest['weights']['sha256']}: "
-            f"the file was changed or cut short, copy both again"
-        )
-    return LAQConfig(**manifest["config"])
+def read_manifest(path: Path) -> Manifest:
+    """The .json beside our .safetensors, read strictly. Raises ValueError if it is missing, or its fields are wrong."""
+    manifest = path.with_suffix(".json")
+    if not manifest.is_file():
+        raise ValueError(f"--laq-ckpt {path}: {manifest.name} is missing beside it; the two belong together")
+    body = read_json(manifest)
+    refuse_schema(manifest, body, SCHEMA)
+    return decode(Manifest, body, str(manifest))
 
 
 def infer_config(path: Path, state: dict[str, Tensor], code_seq_len: int | None, image_size: int | None) -> LAQConfig:

@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimi
 
 from smolvla_shared.config import RunConfig
 from smolvla_shared.files import file_sha256, sync, write_text
+from smolvla_shared.refusals import decode, read_json
 from smolvla_shared.run_sharding import gather, scatter_
 from smolvla_shared.run_signals import STOPPED_FILE
 
@@ -27,10 +28,23 @@ FREE_ON_RESUME = {
 }
 FULL_STATE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 STATE_FILE = Path("training_state") / "state.pt"
-# Size and sha256 of every other file of a checkpoint, to detect truncated or mixed checkpoints.
 RECORD_FILE = "checkpoint.json"
 # export(directory, full weights by name, step) writes a policy, an artifact or a teacher.
 Export = Callable[[Path, dict[str, Tensor], int], None]
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Record:
+    """checkpoint.json: every other file of a checkpoint, to detect truncated or mixed checkpoints."""
+
+    step: int
+    files: dict[str, FileRecord]
 
 
 @dataclass
@@ -110,7 +124,7 @@ def check_run(config: RunConfig, accelerator: Accelerator) -> Path | None:
         return None
     if not (run_dir / "config.json").is_file():
         raise ValueError(f"--resume: there is no run at {run_dir} (no config.json); start without --resume")
-    before, now = flat(json.loads((run_dir / "config.json").read_text())), flat(config_json(config))
+    before, now = flat(read_json(run_dir / "config.json")), flat(config_json(config))
     changed = {key for key in before.keys() | now.keys() if before.get(key) != now.get(key)}
     if changed - FREE_ON_RESUME:
         raise ValueError(
@@ -166,17 +180,17 @@ def numbered(run_dir: Path) -> list[Path]:
 def damage(checkpoint: Path) -> list[str]:
     """How the files of a checkpoint differ from what was written, in words; [] if the checkpoint is whole."""
     try:
-        files = json.loads((checkpoint / RECORD_FILE).read_text())["files"]
-    except (OSError, ValueError) as error:
-        return [f"{RECORD_FILE}: {error}"]
+        record = decode(Record, read_json(checkpoint / RECORD_FILE), RECORD_FILE)
+    except ValueError as error:
+        return [str(error)]
     problems = []
-    for name, written in files.items():
+    for name, written in record.files.items():
         path = checkpoint / name
         if not path.is_file():
             problems.append(f"{name}: missing")
-        elif path.stat().st_size != written["bytes"]:
-            problems.append(f"{name}: {path.stat().st_size:,} bytes, {written['bytes']:,} were written")
-        elif file_sha256(path) != written["sha256"]:
+        elif path.stat().st_size != written.bytes:
+            problems.append(f"{name}: {path.stat().st_size:,} bytes, {written.bytes:,} were written")
+        elif file_sha256(path) != written.sha256:
             problems.append(f"{name}: not what was written (sha256 differs)")
     return problems
 
@@ -233,11 +247,11 @@ def save_checkpoint(config: RunConfig, state: TrainingState, accelerator: Accele
 def write_record(checkpoint: Path, step: int) -> None:
     """Write checkpoint.json: size and sha256 of every file."""
     files = {
-        str(path.relative_to(checkpoint)): {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+        str(path.relative_to(checkpoint)): FileRecord(path.stat().st_size, file_sha256(path))
         for path in sorted(checkpoint.rglob("*"))
         if path.is_file()
     }
-    (checkpoint / RECORD_FILE).write_text(json.dumps({"step": step, "files": files}, indent=2) + "\n")
+    (checkpoint / RECORD_FILE).write_text(json.dumps(asdict(Record(step, files)), indent=2) + "\n")
 
 
 def remove(checkpoint: Path) -> None:

@@ -487,8 +487,12 @@ def test_changed_files_are_refused(tiny, tmp_path):
     path.write_bytes(weights)
 
     for old, new, message in [
-        ("laq.v1", "laq.v0", r"schema_version 'smolvla_shared\.laq\.v0', expected 'smolvla_shared\.laq\.v1'"),
-        ('"heads"', '"head_count"', r"lacks \['heads'\] and has unknown \['head_count'\]"),
+        (
+            "laq.v1",
+            "laq.v0",
+            r"schema_version is 'smolvla_shared\.laq\.v0', this version reads 'smolvla_shared\.laq\.v1'",
+        ),
+        ('"heads"', '"head_count"', r"config\.heads: missing\n *config\.head_count: unknown"),
         ('"codebook_size": 4', '"codebook_size": 5', r"wrong shape: vq\.codebooks \[4, 8\], expected \[5, 8\]"),
         ('"code_seq_len": 4', '"code_seq_len": 3', "code_seq_len must be one of"),
     ]:

@@ -290,6 +290,9 @@ def test_the_teachers_own_pairs_are_the_default(run_dir, video_dataset, tmp_path
     manifest["source"] |= {"frame_gap_s": 0.2, "label_camera": CAMERA}
     other = tmp_path / "laq.safetensors"
     other.with_suffix(".json").write_text(json.dumps(manifest))
+    other.touch()
+    lapas = tmp_path / "laq_openx.pt"
+    lapas.touch()
     options = DataConfig(roots=(video_dataset,))
     found = teachers_pairs(other, options)
     assert (found.frame_gap_s, found.gap_s, found.label_camera) == (0.2, 0.2, CAMERA)
@@ -301,7 +304,7 @@ def test_the_teachers_own_pairs_are_the_default(run_dir, video_dataset, tmp_path
     ):
         teachers_pairs(other, stated)
     assert teachers_pairs(other, stated, accept_other=True) == replace(stated, label_camera=CAMERA)
-    assert teachers_pairs(Path("laq_openx.pt"), options) == options
+    assert teachers_pairs(lapas, options) == options
     assert (options.frame_gap_s, options.gap_s) == (None, 0.5)
 
 
