@@ -145,8 +145,8 @@ def train_teacher(config: TeacherConfig) -> None:
         f"{data.describe(datasets, with_pairs=True)}\n"
         f"LAQ {f'from {config.init_from}' if config.init_from else 'with fresh weights'}: "
         f"{sum(p.numel() for p in laq.parameters()):,} parameters; a latent action is {laq.config.code_seq_len} codes "
-        f"out of {laq.config.codebook_size}; {data_order.plan(groups, config)}; pairs of {label_camera} "
-        f"at {laq.config.image_size} pixels, {pair_share:.1%} of the frames have one" + (f"; {grounding}" if grounding else "")
+        f"out of {laq.config.codebook_size}; {data_order.plan(groups, config)}; {laq.config.image_size}-pixel "
+        f"pairs of {label_camera}, {pair_share:.1%} of the frames have one" + (f"; {grounding}" if grounding else "")
     )
     spec = data_loader.SampleSpec(
         cameras=(),
