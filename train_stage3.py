@@ -100,10 +100,7 @@ def split_rows(
     from smolvla_shared import data, data_order
 
     training, held_out = data_order.split_datasets(datasets, config.val_fraction, config.seed)
-    video = training[num_labelled:]
-    if video:
-        data.valid_pair_share(datasets, video)
-        video = data.with_pairs(datasets, video)  # a frame without a pair teaches nothing there
+    video = data.with_pairs(datasets, training[num_labelled:])  # a frame without a pair teaches nothing there
     mixture = data_order.mix(training[:num_labelled], video, config.video_share)
     return training, mixture, data_order.group_rows([(i, rows) for i, rows in held_out if i < num_labelled])
 

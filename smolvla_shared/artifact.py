@@ -141,11 +141,13 @@ def load_artifact(path: Path) -> Artifact:
     a tokenizer that are not the ones the manifest was written for.
     """
     if path.suffix != ".safetensors":
-        raise ValueError(f"--stage2-artifact {path} should name the weights, a .safetensors file")
+        raise ValueError(f"a Stage 2 artifact is named by its weights, a .safetensors file, not {path}")
     manifest_path, tokenizer_path = path.with_suffix(".json"), path.with_suffix(".tokenizer.json")
     for needed in (path, manifest_path, tokenizer_path):
         if not needed.is_file():
-            raise ValueError(f"--stage2-artifact {path}: {needed} does not exist; Stage 2 writes three files together")
+            raise ValueError(
+                f"no Stage 2 artifact {path}: there is no {needed.name} of its three files; copy all of them"
+            )
     manifest = read_manifest(manifest_path)
     for file, expected in ((path, manifest.weights.sha256), (tokenizer_path, manifest.tokenizer_sha256)):
         if (found := file_sha256(file)) != expected:

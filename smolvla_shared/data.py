@@ -91,8 +91,9 @@ class RobotDataset:
         """Time between the frames of a pair, seconds: --data.frame-gap-s rounded to whole frames."""
         return self.gap / self.fps
 
-    def episode_of(self, row: int) -> int:
-        return int(np.searchsorted(self.episode_to, row, side="right"))
+    def episode_of(self, rows: int | np.ndarray) -> np.ndarray:
+        """The episode of a row, or of each of several."""
+        return np.searchsorted(self.episode_to, rows, side="right")
 
     def task(self, row: int) -> str:
         return self.meta.tasks.iloc[self.task_index[row]].name
@@ -103,7 +104,7 @@ class RobotDataset:
 
     def rows_with_pairs(self, rows: np.ndarray) -> np.ndarray:
         """The rows whose pair does not cross the episode's end."""
-        ends = self.episode_to[np.searchsorted(self.episode_to, rows, side="right")]
+        ends = self.episode_to[self.episode_of(rows)]
         return rows[rows + self.gap < ends]
 
     def vector_dim(self, key: str) -> int:
@@ -114,7 +115,7 @@ class RobotDataset:
         if camera not in self.meta.video_keys:
             images = [np.asarray(self.images[camera][row][camera]) for row in rows]
             return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
-        video, episodes = self.videos[camera], np.searchsorted(self.episode_to, rows, side="right")
+        video, episodes = self.videos[camera], self.episode_of(rows)
         times = video.start[episodes] + (np.asarray(rows) - self.episode_from[episodes]) / self.fps
         parts = []
         for chunk, file in np.unique(video.file[episodes], axis=0).tolist():
@@ -252,18 +253,24 @@ def common_size(frames: Tensor, square_side: int | None) -> Tensor:
 
 
 def with_pairs(datasets: list[RobotDataset], rows_of: list[tuple[int, np.ndarray]]) -> list[tuple[int, np.ndarray]]:
-    """(dataset index, rows) without the rows whose pair would cross the episode's end: they have no latent action."""
-    rows_of = [(index, datasets[index].rows_with_pairs(rows)) for index, rows in rows_of]
-    return [(index, rows) for index, rows in rows_of if len(rows)]
+    """(dataset index, rows) without the rows whose pair would cross the episode's end: they have no latent action.
+
+    Raises ValueError if there are rows and none has a pair.
+    """
+    paired = [(index, datasets[index].rows_with_pairs(rows)) for index, rows in rows_of]
+    paired = [(index, rows) for index, rows in paired if len(rows)]
+    if rows_of and not paired:
+        gaps = {datasets[index].name: f"{datasets[index].gap_s:.3g} s" for index, _ in rows_of}
+        raise ValueError(
+            f"no episode is longer than --data.frame-gap-s, {gaps}: pass a smaller gap, or --val-fraction 0 if these "
+            f"are the held-out episodes alone ({sum(len(rows) for _, rows in rows_of)} frames)"
+        )
+    return paired
 
 
 def valid_pair_share(datasets: list[RobotDataset], rows_of: list[tuple[int, np.ndarray]]) -> float:
     """Share of (dataset index, rows) whose pair does not cross the episode's end. Raises ValueError if it is 0."""
-    valid = sum(len(rows) for _, rows in with_pairs(datasets, rows_of))
-    if not valid:
-        gaps = {dataset.name: f"{dataset.gap_s:.3g} s" for dataset in datasets}
-        raise ValueError(f"no episode is longer than --data.frame-gap-s, there is nothing to label: {gaps}")
-    return valid / sum(len(rows) for _, rows in rows_of)
+    return sum(len(rows) for _, rows in with_pairs(datasets, rows_of)) / sum(len(rows) for _, rows in rows_of)
 
 
 def describe(datasets: list[RobotDataset], with_pairs: bool) -> str:

@@ -42,7 +42,7 @@ class FrameBlocks(Dataset):
 
 def episode_blocks(dataset: RobotDataset, rows: np.ndarray, size: int) -> list[np.ndarray]:
     """Sorted rows in blocks of at most `size` rows. No block spans two episodes."""
-    episodes = np.searchsorted(dataset.episode_to, rows, side="right")
+    episodes = dataset.episode_of(rows)
     by_episode = np.split(rows, np.flatnonzero(np.diff(episodes)) + 1) if len(rows) else []
     return [block[start : start + size] for block in by_episode for start in range(0, len(block), size)]
 

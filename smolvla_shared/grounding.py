@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -72,7 +71,7 @@ class Grounding:
             self.rows.append((index, pairs.numpy()))
             self.used[dataset.name] = {
                 "fingerprint": dataset_fingerprint(dataset.lerobot.root),
-                "episodes": sorted(set(np.searchsorted(dataset.episode_to, rows, side="right").tolist())),
+                "episodes": sorted(set(dataset.episode_of(rows).tolist())),
                 "actions": f"{label_probe.action_key(dataset)}, {mode} over the gap ({reason})",
             }
         statistics = Statistics.of(torch.cat([actions for *_, actions in known.values()]).float())

@@ -94,7 +94,7 @@ def unseen_rows(dataset: data.RobotDataset, grounded: dict[str, list[int]]) -> n
     """
     rows = dataset.rows_with_pairs(np.arange(dataset.num_frames))
     known = grounded.get(dataset_fingerprint(dataset.lerobot.root), []) if grounded else []
-    return rows[~np.isin(np.searchsorted(dataset.episode_to, rows, side="right"), known)]
+    return rows[~np.isin(dataset.episode_of(rows), known)]
 
 
 def draw_rows(datasets: list[data.RobotDataset], config: CheckConfig) -> list[np.ndarray]:

@@ -66,7 +66,7 @@ def action_mode(dataset: RobotDataset) -> tuple[ActionMode, str]:
     a state: `change` if successive actions are nearly equal.
     """
     rows = torch.from_numpy(dataset.rows_with_pairs(np.arange(dataset.num_frames)))
-    episodes = torch.from_numpy(np.searchsorted(dataset.episode_to, rows.numpy(), side="right"))
+    episodes = torch.from_numpy(dataset.episode_of(rows.numpy()))
     if STATE_KEY in dataset.features:
         moved = displacements(dataset, rows)
         explained = {m: mean_r2(moved, actions_over_gap(dataset, rows, m), episodes) for m in ("sum", "change")}

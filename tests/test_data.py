@@ -481,8 +481,12 @@ def test_frames_without_a_pair_are_left_out(video, images):
     last = [end - 1 - back for end in video.episode_to for back in range(video.gap)]
     assert [index for index, _ in found] == ([0, 1] if 3 + images.gap <= images.episode_to[0] else [0])
     assert found[0][1].tolist() == sorted(set(range(video.num_frames)) - set(last))
-    short = [(0, np.arange(video.episode_to[0] - video.gap, video.episode_to[0]))]
-    assert data.with_pairs([video], short) == []
+    short = (0, np.arange(video.episode_to[0] - video.gap, video.episode_to[0]))
+    long = (1, np.arange(video.num_frames))
+    assert [index for index, _ in data.with_pairs([video, video], [short, long])] == [1]
+    # As held-out episodes that are too short: without a word nothing would be evaluated.
+    with pytest.raises(ValueError, match=rf"or --val-fraction 0 if these are the held-out .* \({video.gap} frames\)"):
+        data.with_pairs([video], [short])
 
 
 def test_video_without_a_single_whole_pair_is_refused(video_dataset):

@@ -449,7 +449,7 @@ def test_what_is_nothing_to_start_from_is_refused(smolvla, tmp_path):
         open_from(Path("nobody/nothing"))
     with pytest.raises(ValueError, match=r"no policy in .*: config.json is missing, found \[\]"):
         open_from(tmp_path)
-    with pytest.raises(ValueError, match=r"missing.safetensors does not exist"):
+    with pytest.raises(ValueError, match=r"there is no missing.safetensors of its three files"):
         open_from(tmp_path / "missing.safetensors")
     act = copy(smolvla, tmp_path / "act")
     (act / "config.json").write_text(json.dumps({"type": "act"}))

@@ -240,7 +240,7 @@ class Recorded(SimpleNamespace):
     """A dataset of six episodes of 20 frames, in memory, with these columns."""
 
     gap, num_frames, episode_from, episode_to = 3, 120, np.arange(0, 120, 20), np.arange(20, 140, 20)
-    rows_with_pairs = data.RobotDataset.rows_with_pairs
+    rows_with_pairs, episode_of = data.RobotDataset.rows_with_pairs, data.RobotDataset.episode_of
 
 
 @pytest.mark.parametrize("has_state", [True, False])
@@ -258,13 +258,13 @@ def test_velocities_and_positions_are_told_apart(monkeypatch, kind, has_state):
     assert ("displacement explains" if has_state else "correlate by") in reason
 
 
-def test_a_teacher_that_encodes_the_action_scores_near_1(laq, labelled_dataset, tmp_path):
+def test_a_teacher_that_encodes_the_action_scores_near_1(laq, laq_checkpoint, labelled_dataset, tmp_path):
     sees = SeesTheSquare(laq.config)
     config = CheckConfig(
         out=tmp_path,
         data=DataConfig(roots=(labelled_dataset,), frame_gap_s=0.2, num_workers=0),
         pairs=400,
-        laq_ckpt=tmp_path,
+        laq_ckpt=laq_checkpoint,
     )
     datasets = data.open_datasets(config.data)
     seen, triples, latents = observe(

@@ -302,7 +302,11 @@ STAGES = {
             "no episode is longer than --data.frame-gap-s",
         ),
         ("3", "--data.roots {labelled} --normalization artifact", "starts from a trunk, which has no statistics"),
-        ("3", "--data.roots {labelled} --stage2-artifact nowhere.safetensors", "nowhere.safetensors does not exist"),
+        (
+            "3",
+            "--data.roots {labelled} --stage2-artifact nowhere.safetensors",
+            "there is no nowhere.safetensors of its three",
+        ),
     ],
 )
 def test_wrong_inputs_are_named_and_leave_no_run_directory(
