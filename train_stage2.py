@@ -84,11 +84,11 @@ def main(config: Stage2Config) -> None:
     data.set_frame_gap(datasets, options.gap_s)
     cameras, label_camera = data.choose_cameras(datasets, options)
     training, held_out = data_order.split_datasets(datasets, config.val_fraction, config.seed)
-    labels = open_labels(config, datasets, label_camera)
+    labels = open_labels(config, datasets, label_camera, config.latent_horizon or initial.latent_horizon)
     dims = initial.latent_dims(labels, options, label_camera, config.latent_head)
     dims |= data.state_dims(datasets, config.model.use_state)
     about = labels.teacher_id, labels.kind, options.gap_s, label_camera, data.valid_pair_share(datasets, training)
-    latents = with_health(artifact.Latents(*about), config.label_health, config.accept_label_health)
+    latents = with_health(artifact.Latents(*about, labels.horizon), config.label_health, config.accept_label_health)
     accelerator, resume_from = start_run(config)
 
     core = initial.build(config.model, cameras, [LATENT], **dims)
@@ -106,13 +106,13 @@ def main(config: Stage2Config) -> None:
 
     with Run(config, accelerator, core, resume_from, export) as run:
         for raws in run.steps(loaders.train):
-            targets = [labels(raw) for raw in raws]  # latent actions [B, S, D]: what happened between two frames
+            targets = [labels(raw) for raw in raws]  # latent actions [B, M*S, D]: what happened between two frames
             run.mark("teacher")
             batches = [preprocessor(raw, latent) for raw, latent in zip(raws, targets, strict=True)]
             counts = valid_tokens(batches, accelerator)
             run.mark("preprocess")
             for batch in run.passes(batches):
-                errors = run.core(batch)  # {"latent": [B, S]}: flow-matching error of each token
+                errors = run.core(batch)  # {"latent": [B, M*S]}: flow-matching error of each token
                 loss = masked_mean(errors[LATENT], batch.masks[LATENT], counts[LATENT])
                 run.backward(loss)
                 run.record({LATENT: loss}, errors, batch.masks)

@@ -145,7 +145,8 @@ def main(config: Stage3Config) -> None:
     dims = {"action_dim": data.common_dim(labelled, data.ACTION_KEY), "chunk_size": config.chunk_size}
     dims |= data.state_dims(datasets, config.model.use_state)
     recorded = initial.recorded_statistics(dims) if config.normalization == "artifact" else {}
-    labels = open_labels(config, datasets, label_camera) if LATENT in weight else None
+    horizon = config.latent_horizon or initial.latent_horizon
+    labels = open_labels(config, datasets, label_camera, horizon) if LATENT in weight else None
     dims |= initial.latent_dims(labels, options, label_camera, config.latent_head) if labels else {}
     training, groups, held_out = split_rows(config, datasets, len(labelled))
     accelerator, resume_from = start_run(config)
@@ -168,13 +169,13 @@ def main(config: Stage3Config) -> None:
 
     with Run(config, accelerator, core, resume_from, export) as run:
         for raws in run.steps(loaders.train):
-            targets = [labels(raw) if labels else None for raw in raws]  # latent actions [B, S, D], if co-training
+            targets = [labels(raw) if labels else None for raw in raws]  # latent actions [B, M*S, D], if co-training
             run.mark("teacher")
             batches = [preprocessor(raw, latent) for raw, latent in zip(raws, targets, strict=True)]
             counts = valid_tokens(batches, accelerator)
             run.mark("preprocess")
             for batch in run.passes(batches):
-                errors = run.core(batch)  # {"action": [B, T], "latent": [B, S]}: flow-matching error of each token
+                errors = run.core(batch)  # {"action": [B, T], "latent": [B, M*S]}: flow-matching error of each token
                 parts = {name: masked_mean(errors[name], batch.masks[name], counts[name]) for name in errors}
                 run.backward(sum(weight[name] * part for name, part in parts.items()))
                 run.record(parts, errors, batch.masks)

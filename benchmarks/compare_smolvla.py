@@ -39,11 +39,11 @@ from smolvla_shared.flow import training_time
 from smolvla_shared.lerobot_policy import to_batch
 from smolvla_shared.lerobot_smolvla import lerobot_names
 from smolvla_shared.losses import masked_mean
-from smolvla_shared.model import SmolVLASharedCore, make_core_config
+from smolvla_shared.model import SmolVLASharedCore
 from smolvla_shared.model_parts import configure_layers, freeze, frozen_parts
 from smolvla_shared.preprocess import pad_width
 from smolvla_shared.run_optimizer import clip_gradients, make_optimizer
-from smolvla_shared.trunk import trunk_location
+from smolvla_shared.trunk_files import make_core_config, trunk_location
 
 # HuggingFaceTB/SmolVLM2-500M-Video-Instruct with the 16 of its 32 language layers that SmolVLA keeps.
 SHAPE = TRUNKS["SmolVLM2-500M"]

@@ -20,7 +20,7 @@ from smolvla_shared.config import LATENT, DataConfig, ModelConfig, PolicyDataCon
 from smolvla_shared.labels import latent_statistics, open_labels
 from smolvla_shared.losses import masked_mean
 from smolvla_shared.preprocess import Preprocessor
-from smolvla_shared.trunk import load_trunk_tokenizer
+from smolvla_shared.trunk_files import load_trunk_tokenizer, make_core_config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +97,7 @@ def place(dataset: int, frame: int) -> RawBatch:
 
 def measure(config: Benchmark, run: StageOptions, datasets, cameras, online, kinds) -> dict[str, list[tuple]]:
     """(seconds of labelling, of the whole step) of each kind; the same batch by turns, data loading left out."""
-    core_config = model.make_core_config(
+    core_config = make_core_config(
         ModelConfig(preset="tiny"),
         cameras,
         latent_vector_dim=online.shape[0] * online.shape[1],

@@ -39,7 +39,7 @@ Machinery, which the method can be understood without:
     label_cache                                             labels kept in files
     label_check, label_health, label_probe, label_pictures     whether labels are worth learning
     cache, feature_cache                       rows computed once; the frozen vision tower's output
-    laq_files, files, refusals                 teachers in files; weights and texts in files; refusals
+    trunk_files, laq_files, files, refusals    trunks and teachers in files; weights and texts in files; refusals
 
 Importing this package imports none of its modules.
 """

@@ -34,6 +34,8 @@ class Latents:
     label_camera: str
     # Share of the sampled pairs that did not cross an episode's end.
     valid_pair_share: float
+    # Latent actions in a row that the latent head predicts.
+    horizon: int = 1
     # Verdict of `teacher check` on the labels (label_health.py), and its reasons where it is "fail" and was accepted.
     health: str = "not measured"
     health_reasons: tuple[str, ...] = ()
@@ -41,7 +43,8 @@ class Latents:
     def __str__(self) -> str:
         return (
             f"{self.teacher_kind} latents of teacher {self.teacher_id[:12]} on {self.label_camera}, "
-            f"{self.frame_gap_s:.3g} s apart; {self.valid_pair_share:.1%} of the frames have a pair; label health: "
+            f"{self.frame_gap_s:.3g} s apart, {self.horizon} in a row; "
+            f"{self.valid_pair_share:.1%} of the frames have a pair; label health: "
             + (f"{self.health} (teacher check, --label-health)" if self.health == "not measured" else self.health)
         )
 

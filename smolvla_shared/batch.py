@@ -4,6 +4,7 @@ Shape legend, used in every comment of this package:
     B batch          N cameras       H, W image height and width
     L text tokens    P prefix tokens (N cameras' image tokens, then L, then 1 for the state)
     S latent slots   D latent width  (a latent action is S vectors of D; its public, flattened shape is [B, S*D])
+    M horizon        a latent target is M latent actions in a row, M*S tokens; S stands for M*S wherever M is not named
     T action chunk   A action dims   K flow draws, (noise, time) pairs trained on one prefix pass
 """
 
@@ -27,10 +28,11 @@ class RawBatch:
     tasks: list[str]  # B task texts
     state: Tensor  # [B, state_dim] float32; zeros where a dataset has none
     state_mask: Tensor  # [B] bool
-    # The label camera's frames at t and t + gap, [B, 2, 3, h, w]: uint8, or float32 squares in [0, 1] of the teacher's
-    # size if the datasets' sizes differ. None if there are no labels or they come from a cache.
+    # The label camera's frames at t, t + gap, ..., t + M gap, [B, M + 1, 3, h, w], of which two neighbours are a pair:
+    # uint8, or float32 squares in [0, 1] of the teacher's size if the datasets' sizes differ. None if there are no
+    # labels or they come from a cache.
     pairs: Tensor | None
-    pair_mask: Tensor  # [B] bool: False where the episode ends before t + gap
+    pair_mask: Tensor  # [B, M] bool: False where the episode ends before a pair's second frame
     actions: Tensor  # [B, T, A] float32; zeros where a dataset has none
     action_mask: Tensor  # [B, T] bool: False past the episode's end and where a dataset has no actions
     noise: dict[str, Tensor]  # by target, [B, K, tokens, width] float32
@@ -54,8 +56,9 @@ class Labels(Protocol):
 
     teacher_id: str
     kind: TeacherKind
-    # S, D of a latent action.
+    # M*S, D: M latent actions in a row of S codes each.
     shape: tuple[int, int]
+    horizon: int
     # Camera to read frame pairs from; None: no pairs needed.
     camera: str | None
     # Side of the square that pairs are resized to if the datasets' sizes differ, pixels.
@@ -67,7 +70,7 @@ class Labels(Protocol):
         """Move to the batches' device."""
 
     def __call__(self, raw: RawBatch) -> Tensor:
-        """Latent actions [B, S, D] float32; those where raw.pair_mask is False are meaningless."""
+        """Latent actions [B, M*S, D] float32; those where raw.pair_mask is False are meaningless."""
 
 
 @dataclass

@@ -40,7 +40,7 @@ class CoreConfig:
     # Width of the proprioceptive state (0: no state), and the width it is zero-padded to.
     state_dim: int = 0
     max_state_dim: int = 32
-    # Flattened width S * D of a latent action (0: no latent head), and its number of tokens S.
+    # Flattened width of M latent actions in a row, M * S * D (0: no latent head), and their number of tokens M * S.
     latent_vector_dim: int = 0
     code_seq_len: int = 0
     # Rows C of the teacher's codebook, if the latent head classifies its codes; 0: it is a flow-matching head.
@@ -305,8 +305,13 @@ class StageOptions(TeacherOptions):
     # classifies the teacher's codes (cross-entropy); needs --teacher-kind quantized. Default: that of the latent head
     # to start from, else flow.
     latent_head: Literal["flow", "codes"] | None = None
+    # Latent actions in a row that the latent head predicts, each over --data.frame-gap-s: 4 of 0.05 s look as far ahead
+    # as a chunk of 0.2 s. Default: those of the latent head to start from, else 1.
+    latent_horizon: int | None = None
 
     def __post_init__(self):
+        if self.latent_horizon is not None and self.latent_horizon < 1:
+            raise ValueError(f"--latent-horizon is a number of latent actions, at least 1, got {self.latent_horizon}")
         if (self.labels == "cache") != (self.label_cache is not None):
             raise ValueError(
                 f"--labels cache and --label-cache <directory> belong together, got --labels {self.labels} and "

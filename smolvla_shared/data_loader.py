@@ -32,6 +32,8 @@ class SampleSpec:
     action_dim: int = 0
     # Camera whose frame pairs are read for the teacher; None: no pairs are read.
     label_camera: str | None = None
+    # Latent actions in a row (M): M + 1 frames are read of the label camera.
+    horizon: int = 1
     # Side of the teacher's square. If the datasets' sizes differ, pairs are resized to it: a label must not depend on
     # the other datasets.
     pair_size: int = 0
@@ -60,6 +62,7 @@ class SampleSpec:
             chunk_size=core.chunk_size if ACTION in targets else 0,
             action_dim=core.action_dim if ACTION in targets else 0,
             label_camera=labels.camera if labels else None,
+            horizon=labels.horizon if labels else 1,
             pair_size=labels.pair_size if labels else 0,
             draws={name: shape for name, shape in shapes.items() if name in targets},
             num_draws=num_draws,
@@ -97,14 +100,14 @@ class SampleDataset(Dataset):
             draws = [flow.draw_noise_and_time(rng, spec.num_draws, shape, *time_beta) for rng in rngs]
             noise[name], time[name] = map(_stack, zip(*draws, strict=True))
         # Latents need the mask of pairs even if they come from a cache and no pairs are read.
-        pair_valid = [self.has_pair(key) if spec.label_camera or LATENT in spec.draws else True for key in keys]
+        has_pairs = [self.num_pairs(key) if spec.label_camera or LATENT in spec.draws else spec.horizon for key in keys]
         return RawBatch(
             images=images,
             tasks=[self.datasets[key.dataset].task(key.row) for key in keys],
             state=_stack(states),
             state_mask=torch.tensor(state_valid),
             pairs=self.pairs(frames[spec.label_camera]) if spec.label_camera else None,
-            pair_mask=torch.tensor(pair_valid),
+            pair_mask=torch.arange(spec.horizon) < torch.tensor(has_pairs)[:, None],
             actions=_stack(actions),
             action_mask=_stack(action_valid),
             noise=noise,
@@ -114,24 +117,27 @@ class SampleDataset(Dataset):
             keys=[self.datasets[key.dataset].frame_name(key.row) for key in keys],
         )
 
-    def has_pair(self, key: SampleKey) -> bool:
+    def num_pairs(self, key: SampleKey) -> int:
+        """How many of its M pairs a sample has before its episode ends."""
         dataset = self.datasets[key.dataset]
-        return key.row + dataset.gap < dataset.episode_to[dataset.episode_of(key.row)]
+        left = int(dataset.episode_to[dataset.episode_of(key.row)]) - 1 - key.row
+        return min(self.spec.horizon, left // dataset.gap)
 
     def read_camera(self, camera: str, keys: list[SampleKey]) -> list[tuple[np.ndarray, Tensor]]:
         """Decode a camera for the whole batch: [(places, frames [n, 3, h, w] uint8)], one entry, or one per dataset if
         the datasets' sizes differ.
 
-        Places 0..B-1 are the frames at t. For the label camera, places B..2B-1 are the frames at t + gap.
+        Places 0..B-1 are the frames at t. For the label camera, places i B..(i + 1) B - 1 are those at t + i gap.
         """
         parts = []
         for index in sorted({key.dataset for key in keys}):
             dataset, places = self.datasets[index], np.flatnonzero([key.dataset == index for key in keys])
             wanted = [keys[place].row for place in places]
             if camera == self.spec.label_camera:
-                # If the episode ends before t + gap, the frame at t stands in; the pair is masked.
-                wanted += [keys[place].row + dataset.gap * self.has_pair(keys[place]) for place in places]
-                places = np.concatenate([places, len(keys) + places])
+                # Where the episode ends, the last frame before stands in; the pair is masked.
+                last, ahead = [self.num_pairs(keys[place]) for place in places], range(1, self.spec.horizon + 1)
+                wanted = [row + dataset.gap * min(i, end) for i in (0, *ahead) for row, end in zip(wanted, last)]
+                places = np.concatenate([places + i * len(keys) for i in (0, *ahead)])
             parts.append((places, dataset.read_frames(camera, wanted)))
         if camera in self.square_side:
             return parts
@@ -154,12 +160,12 @@ class SampleDataset(Dataset):
             images.append((first, common_size(own, self.square_side.get(camera))))
         return merge(images)
 
-    def pairs(self, parts: list[tuple[np.ndarray, Tensor]]) -> Tensor:  # [B, 2, 3, h, w]
+    def pairs(self, parts: list[tuple[np.ndarray, Tensor]]) -> Tensor:  # [B, M + 1, 3, h, w]
         """The teacher's frames, never augmented."""
         if self.spec.label_camera in self.square_side:
             size = self.spec.pair_size
             parts = [(places, preprocess.stretch(preprocess.unit_range(f), size)) for places, f in parts]
-        return merge(parts).unflatten(0, (2, -1)).transpose(0, 1)
+        return merge(parts).unflatten(0, (self.spec.horizon + 1, -1)).transpose(0, 1)
 
     def features(self, camera: str, keys: list[SampleKey]) -> Tensor:  # [B, tokens, hidden]
         stores = self.spec.features[camera]

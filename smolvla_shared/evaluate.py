@@ -30,12 +30,17 @@ def held_out_errors(
     val/{target}_error_of_mean  the mean squared error of always predicting the training mean
 
     The predicted mean is a sample of one Euler step: at t = 1 the input is pure noise, and the best velocity is
-    noise - E[target | observation]. With quantized labels also
+    noise - E[target | observation]. With several latent actions in a row also val/latent_error_1, _2, ..., the error of
+    each. With quantized labels also
 
     val/latent_code_accuracy                how often the code nearest to the predicted mean is the teacher's
     val/latent_code_accuracy_of_majority    how often each slot's most common held-out code is the teacher's
     """
     totals: dict[str, Tensor] = {}
+
+    def add(key: str, values: Tensor, mask: Tensor) -> None:
+        totals[key] = totals.get(key, 0) + torch.stack([losses.masked_sum(values, mask), mask.sum()])
+
     codes = counts = None
     if labels and labels.kind == "quantized":
         codes = normalize_codebook(labels.codebook, labels.shape[0], preprocessor.statistics[LATENT])  # [S, C, D]
@@ -58,8 +63,11 @@ def held_out_errors(
                     tokens["latent_code_accuracy"] = (nearest_codes(mean, codes) == code).float()
                     counts += (F.one_hot(code, counts.shape[1]) * target.mask[..., None]).sum(0)
                 for key, values in tokens.items():
-                    part = torch.stack([losses.masked_sum(values, target.mask), target.mask.sum()])
-                    totals[key] = totals.get(key, 0) + part
+                    add(key, values, target.mask)
+                if name == LATENT and labels and labels.horizon > 1:
+                    in_a_row = (of.chunk(labels.horizon, dim=1) for of in (tokens["latent_error"], target.mask))
+                    for place, of_one in enumerate(zip(*in_a_row), start=1):
+                        add(f"latent_error_{place}", *of_one)
     reduced = {key: accelerator.reduce(total, "sum").tolist() for key, total in totals.items()}
     if counts is not None:
         counts = accelerator.reduce(counts, "sum")
@@ -73,7 +81,7 @@ def reconstruction_errors(laq: LAQ, batches: Iterable[RawBatch], accelerator: Ac
     sums = torch.zeros(3, device=accelerator.device)
     for raw in batches:
         frames = laq.resize(unit_range(raw.pairs.to(accelerator.device)))
-        mask = raw.pair_mask.to(accelerator.device)
+        mask = raw.pair_mask[:, 0].to(accelerator.device)
         predicted = laq.reconstruct(frames)
         errors = [pixel_error(image, frames[:, 1]) * mask for image in (predicted, frames[:, 0])]
         sums += torch.stack([errors[0].sum(), errors[1].sum(), mask.sum()])

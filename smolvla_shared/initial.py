@@ -19,11 +19,11 @@ from smolvla_shared.artifact import Latents, load_artifact
 from smolvla_shared.batch import Labels
 from smolvla_shared.config import ACTION, CoreConfig, DataConfig, ModelConfig
 from smolvla_shared.files import check_weights, find_directory, public_state
-from smolvla_shared.model import SmolVLASharedCore, make_core_config
+from smolvla_shared.model import SmolVLASharedCore
 from smolvla_shared.model_parts import PARTS, parameter_table, parameters_by_part, prepare_to_train
 from smolvla_shared.preprocess import Statistics
 from smolvla_shared.refusals import read_json, refuse_differences
-from smolvla_shared.trunk import load_trunk_tokenizer, load_trunk_weights
+from smolvla_shared.trunk_files import load_trunk_tokenizer, load_trunk_weights, make_core_config
 
 HEADS = ("latent head", "action head")  # the parts that any initial weights may leave out
 
@@ -72,6 +72,11 @@ class InitialWeights:
         names = dict(zip(self.core.cameras, options.cameras))
         return names.get(self.latents.label_camera, self.latents.label_camera)
 
+    @property
+    def latent_horizon(self) -> int:
+        """Latent actions in a row that its latent head predicts; 1 where it has none."""
+        return self.latents.horizon if self.latents else 1
+
     def latent_dims(
         self, labels: Labels, options: DataConfig, label_camera: str, head: str | None = None
     ) -> dict[str, int]:
@@ -95,6 +100,7 @@ class InitialWeights:
                     ("--teacher-kind", labels.kind, self.latents.teacher_kind),
                     ("--data.frame-gap-s", options.gap_s, self.latents.frame_gap_s),
                     ("--data.label-camera", label_camera, self.label_camera(options)),
+                    ("--latent-horizon", labels.horizon, self.latents.horizon),
                     ("--latent-head", head, own_head),
                 ],
                 found="artifact",

@@ -95,24 +95,32 @@ class CachedLabels:
     camera = None
     pair_size = 0
 
-    def __init__(self, stores: list[RowCache]):
-        """stores: one for each dataset of the run, in order. Raises ValueError for what RowCache.open refuses."""
+    def __init__(self, stores: list[RowCache], gaps: list[int], horizon: int = 1):
+        """stores, gaps: one for each dataset of the run, in order; rows from the first frame of a pair to the second
+
+        Raises ValueError for what RowCache.open refuses.
+        """
         for store in stores:
             store.open()
-        self.stores = stores
+        self.stores, self.gaps, self.horizon = stores, gaps, horizon
         self.teacher_id: str = stores[0].key["teacher_id"]
         self.kind: TeacherKind = stores[0].key["teacher_kind"]
         # [C, D], of the first dataset: all have the same teacher.
         self.codebook = read_mapped(f"{stores[0].directory}/{CODEBOOK}")["codebook"]
-        self.shape = len(stores[0][0]), self.codebook.shape[1]
+        self.shape = horizon * len(stores[0][0]), self.codebook.shape[1]
 
     def to(self, device: torch.device) -> None:
         self.codebook = self.codebook.to(device)
 
-    def __call__(self, raw: RawBatch) -> Tensor:  # [B, S, D]
-        rows = torch.stack([self.stores[dataset][row] for dataset, row in zip(raw.dataset, raw.row, strict=True)])
+    def __call__(self, raw: RawBatch) -> Tensor:  # [B, M*S, D]
+        rows = torch.stack([self.in_a_row(*place) for place in zip(raw.dataset, raw.row, strict=True)])
         rows = rows.to(self.codebook.device, non_blocking=True)
         return rows if self.kind == "continuous" else self.codebook[rows.long()]
+
+    def in_a_row(self, dataset: int, row: int) -> Tensor:  # [M*S] codes or [M*S, D] latents
+        store, last = self.stores[dataset], self.stores[dataset].num_rows - 1
+        # Beyond the episode it may be another one's label, which raw.pair_mask hides.
+        return torch.cat([store[min(row + i * self.gaps[dataset], last)] for i in range(self.horizon)])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ from torch import Tensor
 from smolvla_shared import data, data_loader
 from smolvla_shared.batch import Labels, RawBatch, to_device
 from smolvla_shared.cache import dataset_directories
-from smolvla_shared.config import DataConfig, StageOptions, TeacherKind
+from smolvla_shared.config import LATENT, DataConfig, StageOptions, TeacherKind
 from smolvla_shared.label_cache import CachedLabels, cached_key, label_stores
 from smolvla_shared.laq import LAQ, LatentActions
 from smolvla_shared.laq_files import load_laq, teacher_id, teachers_pairs
@@ -22,10 +22,10 @@ LEAST_STD = 0.1  # of the largest standard deviation
 class OnlineLabels:
     """Labels that the teacher computes in every step, on the teacher's device."""
 
-    def __init__(self, laq: LAQ, kind: TeacherKind, camera: str):
-        self.laq, self.kind, self.camera = laq, kind, camera
+    def __init__(self, laq: LAQ, kind: TeacherKind, camera: str, horizon: int = 1):
+        self.laq, self.kind, self.camera, self.horizon = laq, kind, camera, horizon
         self.teacher_id = teacher_id(laq)
-        self.shape = laq.config.code_seq_len, laq.config.quant_dim
+        self.shape = horizon * laq.config.code_seq_len, laq.config.quant_dim
         self.pair_size = laq.config.image_size
 
     @property
@@ -40,8 +40,10 @@ class OnlineLabels:
         return latents.continuous if self.kind == "continuous" else latents.vectors
 
     @torch.no_grad()
-    def __call__(self, raw: RawBatch) -> Tensor:  # [B, S, D]
-        return self.choose(self.laq.encode(unit_range(raw.pairs)))
+    def __call__(self, raw: RawBatch) -> Tensor:  # [B, M*S, D]
+        frames = unit_range(raw.pairs)
+        pairs = torch.stack([frames[:, :-1], frames[:, 1:]], dim=2).flatten(0, 1)  # [B*M, 2, 3, h, w]
+        return self.choose(self.laq.encode(pairs)).view(len(frames), *self.shape)
 
 
 def labels_pairs[Data: DataConfig](config: StageOptions, data: Data) -> Data:
@@ -59,17 +61,20 @@ def labels_pairs[Data: DataConfig](config: StageOptions, data: Data) -> Data:
     return replace(data, **{name: value for name, value in own.items() if getattr(data, name) is None})
 
 
-def open_labels(config: StageOptions, datasets: list[data.RobotDataset], camera: str) -> Labels:
+def open_labels(config: StageOptions, datasets: list[data.RobotDataset], camera: str, horizon: int = 1) -> Labels:
     """The labels that the options name, on the CPU (Labels.to moves them).
+
+    horizon: latent actions in a row (M)
 
     Raises ValueError for a teacher that cannot be loaded, and for a cache that is incomplete or has another key.
     """
     laq = load_laq(config.laq_ckpt, config.laq_code_seq_len, config.laq_image_size) if config.laq_ckpt else None
     if config.labels == "online":
         assert laq is not None  # the scripts' options refuse this
-        return OnlineLabels(laq, config.teacher_kind, camera)
+        return OnlineLabels(laq, config.teacher_kind, camera, horizon)
     teacher = teacher_id(laq) if laq else None
-    return CachedLabels(label_stores(config.label_cache, datasets, teacher, config.teacher_kind, camera))
+    stores = label_stores(config.label_cache, datasets, teacher, config.teacher_kind, camera)
+    return CachedLabels(stores, [dataset.gap for dataset in datasets], horizon)
 
 
 def latent_statistics(
@@ -81,7 +86,7 @@ def latent_statistics(
     recorded: Statistics | None = None,
 ) -> Statistics:
     """Mean and standard deviation of the latent targets over the training pairs, at most STATISTICS_PAIRS of them,
-    drawn with the seed.
+    drawn with the seed; the same for each of the M latent actions in a row.
 
     A standard deviation is at least LEAST_STD of the largest one: a dimension of a code that almost no pair has would
     otherwise become a target of hundreds, and that of a constant dimension's rounding a target at all.
@@ -94,14 +99,16 @@ def latent_statistics(
     labels.to(device)
     if recorded:
         return recorded
-    spec = data_loader.SampleSpec(cameras=(), label_camera=labels.camera, pair_size=labels.pair_size)
-    raws = data_loader.sample_pairs(datasets, rows, spec, STATISTICS_PAIRS, seed)
-    vectors = [labels(to_device(raw, device)).flatten(1).cpu() for raw in raws]
-    statistics = Statistics.of(torch.cat(vectors))
+    pairs = {"label_camera": labels.camera, "pair_size": labels.pair_size, "horizon": labels.horizon}
+    spec = data_loader.SampleSpec(cameras=(), draws={LATENT: (0, 0)}, **pairs)
+    raws = data_loader.sample_pairs(datasets, rows, spec, STATISTICS_PAIRS // labels.horizon, seed)
+    vectors = [labels(to_device(raw, device)).cpu().unflatten(1, (labels.horizon, -1))[raw.pair_mask] for raw in raws]
+    statistics = Statistics.of(torch.cat(vectors).flatten(1))
     if max(statistics.std) == 0:
         raise ValueError(
             "the teacher gives every pair the same latent action: its codebook has collapsed, or the pairs do not "
             "move (try a larger --data.frame-gap-s, or train the teacher longer)"
         )
     floor = LEAST_STD * max(statistics.std)
-    return Statistics(statistics.mean, tuple(max(std, floor) for std in statistics.std))
+    std = tuple(max(std, floor) for std in statistics.std)
+    return Statistics(statistics.mean * labels.horizon, std * labels.horizon)

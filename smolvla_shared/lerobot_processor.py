@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from smolvla_shared.preprocess import TextTokenizer, pack_tokenizer, unpack_tokenizer
-from smolvla_shared.trunk import load_trunk_tokenizer
+from smolvla_shared.trunk_files import load_trunk_tokenizer
 
 if TYPE_CHECKING:
     from smolvla_shared.lerobot_policy import HLRPSmolVLASharedConfig

@@ -28,7 +28,7 @@ from smolvla_shared.files import check_weights, find_directory, new_directory, p
 from smolvla_shared.lerobot_policy import FEATURES, WEIGHTS_NAME, SavedPolicy, lerobot_stats, load_saved, save_policy
 from smolvla_shared.model import SmolVLASharedCore
 from smolvla_shared.preprocess import Statistics, pack_tokenizer
-from smolvla_shared.trunk import load_trunk_config, load_trunk_tokenizer, trunk_location
+from smolvla_shared.trunk_files import load_trunk_config, load_trunk_tokenizer, trunk_location
 
 if TYPE_CHECKING:  # LeRobot's policies take seconds to import
     from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig

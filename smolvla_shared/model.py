@@ -6,9 +6,9 @@ from torch import Tensor, nn
 
 from smolvla_shared import flow, losses
 from smolvla_shared.batch import Batch, FlowTarget
-from smolvla_shared.config import PRESETS, CoreConfig, ModelConfig
+from smolvla_shared.config import CoreConfig
 from smolvla_shared.preprocess import Statistics, nearest_codes, normalize_codebook
-from smolvla_shared.trunk import Expert, Prefix, Trunk, load_trunk_config
+from smolvla_shared.trunk import Expert, Prefix, Trunk
 
 
 class FlowHead(nn.Module):
@@ -141,18 +141,3 @@ class SmolVLASharedCore(nn.Module):
             return head.velocity(hidden)[:, 0]
 
         return flow.euler_sample(velocity, noise, num_steps or self.config.flow_steps)[..., : head.real_dim]
-
-
-def make_core_config(model: ModelConfig, cameras: tuple[str, ...], **dims) -> CoreConfig:
-    """The CoreConfig of the --model options. dims: CoreConfig's data-dependent fields (state_dim, ...)."""
-    name = model.stated_name or PRESETS["smolvlm2-500m"]
-    vlm = load_trunk_config(name, model.revision)
-    return CoreConfig(
-        model_name=name,
-        model_revision=model.revision,
-        vlm=vlm,
-        cameras=cameras,
-        image_size=vlm["vision_config"]["image_size"],
-        num_trunk_layers=min(CoreConfig.num_trunk_layers, vlm["text_config"]["num_hidden_layers"]),
-        **dims,
-    )

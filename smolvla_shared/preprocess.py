@@ -201,7 +201,8 @@ class Preprocessor:
         if LATENT in raw.noise:
             assert latents is not None
             values[LATENT] = normalize_latents(latents, self.statistics[LATENT])
-            masks[LATENT] = raw.pair_mask[:, None].expand(latents.shape[:2])
+            slots = latents.shape[1] // raw.pair_mask.shape[1]
+            masks[LATENT] = raw.pair_mask.repeat_interleave(slots, dim=1)
         if ACTION in raw.noise:
             values[ACTION] = pad_width(self.statistics[ACTION].normalize(raw.actions), config.max_action_dim)
             masks[ACTION] = raw.action_mask

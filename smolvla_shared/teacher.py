@@ -170,7 +170,7 @@ def train_teacher(config: TeacherConfig) -> None:
     with Run(config, accelerator, laq, resume_from, export) as run:
         for raws in run.steps(loaders.train):
             actions = [grounding(raw) if grounding else None for raw in raws]  # [B, A] of the labelled pairs
-            batches = [PairBatch(r.pairs, r.pair_mask, r.noise[NOISE][:, 0], a) for r, a in zip(raws, actions)]
+            batches = [PairBatch(r.pairs, r.pair_mask[:, 0], r.noise[NOISE][:, 0], a) for r, a in zip(raws, actions)]
             counts = valid_tokens(batches, accelerator)
             run.mark("preprocess")
             for batch in run.passes(batches):

@@ -5,21 +5,17 @@ and values are kept, and the expert runs on them once per head, flow draw and Eu
 suffix, so the same code serves training and sampling. Numbers follow SmolVLA (arXiv 2506.01844).
 """
 
-import json
 import math
 from dataclasses import dataclass
-from importlib import resources
-from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast, SmolVLMConfig, SmolVLMModel
+from transformers import SmolVLMConfig, SmolVLMModel
 from transformers.models.llama.configuration_llama import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm
 
-from smolvla_shared.config import TINY, CoreConfig, expert_mlp_width
+from smolvla_shared.config import CoreConfig, expert_mlp_width
 
 ROPE_WAVELENGTH = 10_000  # SmolVLA's, in trunk and expert; the language model's own rope_theta is not used
 
@@ -308,49 +304,3 @@ class Expert(nn.Module):
             hidden, context = layer(hidden, keys_values, context, prefix.mask, rotations)
             new_contexts.append(context)
         return self.norm(hidden).unflatten(0, (batch, num_draws)), new_contexts
-
-
-def trunk_location(name: str) -> str:
-    """What transformers can load: the packaged directory for `tiny`, otherwise the name itself.
-
-    Raises ValueError for an absolute path without a config.json.
-    """
-    if name == TINY:
-        return str(resources.files("smolvla_shared") / "assets" / "tiny_vlm")
-    if Path(name).is_absolute() and not (Path(name) / "config.json").is_file():
-        raise ValueError(f"--model.name {name}: no such directory, or no config.json in it")
-    return name
-
-
-def load_trunk_config(name: str, revision: str | None) -> dict[str, Any]:
-    """CoreConfig.vlm of a SmolVLM, by hub id, local directory or `tiny`. Raises ValueError if there is no SmolVLM."""
-    try:
-        vlm_config = AutoConfig.from_pretrained(trunk_location(name), revision=revision)
-    except OSError as error:
-        raise ValueError(
-            f"--model.name {name}: neither a local directory with a config.json nor a model that the hub gave: {error}"
-        ) from error
-    if not isinstance(vlm_config, SmolVLMConfig):
-        raise ValueError(f"--model.name {name} is a {vlm_config.model_type}, the trunk must be a smolvlm")
-    fields = json.loads(vlm_config.to_json_string(use_diff=False))  # JSON types: equal to what a manifest gives back
-    for part in (fields, fields["vision_config"], fields["text_config"]):
-        part.pop("_name_or_path", None)  # this machine's path
-    return fields
-
-
-def load_trunk_tokenizer(name: str, revision: str | None) -> PreTrainedTokenizerFast:
-    return AutoTokenizer.from_pretrained(trunk_location(name), revision=revision)
-
-
-def load_trunk_weights(config: CoreConfig) -> dict[str, Tensor]:
-    """A SmolVLM's pretrained weights, by their names in a core. Raises ValueError if weights are missing."""
-    vlm, report = SmolVLMModel.from_pretrained(
-        trunk_location(config.model_name), revision=config.model_revision, output_loading_info=True
-    )
-    if report["missing_keys"]:  # transformers initialises them at random and goes on
-        raise ValueError(
-            f"--model.name {config.model_name}: the weights lack {', '.join(sorted(report['missing_keys']))}"
-        )
-    del vlm.text_model.norm  # as in Trunk, so are the layers
-    vlm.text_model.layers = vlm.text_model.layers[: config.num_trunk_layers]
-    return {f"trunk.vlm.{name}": tensor for name, tensor in vlm.state_dict().items()}

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from smolvla_shared.config import DataConfig, ModelConfig, OptimConfig, RunConfig
 from smolvla_shared.losses import masked_mean, valid_tokens
-from smolvla_shared.model import SmolVLASharedCore, make_core_config
+from smolvla_shared.model import SmolVLASharedCore
 from smolvla_shared.run import Run
+from smolvla_shared.trunk_files import make_core_config
 
 NOT_REPEATABLE = "time/"
 

@@ -14,7 +14,7 @@ def make_raw_batch() -> RawBatch:
         state=torch.zeros(2, 4),
         state_mask=torch.ones(2, dtype=torch.bool),
         pairs=None,
-        pair_mask=torch.ones(2, dtype=torch.bool),
+        pair_mask=torch.ones(2, 1, dtype=torch.bool),
         actions=torch.zeros(2, 5, 3),
         action_mask=torch.ones(2, 5, dtype=torch.bool),
         noise={"action": torch.zeros(2, 1, 5, 3)},

@@ -19,8 +19,8 @@ from smolvla_shared.config import DataConfig, ModelConfig, RunConfig
 from smolvla_shared.data import RobotDataset
 from smolvla_shared.data_loader import SampleDataset, SampleSpec
 from smolvla_shared.data_order import RowGroup, SampleKey, StepSampler
-from smolvla_shared.model import make_core_config
 from smolvla_shared.preprocess import resize_with_pad
+from smolvla_shared.trunk_files import make_core_config
 
 CAMERA, WRIST = "observation.image", "observation.images.wrist"
 SPEC = SampleSpec(cameras=(CAMERA,), state_dim=4, label_camera=CAMERA, draws={"latent": (4, 8)}, num_draws=2)
@@ -118,7 +118,7 @@ def test_a_sample_is_what_lerobot_reads(name, request):
         assert torch.equal(raw.images[0][0], in_bytes(expected[CAMERA][0])), frame
         if WRIST in cameras:
             assert torch.equal(raw.images[1][0], in_bytes(expected[WRIST])), frame
-        assert raw.pair_mask.tolist() == [not expected[f"{CAMERA}_is_pad"][1]], frame
+        assert raw.pair_mask.tolist() == [[not expected[f"{CAMERA}_is_pad"][1]]], frame
         if raw.pair_mask:
             assert torch.equal(raw.pairs[0], in_bytes(expected[CAMERA])), frame
         assert raw.tasks == [expected["task"]]
@@ -127,8 +127,21 @@ def test_a_sample_is_what_lerobot_reads(name, request):
         if spec.state_dim:
             assert torch.equal(raw.state[0], expected["observation.state"])
         assert raw.state_mask.tolist() == [bool(spec.state_dim)]
-    valid = samples[[SampleKey(0, 0, 0, frame) for frame in frames]].pair_mask.tolist()
+    valid = samples[[SampleKey(0, 0, 0, frame) for frame in frames]].pair_mask[:, 0].tolist()
     assert sorted(set(valid)) == [False, True]  # both kinds were among them
+
+
+def test_latent_actions_in_a_row_read_a_frame_more_than_their_number(video):
+    """The frames at t, t + gap, ...; where the episode ends, the last of them before it stands in, and is masked."""
+    samples = SampleDataset([video], SampleSpec(cameras=(), label_camera=CAMERA, horizon=3), seed=0)
+    (start, end), last = (int(of[7]) for of in (video.episode_from, video.episode_to)), video.num_frames - 1
+    assert (end - start, end - 1) == (27, last)  # 2 gaps of 10 frames fit into it
+    raw = samples[[SampleKey(0, 0, 0, row) for row in (start, start + 7, last)]]
+    assert raw.pair_mask.tolist() == [[True, True, False], [True, False, False], [False, False, False]]
+    recorded = lerobot_dataset(video)
+    rows = [[start, start + 10, start + 20, start + 20], [start + 7, *[start + 17] * 3], [last] * 4]
+    for frames, expected in zip(raw.pairs, rows):
+        assert torch.equal(frames, torch.stack([in_bytes(recorded[row][CAMERA]) for row in expected]))
 
 
 def test_pairs_are_a_time_apart_whatever_the_frame_rate(video, images):
@@ -140,7 +153,7 @@ def test_a_pair_cut_by_the_episodes_end_is_masked_and_not_clamped(video):
     spec = SampleSpec(cameras=(), label_camera=CAMERA)
     dataset, start, end = SampleDataset([video], spec, seed=0), int(video.episode_from[5]), int(video.episode_to[5])
     raw = dataset[[SampleKey(0, 0, 0, frame) for frame in range(start, end)]]
-    assert raw.pair_mask.tolist() == [True] * (end - start - 10) + [False] * 10
+    assert raw.pair_mask[:, 0].tolist() == [True] * (end - start - 10) + [False] * 10
     last = lerobot_dataset(video)[end - 1][CAMERA]
     for pair in raw.pairs[-10:-1]:
         assert torch.equal(pair[0], pair[1])  # the frame itself: nobody can take it for a motion

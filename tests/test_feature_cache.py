@@ -16,10 +16,10 @@ from smolvla_shared.cache import RowCache
 from smolvla_shared.config import ACTION, ModelConfig, PolicyDataConfig
 from smolvla_shared.feature_cache import prepare_features
 from smolvla_shared.losses import masked_mean
-from smolvla_shared.model import SmolVLASharedCore, make_core_config
+from smolvla_shared.model import SmolVLASharedCore
 from smolvla_shared.model_parts import freeze
 from smolvla_shared.preprocess import Preprocessor, Statistics
-from smolvla_shared.trunk import load_trunk_tokenizer
+from smolvla_shared.trunk_files import load_trunk_tokenizer, make_core_config
 from train_stage3 import Stage3Config
 
 CAMERA = "observation.image"

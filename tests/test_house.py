@@ -19,7 +19,7 @@ PACKAGE = ROOT / "smolvla_shared"
 # A module imports only modules above it.
 ORDER = """
     config batch preprocess flow losses refusals files cache run_signals
-    trunk model model_parts laq_layers laq laq_codebook laq_files
+    trunk trunk_files model model_parts laq_layers laq laq_codebook laq_files
     data data_order label_probe data_loader data_blocks label_cache labels artifact label_health label_pictures
     label_check feature_cache
     lerobot_processor lerobot_policy lerobot_smolvla initial

@@ -41,10 +41,10 @@ from smolvla_shared.config import DataConfig, ModelConfig, PolicyDataConfig
 from smolvla_shared.initial import InitialWeights, open_initial
 from smolvla_shared.labels import OnlineLabels
 from smolvla_shared.laq_files import load_laq
-from smolvla_shared.model import SmolVLASharedCore, make_core_config
+from smolvla_shared.model import SmolVLASharedCore
 from smolvla_shared.model_parts import PARTS, parameter_table
 from smolvla_shared.preprocess import Statistics, TextTokenizer, pack_tokenizer
-from smolvla_shared.trunk import load_trunk_tokenizer
+from smolvla_shared.trunk_files import load_trunk_tokenizer, make_core_config
 
 HEAD = {"action_dim": 4, "chunk_size": 8}  # an action head
 LATENT_HEAD = {"latent_vector_dim": 32, "code_seq_len": 4}
@@ -486,7 +486,7 @@ def options(frame_gap_s: float, cameras: tuple[str, ...] = CAMERAS) -> DataConfi
 
 def test_co_training_on_other_latent_actions_is_refused(artifact, labels):
     initial = open_from(artifact)
-    labels.kind = "continuous"
+    labels.kind, labels.horizon = "continuous", 2
     with pytest.raises(ValueError, match=f"{artifact} .*has learned other latent actions:\n") as error:
         initial.latent_dims(labels, options(0.25), CAMERAS[1])
     rows = [
@@ -494,9 +494,10 @@ def test_co_training_on_other_latent_actions_is_refused(artifact, labels):
         "  --teacher-kind: command line continuous, artifact quantized",
         "  --data.frame-gap-s: command line 0.25, artifact 0.5",
         f"  --data.label-camera: command line {CAMERAS[1]}, artifact {CAMERAS[0]}",
+        "  --latent-horizon: command line 2, artifact 1",
     ]
     assert problems(error) == rows
-    labels.kind = "quantized"
+    labels.kind, labels.horizon = "quantized", 1
     with pytest.raises(ValueError) as error:  # what agrees is not listed
         initial.latent_dims(labels, options(0.5), CAMERAS[0])
     assert problems(error) == rows[:1]

@@ -57,7 +57,11 @@ def latent_config(tmp_path: Path, *roots: Path, **options) -> StageOptions:
 
 def raw_batch(datasets, labels, places: list[tuple[int, int]]) -> RawBatch:
     spec = data_loader.SampleSpec(
-        cameras=(), label_camera=labels.camera, pair_size=labels.pair_size, draws={LATENT: labels.shape}
+        cameras=(),
+        label_camera=labels.camera,
+        pair_size=labels.pair_size,
+        horizon=labels.horizon,
+        draws={LATENT: labels.shape},
     )
     dataset = data_loader.SampleDataset(datasets, spec, seed=0)
     return dataset[[data_order.SampleKey(0, slot, *place) for slot, place in enumerate(places)]]
@@ -87,6 +91,28 @@ def test_cached_labels_are_the_online_ones_to_the_bit(cache, tmp_path, laq_check
     assert latent_statistics(cached, datasets, frames, 0).mean == pytest.approx(
         latent_statistics(online, datasets, frames, 0).mean, abs=1e-6
     )
+
+
+def test_latent_actions_in_a_row_are_those_of_the_rows_a_gap_apart(cache, laq_checkpoint, video_dataset, image_dataset):
+    """Online and cached alike; where the episode ends they are masked. Each has the statistics of a single one."""
+    kind, directory = cache
+    config = latent_config(directory, video_dataset, image_dataset, teacher_kind=kind, laq_ckpt=laq_checkpoint)
+    datasets = data.open_datasets(config.data)
+    online, one = open_labels(config, datasets, CAMERA, horizon=2), open_labels(config, datasets, CAMERA)
+    cached = open_labels(replace(config, labels="cache", label_cache=directory), datasets, CAMERA, horizon=2)
+    assert cached.shape == online.shape == (8, 8)
+    for index, dataset in enumerate(datasets):
+        places = [(index, row) for row in range(dataset.num_frames) if dataset.episode_of(row) == 6]
+        raw = raw_batch(datasets, online, places)
+        assert raw.pair_mask.sum(0).tolist() == [len(places) - dataset.gap, len(places) - 2 * dataset.gap]
+        valid, single = raw.pair_mask.repeat_interleave(4, dim=1), one(raw_batch(datasets, one, places))
+        expected = torch.cat([single, single.roll(-dataset.gap, 0)], dim=1)
+        for found in (online(raw), cached(raw_batch(datasets, cached, places))):
+            torch.testing.assert_close(found[valid], expected[valid], rtol=0, atol=1e-5)
+    frames = data_order.split_datasets(datasets, 0.05, 0)[0]
+    found, of_one = (latent_statistics(labels, datasets, frames, 0) for labels in (cached, one))
+    assert len(found.mean) == 64 and found.mean[:32] == found.mean[32:] and found.std[:32] == found.std[32:]
+    assert np.allclose(found.mean[:32], of_one.mean, atol=0.3 * max(of_one.std))  # over other pairs: those in a row
 
 
 def test_what_a_cache_consists_of(cache, laq, video_dataset, image_dataset):

@@ -21,9 +21,9 @@ from smolvla_shared.lerobot_policy import (
     to_batch,
 )
 from smolvla_shared.lerobot_processor import TokenizeTask
-from smolvla_shared.model import SmolVLASharedCore, make_core_config
+from smolvla_shared.model import SmolVLASharedCore
 from smolvla_shared.preprocess import Preprocessor, Statistics, TextTokenizer
-from smolvla_shared.trunk import load_trunk_tokenizer
+from smolvla_shared.trunk_files import load_trunk_tokenizer, make_core_config
 
 CAMERA, WRIST = "observation.image", "observation.images.wrist"
 T, A = 12, 4
@@ -84,7 +84,7 @@ def raw_batch(sizes, tasks=TASKS):
         state=torch.randn(num, 4, generator=rng),
         state_mask=torch.ones(num, dtype=torch.bool),
         pairs=None,
-        pair_mask=torch.zeros(num, dtype=torch.bool),
+        pair_mask=torch.zeros(num, 1, dtype=torch.bool),
         actions=torch.randn(num, T, A, generator=rng),
         action_mask=torch.arange(T) < torch.tensor([T, 5, 1])[:num, None],
         noise={ACTION: torch.randn(num, 1, T, 32, generator=rng)},

@@ -31,9 +31,9 @@ from smolvla_shared.lerobot_smolvla import (
     load_checkpoint,
     main,
 )
-from smolvla_shared.model import SmolVLASharedCore, make_core_config
+from smolvla_shared.model import SmolVLASharedCore
 from smolvla_shared.preprocess import Statistics
-from smolvla_shared.trunk import load_trunk_tokenizer
+from smolvla_shared.trunk_files import load_trunk_tokenizer, make_core_config
 
 TOP, WRIST, EMPTY = "observation.image", "observation.images.wrist", "observation.images.empty_camera_0"
 T, A, STATE = 6, 3, 4

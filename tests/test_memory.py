@@ -20,8 +20,9 @@ from benchmarks.memory import (
     trunk_core_config,
 )
 from smolvla_shared.config import CoreConfig, ModelConfig
-from smolvla_shared.model import SmolVLASharedCore, make_core_config
+from smolvla_shared.model import SmolVLASharedCore
 from smolvla_shared.model_parts import configure_layers, freeze
+from smolvla_shared.trunk_files import make_core_config
 
 OPTIONS = Options(samples=4, cameras=2, text_tokens=6)
 FROZEN = ["vision tower", "connector"]

@@ -16,7 +16,7 @@ from smolvla_shared import flow
 from smolvla_shared.batch import Batch, FlowTarget
 from smolvla_shared.config import CoreConfig, ModelConfig
 from smolvla_shared.losses import masked_mean
-from smolvla_shared.model import SmolVLASharedCore, make_core_config
+from smolvla_shared.model import SmolVLASharedCore
 from smolvla_shared.model_parts import (
     configure_layers,
     freeze,
@@ -26,7 +26,7 @@ from smolvla_shared.model_parts import (
     parameters_by_part,
 )
 from smolvla_shared.preprocess import Statistics, TextTokenizer, pad_width, prepare_images, stack_cameras
-from smolvla_shared.trunk import trunk_location
+from smolvla_shared.trunk_files import make_core_config, trunk_location
 
 TASKS = ["slide the plate into the cabinet", "open the door", "push the small red button, then wait."]
 STATE_DIM, ACTION_DIM, CHUNK_SIZE = 4, 4, 16

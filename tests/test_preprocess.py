@@ -179,7 +179,7 @@ def make_raw_batch() -> RawBatch:
         state=torch.tensor([[3.0, 10.0], [7.0, 7.0]]),
         state_mask=torch.tensor([True, False]),
         pairs=None,
-        pair_mask=torch.tensor([True, False]),
+        pair_mask=torch.tensor([[True], [False]]),
         actions=torch.tensor([[[1.0, 15.0]] * 3, [[0.0, 5.0]] * 3]),
         action_mask=torch.tensor([[True, True, True], [True, False, False]]),
         noise={"latent": torch.zeros(2, 4, 2, 3), "action": torch.ones(2, 4, 3, 4)},

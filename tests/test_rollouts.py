@@ -14,10 +14,10 @@ from PIL import Image
 from smolvla_shared import rollouts
 from smolvla_shared.config import ModelConfig
 from smolvla_shared.lerobot_policy import HLRPSmolVLASharedPolicy, save_policy
-from smolvla_shared.model import SmolVLASharedCore, make_core_config
+from smolvla_shared.model import SmolVLASharedCore
 from smolvla_shared.preprocess import Statistics
 from smolvla_shared.rollouts import Episode, wilson_interval
-from smolvla_shared.trunk import load_trunk_tokenizer
+from smolvla_shared.trunk_files import load_trunk_tokenizer, make_core_config
 
 TASK = "plate-slide-v3"
 

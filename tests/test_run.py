@@ -43,7 +43,7 @@ from smolvla_shared.model import SmolVLASharedCore
 from smolvla_shared.model_parts import freeze
 from smolvla_shared.preprocess import Preprocessor, Statistics
 from smolvla_shared.run_optimizer import FiniteGradients, learning_rate
-from smolvla_shared.trunk import load_trunk_tokenizer
+from smolvla_shared.trunk_files import load_trunk_tokenizer
 
 # --- a module small enough to train by hand ---------------------------------------------------------------------------
 
@@ -491,7 +491,7 @@ def test_the_accuracy_of_codes_is_that_of_the_predicted_mean():
     class Prepared:
         """Labels and preprocessor of a batch that is prepared already."""
 
-        kind, shape, codebook, statistics = "quantized", (4, 8), None, None
+        kind, shape, horizon, codebook, statistics = "quantized", (4, 8), 2, None, None
 
         def __call__(self, raw: Batch, latents: Batch | None = None) -> Batch:
             return raw
@@ -504,6 +504,9 @@ def test_the_accuracy_of_codes_is_that_of_the_predicted_mean():
     assert found["val/latent_code_accuracy"] == pytest.approx((guess == truth)[mask].float().mean().item())
     most = sum(truth[mask[:, 0], slot].bincount().max().item() for slot in range(4))
     assert found["val/latent_code_accuracy_of_majority"] == pytest.approx(most / 16)
+    errors = (mean - value).square().mean(-1)[mask[:, 0]]  # two latent actions in a row, of two slots each
+    assert found["val/latent_error_1"] == pytest.approx(errors[:, :2].mean().item(), rel=1e-5)
+    assert found["val/latent_error_2"] == pytest.approx(errors[:, 2:].mean().item(), rel=1e-5)
 
 
 def test_held_out_errors_are_what_they_say():

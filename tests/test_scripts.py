@@ -67,7 +67,8 @@ def runs(run, run_well, tmp_path_factory, video_dataset, labelled_dataset, laq_c
     train("laq", "-m", "smolvla_shared.teacher", "train", *on_video, *fine_tuned)
     freeze = ["--model.freeze-trunk", "True"]
     train("s2", *LAUNCH, "train_stage2.py", *on_video, *teacher, "--model.preset", "tiny", *freeze)
-    train("codes", "train_stage2.py", *on_video, *teacher, "--model.preset", "tiny", "--latent-head", "codes")
+    codes = ["--latent-head", "codes", "--latent-horizon", "2"]
+    train("codes", "train_stage2.py", *on_video, *teacher, "--model.preset", "tiny", *codes)
     train("s3", "train_stage3.py", *labelled, *from_artifact, "--ema-decay", "0.5")
     train("scratch", "train_stage3.py", *labelled, "--model.preset", "tiny")
     cotrain = ["--latent-loss-weight", "0.1", "--video-roots", video_dataset]
@@ -168,10 +169,12 @@ def test_stage_2_classifies_codes_and_stage_3_goes_on_with_them(
     teacher = load_laq(runs / "laq" / TEACHER)
     assert artifact.manifest.core.codebook_size == 8
     statistics, codebook = artifact.manifest.normalization["latent"], artifact.state_dict["latent_head.codebook"]
-    mean, std = (torch.tensor(values).view(4, 8) for values in (statistics.mean, statistics.std))
+    mean, std = (torch.tensor(values).view(8, 8) for values in (statistics.mean, statistics.std))  # 2 in a row of 4
     expected = (teacher.vq.codebooks - mean[:, None]) / std[:, None]
     torch.testing.assert_close(codebook, expected.clamp(-5, 5))
+    assert artifact.manifest.latents.horizon == 2
     evaluated = [line for line in metrics_of(runs / "codes") if "val/latent" in line]
+    assert all({"val/latent_error_1", "val/latent_error_2"} < line.keys() for line in evaluated)
     assert all(0 <= line["val/latent_code_accuracy"] <= 1 for line in evaluated)
     command = ["train_stage3.py", *SIZES, "--data.roots", labelled_dataset, "--data.num-workers", "0"]
     command += ["--chunk-size", "6", "--n-action-steps", "3", "--stage2-artifact", runs / "codes" / ARTIFACT]

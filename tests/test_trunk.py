@@ -13,19 +13,8 @@ from safetensors.torch import load_file, save_file
 from transformers import SmolVLMConfig, SmolVLMForConditionalGeneration, SmolVLMModel
 
 from smolvla_shared.config import CoreConfig, ModelConfig
-from smolvla_shared.model import make_core_config
-from smolvla_shared.trunk import (
-    Expert,
-    Prefix,
-    Trunk,
-    load_trunk_config,
-    load_trunk_weights,
-    prefix_attention_mask,
-    rotate,
-    rotation,
-    suffix_attention_mask,
-    trunk_location,
-)
+from smolvla_shared.trunk import Expert, Prefix, Trunk, prefix_attention_mask, rotate, rotation, suffix_attention_mask
+from smolvla_shared.trunk_files import load_trunk_config, load_trunk_weights, make_core_config, trunk_location
 
 IMAGE_TOKENS = 16  # of a camera, in the tiny trunk
 
