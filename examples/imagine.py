@@ -1,0 +1,109 @@
+"""What Stage 2 expects to happen: the latent actions that it predicts, decoded on the present frame.
+
+    python examples/imagine.py --stage2-artifact runs/s2/artifacts/smolvla_shared_stage2_artifact.safetensors \
+        --laq-ckpt runs/laq/checkpoints/last/pretrained_model/laq.safetensors --data.roots my/videos --out imagined.png
+
+A row of the picture is a frame of another episode. Its columns: the frame at t; what the teacher's decoder makes of it
+with the predicted latent actions, one after the other; the frame that was recorded then; and, beside either, its
+difference to the frame at t, four times as large. Take episodes that Stage 2 has not seen.
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import tyro
+
+from smolvla_shared.config import LATENT, PolicyDataConfig
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from smolvla_shared.laq import LAQ
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImagineConfig:
+    """Draw what the core of a Stage 2 artifact expects, beside what happened."""
+
+    # Weights file (.safetensors) of the Stage 2 artifact.
+    stage2_artifact: Path
+    # The teacher whose latent actions it has learned.
+    laq_ckpt: Path
+    # Recordings, and how they are read.
+    data: PolicyDataConfig
+    # The picture.
+    out: Path
+    # Rows of the picture.
+    rows: int = 6
+    # Which frames are drawn, and the noise that latent actions are generated from, are functions of it.
+    seed: int = 0
+
+
+def roll_forward(laq: "LAQ", frames: "Tensor", latents: "Tensor") -> "Tensor":
+    """Frames [B, 3, H, W] in [0, 1] after M latent actions in a row [B, M, S, D], each decoded on the frame before."""
+    import torch
+
+    for latent in latents.unbind(1):
+        frames = laq.reconstruct(torch.stack([frames, frames], dim=1), latent).clamp(0, 1)
+    return frames
+
+
+def main(config: ImagineConfig) -> None:
+    if config.out.exists():
+        raise ValueError(f"--out {config.out} exists: name another file")
+    import numpy as np
+    import torch
+
+    from smolvla_shared import data
+    from smolvla_shared.config import ModelConfig
+    from smolvla_shared.data_loader import SampleDataset, SampleSpec
+    from smolvla_shared.data_order import SampleKey
+    from smolvla_shared.initial import open_initial
+    from smolvla_shared.label_pictures import draw_transfer
+    from smolvla_shared.labels import OnlineLabels
+    from smolvla_shared.laq_files import load_laq
+    from smolvla_shared.model import SmolVLASharedCore
+    from smolvla_shared.preprocess import Preprocessor, nearest_codes, normalize_codebook, unit_range
+
+    initial, laq = open_initial(ModelConfig(), config.stage2_artifact), load_laq(config.laq_ckpt)
+    options = initial.data_options(config.data, with_latents=True)
+    datasets = data.open_datasets(options)
+    cameras, label_camera = data.choose_cameras(datasets, options)
+    labels = OnlineLabels(laq, initial.latents.teacher_kind, label_camera, initial.latent_horizon)
+    initial.latent_dims(labels, options, label_camera)  # refuses another teacher, gap or camera
+    core = SmolVLASharedCore(replace(initial.core, cameras=cameras)).eval()
+    core.load_state_dict(initial.weights)
+
+    # A frame of each of some episodes, with all its pairs.
+    rng, keys = np.random.default_rng(config.seed), []
+    for index, dataset in enumerate(datasets):
+        reach = dataset.gap * labels.horizon
+        for start, end in zip(dataset.episode_from, dataset.episode_to):
+            if end - start > reach:
+                keys.append(SampleKey(0, len(keys), index, int(rng.integers(start, end - reach))))
+    if not keys:
+        raise ValueError(f"no episode is longer than {labels.horizon} x {options.gap_s:.3g} s: nothing to imagine")
+    keys = [keys[place] for place in rng.permutation(len(keys))[: config.rows]]
+    spec = SampleSpec.of(core.config, [LATENT], labels, features={})
+    raw = SampleDataset(datasets, spec, config.seed)[keys]
+    batch = Preprocessor(core.config, initial.tokenizer, initial.statistics)(raw, labels(raw))
+    predicted, statistics = core.sample(batch, LATENT, batch.targets[LATENT].noise[:, 0]), initial.statistics[LATENT]
+    if labels.kind == "quantized":
+        codes = nearest_codes(predicted, normalize_codebook(labels.codebook, len(predicted[0]), statistics))
+        latents = labels.codebook[codes]
+    else:
+        latents = statistics.unnormalize(predicted.flatten(1)).view(predicted.shape)
+    frames = laq.resize(unit_range(raw.pairs))
+    first, last = frames[:, 0], frames[:, -1]
+    with torch.no_grad():
+        expected = roll_forward(laq, first, latents.unflatten(1, (labels.horizon, -1)))
+    columns, ahead = {"t": first}, labels.horizon * options.gap_s
+    for title, images in {f"expected at t + {ahead:.3g} s": expected, f"t + {ahead:.3g} s": last}.items():
+        columns |= {title: images, f"- t, x 4 ({title})": 0.5 + 4 * (images - first)}
+    draw_transfer(config.out, columns)
+    print(f"{config.out}: {len(keys)} frames, {labels.horizon} latent action(s) ahead")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(ImagineConfig))
