@@ -6,8 +6,9 @@
 
 Every part (a recording, a teacher, labels, a training run, a rollout) is one of the project's commands. Its directory
 is named by a hash of the command and of the parts that it reads: `parts/<name>-<hash>` with log.txt, done.json and what
-the command wrote. A part that is complete is skipped. What is complete of the table is in evidence.json,
-demonstrations.png and steps.png, and is printed.
+the command wrote. A part that is complete is skipped. The outcome of each policy's episodes is kept in
+`--cells`/<policy>.json under the same hashes: a policy that is there is not made again, so the table may be made on
+several machines. What is complete of it is in `--cells`/table.json, demonstrations.png and steps.png, and is printed.
 """
 
 import hashlib
@@ -32,11 +33,11 @@ REPOSITORY = Path(__file__).parents[1]
 
 @dataclass(frozen=True)
 class Setting:
-    """Where a policy is judged, and which video it has seen before."""
+    """The tasks of one policy: it has seen video of all of them, and an equal number of demonstrations of each."""
 
-    task: str
-    # Tasks of the action-free video.
-    video_tasks: tuple[str, ...]
+    tasks: tuple[str, ...]
+    # Disturbances of the demonstrations (record_metaworld.py --noise). Those of the video are 0.3.
+    noise: float = 0.0
     # Environment steps after which an episode of a rollout has failed.
     max_steps: int = 150
     # Options of Stage 2 and Stage 3.
@@ -45,26 +46,25 @@ class Setting:
 
 @dataclass(frozen=True)
 class Sizes:
-    video_episodes: int = 100  # of each video task
-    held_out: int = 3  # demonstrations beside those that are trained on, for the held-out action error
-    teacher_steps: int = 1200
-    stage2_steps: int = 600
-    stage3_steps: int = 600
-    batch_size: int = 32
+    video_episodes: int = 125  # of all tasks together
+    teacher_steps: int = 1500
+    stage2_steps: int = 1200
+    stage3_steps: int = 300
+    batch_size: int = 16
     flow_draws: int = 4
-    rollouts: int = 100  # episodes of each arm and seed
+    rollouts: int = 100  # episodes of each policy, of all tasks together
 
 
+FIVE = "drawer-open-v3", "door-open-v3", "plate-slide-v3", "coffee-button-v3", "window-open-v3"
 SETTINGS = {
-    "reach": Setting("reach-v3", ("reach-v3",)),
-    "door-open": Setting("door-open-v3", ("door-open-v3",)),
-    "push": Setting("push-v3", ("push-v3",)),
+    "five tasks": Setting(FIVE),
+    "five tasks, no state": Setting(FIVE, options="--model.no-use-state"),
 }
-DEMONSTRATIONS = (1, 5, 10, 25)
+DEMONSTRATIONS = (5, 10, 25)  # of all tasks together
 SEEDS = (0, 1, 2)
 # Success is also measured at a third and two thirds of Stage 3 for these arms, at this number of demonstrations.
 CURVE_ARMS, CURVE_DEMONSTRATIONS = ("scratch", "stage 2", "true actions"), 5
-QUICK = Sizes(2, 1, 2, 2, 2, batch_size=4, flow_draws=1, rollouts=2)
+QUICK = Sizes(5, 2, 2, 2, batch_size=4, flow_draws=1, rollouts=5)
 # Video is recorded with this seed, demonstrations with the run's. Rollouts of run seed s have the initial states of
 # seeds s * ROLLOUT_SEEDS and up. Nothing was tuned on any of them.
 VIDEO_SEED, ROLLOUT_SEEDS = 50, 1_000
@@ -155,23 +155,23 @@ class Cell:
     def where(self) -> Setting:
         return SETTINGS[self.setting]
 
-    def record(self, task: str, episodes: int, seed: int) -> Part:
-        """Episode e is the same whatever the number of episodes."""
-        command = f"examples/record_metaworld.py --kind labelled --root @out --tasks {task} --episodes {episodes}"
-        return Part(f"record-{task}", f"{command} --seed {seed} --image-size {IMAGE_SIZE} --num-workers 1")
+    def record(self, name: str, episodes: int, seed: int, noise: float) -> Part:
+        """`episodes` of all tasks together, an equal number of each."""
+        tasks = self.where.tasks
+        command = f"examples/record_metaworld.py --kind labelled --root @out --tasks {' '.join(tasks)}"
+        command += f" --episodes {episodes // len(tasks)} --seed {seed} --noise {noise}"
+        return Part(name, f"{command} --image-size {IMAGE_SIZE} --num-workers 1")
 
     def video(self) -> tuple[Part, ...]:
         """Recorded with actions, which Stage 2 does not read: the arms `true actions` and `all labels` do."""
-        return tuple(self.record(task, self.sizes.video_episodes, VIDEO_SEED) for task in self.where.video_tasks)
+        return (self.record("video", self.sizes.video_episodes, VIDEO_SEED, 0.3),)
 
     def labelled(self) -> Part:
-        return self.record(self.where.task, self.demonstrations + self.sizes.held_out, self.seed)
+        return self.record("demonstrations", self.demonstrations, self.seed, self.where.noise)
 
     def training(self, steps: int) -> str:
         options = f"--run-dir @out --seed {self.seed} --steps {steps} --batch-size {self.sizes.batch_size}"
-        return (
-            f"{options} --optim.warmup-steps {max(1, min(100, steps // 6))} --eval-every {steps} --data.num-workers 1"
-        )
+        return f"{options} --optim.warmup-steps {max(1, min(50, steps // 6))} --eval-every {steps} --data.num-workers 1"
 
     def stage(self, steps: int) -> str:
         """Options of Stage 2 and Stage 3."""
@@ -213,9 +213,9 @@ class Cell:
         sizes, kind = self.sizes, ARMS[self.arm]
         steps = sizes.stage3_steps + (sizes.stage2_steps if self.arm == "scratch, all compute" else 0)
         data = (self.labelled(), *(self.video() if self.arm == "all labels" else ()))
-        held_out = 0.05 if self.arm == "all labels" else sizes.held_out / (self.demonstrations + sizes.held_out)
-        command = f"train_stage3.py {self.stage(steps)} {STAGE3} --save-every {max(1, steps // 3)}"
-        command += f" --val-fraction {held_out:.4f} --data.roots {places(0, len(data))}"
+        # Too few demonstrations to hold one out.
+        command = f"train_stage3.py {self.stage(steps)} {STAGE3} --save-every {max(1, steps // 3)} --val-fraction 0"
+        command += f" --data.roots {places(0, len(data))}"
         if not kind:
             return Part("stage3", f"{command} --model.preset tiny", data)
         artifact = "--stage2-artifact @1/artifacts/smolvla_shared_stage2_artifact.safetensors"
@@ -225,19 +225,56 @@ class Cell:
         command += f" {artifact} --latent-loss-weight 0.5 {options} @2 --video-roots {places(3, len(video))}"
         return Part("stage3", command, (*data, self.stage2("teacher"), labels, *video))
 
-    def rollout(self, step: int | None = None) -> Part:
-        """Episodes of the policy, or of its checkpoint of a step."""
+    def rollouts(self, step: int | None = None) -> tuple[Part, ...]:
+        """Episodes of the policy, or of its checkpoint of a step, in each task."""
         checkpoint = f"@0/checkpoints/{'last' if step is None else f'{step:06d}'}/pretrained_model"
-        command = f"rollout.py --policy-path {checkpoint} --env.task {self.where.task} --out @out --num-envs 1"
-        command += f" --episodes {self.sizes.rollouts} --seed {self.seed * ROLLOUT_SEEDS}"
-        return Part("rollout", f"{command} --max-steps {self.where.max_steps}", (self.policy(),))
+        command = f"rollout.py --policy-path {checkpoint} --out @out --num-envs 1 --max-steps {self.where.max_steps}"
+        command += f" --episodes {self.sizes.rollouts // len(self.where.tasks)} --seed {self.seed * ROLLOUT_SEEDS}"
+        policy = (self.policy(),)
+        return tuple(Part(f"rollout-{task}", f"{command} --env.task {task}", policy) for task in self.where.tasks)
 
-    def curve(self) -> dict[int, Part]:
+    def curve(self) -> dict[int, tuple[Part, ...]]:
         """Rollouts by Stage 3 step; of the last step alone, unless the arm has a curve."""
         steps, has_curve = self.sizes.stage3_steps, (self.arm, self.demonstrations)
         if has_curve not in [(arm, CURVE_DEMONSTRATIONS) for arm in CURVE_ARMS] or steps < 3:
-            return {steps: self.rollout()}
-        return {step: self.rollout(step) for step in (steps // 3, 2 * (steps // 3))} | {steps: self.rollout()}
+            return {steps: self.rollouts()}
+        return {step: self.rollouts(step) for step in (steps // 3, 2 * (steps // 3))} | {steps: self.rollouts()}
+
+    def measure(self, root: Path, cells: Path) -> None:
+        """Make what is missing, and keep the outcomes."""
+        if self.read(cells):
+            return
+        by_step = {}
+        for step, parts in self.curve().items():
+            by_step[step] = {}
+            for task, part in zip(self.where.tasks, parts, strict=True):
+                part.make(root)
+                results = json.loads((part.out(root) / "results.json").read_text())
+                by_step[step][task] = {episode["seed"]: episode["success"] for episode in results["per_episode"]}
+        kept = {"name": self.name, "made_of": self.made_of, "commit": commit(), "success": by_step}
+        cells.mkdir(parents=True, exist_ok=True)
+        self.file(cells).write_text(json.dumps(kept) + "\n")
+
+    def read(self, cells: Path) -> dict[int, dict[tuple[int, str, int], bool]]:
+        """Success by Stage 3 step, then by (training seed, task, initial state); {}: not measured yet."""
+        if not self.file(cells).is_file():
+            return {}
+        kept = json.loads(self.file(cells).read_text())
+        if kept["made_of"] != self.made_of:
+            raise ValueError(f"{self.file(cells)} was measured with other commands: remove it, or name other --cells")
+        return {
+            int(step): {
+                (self.seed, task, int(state)): won for task, states in tasks.items() for state, won in states.items()
+            }
+            for step, tasks in kept["success"].items()
+        }
+
+    def file(self, cells: Path) -> Path:
+        return cells / f"{re.sub('[^a-z0-9]+', '-', self.name)}.json"
+
+    @property
+    def made_of(self) -> list[str]:
+        return [part.directory for parts in self.curve().values() for part in parts]
 
 
 # Each arm, and the labels of its Stage 2; None: it has no Stage 2.
@@ -254,30 +291,15 @@ ARMS = {
 }
 
 
-def outcomes(part: Part, root: Path) -> dict[int, bool]:
-    """Success by initial state."""
-    results = json.loads((part.out(root) / "results.json").read_text())
-    return {episode["seed"]: episode["success"] for episode in results["per_episode"]}
-
-
-def held_out_error(part: Part, root: Path) -> float:
-    lines = [json.loads(line) for line in (part.out(root) / "metrics.jsonl").read_text().splitlines()]
-    return [line["val/action_error"] for line in lines if "val/action_error" in line][-1]
-
-
-def gather(cells: list[Cell], root: Path) -> list[Measured]:
-    """What the complete cells gave, over their seeds."""
+def gather(cells: list[Cell], directory: Path) -> list[Measured]:
+    """What the measured cells gave, over their seeds."""
     measured = {}
     for cell in cells:
-        curve = {step: part for step, part in cell.curve().items() if part.is_complete(root)}
-        if cell.sizes.stage3_steps not in curve:
-            continue
-        place = cell.setting, cell.demonstrations, cell.arm
-        row = measured.setdefault(place, Measured(*place))
-        row.held_out_errors.append(held_out_error(cell.policy(), root))
-        for step, part in curve.items():
-            found = {(cell.seed, state): won for state, won in outcomes(part, root).items()}
-            row.by_step.setdefault(step, {}).update(found)
+        if by_step := cell.read(directory):
+            place = cell.setting, cell.demonstrations, cell.arm
+            row = measured.setdefault(place, Measured(*place))
+            for step, success in by_step.items():
+                row.by_step.setdefault(step, {}).update(success)
     return list(measured.values())
 
 
@@ -285,8 +307,10 @@ def gather(cells: list[Cell], root: Path) -> list[Measured]:
 class EvidenceConfig:
     """Make the table of arms with and without Stage 2."""
 
-    # Directory of all parts and of the results.
+    # Directory of all parts.
     root: Path
+    # Directory of the outcomes and of the table. Default: cells in --root.
+    cells: Path | None = None
     # Only policies whose name <setting>/<demonstrations>/<arm>/<seed> matches one of these patterns.
     only: tuple[str, ...] = ("*",)
     # One setting, two arms and a few steps: whether everything runs.
@@ -303,7 +327,7 @@ def choose(config: EvidenceConfig) -> Iterator[Cell]:
     settings = list(SETTINGS)[:1] if config.quick else list(SETTINGS)
     for seed in SEEDS[:1] if config.quick else SEEDS:
         for setting in settings:
-            for demonstrations in (1,) if config.quick else DEMONSTRATIONS:
+            for demonstrations in DEMONSTRATIONS[:1] if config.quick else DEMONSTRATIONS:
                 for arm in arms:
                     cell = Cell(setting, demonstrations, arm, seed, sizes)
                     if any(fnmatch(cell.name, pattern) for pattern in config.only):
@@ -312,18 +336,17 @@ def choose(config: EvidenceConfig) -> Iterator[Cell]:
 
 def main(config: EvidenceConfig) -> None:
     config, cells = replace(config, root=config.root.absolute()), list(choose(config))
+    directory = config.cells or config.root / "cells"
     if not cells:
         raise ValueError(f"--only {config.only} matches none of <{'|'.join(SETTINGS)}>/<N>/<{'|'.join(ARMS)}>/<seed>")
-    config.root.mkdir(parents=True, exist_ok=True)
     for cell in cells:
-        for part in cell.curve().values():
-            if not config.report:
-                part.make(config.root)
-    table = compare(gather(cells, config.root))
-    (config.root / "evidence.json").write_text(json.dumps(table, indent=2) + "\n")
+        if not config.report:
+            cell.measure(config.root, directory)
+    table = compare(gather(cells, directory))
     if table:
-        plot(table, config.root / "demonstrations.png", by_step=False)
-        plot(table, config.root / "steps.png", by_step=True)
+        (directory / "table.json").write_text(json.dumps(table, indent=2) + "\n")
+        plot(table, directory / "demonstrations.png", by_step=False)
+        plot(table, directory / "steps.png", by_step=True)
     print(markdown(table))
 
 

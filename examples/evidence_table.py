@@ -9,6 +9,10 @@ import numpy as np
 
 from smolvla_shared.rollouts import wilson_interval
 
+# The arms that every other is compared with: equal Stage 3 steps, and equal steps in all.
+REFERENCES = "scratch", "scratch, all compute"
+Success = dict[tuple[int, str, int], bool]  # by (training seed, task, initial state)
+
 
 @dataclass
 class Measured:
@@ -17,13 +21,10 @@ class Measured:
     setting: str
     demonstrations: int
     arm: str
-    # Success by Stage 3 step, then by (seed, initial state).
-    by_step: dict[int, dict[tuple[int, int], bool]] = field(default_factory=dict)
-    # Of the seeds, mean squared error of normalised actions.
-    held_out_errors: list[float] = field(default_factory=list)
+    by_step: dict[int, Success] = field(default_factory=dict)  # Stage 3 step
 
     @property
-    def success(self) -> dict[tuple[int, int], bool]:
+    def success(self) -> Success:
         """At the last step."""
         return self.by_step[max(self.by_step)]
 
@@ -45,52 +46,61 @@ def holm(p_values: list[float]) -> list[float]:
 
 
 def compare(measured: list[Measured]) -> list[dict[str, Any]]:
-    """A row for each arm, compared with scratch on equal seeds and initial states; p adjusted over all comparisons.
+    """A row for each arm, compared with each reference on equal seeds, tasks and initial states.
 
-    A pair is an episode of both arms: what one training seed does to all its episodes is not in p.
+    p is adjusted over all comparisons. A pair is an episode of both arms: p does not know what one training seed does to
+    all its episodes.
     """
-    scratch = {(row.setting, row.demonstrations): row.success for row in measured if row.arm == "scratch"}
+    success = {(row.setting, row.demonstrations, row.arm): row.success for row in measured}
     table = []
     for row in measured:
-        won, other = row.success, scratch.get((row.setting, row.demonstrations), {})
-        common = won.keys() & other.keys()
-        only_this = sum(won[pair] and not other[pair] for pair in common)
-        only_scratch = sum(other[pair] and not won[pair] for pair in common)
+        won = row.success
+        against = {}
+        for reference in REFERENCES:
+            other = success.get((row.setting, row.demonstrations, reference), {})
+            if row.arm != reference and (common := won.keys() & other.keys()):
+                only_this = sum(won[pair] and not other[pair] for pair in common)
+                only_other = sum(other[pair] and not won[pair] for pair in common)
+                found = {"pairs": len(common), "only_this_arm": only_this, "only_reference": only_other}
+                against[reference] = found | {"p": mcnemar_exact(only_this, only_other)}
+        tasks = {task: [won[key] for key in won if key[1] == task] for _, task, _ in won}
         table.append(
             {
                 "setting": row.setting,
                 "demonstrations": row.demonstrations,
                 "arm": row.arm,
-                "seeds": sorted({seed for seed, _ in won}),
+                "seeds": sorted({seed for seed, _, _ in won}),
                 "successes": sum(won.values()),
                 "episodes": len(won),
                 "wilson_95": wilson_interval(sum(won.values()), len(won)),
-                "pairs_with_scratch": len(common),
-                "only_this_arm": only_this,
-                "only_scratch": only_scratch,
-                "p": mcnemar_exact(only_this, only_scratch) if common and row.arm != "scratch" else None,
-                "held_out_action_error": float(np.mean(row.held_out_errors)),
+                "against": against,
+                "success_by_task": {task: float(np.mean(values)) for task, values in tasks.items()},
                 "success_by_step": {step: float(np.mean([*at.values()])) for step, at in sorted(row.by_step.items())},
             }
         )
-    compared = [row for row in table if row["p"] is not None]
-    for row, p in zip(compared, holm([row["p"] for row in compared]), strict=True):
-        row["p_holm"] = p
+    compared = [found for row in table for found in row["against"].values()]
+    for found, p in zip(compared, holm([found["p"] for found in compared]), strict=True):
+        found["p_holm"] = p
     return table
 
 
 def markdown(table: list[dict[str, Any]]) -> str:
-    """Differences are in points of success on the pairs with scratch; p is Holm's."""
-    lines = ["| setting | demonstrations | arm | success | 95% | against scratch | p | held-out action error |"]
-    lines.append("|---|---|---|---|---|---|---|---|")
+    """Differences are in points of success on equal initial states, with Holm's p."""
+
+    def difference(found: dict[str, Any] | None) -> str:
+        if found is None:
+            return ""
+        points = 100 * (found["only_this_arm"] - found["only_reference"]) / found["pairs"]
+        return f"{points:+.0f} (p {found['p_holm']:.2g})"
+
+    head = ["setting", "demonstrations", "arm", "seeds", "success", "95%", *(f"against {name}" for name in REFERENCES)]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for row in table:
         low, high = row["wilson_95"]
-        difference = 100 * (row["only_this_arm"] - row["only_scratch"]) / max(1, row["pairs_with_scratch"])
-        against, p = (f"{difference:+.0f}", f"{row['p_holm']:.2g}") if row["p"] is not None else ("", "")
-        lines.append(
-            f"| {row['setting']} | {row['demonstrations']} | {row['arm']} | {row['successes']} of {row['episodes']} "
-            f"| {low:.0%} to {high:.0%} | {against} | {p} | {row['held_out_action_error']:.3f} |"
-        )
+        cells = [row["setting"], row["demonstrations"], row["arm"], len(row["seeds"])]
+        cells += [f"{row['successes']} of {row['episodes']}", f"{low:.0%} to {high:.0%}"]
+        cells += [difference(row["against"].get(name)) for name in REFERENCES]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
 
 

@@ -1,5 +1,6 @@
 """examples/evidence.py: its statistics against closed forms, parts by their hashes, true actions as latents."""
 
+import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -8,9 +9,10 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).parents[1]
+SETTING = "five tasks"
 sys.path.insert(0, str(ROOT / "examples"))
 
-from evidence import ARMS, Cell, Part, Sizes  # noqa: E402
+from evidence import ARMS, SETTINGS, Cell, Part, Sizes, gather  # noqa: E402
 from evidence_table import Measured, compare, holm, markdown, mcnemar_exact  # noqa: E402
 from relabel import executed_latents  # noqa: E402
 
@@ -32,17 +34,24 @@ def test_holm_multiplies_by_what_is_left_and_never_falls():
 
 def test_arms_are_compared_on_equal_seeds_and_initial_states():
     def measured(arm: str, won: dict[tuple[int, int], bool]) -> Measured:
-        return Measured("push", 5, arm, {1: dict.fromkeys(won, False), 2: won}, [0.5, 0.7])
+        success = {(seed, "push-v3", state): success for (seed, state), success in won.items()}
+        return Measured("push", 5, arm, {1: dict.fromkeys(success, False), 2: success})
 
     scratch = measured("scratch", {(0, state): state < 2 for state in range(10)})
+    longer = measured("scratch, all compute", {(0, state): state < 4 for state in range(10)})
     # Seed 1 has no scratch arm yet: its episodes count in the success, not in the comparison.
     other = measured("stage 2", {(0, s): s >= 1 for s in range(10)} | {(1, s): True for s in range(5)})
-    rows = compare([scratch, other])
-    assert [row["p"] for row in rows] == [None, mcnemar_exact(8, 1)]
-    assert (rows[1]["successes"], rows[1]["episodes"], rows[1]["pairs_with_scratch"]) == (14, 15, 10)
-    assert (rows[1]["only_this_arm"], rows[1]["only_scratch"], rows[1]["seeds"]) == (8, 1, [0, 1])
-    assert rows[1]["success_by_step"] == {1: 0, 2: 14 / 15}
-    assert "| push | 5 | stage 2 | 14 of 15 | 70% to 99% | +70 | 0.039 | 0.600 |" in markdown(rows)
+    rows = compare([scratch, longer, other])
+    first, second, third = (row["against"] for row in rows)
+    assert {name: found["p"] for name, found in first.items()} == {"scratch, all compute": mcnemar_exact(0, 2)}
+    assert {name: found["p"] for name, found in second.items()} == {"scratch": mcnemar_exact(2, 0)}
+    p, counts = mcnemar_exact(8, 1), {"pairs": 10, "only_this_arm": 8, "only_reference": 1}
+    assert third["scratch"] == counts | {"p": p, "p_holm": 4 * p}
+    assert third["scratch, all compute"]["p"] == mcnemar_exact(6, 1)
+    assert (rows[2]["successes"], rows[2]["episodes"], rows[2]["seeds"]) == (14, 15, [0, 1])
+    assert rows[2]["success_by_step"] == {1: 0, 2: 14 / 15}
+    line = "| push | 5 | stage 2 | 2 | 14 of 15 | 70% to 99% | +70 (p 0.16) | +50 (p 0.38) |"
+    assert line in markdown(rows)
 
 
 def test_a_part_is_named_by_all_that_made_it():
@@ -58,19 +67,42 @@ def test_arms_share_what_they_have_in_common():
     def ancestors(part: Part) -> set[str]:
         return {part.directory}.union(*map(ancestors, part.inputs))
 
-    parts = {arm: ancestors(Cell("push", 5, arm, 0, Sizes()).rollout()) for arm in ARMS}
-    names = {arm: sorted(part.rpartition("-")[0] for part in found) for arm, found in parts.items()}
-    assert names["scratch"] == names["scratch, all compute"] == ["record-push-v3", "rollout", "stage3"]
+    parts = {arm: set().union(*map(ancestors, Cell(SETTING, 5, arm, 0, Sizes()).rollouts())) for arm in ARMS}
+    names = {arm: sorted({part.rpartition("-")[0] for part in found}) for arm, found in parts.items()}
+    rollouts = sorted(f"rollout-{task}" for task in SETTINGS[SETTING].tasks)
+    assert names["scratch"] == names["scratch, all compute"] == ["demonstrations", *rollouts, "stage3"]
     assert "teacher" not in names["true actions"]
     assert "teacher-random" in names["random teacher"]
-    assert parts["stage 2"] - parts["co-training"] < parts["stage 2"]  # teacher, its labels and Stage 2 are the same
-    commands = {Cell("push", 5, arm, 0, Sizes()).policy().command for arm in ARMS}
+    assert len(parts["stage 2"] & parts["co-training"]) == 5  # video, teacher, its labels, Stage 2; demonstrations
+    commands = {Cell(SETTING, 5, arm, 0, Sizes()).policy().command for arm in ARMS}
     assert len(commands) == len({c.replace("@1", "") for c in commands}) >= 5
     sizes = Sizes()
-    longer = Cell(
-        "push", 5, "scratch", 0, replace(sizes, stage3_steps=sizes.stage3_steps + sizes.stage2_steps)
-    ).policy()
-    assert f"--steps {sizes.stage2_steps + sizes.stage3_steps} " in longer.command
+    longer = Cell(SETTING, 5, "scratch", 0, replace(sizes, stage3_steps=sizes.stage3_steps + sizes.stage2_steps))
+    assert f"--steps {sizes.stage2_steps + sizes.stage3_steps} " in longer.policy().command
+
+
+def test_what_was_measured_is_not_made_again(tmp_path, monkeypatch):
+    """Outcomes are kept under the hashes of all that made them; those of other commands are refused."""
+    cell, made = Cell(SETTING, 10, "scratch", 2, replace(Sizes(), rollouts=10)), []
+
+    def make(part: Part, root: Path) -> None:
+        made.append(part.name)
+        part.out(root).mkdir(parents=True)
+        episodes = [{"seed": 2000 + i, "success": i == 0} for i in range(2)]
+        (part.out(root) / "results.json").write_text(json.dumps({"per_episode": episodes}))
+
+    monkeypatch.setattr(Part, "make", make)
+    assert cell.read(tmp_path / "cells") == {}
+    cell.measure(tmp_path, tmp_path / "cells")
+    assert made == [f"rollout-{task}" for task in SETTINGS[SETTING].tasks]
+    cell.measure(tmp_path / "another machine", tmp_path / "cells")
+    assert len(made) == 5
+    (success,) = cell.read(tmp_path / "cells").values()
+    assert sum(success.values()) == 5 and success[2, "plate-slide-v3", 2000]
+    (row,) = compare(gather([cell], tmp_path / "cells"))
+    assert (row["successes"], row["episodes"], row["seeds"]) == (5, 10, [2])
+    with pytest.raises(ValueError, match="was measured with other commands: remove it, or name other --cells"):
+        replace(cell, sizes=Sizes()).read(tmp_path / "cells")
 
 
 def test_true_actions_are_the_means_of_the_parts_of_a_gap():
