@@ -48,8 +48,8 @@ def holm(p_values: list[float]) -> list[float]:
 def compare(measured: list[Measured]) -> list[dict[str, Any]]:
     """A row for each arm, compared with each reference on equal seeds, tasks and initial states.
 
-    p is adjusted over all comparisons. A pair is an episode of both arms: p does not know what one training seed does to
-    all its episodes.
+    p is adjusted over all comparisons. A pair is an episode of both arms: what one training seed does to all its
+    episodes is not in p.
     """
     success = {(row.setting, row.demonstrations, row.arm): row.success for row in measured}
     table = []
