@@ -4,6 +4,7 @@ A server process imports what the commands import and forks a child for each of 
 `python script.py ...` would. What happens to the child, SIGKILL included, happens to nobody else.
 """
 
+import importlib
 import json
 import os
 import runpy
@@ -101,10 +102,11 @@ def launch(command: list[str], processes: int) -> None:
 
 def serve() -> None:
     sys.path.insert(0, str(ROOT))
-    import lerobot.policies.factory  # noqa: F401
-
-    import smolvla_shared.rollouts
-    import smolvla_shared.run  # noqa: F401
+    # All that takes long; the commands import some of it only when they come to it.
+    for name in "lerobot.envs.metaworld lerobot.policies.factory matplotlib.backends.backend_agg torchcodec".split():
+        importlib.import_module(name)
+    for name in "feature_cache grounding initial label_check rollouts run".split():
+        importlib.import_module(f"smolvla_shared.{name}")
 
     pid = 0
     for line in sys.stdin:
