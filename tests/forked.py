@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -97,7 +98,15 @@ def launch(command: list[str], processes: int) -> None:
     os.environ["ACCELERATE_USE_CPU"] = "true"
     place = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0"}
     options = {"start_method": "fork", "max_restarts": 0, "monitor_interval": 0.1}
-    elastic_launch(LaunchConfig(1, 1, processes, **place, **options), run_python)(command)
+    elastic_launch(LaunchConfig(1, 1, processes, **place, **options), run_one_of_several)(command)
+
+
+def run_one_of_several(command: list[str]) -> None:
+    try:
+        run_python(command)
+    except Exception:
+        traceback.print_exc()  # the launcher tells of the first process only, which may be one that missed another
+        raise
 
 
 def serve() -> None:
