@@ -16,8 +16,9 @@ demo: setup  ## run the whole pipeline on demonstrations it records itself, abou
 	@PATH="$(CURDIR)/.venv/bin:$$PATH" examples/quickstart.sh
 
 # One thread a process (tests/conftest.py) and a process a core beat many threads: the models of the tests are tiny.
+# The order of the files is that of tests/conftest.py.
 test: setup lint  ## check the style and run all tests, 15 to 30 minutes on two cores
-	@PATH="$(CURDIR)/.venv/bin:$$PATH" pytest -m "" -n logical --maxprocesses 4 --dist loadfile
+	@PATH="$(CURDIR)/.venv/bin:$$PATH" pytest -m "" -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 lint: setup  ## check style and format
 	@.venv/bin/ruff check .

@@ -146,7 +146,8 @@ def main(config: RecordConfig) -> None:
         rgb_encoder=RGBEncoderConfig(vcodec="h264", crf=20),
     )
     num_frames = 0
-    # A rendering context does not survive a fork.
+    # A rendering context does not survive a fork; imports do.
+    multiprocessing.set_forkserver_preload(["smolvla_shared.rollouts", "lerobot.envs.metaworld"])
     with multiprocessing.get_context("forkserver").Pool(config.num_workers) as pool:
         for frames in tqdm(pool.imap(demonstrate, jobs), total=len(jobs), desc=f"record {config.kind}", unit="episode"):
             for frame in frames:

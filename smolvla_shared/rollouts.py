@@ -6,6 +6,7 @@ however many environments run side by side. No exception is caught: a crash stop
 
 import json
 import math
+import multiprocessing
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -103,7 +104,8 @@ def make_environments(env_type: str, task: str, image_size: int, num_envs: int) 
     factories = [partial(make_metaworld, task, image_size)] * num_envs
     if num_envs == 1:
         return gymnasium.vector.SyncVectorEnv(factories)
-    # A rendering context does not survive a fork.
+    # A rendering context does not survive a fork; imports do.
+    multiprocessing.set_forkserver_preload([__name__, "lerobot.envs.metaworld"])
     return gymnasium.vector.AsyncVectorEnv(factories, context="forkserver")
 
 

@@ -26,6 +26,12 @@ os.environ.setdefault("MUJOCO_GL", "osmesa")
 runpy.run_path(f"{NO_NETWORK}/sitecustomize.py")  # not an import: Ubuntu's Python has imported one of that name
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests come first: if one came last, the other workers would wait for it."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(scope="session")
 def server() -> Iterator[subprocess.Popen]:
     """Runs the project's commands; see forked.py."""

@@ -1,21 +1,25 @@
 """Runs our scripts under FSDP2 on CPUs, and takes notes of what it did. What test_run_sharding.py launches.
 
-    accelerate launch --config-file configs/accelerate/fsdp2_8gpu.yaml --num_processes 2 tests/forced_fsdp.py NOTES JOBS
+    torchrun --nproc-per-node 2 tests/forced_fsdp.py CONFIG NOTES JOBS
 
-JOBS is a JSON file, {name: [script, arguments...]}; NOTES/<name><process>.json is what a process found.
+CONFIG is one of configs/accelerate, and counts as if `accelerate launch` had read it. JOBS is a JSON file,
+{name: [script, arguments...]}; NOTES/<name><process>.json is what a process found.
 """
 
 import functools
 import importlib
 import json
+import os
 import sys
 from collections import Counter, defaultdict
 from pathlib import Path
 
 import torch
 import tyro
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
+from accelerate.utils.launch import prepare_multi_gpu_env
 from torch import Tensor, nn
 from torch.distributed.fsdp._fully_shard import _fsdp_param_group as param_group
 from torch.distributed.tensor import DTensor
@@ -25,6 +29,12 @@ from smolvla_shared.batch import Batch
 from smolvla_shared.model import SmolVLASharedCore
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+
+
+def use_config(path: str) -> None:
+    """Put into the environment what `accelerate launch` puts there."""
+    args = launch_command_parser().parse_args(["--config-file", path, "script.py"])
+    os.environ.update(prepare_multi_gpu_env(_validate_launch_command(args)[0]))
 
 
 def force_fsdp() -> None:
@@ -124,7 +134,8 @@ class Notes:
         return taken
 
 
-def main(notes_dir: Path, jobs: dict[str, list[str]]) -> None:
+def main(config: str, notes_dir: Path, jobs: dict[str, list[str]]) -> None:
+    use_config(config)
     force_fsdp()
     autocast_layer_norm()
     notes = Notes()
@@ -139,4 +150,4 @@ def main(notes_dir: Path, jobs: dict[str, list[str]]) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text()))
+    main(sys.argv[1], Path(sys.argv[2]), json.loads(Path(sys.argv[3]).read_text()))

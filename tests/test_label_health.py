@@ -350,11 +350,13 @@ def shake(scenes: torch.Tensor, generator: torch.Generator) -> torch.Tensor:  # 
 def test_a_teacher_of_a_shaking_camera_fails(tmp_path):
     """It predicts the second frame well, and uses its codes: what it has learned is the camera."""
     torch.manual_seed(0)
-    generator, steps = torch.Generator().manual_seed(0), 700
+    generator, steps = torch.Generator().manual_seed(0), 200
     coarse = torch.rand(8, 3, 4, 4, generator=generator)
     scenes = torch.nn.functional.interpolate(coarse, 32, mode="bilinear")
     sizes = {"dim": 48, "quant_dim": 8, "codebook_size": 8, "image_size": 32, "patch_size": 4, "heads": 2}
-    shaken = LAQ(LAQConfig(**sizes, spatial_depth=1, temporal_depth=1, dim_head=16))
+    # As a fresh teacher is, which learns it in a third of the steps that LAPA's shape would need.
+    shape = {"temporal_depth": 0, "predicts_change": True, "moves_pixels": True, "sees_change": True}
+    shaken = LAQ(LAQConfig(**sizes, **shape, spatial_depth=1, dim_head=16))
     optimizer = torch.optim.AdamW(shaken.parameters(), betas=(0.9, 0.95))
     for step in range(1, steps + 1):
         for group in optimizer.param_groups:

@@ -1,17 +1,14 @@
 """labels.py and `teacher label`: the cache holds what the teacher says, and training from it is the same training."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from forked import ROOT, Forked
+from forked import ROOT, Forked, run_forked
 from safetensors.torch import load_file
 
 from smolvla_shared import data, data_blocks, data_loader, data_order, label_cache
@@ -205,7 +202,8 @@ def test_a_killed_command_goes_on_where_it_stopped(
     command = [small_shards, "label", "--laq-ckpt", laq_checkpoint, "--data.roots", *roots]
     command += ["--data.num-workers", "0", "--batch-size", "4", "--teacher-kind", "continuous"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert Forked(server, [*command, "--label-cache", whole], tmp_path / "whole.txt").wait() == 0
+    with_worker = [*command, "--label-cache", whole, "--data.num-workers", "1"]  # the last of an option counts
+    assert Forked(server, with_worker, tmp_path / "whole.txt").wait() == 0
 
     written: dict[Path, int] = {}  # what each kill found finished, and when it was written
     kills = 0
@@ -225,20 +223,15 @@ def test_a_killed_command_goes_on_where_it_stopped(
 
 
 @pytest.mark.slow
-def test_two_processes_write_what_one_writes(small_shards, tmp_path, laq_checkpoint, video_dataset, labelled_dataset):
+def test_two_processes_write_what_one_writes(
+    server, small_shards, tmp_path, laq_checkpoint, video_dataset, labelled_dataset
+):
     roots = (video_dataset, labelled_dataset)
     label(label_config(tmp_path / "one", laq_checkpoint, *roots))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [small_shards, "label", "--laq-ckpt", laq_checkpoint, "--data.roots", *roots]
-    command += ["--label-cache", tmp_path / "two", "--batch-size", "16", "--data.num-workers", "1"]
-    done = subprocess.run(
-        [*map(str, launch + command)],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env=os.environ | {"ACCELERATE_USE_CPU": "true"},
-    )
-    assert done.returncode == 0, done.stderr
+    command += ["--label-cache", tmp_path / "two", "--batch-size", "16", "--data.num-workers", "0"]
+    code, printed = run_forked(server, command, tmp_path / "printed.txt", processes=2)
+    assert code == 0, printed
     assert files(tmp_path / "two") == files(tmp_path / "one")
 
 

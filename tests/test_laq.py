@@ -3,14 +3,13 @@
 import json
 import math
 import pickle
-import socket
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing
+from forked import run_forked
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -262,8 +261,9 @@ def test_usage_counts_valid_training_pairs_only(tiny):
     assert torch.equal(tiny.vq._usage, by_hand)
 
 
-def count_in_a_process(rank: int, port: int, directory: str) -> None:
-    torch.distributed.init_process_group("gloo", init_method=f"tcp://localhost:{port}", rank=rank, world_size=2)
+def count_in_a_process(directory: str) -> None:
+    torch.distributed.init_process_group("gloo")
+    rank = torch.distributed.get_rank()
     torch.manual_seed(0)
     laq = LAQ(TINY)
     laq(random_pairs(3, seed=rank))
@@ -272,10 +272,10 @@ def count_in_a_process(rank: int, port: int, directory: str) -> None:
 
 
 @pytest.mark.slow
-def test_usage_and_latents_are_those_of_all_processes(tiny, tmp_path):
-    with socket.create_server(("localhost", 0)) as server:
-        port = server.getsockname()[1]
-    torch.multiprocessing.spawn(count_in_a_process, (port, str(tmp_path)), nprocs=2)
+def test_usage_and_latents_are_those_of_all_processes(server, tiny, tmp_path):
+    call = f"import test_laq; test_laq.count_in_a_process({str(tmp_path)!r})"
+    code, printed = run_forked(server, ["-c", call], tmp_path / "printed.txt", processes=2)
+    assert code == 0, printed
     for rank in range(2):  # one process that sees both batches counts the same
         tiny(random_pairs(3, seed=rank))
     for rank in range(2):

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import tyro
+from forked import run_forked
 from lerobot.configs import FeatureType, PolicyFeature
 from lerobot.configs.policies import PreTrainedConfig
 from lerobot.policies.factory import make_pre_post_processors
@@ -189,22 +190,23 @@ def test_an_imported_policy_acts_as_lerobots(checkpoint, imported):
 
 
 @pytest.mark.slow
-def test_commands_and_policies_work_elsewhere(checkpoint, tmp_path):
+def test_commands_and_policies_work_elsewhere(server, checkpoint, tmp_path):
     """The real commands, and LeRobot's own loading, in processes that are offline and have an empty cache."""
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "empty")}
 
     def run(*command: str | Path) -> str:
-        done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, env=environment)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
+        code, printed = run_forked(server, ["-m", "smolvla_shared.lerobot_smolvla", *command], tmp_path / "printed.txt")
+        assert code == 0, printed
+        return printed
 
-    command = ["-m", "smolvla_shared.lerobot_smolvla"]
-    printed = run(*command, "import", checkpoint, tmp_path / "imported")
+    printed = run("import", checkpoint, tmp_path / "imported")
     assert f"left out, no action depends on them: {OUTPUT_LAYER}, {FINAL_NORM}" in printed
-    run(*command, "export", tmp_path / "imported", tmp_path / "exported")
+    run("export", tmp_path / "imported", tmp_path / "exported")
     files = [tmp_path / "inputs.safetensors", tmp_path / "outputs.safetensors"]
     save_file(observations(), files[0])
-    run("-c", ACT, *files, tmp_path / "imported", tmp_path / "exported", *TASKS)
+    directories = [tmp_path / "imported", tmp_path / "exported"]
+    # Not forked: LeRobot must find our policy where nothing has imported it.
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "empty")}
+    subprocess.run([sys.executable, "-c", ACT, *map(str, files + directories), *TASKS], check=True, env=environment)
     actions = load_file(files[1])
     assert relative_difference(actions["hlrp_smolvla_shared"], act(checkpoint)) < 1e-5
     assert relative_difference(actions["smolvla"], act(checkpoint)) < 1e-6

@@ -1,37 +1,37 @@
 """examples/record_metaworld.py: the real command records what the environment shows."""
 
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from forked import run_forked
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
 from smolvla_shared.rollouts import make_metaworld
 
-ROOT = Path(__file__).parents[1]
 TASK, SIZE = "plate-slide-v3", 64
 
 
-def record(root: Path, *options: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "examples/record_metaworld.py", "--root", str(root), "--tasks", TASK]
-    command += ["--image-size", str(SIZE), "--episodes", "2", *options]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+def record(server: subprocess.Popen, root: Path, *options: str) -> tuple[int, str]:
+    command = ["examples/record_metaworld.py", "--root", root, "--tasks", TASK]
+    command += ["--image-size", SIZE, "--episodes", 2, *options]
+    return run_forked(server, command, root.with_suffix(".txt"))
 
 
 @pytest.mark.slow
-def test_recording(tmp_path):
-    results = {kind: record(tmp_path / kind, "--kind", kind, "--noise", "0") for kind in ("labelled", "video")}
-    for result in results.values():
-        assert result.returncode == 0, result.stderr
+def test_recording(server, tmp_path):
+    for kind in ("labelled", "video"):
+        code, printed = record(server, tmp_path / kind, "--kind", kind, "--noise", "0")
+        assert code == 0, printed
     labelled, video = (LeRobotDataset(kind, root=tmp_path / kind) for kind in ("labelled", "video"))
     assert "action" in labelled.features
     assert "action" not in video.features
     assert labelled.meta.total_episodes == video.meta.total_episodes == 2
     assert labelled.fps == 80
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["labelled", "video"]  # no temporary directory is left
+    found = sorted(path.name for path in tmp_path.iterdir())
+    assert found == ["labelled", "labelled.txt", "video", "video.txt"]  # no temporary directory is left
 
     # Replaying the recorded actions from the recorded seed shows the recorded pictures, and ends in success.
     env = make_metaworld(TASK, SIZE)
@@ -54,12 +54,12 @@ def test_recording(tmp_path):
         assert abs(int(np.argmin(errors)) - index) <= 3  # and it is this picture, not another of the episode
 
 
-def test_an_existing_directory_and_an_unknown_task_are_refused(tmp_path):
+def test_an_existing_directory_and_an_unknown_task_are_refused(server, tmp_path):
     (tmp_path / "there").mkdir()
-    result = record(tmp_path / "there", "--kind", "video")
-    assert result.returncode != 0
-    assert "there exists: remove it or name another directory" in result.stderr
-    result = record(tmp_path / "new", "--kind", "video", "--tasks", "slide-the-plate")
-    assert result.returncode != 0
-    assert "['slide-the-plate'] are no tasks of Meta-World" in result.stderr
+    code, printed = record(server, tmp_path / "there", "--kind", "video")
+    assert code != 0
+    assert "there exists: remove it or name another directory" in printed
+    code, printed = record(server, tmp_path / "new", "--kind", "video", "--tasks", "slide-the-plate")
+    assert code != 0
+    assert "['slide-the-plate'] are no tasks of Meta-World" in printed
     assert not (tmp_path / "new").exists()

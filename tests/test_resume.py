@@ -100,7 +100,7 @@ def test_killed_at_any_moment_and_resumed_it_is_the_same_run(server, commands, w
         output.write_text("")
         child = Forked(server, [*commands[name], "--run-dir", run_dir, *resume], output)
         if aim == "start":
-            time.sleep(rng.uniform(0, 2))
+            time.sleep(rng.uniform(0, 1))
         elif aim == "steps":
             child.wait_for(lambda: re.search(r"\d+/18 \[.*step", output.read_text()))
             time.sleep(rng.uniform(0, 1))

@@ -5,8 +5,6 @@ import math
 import os
 import re
 import signal
-import subprocess
-import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -17,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
+from forked import run_forked
 from helpers import (
     Points,
     Regression,
@@ -195,16 +194,10 @@ def train_tiny_core(run_dir: Path, accelerator: Accelerator, resume_from: Path |
 
 
 @pytest.mark.slow
-def test_two_processes_equal_one(tmp_path):
-    code = (
-        f"import sys, pathlib; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
-        f"import test_run; test_run.run_as_one_of_two(pathlib.Path({str(tmp_path)!r}))\n"
-    )
-    (tmp_path / "script.py").write_text(code)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run([*launch, str(tmp_path / "script.py")], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
+def test_two_processes_equal_one(server, tmp_path):
+    call = f"import pathlib, test_run; test_run.run_as_one_of_two(pathlib.Path({str(tmp_path)!r}))"
+    code, printed = run_forked(server, ["-c", call], tmp_path / "printed.txt", processes=2)
+    assert code == 0, printed
     single = make_accelerator()
     one = {
         "points": train_points(make_config(tmp_path / "one", steps=5, ema_decay=0.9), single).state_dict(),

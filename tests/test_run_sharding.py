@@ -2,10 +2,7 @@
 no difference. The processes are real and run on the CPU; tests/forced_fsdp.py says how."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +13,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from forced_fsdp import probe
+from forked import run_forked
 from torch import Tensor
 
 import train_stage2
@@ -25,7 +23,6 @@ from smolvla_shared.artifact import load_artifact
 from smolvla_shared.config import DataConfig
 from smolvla_shared.model import SmolVLASharedCore
 
-ROOT = Path(__file__).parent.parent
 ARTIFACT = Path("artifacts") / "smolvla_shared_stage2_artifact.safetensors"
 PROCESSES = 2
 # Accumulation, an EMA that is evaluated halfway, a checkpoint to resume from. Vision is frozen.
@@ -56,7 +53,7 @@ def cut(run_dir: Path, step: int, target: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory, video_dataset, labelled_dataset, laq_checkpoint) -> Path:
+def runs(server, tmp_path_factory, video_dataset, labelled_dataset, laq_checkpoint) -> Path:
     """plain/ and sharded/, with the same runs each: s2, s3 from its artifact, s2 resumed from the *other* side's
     checkpoint, and s2 in bfloat16. In sharded/ also what each process noted."""
     runs = tmp_path_factory.mktemp("runs")
@@ -83,13 +80,9 @@ def runs(tmp_path_factory, video_dataset, labelled_dataset, laq_checkpoint) -> P
         "resumed": stage2(cut(plain / "s2", 15, sharded / "resumed"), "--resume"),
     }
     (sharded / "jobs.json").write_text(json.dumps(jobs))
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(PROCESSES)]
-    launch += ["--config-file", "configs/accelerate/fsdp2_8gpu.yaml", "tests/forced_fsdp.py"]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": f"{ROOT}:{os.environ['PYTHONPATH']}"}
-    done = subprocess.run(
-        [*launch, sharded, sharded / "jobs.json"], capture_output=True, text=True, env=environment, cwd=ROOT
-    )
-    assert done.returncode == 0, done.stderr
+    command = ["tests/forced_fsdp.py", "configs/accelerate/fsdp2_8gpu.yaml", sharded, sharded / "jobs.json"]
+    code, printed = run_forked(server, command, runs / "printed.txt", PROCESSES)
+    assert code == 0, printed
     run_plainly(*stage2(cut(sharded / "s2", 15, plain / "resumed"), "--resume"))
     return runs
 

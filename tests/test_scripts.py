@@ -58,15 +58,15 @@ def runs(run, run_well, tmp_path_factory, video_dataset, labelled_dataset, laq_c
     def train(name: str, *command: str | Path) -> None:
         (runs / f"{name}.txt").write_text(run_well(*command, "--run-dir", runs / name))
 
-    on_video = [*SIZES, "--data.roots", video_dataset, "--data.num-workers", "1"]
+    on_video = [*SIZES, "--data.roots", video_dataset, "--data.num-workers", "0"]
     labelled = [*SIZES, "--data.roots", labelled_dataset, "--data.num-workers", "0"]
     labelled += ["--chunk-size", "6", "--n-action-steps", "3"]
     teacher = ["--laq-ckpt", runs / "laq" / TEACHER]
     from_artifact = ["--stage2-artifact", runs / "s2" / ARTIFACT]
     fine_tuned = [*TEACHER_SIZES, "--init-from", laq_checkpoint]
     train("laq", "-m", "smolvla_shared.teacher", "train", *on_video, *fine_tuned)
-    freeze = ["--model.freeze-trunk", "True"]
-    train("s2", *LAUNCH, "train_stage2.py", *on_video, *teacher, "--model.preset", "tiny", *freeze)
+    s2 = ["--model.freeze-trunk", "True", "--data.num-workers", "1"]  # the last of an option counts
+    train("s2", *LAUNCH, "train_stage2.py", *on_video, *teacher, "--model.preset", "tiny", *s2)
     codes = ["--latent-head", "codes", "--latent-horizon", "2"]
     train("codes", "train_stage2.py", *on_video, *teacher, "--model.preset", "tiny", *codes)
     train("s3", "train_stage3.py", *labelled, *from_artifact, "--ema-decay", "0.5")
