@@ -72,7 +72,7 @@ def main(config: Stage2Config) -> None:
     from smolvla_shared.feature_cache import prepare_features
     from smolvla_shared.initial import open_initial
     from smolvla_shared.label_health import with_health
-    from smolvla_shared.labels import labels_pairs, latent_statistics, open_labels
+    from smolvla_shared.labels import latent_statistics, open_labels
     from smolvla_shared.losses import masked_mean, valid_tokens
     from smolvla_shared.preprocess import Preprocessor
     from smolvla_shared.run import Run, start_run
@@ -80,11 +80,9 @@ def main(config: Stage2Config) -> None:
     # What a user can get wrong is refused here, before Run makes the run directory.
     datasets = data.open_datasets(config.data)
     initial = open_initial(config.model)
-    options = labels_pairs(config, initial.data_options(config.data, with_latents=True))
-    data.set_frame_gap(datasets, options.gap_s)
-    cameras, label_camera = data.choose_cameras(datasets, options)
+    options, cameras, label_camera = initial.choose_views(config, datasets, with_latents=True)
     training, held_out = data_order.split_datasets(datasets, config.val_fraction, config.seed)
-    labels = open_labels(config, datasets, label_camera, config.latent_horizon or initial.latent_horizon)
+    labels = open_labels(config, datasets, label_camera, initial.latent_horizon)
     dims = initial.latent_dims(labels, options, label_camera, config.latent_head)
     dims |= data.state_dims(datasets, config.model.use_state)
     about = labels.teacher_id, labels.kind, options.gap_s, label_camera, data.valid_pair_share(datasets, training)

@@ -14,12 +14,10 @@ import tyro
 from smolvla_shared.config import ACTION, LATENT, RunConfig, StageOptions
 
 if TYPE_CHECKING:
-    import numpy as np
     from torch import Tensor
 
     from smolvla_shared.config import CoreConfig
     from smolvla_shared.data import RobotDataset
-    from smolvla_shared.data_order import RowGroup
     from smolvla_shared.initial import InitialWeights
     from smolvla_shared.preprocess import Statistics
 
@@ -40,12 +38,16 @@ class Stage3Config(StageOptions, RunConfig):
     normalization: Literal["data", "artifact"] = "data"
     # Weight of the latent loss, added to the action loss; 0: the latent head is not trained.
     latent_loss_weight: float = 0.0
-    # Co-training: local directories of datasets without actions, which train the latent head only.
+    # Local directories of datasets whose actions, if there are any, are not read. They train the latent head
+    # (--latent-loss-weight), the action head (--decode-actions), or both.
     video_roots: tuple[Path, ...] = ()
-    # Co-training: hub ids of datasets without actions, which train the latent head only.
+    # Hub ids of such datasets.
     video_repo_ids: tuple[str, ...] = ()
-    # Co-training: share of each batch that is read from the datasets without actions.
+    # Share of each batch that is read from them.
     video_share: float = 0.5
+    # Train the action head on video, too: its latent actions are decoded into actions by a linear map that is fitted to
+    # the demonstrations. Of a chunk, --latent-horizon x --data.frame-gap-s seconds are decoded.
+    decode_actions: bool = False
 
     def __post_init__(self):
         RunConfig.__post_init__(self)
@@ -56,23 +58,29 @@ class Stage3Config(StageOptions, RunConfig):
             raise ValueError(
                 f"--n-action-steps {self.n_action_steps} must be between 1 and --chunk-size {self.chunk_size}"
             )
-        if (self.latent_loss_weight > 0) != (self.laq_ckpt is not None or self.labels == "cache"):
+        if self.needs_labels != (self.laq_ckpt is not None or self.labels == "cache"):
             raise ValueError(
-                f"co-training needs --latent-loss-weight > 0 (got {self.latent_loss_weight}) and labels: --laq-ckpt "
-                f"(got {self.laq_ckpt}) or --labels cache (got {self.labels})"
+                f"--latent-loss-weight > 0 (got {self.latent_loss_weight}) or --decode-actions goes with labels: "
+                f"--laq-ckpt (got {self.laq_ckpt}) or --labels cache (got {self.labels})"
             )
         if self.latent_head and not self.latent_loss_weight:
             raise ValueError(
                 f"--latent-head {self.latent_head} trains nothing: pass --latent-loss-weight, or leave it out"
             )
-        if self.has_video and not self.latent_loss_weight:
-            raise ValueError("--video-roots and --video-repo-ids only teach the latent head: pass --latent-loss-weight")
+        if self.has_video and not self.needs_labels:
+            raise ValueError("--video-roots and --video-repo-ids need --latent-loss-weight, --decode-actions, or both")
+        if self.decode_actions and not self.has_video:
+            raise ValueError("--decode-actions decodes the actions of video: pass --video-roots or --video-repo-ids")
         if not 0 < self.video_share < 1:
             raise ValueError(f"--video-share is a share of the batch in (0, 1), got {self.video_share}")
 
     @property
     def has_video(self) -> bool:
         return bool(self.video_roots or self.video_repo_ids)
+
+    @property
+    def needs_labels(self) -> bool:
+        return self.latent_loss_weight > 0 or self.decode_actions
 
 
 def open_recordings(config: Stage3Config) -> "tuple[list[RobotDataset], list[RobotDataset]]":
@@ -88,21 +96,6 @@ def open_recordings(config: Stage3Config) -> "tuple[list[RobotDataset], list[Rob
             )
     video = replace(config.data, repo_ids=config.video_repo_ids, roots=config.video_roots) if config.has_video else None
     return labelled, labelled + (data.open_datasets(video) if video else [])
-
-
-def split_rows(
-    config: Stage3Config, datasets: "list[RobotDataset]", num_labelled: int
-) -> "tuple[list[tuple[int, np.ndarray]], list[RowGroup], list[RowGroup]]":
-    """Training rows of all datasets; their mixture; held-out rows of the labelled datasets, which come first.
-
-    Raises ValueError for video of which no frame has a pair.
-    """
-    from smolvla_shared import data, data_order
-
-    training, held_out = data_order.split_datasets(datasets, config.val_fraction, config.seed)
-    video = data.with_pairs(datasets, training[num_labelled:])  # a frame without a pair teaches nothing there
-    mixture = data_order.mix(training[:num_labelled], video, config.video_share)
-    return training, mixture, data_order.group_rows([(i, rows) for i, rows in held_out if i < num_labelled])
 
 
 def export_policy(
@@ -125,12 +118,11 @@ def export_policy(
 
 
 def main(config: Stage3Config) -> None:
-    from smolvla_shared import data, data_order
+    from smolvla_shared import action_decoder, data, data_order, evaluate
     from smolvla_shared.data_loader import SampleSpec, make_loaders
-    from smolvla_shared.evaluate import held_out_errors
     from smolvla_shared.feature_cache import prepare_features
     from smolvla_shared.initial import open_initial
-    from smolvla_shared.labels import labels_pairs, latent_statistics, open_labels
+    from smolvla_shared.labels import latent_statistics, open_labels
     from smolvla_shared.losses import masked_mean, valid_tokens
     from smolvla_shared.preprocess import Preprocessor
     from smolvla_shared.run import Run, start_run
@@ -139,27 +131,25 @@ def main(config: Stage3Config) -> None:
     weight = {ACTION: 1.0} | ({LATENT: config.latent_loss_weight} if config.latent_loss_weight else {})
     labelled, datasets = open_recordings(config)
     initial = open_initial(config.model, config.stage2_artifact)
-    options = labels_pairs(config, initial.data_options(config.data, with_latents=LATENT in weight))
-    data.set_frame_gap(datasets, options.gap_s)
-    cameras, label_camera = data.choose_cameras(datasets, options)
+    options, cameras, label_camera = initial.choose_views(config, datasets, with_latents=config.needs_labels)
     dims = {"action_dim": data.common_dim(labelled, data.ACTION_KEY), "chunk_size": config.chunk_size}
     dims |= data.state_dims(datasets, config.model.use_state)
     recorded = initial.recorded_statistics(dims) if config.normalization == "artifact" else {}
-    horizon = config.latent_horizon or initial.latent_horizon
-    labels = open_labels(config, datasets, label_camera, horizon) if LATENT in weight else None
-    dims |= initial.latent_dims(labels, options, label_camera, config.latent_head) if labels else {}
-    training, groups, held_out = split_rows(config, datasets, len(labelled))
+    labels = open_labels(config, datasets, label_camera, initial.latent_horizon) if config.needs_labels else None
+    dims |= initial.latent_dims(labels, options, label_camera, config.latent_head) if LATENT in weight else {}
+    training, groups, held_out = data_order.split_with_video(datasets, len(labelled), config, config.video_share)
     accelerator, resume_from = start_run(config)
 
     core = initial.build(config.model, cameras, weight, **dims)
     statistics = data.statistics(labelled, core.config, weight)
-    described = initial.describe(core, statistics.get("state")), data.describe(datasets, with_pairs=LATENT in weight)
+    about = datasets, training, config.seed, accelerator.device
+    decode = action_decoder.fit(labels, len(labelled), *about) if config.decode_actions else action_decoder.AS_IS
+    described = initial.describe(core, statistics.get("state")), data.describe(datasets, with_pairs=config.needs_labels)
     plan = f"Stage 3: {data_order.plan(groups, config)}; loss {weight}; statistics of the {config.normalization}"
-    accelerator.print(*described, plan, sep="\n")
+    accelerator.print(*described, plan, decode, sep="\n")
     statistics |= recorded
-    if labels:
-        about = labels, datasets, training, config.seed, accelerator.device
-        statistics[LATENT] = latent_statistics(*about, recorded=initial.statistics.get(LATENT))
+    if LATENT in weight:
+        statistics[LATENT] = latent_statistics(labels, *about, recorded=initial.statistics.get(LATENT))
         core.learn_codes(labels.codebook, statistics[LATENT])
     features = prepare_features(core, datasets, cameras, config, accelerator)
     spec = SampleSpec.of(core.config, weight, labels, features, config.flow_draws)
@@ -171,7 +161,7 @@ def main(config: Stage3Config) -> None:
         for raws in run.steps(loaders.train):
             targets = [labels(raw) if labels else None for raw in raws]  # latent actions [B, M*S, D], if co-training
             run.mark("teacher")
-            batches = [preprocessor(raw, latent) for raw, latent in zip(raws, targets, strict=True)]
+            batches = [preprocessor(decode(raw, latent), latent) for raw, latent in zip(raws, targets, strict=True)]
             counts = valid_tokens(batches, accelerator)
             run.mark("preprocess")
             for batch in run.passes(batches):
@@ -182,7 +172,7 @@ def main(config: Stage3Config) -> None:
             run.update()
             if run.evaluates and loaders.held_out:
                 with run.evaluation():
-                    run.log(held_out_errors(core, loaders.held_out(), preprocessor, accelerator, labels))
+                    run.log(evaluate.held_out_errors(core, loaders.held_out(), preprocessor, accelerator, labels))
     accelerator.print(f"policy: {config.run_dir / 'checkpoints' / 'last' / 'pretrained_model'}")
 
 

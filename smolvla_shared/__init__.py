@@ -27,6 +27,7 @@ What surrounds it:
     initial         what training starts from: a trunk, an artifact, a SmolVLA policy, a policy of this project
     evaluate        errors on held-out samples
     laq_codebook    the teacher's codes in training: their use, and where they are placed
+    action_decoder  actions for video, from its latent actions and a few demonstrations
     grounding       a teacher that also learns from a few labelled demonstrations
     rollouts        episodes in environments, their statistics and pictures
     lerobot_policy, lerobot_processor     the policy as LeRobot sees it

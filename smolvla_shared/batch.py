@@ -32,7 +32,7 @@ class RawBatch:
     # uint8, or float32 squares in [0, 1] of the teacher's size if the datasets' sizes differ. None if there are no
     # labels or they come from a cache.
     pairs: Tensor | None
-    pair_mask: Tensor  # [B, M] bool: False where the episode ends before a pair's second frame
+    pair_mask: Tensor  # [B, M] bool: False where the episode ends before a pair's second frame; M = 0 without labels
     actions: Tensor  # [B, T, A] float32; zeros where a dataset has none
     action_mask: Tensor  # [B, T] bool: False past the episode's end and where a dataset has no actions
     noise: dict[str, Tensor]  # by target, [B, K, tokens, width] float32

@@ -32,7 +32,7 @@ class SampleSpec:
     action_dim: int = 0
     # Camera whose frame pairs are read for the teacher; None: no pairs are read.
     label_camera: str | None = None
-    # Latent actions in a row (M): M + 1 frames are read of the label camera.
+    # Latent actions in a row (M): M + 1 frames are read of the label camera. 0: no latent actions, no pairs.
     horizon: int = 1
     # Side of the teacher's square. If the datasets' sizes differ, pairs are resized to it: a label must not depend on
     # the other datasets.
@@ -62,7 +62,7 @@ class SampleSpec:
             chunk_size=core.chunk_size if ACTION in targets else 0,
             action_dim=core.action_dim if ACTION in targets else 0,
             label_camera=labels.camera if labels else None,
-            horizon=labels.horizon if labels else 1,
+            horizon=labels.horizon if labels else 0,
             pair_size=labels.pair_size if labels else 0,
             draws={name: shape for name, shape in shapes.items() if name in targets},
             num_draws=num_draws,
@@ -99,15 +99,14 @@ class SampleDataset(Dataset):
             time_beta = spec.time_beta.get(name, (1.0, 1.0))
             draws = [flow.draw_noise_and_time(rng, spec.num_draws, shape, *time_beta) for rng in rngs]
             noise[name], time[name] = map(_stack, zip(*draws, strict=True))
-        # Latents need the mask of pairs even if they come from a cache and no pairs are read.
-        has_pairs = [self.num_pairs(key) if spec.label_camera or LATENT in spec.draws else spec.horizon for key in keys]
+        num_pairs = [self.num_pairs(key) for key in keys]
         return RawBatch(
             images=images,
             tasks=[self.datasets[key.dataset].task(key.row) for key in keys],
             state=_stack(states),
             state_mask=torch.tensor(state_valid),
             pairs=self.pairs(frames[spec.label_camera]) if spec.label_camera else None,
-            pair_mask=torch.arange(spec.horizon) < torch.tensor(has_pairs)[:, None],
+            pair_mask=torch.arange(spec.horizon) < torch.tensor(num_pairs)[:, None],
             actions=_stack(actions),
             action_mask=_stack(action_valid),
             noise=noise,
@@ -119,6 +118,8 @@ class SampleDataset(Dataset):
 
     def num_pairs(self, key: SampleKey) -> int:
         """How many of its M pairs a sample has before its episode ends."""
+        if not self.spec.horizon:
+            return 0
         dataset = self.datasets[key.dataset]
         left = int(dataset.episode_to[dataset.episode_of(key.row)]) - 1 - key.row
         return min(self.spec.horizon, left // dataset.gap)

@@ -12,7 +12,7 @@ import numpy as np
 from torch.utils.data import Sampler
 
 from smolvla_shared.config import RunConfig
-from smolvla_shared.data import RobotDataset
+from smolvla_shared.data import RobotDataset, with_pairs
 
 
 def split_episodes(dataset: RobotDataset, val_fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -72,6 +72,19 @@ def mix(labelled: list, video: list, video_share: float) -> list[RowGroup]:
     if not video:
         return group_rows(labelled)
     return group_rows(labelled, 1 - video_share) + group_rows(video, video_share)
+
+
+def split_with_video(
+    datasets: list[RobotDataset], num_labelled: int, config: RunConfig, video_share: float
+) -> tuple[list[tuple[int, np.ndarray]], list[RowGroup], list[RowGroup]]:
+    """Training rows of all datasets; their mixture; held-out rows of the labelled datasets, which come first.
+
+    Raises ValueError for video of which no frame has a pair.
+    """
+    training, held_out = split_datasets(datasets, config.val_fraction, config.seed)
+    video = with_pairs(datasets, training[num_labelled:])  # a frame without a pair teaches nothing there
+    mixture = mix(training[:num_labelled], video, video_share)
+    return training, mixture, group_rows([(i, rows) for i, rows in held_out if i < num_labelled])
 
 
 class StepSampler(Sampler[list[SampleKey]]):

@@ -14,11 +14,12 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from smolvla_shared import lerobot_policy, lerobot_smolvla
+from smolvla_shared import data, lerobot_policy, lerobot_smolvla
 from smolvla_shared.artifact import Latents, load_artifact
 from smolvla_shared.batch import Labels
-from smolvla_shared.config import ACTION, CoreConfig, DataConfig, ModelConfig
+from smolvla_shared.config import ACTION, CoreConfig, DataConfig, ModelConfig, PolicyDataConfig, StageOptions
 from smolvla_shared.files import check_weights, find_directory, public_state
+from smolvla_shared.labels import labels_pairs
 from smolvla_shared.model import SmolVLASharedCore
 from smolvla_shared.model_parts import PARTS, parameter_table, parameters_by_part, prepare_to_train
 from smolvla_shared.preprocess import Statistics
@@ -64,6 +65,17 @@ class InitialWeights:
             label_camera=options.label_camera or self.label_camera(options),
             frame_gap_s=options.frame_gap_s or self.latents.frame_gap_s,
         )
+
+    def choose_views(
+        self, config: StageOptions, datasets: list[data.RobotDataset], with_latents: bool
+    ) -> tuple[PolicyDataConfig, tuple[str, ...], str]:
+        """The data options with nothing left out, the policy's cameras, and the label camera. Sets the frame gap.
+
+        Raises ValueError where the options contradict the labels or these weights, or the data lacks a camera.
+        """
+        options = labels_pairs(config, self.data_options(config.data, with_latents))
+        data.set_frame_gap(datasets, options.gap_s)
+        return options, *data.choose_cameras(datasets, options)
 
     def label_camera(self, options: DataConfig) -> str | None:
         """The camera that its latent actions are of, under its name in the data; None where that is not known."""

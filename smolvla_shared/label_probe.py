@@ -3,6 +3,7 @@
 The recorded motion is the executed actions over the gap, and the displacement of the proprioceptive state.
 """
 
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -84,6 +85,28 @@ def action_mode(dataset: RobotDataset) -> tuple[ActionMode, str]:
 # --- the fit ----------------------------------------------------------------------------------------------------------
 
 
+@dataclass
+class Ridge:
+    """A linear map with an offset, fitted by ridge regression on standardised features."""
+
+    weights: Tensor  # [F, A]
+    offset: Tensor  # [A]
+
+    @classmethod
+    def fit(cls, features: Tensor, targets: Tensor) -> "Ridge":  # [N, F], [N, A]
+        x, y = features.double(), targets.double()
+        scale = x.std(0)
+        scale[scale <= 1e-6 * scale.max()] = torch.inf  # a constant feature gets no weight
+        mean_x, mean_y = x.mean(0), y.mean(0)
+        x = (x - mean_x) / scale
+        gram = x.T @ x + RIDGE * len(x) * torch.eye(x.shape[1], dtype=x.dtype)
+        weights = torch.linalg.solve(gram, x.T @ (y - mean_y)) / scale[:, None]
+        return cls(weights, mean_y - mean_x @ weights)
+
+    def __call__(self, features: Tensor) -> Tensor:  # [..., F] -> [..., A]
+        return features.to(self.weights) @ self.weights + self.offset
+
+
 def out_of_fold(features: Tensor, targets: Tensor, episodes: Tensor) -> Tensor | None:
     """Ridge predictions of `targets` [N, A] from `features` [N, F], each by a fit that has not seen its episode.
 
@@ -94,16 +117,10 @@ def out_of_fold(features: Tensor, targets: Tensor, episodes: Tensor) -> Tensor |
         return None
     fold_of = torch.randperm(len(names), generator=torch.Generator().manual_seed(0)) % FOLDS
     fold = fold_of[torch.searchsorted(names, episodes)]
-    x, y = features.double(), targets.double()
-    x = (x - x.mean(0)) / x.std(0).clamp(min=1e-9)
-    predicted = torch.empty_like(y)
+    predicted = torch.empty_like(targets, dtype=torch.float64)
     for held_out in fold.unique():
         train, test = fold != held_out, fold == held_out
-        mean_x, mean_y = x[train].mean(0), y[train].mean(0)
-        centred = x[train] - mean_x
-        gram = centred.T @ centred + RIDGE * train.sum() * torch.eye(x.shape[1], dtype=x.dtype)
-        weights = torch.linalg.solve(gram, centred.T @ (y[train] - mean_y))
-        predicted[test] = (x[test] - mean_x) @ weights + mean_y
+        predicted[test] = Ridge.fit(features[train], targets[train])(features[test])
     return predicted
 
 

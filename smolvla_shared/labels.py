@@ -9,7 +9,7 @@ from torch import Tensor
 from smolvla_shared import data, data_loader
 from smolvla_shared.batch import Labels, RawBatch, to_device
 from smolvla_shared.cache import dataset_directories
-from smolvla_shared.config import LATENT, DataConfig, StageOptions, TeacherKind
+from smolvla_shared.config import DataConfig, StageOptions, TeacherKind
 from smolvla_shared.label_cache import CachedLabels, cached_key, label_stores
 from smolvla_shared.laq import LAQ, LatentActions
 from smolvla_shared.laq_files import load_laq, teacher_id, teachers_pairs
@@ -64,11 +64,12 @@ def labels_pairs[Data: DataConfig](config: StageOptions, data: Data) -> Data:
 def open_labels(config: StageOptions, datasets: list[data.RobotDataset], camera: str, horizon: int = 1) -> Labels:
     """The labels that the options name, on the CPU (Labels.to moves them).
 
-    horizon: latent actions in a row (M)
+    horizon: latent actions in a row (M), if the options leave it out
 
     Raises ValueError for a teacher that cannot be loaded, and for a cache that is incomplete or has another key.
     """
     laq = load_laq(config.laq_ckpt, config.laq_code_seq_len, config.laq_image_size) if config.laq_ckpt else None
+    horizon = config.latent_horizon or horizon
     if config.labels == "online":
         assert laq is not None  # the scripts' options refuse this
         return OnlineLabels(laq, config.teacher_kind, camera, horizon)
@@ -100,7 +101,7 @@ def latent_statistics(
     if recorded:
         return recorded
     pairs = {"label_camera": labels.camera, "pair_size": labels.pair_size, "horizon": labels.horizon}
-    spec = data_loader.SampleSpec(cameras=(), draws={LATENT: (0, 0)}, **pairs)
+    spec = data_loader.SampleSpec(cameras=(), **pairs)
     raws = data_loader.sample_pairs(datasets, rows, spec, STATISTICS_PAIRS // labels.horizon, seed)
     vectors = [labels(to_device(raw, device)).cpu().unflatten(1, (labels.horizon, -1))[raw.pair_mask] for raw in raws]
     statistics = Statistics.of(torch.cat(vectors).flatten(1))

@@ -71,7 +71,7 @@ def runs(run, run_well, tmp_path_factory, video_dataset, labelled_dataset, laq_c
     train("codes", "train_stage2.py", *on_video, *teacher, "--model.preset", "tiny", *codes)
     train("s3", "train_stage3.py", *labelled, *from_artifact, "--ema-decay", "0.5")
     train("scratch", "train_stage3.py", *labelled, "--model.preset", "tiny")
-    cotrain = ["--latent-loss-weight", "0.1", "--video-roots", video_dataset]
+    cotrain = ["--latent-loss-weight", "0.1", "--decode-actions", "--video-roots", video_dataset]
     train("cotrain", "train_stage3.py", *labelled, *from_artifact, *teacher, *cotrain)
     check = [*teacher, "--data.roots", labelled_dataset, "--data.num-workers", "0", "--pairs", "60"]
     code, printed = run("-m", "smolvla_shared.teacher", "check", *check, "--out", runs / "check")
@@ -266,6 +266,7 @@ def test_stage_3_starts_from_the_artifact(runs):
 
 @pytest.mark.slow
 def test_co_training_moves_the_latent_head(runs):
+    assert "actions decoded from latent actions, 10 steps each: R²" in (runs / "cotrain.txt").read_text()
     artifact = load_artifact(runs / "s2" / ARTIFACT).state_dict
     cotrain = load_file(runs / "cotrain" / POLICY / "model.safetensors")
     assert not torch.equal(cotrain["model.latent_head.out_proj.weight"], artifact["latent_head.out_proj.weight"])
@@ -335,9 +336,10 @@ def test_wrong_inputs_are_named_and_leave_no_run_directory(
         ("2", "--data.roots x --laq-ckpt x --latent-head codes --teacher-kind continuous", "continuous has none"),
         ("3", "--data.roots x --latent-head codes", "--latent-head codes trains nothing: pass --latent-loss-weight"),
         ("3", "--data.roots x --chunk-size 4", "--n-action-steps 10 must be between 1 and --chunk-size 4"),
-        ("3", "--data.roots x --latent-loss-weight 0.1", "co-training needs --latent-loss-weight > 0"),
-        ("3", "--data.roots x --laq-ckpt x", "co-training needs --latent-loss-weight > 0"),
-        ("3", "--data.roots x --video-roots x", "only teach the latent head: pass --latent-loss-weight"),
+        ("3", "--data.roots x --latent-loss-weight 0.1", "--latent-loss-weight > 0 (got 0.1) or --decode-actions goes"),
+        ("3", "--data.roots x --laq-ckpt x", "--latent-loss-weight > 0 (got 0.0) or --decode-actions goes with labels"),
+        ("3", "--data.roots x --video-roots x", "need --latent-loss-weight, --decode-actions, or both"),
+        ("3", "--data.roots x --laq-ckpt x --decode-actions", "decodes the actions of video: pass --video-roots or"),
         ("3", "--data.roots x --model.preset tiny --model.name x", "both name a trunk"),
         ("3", "--data.roots x --stage2-artifact x --init-from y", "both give the weights: drop one"),
     ],

@@ -1,0 +1,112 @@
+"""Actions for video without actions: a linear map from latent actions, fitted to the labelled demonstrations.
+
+A policy can repeat a few demonstrations without a look at the image, whatever Stage 2 has taught it. The same
+demonstrations are plenty to learn what a latent action means in the robot's units, and with that map the video's latent
+actions become action labels: VPT's inverse-dynamics model (arXiv 2206.11795), LAPO's action decoder (arXiv 2312.10812).
+"""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from smolvla_shared import label_probe
+from smolvla_shared.batch import Labels, RawBatch, map_tensors, to_device
+from smolvla_shared.data import RobotDataset
+from smolvla_shared.data_loader import SampleSpec, sample_pairs
+
+MAX_PAIRS = 10_000
+
+
+class AsIs:
+    """No actions are decoded."""
+
+    def __call__(self, raw: RawBatch, latents: Tensor | None) -> RawBatch:
+        return raw
+
+    def __str__(self) -> str:
+        return "actions as they were recorded"
+
+
+AS_IS = AsIs()
+
+
+@dataclass
+class ActionDecoder:
+    """Latent actions -> actions, for the samples of a batch that are video."""
+
+    ridge: label_probe.Ridge
+    # Smallest and largest action of the demonstrations, [A] each: what is decoded stays between them.
+    low: Tensor
+    high: Tensor
+    # Control steps of the robot that a latent action covers.
+    gap: int
+    # Datasets of the run from this index on are video.
+    first_video: int
+    # R² of each action dimension on episodes that a fit has not seen; None: it is constant, or there is one episode.
+    r2: list[float | None]
+
+    def __call__(self, raw: RawBatch, latents: Tensor) -> RawBatch:
+        """The batch with the decoded actions of its video, from latent actions [B, M*S, D].
+
+        They are the first M * gap actions of a chunk, equal over each gap; the other steps are masked.
+        """
+        horizon, (_, length, _) = raw.pair_mask.shape[1], raw.actions.shape
+        means = self.ridge(latents.unflatten(1, (horizon, -1)).flatten(2)).clamp(self.low, self.high)  # [B, M, A]
+        steps = means.repeat_interleave(self.gap, dim=1)[:, :length]
+        known = raw.pair_mask.repeat_interleave(self.gap, dim=1)[:, :length]
+        rest = length - steps.shape[1]
+        is_video = torch.tensor([index >= self.first_video for index in raw.dataset], device=raw.actions.device)
+        actions = torch.where(is_video[:, None, None], F.pad(steps, (0, 0, 0, rest)).to(raw.actions), raw.actions)
+        mask = torch.where(is_video[:, None], F.pad(known, (0, rest)), raw.action_mask)
+        return replace(raw, actions=actions, action_mask=mask)
+
+    def __str__(self) -> str:
+        found = ", ".join("-" if value is None else f"{value:.2f}" for value in self.r2)
+        values = [value for value in self.r2 if value is not None]
+        bad = "; WARNING: the latent actions do not tell these actions" if values and np.mean(values) <= 0 else ""
+        return f"actions decoded from latent actions, {self.gap} steps each: R² on unseen episodes {found}{bad}"
+
+
+def fit(
+    labels: Labels,
+    num_labelled: int,
+    datasets: list[RobotDataset],
+    rows: list[tuple[int, np.ndarray]],
+    seed: int,
+    device: torch.device | str = "cpu",
+) -> ActionDecoder:
+    """Fit a decoder to the demonstrations, at most MAX_PAIRS of their pairs, drawn with the seed.
+
+    num_labelled: how many datasets are demonstrations; they come first
+    rows:         (dataset index, training rows) of each dataset of the run
+
+    The target is the mean executed action over the gap. Raises ValueError for datasets of unequal gaps, and for
+    absolute positions: an image pair tells how far something moved, not where to.
+    """
+    labelled = datasets[:num_labelled]
+    gaps = {dataset.name: dataset.gap for dataset in labelled}
+    if len(set(gaps.values())) > 1:
+        raise ValueError(f"--decode-actions: the demonstrations' frame gaps cover different numbers of steps: {gaps}")
+    for dataset in labelled:
+        mode, reason = label_probe.action_mode(dataset)
+        if mode == "change":
+            raise ValueError(
+                f"--decode-actions: the actions of {dataset.name} are absolute positions ({reason}), a latent action "
+                "tells a motion: record velocities or relative actions, or train without --decode-actions"
+            )
+    labels.to(device)
+    pairs = {"label_camera": labels.camera, "pair_size": labels.pair_size, "horizon": labels.horizon}
+    raws = list(sample_pairs(labelled, rows[:num_labelled], SampleSpec(cameras=(), **pairs), MAX_PAIRS, seed))
+    firsts = [labels(to_device(raw, device)).unflatten(1, (labels.horizon, -1))[:, 0].flatten(1).cpu() for raw in raws]
+    latents, places = torch.cat(firsts), [place for raw in raws for place in zip(raw.dataset, raw.row)]
+    means = [label_probe.column(dataset, label_probe.action_key(dataset)) for dataset in labelled]
+    means = [F.pad(values.cumsum(0), (0, 0, 1, 0)) for values in means]
+    gap = labelled[0].gap
+    actions = torch.stack([(means[index][row + gap] - means[index][row]) / gap for index, row in places])
+    episodes = torch.tensor([1_000_000 * index + int(labelled[index].episode_of(row)) for index, row in places])
+    r2 = label_probe.probe(latents, actions, episodes) or [None] * actions.shape[1]
+    ridge, bounds = label_probe.Ridge.fit(latents, actions), [actions.amin(0), actions.amax(0)]
+    return ActionDecoder(*map_tensors(lambda t: t.float().to(device), [ridge, *bounds]), gap, len(labelled), r2)

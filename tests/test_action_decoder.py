@@ -1,0 +1,92 @@
+"""Actions for video from latent actions: a teacher that sees the motion gives back the actions that caused it."""
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from smolvla_shared import action_decoder, data, label_probe
+from smolvla_shared.batch import RawBatch
+from smolvla_shared.config import DataConfig
+from smolvla_shared.data_loader import SampleDataset, SampleSpec
+from smolvla_shared.data_order import SampleKey
+
+CAMERA, GAP, CHUNK = "observation.image", 4, 10
+
+
+class SeesTheMotion:
+    """Labels of M latent actions in a row, of one slot: the square's displacement over each gap, mixed and scaled."""
+
+    teacher_id, kind, camera, pair_size, horizon, shape = "0", "continuous", None, 0, 2, (2, 5)
+
+    def __init__(self, datasets: list[data.RobotDataset]):
+        self.positions = [label_probe.column(dataset, data.STATE_KEY)[:, :2].float() for dataset in datasets]
+        self.mix = torch.randn(2, 5, generator=torch.Generator().manual_seed(0))
+
+    def to(self, device: torch.device) -> None:
+        pass
+
+    def __call__(self, raw: RawBatch) -> Tensor:
+        moved = []
+        for index, row in zip(raw.dataset, raw.row):
+            positions = self.positions[index]
+            places = [positions[min(row + i * GAP, len(positions) - 1)] for i in range(3)]
+            moved.append(torch.stack([places[1] - places[0], places[2] - places[1]]) @ self.mix)
+        return torch.stack(moved)
+
+
+@pytest.fixture(scope="module")
+def recordings(labelled_dataset) -> list[data.RobotDataset]:
+    """Demonstrations, and the same recording as video."""
+    return data.open_datasets(DataConfig(roots=(labelled_dataset, labelled_dataset), frame_gap_s=0.2))
+
+
+def rows_of(datasets: list[data.RobotDataset]) -> list[tuple[int, np.ndarray]]:
+    return [(index, np.arange(dataset.num_frames)) for index, dataset in enumerate(datasets)]
+
+
+def test_video_gets_the_mean_action_of_each_gap(recordings):
+    labels = SeesTheMotion(recordings)
+    decode = action_decoder.fit(labels, 1, recordings, rows_of(recordings), seed=0)
+    assert min(decode.r2[:2]) > 0.95  # the square's velocity; the episode's number and noise follow
+    assert str(decode).startswith("actions decoded from latent actions, 4 steps each: R² on unseen episodes 0.9")
+    spec = SampleSpec(cameras=(), action_dim=4, chunk_size=CHUNK, horizon=2)
+    end = int(recordings[1].episode_to[2])
+    keys = [SampleKey(0, 0, *place) for place in [(0, 3), (1, 3), (1, end - 6), (1, end - 2)]]
+    raw = SampleDataset(recordings, spec, seed=0)[keys]
+    found = decode(raw, labels(raw))
+    assert torch.equal(found.actions[0], raw.actions[0]) and torch.equal(found.action_mask[0], raw.action_mask[0])
+    # Two gaps of four steps are known of a chunk of ten; one where the episode ends in between; none at its end.
+    assert found.action_mask[1:].sum(1).tolist() == [8, 4, 0]
+    actions = label_probe.column(recordings[1], data.ACTION_KEY)[:, :2].float()
+    for sample, row, gaps in [(1, 3, 2), (2, end - 6, 1)]:
+        for gap in range(gaps):
+            steps = slice(gap * GAP, (gap + 1) * GAP)
+            decoded = found.actions[sample, steps, :2]
+            assert torch.equal(decoded, decoded[:1].expand(GAP, -1))
+            torch.testing.assert_close(decoded[0], actions[row:][steps].mean(0), rtol=0, atol=0.01)  # of up to 0.08
+    assert (found.actions[1:, :8] <= decode.high).all() and (found.actions[1:, :8] >= decode.low).all()
+
+
+def test_latents_that_tell_nothing_are_said_aloud(recordings):
+    labels = SeesTheMotion(recordings)
+    labels.positions = [torch.randn(positions.shape) for positions in labels.positions]
+    decode = action_decoder.fit(labels, 1, recordings, rows_of(recordings), seed=0)
+    assert "WARNING: the latent actions do not tell these actions" in str(decode)
+
+
+def test_positions_and_unequal_rates_are_refused(recordings, monkeypatch):
+    labels, rows = SeesTheMotion(recordings), rows_of(recordings)
+    with monkeypatch.context() as patched:
+        patched.setattr(label_probe, "action_mode", lambda dataset: ("change", "because"))
+        with pytest.raises(ValueError, match=r"--decode-actions: the actions of .* are absolute positions \(because\)"):
+            action_decoder.fit(labels, 1, recordings, rows, seed=0)
+    monkeypatch.setattr(data.RobotDataset, "gap", property(lambda dataset: 2 + (dataset is recordings[1])))
+    monkeypatch.setattr(recordings[1], "name", "faster")
+    with pytest.raises(ValueError, match=r"frame gaps cover different numbers of steps: .*'faster': 3"):
+        action_decoder.fit(labels, 2, recordings, rows, seed=0)
+
+
+def test_recorded_actions_stay_as_they_are(recordings):
+    raw = SampleDataset(recordings, SampleSpec(cameras=(), action_dim=4, chunk_size=CHUNK), 0)[[SampleKey(0, 0, 1, 3)]]
+    assert action_decoder.AS_IS(raw, None) is raw
