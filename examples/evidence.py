@@ -69,7 +69,8 @@ QUICK = Sizes(5, 2, 2, 2, batch_size=4, flow_draws=1, rollouts=5)
 # seeds s * ROLLOUT_SEEDS and up. Nothing was tuned on any of them.
 VIDEO_SEED, ROLLOUT_SEEDS = 50, 1_000
 IMAGE_SIZE = 64  # the tiny preset's
-GAP_S, CHUNK_S, SLOTS = 0.05, 0.2, 4  # a teacher's pair; a chunk of 16 actions at 80 fps; true actions given of it
+# A teacher's pair, a chunk of 16 actions at 80 fps, and how many pairs it takes.
+GAP_S, CHUNK_S, HORIZON = 0.05, 0.2, 4
 STAGES = "--optim.lr 1e-3"
 STAGE2 = ""
 STAGE3 = "--chunk-size 16 --n-action-steps 8 --ema-decay 0.99"
@@ -187,12 +188,14 @@ class Cell:
 
     def labels(self, kind: str) -> tuple[Part, str]:
         """Labels of the video (for co-training also of the demonstrations), and the options that read them."""
-        data = (*self.video(), self.labelled()) if kind == "co-training" else self.video()
+        in_stage3 = kind in ("co-training", "decoded")
+        data = (*self.video(), self.labelled()) if in_stage3 else self.video()
         pairs = f"--data.frame-gap-s {CHUNK_S if kind == 'executed' else GAP_S}"
-        latents = f"--teacher-kind {'continuous' if kind in ('executed', 'continuous') else 'quantized'}"
+        continuous = kind in ("executed", "continuous", "decoded")
+        latents = f"--teacher-kind {'continuous' if continuous else 'quantized'}"
         to = f"--label-cache @out {pairs} --data.roots {places(0, len(data))}"
         if kind == "executed":
-            part = Part("labels-executed", f"examples/relabel.py --kind executed {to} --slots {SLOTS}", data)
+            part = Part("labels-executed", f"examples/relabel.py --kind executed {to} --slots {HORIZON}", data)
         elif kind == "shuffled":
             source, options = (*data, self.labels("teacher")[0]), f"--source-cache @{len(data)} --seed {self.seed}"
             part = Part("labels-shuffled", f"examples/relabel.py --kind shuffled {to} {options}", source)
@@ -200,7 +203,8 @@ class Cell:
             checkpoint = f"@{len(data)}/checkpoints/last/pretrained_model/laq.safetensors"
             command = f"-m smolvla_shared.teacher label --laq-ckpt {checkpoint} {to} {latents}"
             part = Part("labels", command, (*data, self.teacher(learns=kind != "random teacher")))
-        return part, f"{pairs} {latents} --labels cache --label-cache"
+        horizon = 1 if kind == "executed" else HORIZON
+        return part, f"{pairs} {latents} --latent-horizon {horizon} --labels cache --label-cache"
 
     def stage2(self, kind: str) -> Part:
         video, (labels, options) = self.video(), self.labels(kind)
@@ -219,11 +223,16 @@ class Cell:
         if not kind:
             return Part("stage3", f"{command} --model.preset tiny", data)
         artifact = "--stage2-artifact @1/artifacts/smolvla_shared_stage2_artifact.safetensors"
-        if kind != "co-training":
+        if kind not in ("co-training", "decoded"):
             return Part("stage3", f"{command} {artifact}", (*data, self.stage2(kind)))
         (labels, options), video = self.labels(kind), self.video()
-        command += f" {artifact} --latent-loss-weight 0.5 {options} @2 --video-roots {places(3, len(video))}"
-        return Part("stage3", command, (*data, self.stage2("teacher"), labels, *video))
+        command += " --decode-actions" if kind == "decoded" else " --latent-loss-weight 0.5"
+        command += f" {options} @1 --video-roots {places(2, len(video))}"
+        if self.arm == "decoded, no stage 2":
+            return Part("stage3", f"{command} --model.preset tiny", (*data, labels, *video))
+        artifact = artifact.replace("@1", f"@{2 + len(video)}")
+        stage2 = self.stage2("continuous" if kind == "decoded" else "teacher")
+        return Part("stage3", f"{command} {artifact}", (*data, labels, *video, stage2))
 
     def rollouts(self, step: int | None = None) -> tuple[Part, ...]:
         """Episodes of the policy, or of its checkpoint of a step, in each task."""
@@ -282,6 +291,8 @@ ARMS = {
     "scratch": None,
     "stage 2": "teacher",
     "co-training": "co-training",
+    "decoded": "decoded",
+    "decoded, no stage 2": "decoded",
     "continuous": "continuous",
     "random teacher": "random teacher",
     "shuffled latents": "shuffled",

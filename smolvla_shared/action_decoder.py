@@ -18,6 +18,8 @@ from smolvla_shared.data import RobotDataset
 from smolvla_shared.data_loader import SampleSpec, sample_pairs
 
 MAX_PAIRS = 10_000
+# A dimension of whose variance latent actions tell less, on episodes that the fit has not seen, stays unknown.
+LEAST_R2 = 0.1
 
 
 class AsIs:
@@ -51,10 +53,12 @@ class ActionDecoder:
     def __call__(self, raw: RawBatch, latents: Tensor) -> RawBatch:
         """The batch with the decoded actions of its video, from latent actions [B, M*S, D].
 
-        They are the first M * gap actions of a chunk, equal over each gap; the other steps are masked.
+        They are the first M * gap actions of a chunk, equal over each gap; the other steps are masked. Dimensions that
+        latent actions do not tell are NaN.
         """
         horizon, (_, length, _) = raw.pair_mask.shape[1], raw.actions.shape
         means = self.ridge(latents.unflatten(1, (horizon, -1)).flatten(2)).clamp(self.low, self.high)  # [B, M, A]
+        means[..., [not tells for tells in self.tells]] = torch.nan
         steps = means.repeat_interleave(self.gap, dim=1)[:, :length]
         known = raw.pair_mask.repeat_interleave(self.gap, dim=1)[:, :length]
         rest = length - steps.shape[1]
@@ -63,11 +67,16 @@ class ActionDecoder:
         mask = torch.where(is_video[:, None], F.pad(known, (0, rest)), raw.action_mask)
         return replace(raw, actions=actions, action_mask=mask)
 
+    @property
+    def tells(self) -> list[bool]:
+        """Whether latent actions tell each dimension, as far as that is known."""
+        return [value is None or value >= LEAST_R2 for value in self.r2]
+
     def __str__(self) -> str:
         found = ", ".join("-" if value is None else f"{value:.2f}" for value in self.r2)
-        values = [value for value in self.r2 if value is not None]
-        bad = "; WARNING: the latent actions do not tell these actions" if values and np.mean(values) <= 0 else ""
-        return f"actions decoded from latent actions, {self.gap} steps each: R² on unseen episodes {found}{bad}"
+        unknown = [f"{place}" for place, tells in enumerate(self.tells) if not tells]
+        left_out = f"; of video, dimension {', '.join(unknown)} stays unknown" if unknown else ""
+        return f"actions decoded from latent actions, {self.gap} steps each: R² on unseen episodes {found}{left_out}"
 
 
 def fit(
@@ -84,7 +93,8 @@ def fit(
     rows:         (dataset index, training rows) of each dataset of the run
 
     The target is the mean executed action over the gap. Raises ValueError for datasets of unequal gaps, and for
-    absolute positions: an image pair tells how far something moved, not where to.
+    absolute positions: an image pair tells how far something moved, not where to. Raises it, too, if latent actions
+    tell no dimension.
     """
     labelled = datasets[:num_labelled]
     gaps = {dataset.name: dataset.gap for dataset in labelled}
@@ -108,5 +118,11 @@ def fit(
     actions = torch.stack([(means[index][row + gap] - means[index][row]) / gap for index, row in places])
     episodes = torch.tensor([1_000_000 * index + int(labelled[index].episode_of(row)) for index, row in places])
     r2 = label_probe.probe(latents, actions, episodes) or [None] * actions.shape[1]
-    ridge, bounds = label_probe.Ridge.fit(latents, actions), [actions.amin(0), actions.amax(0)]
-    return ActionDecoder(*map_tensors(lambda t: t.float().to(device), [ridge, *bounds]), gap, len(labelled), r2)
+    fitted = [label_probe.Ridge.fit(latents, actions), actions.amin(0), actions.amax(0)]
+    decoder = ActionDecoder(*map_tensors(lambda t: t.float().to(device), fitted), gap, len(labelled), r2)
+    if not any(decoder.tells):
+        raise ValueError(
+            f"--decode-actions: the latent actions do not tell the actions of the demonstrations ({decoder}): look at "
+            "`python -m smolvla_shared.teacher check`, or train without --decode-actions"
+        )
+    return decoder

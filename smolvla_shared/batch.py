@@ -80,7 +80,7 @@ class FlowTarget:
     Latent and action targets differ only in their sizes: [S, D] or [T, A].
     """
 
-    value: Tensor  # [B, T, A] float32, normalised, zero-padded to the head's width
+    value: Tensor  # [B, T, A] float32, normalised, zero-padded to the head's width; NaN: unknown, does not count
     mask: Tensor  # [B, T] bool: the tokens that count in the loss
     noise: Tensor  # [B, K, T, A] float32
     time: Tensor  # [B, K] float32 in (0, 1]; 1 is noise, 0 is data

@@ -11,9 +11,13 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
-def token_error(prediction: Tensor, target: Tensor) -> Tensor:
-    """Squared error of every token, averaged over flow draws and width: [B, K, T, A] -> [B, T]."""
-    return (prediction - target).square().mean(dim=(1, 3))
+def token_error(prediction: Tensor, target: Tensor, known: Tensor) -> Tensor:
+    """Squared error of every token, averaged over flow draws and known dimensions.
+
+    [B, K, T, A] twice, and [B, T, A] bool -> [B, T]; 0 where no dimension is known.
+    """
+    error = (prediction - target).square().mean(1)
+    return (error * known).sum(-1) / known.sum(-1).clamp(min=1)
 
 
 def masked_sum(values: Tensor, mask: Tensor) -> Tensor:

@@ -115,12 +115,13 @@ class SmolVLASharedCore(nn.Module):
         return head.logits(hidden)
 
     def flow_error(self, head: FlowHead, target: FlowTarget, prefix: Prefix) -> Tensor:
-        value = target.value[:, None].expand_as(target.noise)  # [B, K, T, A]
+        known = ~target.value.isnan()[..., : head.real_dim]
+        value = target.value.nan_to_num()[:, None].expand_as(target.noise)  # [B, K, T, A]
         x_t, u_t = flow.interpolate(value, target.noise, target.time)
         hidden, _ = self.expert(head.embed(x_t, target.time), prefix)
         v_t = head.velocity(hidden)
         # A loss on the padded action dimensions would only teach the head to output their noise.
-        return losses.token_error(v_t[..., : head.real_dim], u_t[..., : head.real_dim])  # [B, T]
+        return losses.token_error(v_t[..., : head.real_dim], u_t[..., : head.real_dim], known)  # [B, T]
 
     @torch.no_grad()
     def sample(self, batch: Batch, name: str, noise: Tensor, num_steps: int | None = None) -> Tensor:

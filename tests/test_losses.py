@@ -43,4 +43,7 @@ def test_nothing_valid_gives_zero_and_a_finite_gradient():
 def test_token_error_averages_over_draws_and_width_only():
     prediction = torch.zeros(1, 2, 3, 2)  # [B, K, T, A]
     target = torch.tensor([[[[1.0, 3.0], [0.0, 0.0], [2.0, 2.0]], [[1.0, 1.0], [0.0, 4.0], [0.0, 0.0]]]])
-    assert torch.equal(token_error(prediction, target), torch.tensor([[12 / 4, 16 / 4, 8 / 4]]))
+    known = torch.ones(1, 3, 2, dtype=torch.bool)
+    assert torch.equal(token_error(prediction, target, known), torch.tensor([[12 / 4, 16 / 4, 8 / 4]]))
+    known = torch.tensor([[[True, False], [False, True], [False, False]]])
+    assert torch.equal(token_error(prediction, target, known), torch.tensor([[2 / 2, 16 / 2, 0]]))
