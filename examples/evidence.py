@@ -49,7 +49,7 @@ class Sizes:
     video_episodes: int = 125  # of all tasks together
     teacher_steps: int = 1500
     stage2_steps: int = 1200
-    stage3_steps: int = 300
+    stage3_steps: int = 600
     batch_size: int = 16
     flow_draws: int = 4
     rollouts: int = 100  # episodes of each policy, of all tasks together
