@@ -63,7 +63,7 @@ SETTINGS = {
 DEMONSTRATIONS = (5, 10, 25)  # of all tasks together
 SEEDS = (0, 1, 2)
 # Success is also measured at a third and two thirds of Stage 3 for these arms, at this number of demonstrations.
-CURVE_ARMS, CURVE_DEMONSTRATIONS = ("scratch", "stage 2", "true actions"), 5
+CURVE_ARMS, CURVE_DEMONSTRATIONS = ("scratch", "stage 2", "decoded"), 10
 QUICK = Sizes(5, 2, 2, 2, batch_size=4, flow_draws=1, rollouts=5)
 # Video is recorded with this seed, demonstrations with the run's. Rollouts of run seed s have the initial states of
 # seeds s * ROLLOUT_SEEDS and up. Nothing was tuned on any of them.
