@@ -83,7 +83,7 @@ def test_arms_share_what_they_have_in_common():
 
 def test_what_was_measured_is_not_made_again(tmp_path, monkeypatch):
     """Outcomes are kept under the hashes of all that made them; those of other commands are refused."""
-    cell, made = Cell(SETTING, 10, "scratch", 2, replace(Sizes(), rollouts=10)), []
+    cell, made = Cell(SETTING, 25, "scratch", 2, replace(Sizes(), rollouts=10)), []
 
     def make(part: Part, root: Path) -> None:
         made.append(part.name)
