@@ -95,14 +95,13 @@ def main(config: RelabelConfig) -> None:
         print(f"{store.directory}: {len(rows):,} of {dataset.num_frames:,} frames, {config.kind}")
 
 
-def executed_actions(dataset: "RobotDataset") -> np.ndarray:
-    """[frames, A]. Raises ValueError where they were not recorded."""
-    from smolvla_shared.data import EXECUTED_ACTION_KEY
+def executed_actions(dataset: "RobotDataset") -> np.ndarray:  # [frames, A]
+    """The column of executed actions or, if there is none, of actions."""
+    from smolvla_shared.label_probe import action_key, column
 
-    if EXECUTED_ACTION_KEY not in dataset.features:
-        raise ValueError(f"{dataset.name} has no column {EXECUTED_ACTION_KEY}: record it with --kind labelled")
-    column = dataset.lerobot.hf_dataset.select_columns([EXECUTED_ACTION_KEY]).with_format("numpy")
-    return column[:][EXECUTED_ACTION_KEY]
+    if (key := action_key(dataset)) is None:
+        raise ValueError(f"{dataset.name} has no actions, it has {sorted(dataset.features)}")
+    return column(dataset, key).numpy()
 
 
 if __name__ == "__main__":
