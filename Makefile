@@ -17,7 +17,7 @@ demo: setup  ## run the whole pipeline on demonstrations it records itself, abou
 
 # One thread a process (tests/conftest.py) and a process a core beat many threads: the models of the tests are tiny.
 # The order of the files is that of tests/conftest.py.
-test: setup lint  ## check the style and run all tests, 15 to 30 minutes on two cores
+test: setup lint  ## check the style and run all tests, 6 minutes on two idle cores
 	@PATH="$(CURDIR)/.venv/bin:$$PATH" pytest -m "" -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 lint: setup  ## check style and format
