@@ -16,6 +16,7 @@ from smolvla_shared.config import ACTION, LATENT, RunConfig, StageOptions
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from smolvla_shared.action_decoder import ActionDecoder, AsIs
     from smolvla_shared.config import CoreConfig
     from smolvla_shared.data import RobotDataset
     from smolvla_shared.initial import InitialWeights
@@ -104,6 +105,7 @@ def export_policy(
     initial: "InitialWeights",
     statistics: "dict[str, Statistics]",
     datasets: "list[RobotDataset]",
+    decode: "ActionDecoder | AsIs",
     directory: Path,
     weights: "dict[str, Tensor]",
     step: int,
@@ -112,7 +114,7 @@ def export_policy(
     from smolvla_shared.lerobot_policy import save_policy
     from smolvla_shared.run import origin
 
-    source = origin(config, step, datasets) | initial.provenance
+    source = origin(config, step, datasets) | initial.provenance | {"actions": str(decode)}
     shapes = {camera: datasets[0].frame_shape(camera) for camera in core.cameras}
     save_policy(directory, core, weights, initial.tokenizer, statistics, config.n_action_steps, source, shapes)
 
@@ -155,7 +157,7 @@ def main(config: Stage3Config) -> None:
     spec = SampleSpec.of(core.config, weight, labels, features, config.flow_draws)
     loaders = make_loaders(datasets, groups, held_out, spec, config, accelerator, config.data.random_shift)
     preprocessor = Preprocessor(core.config, initial.tokenizer, statistics)
-    export = partial(export_policy, config, core.config, initial, statistics, datasets)
+    export = partial(export_policy, config, core.config, initial, statistics, datasets, decode)
 
     with Run(config, accelerator, core, resume_from, export) as run:
         for raws in run.steps(loaders.train):

@@ -99,8 +99,8 @@ def main(config: ImagineConfig) -> None:
     with torch.no_grad():
         expected = roll_forward(laq, first, latents.unflatten(1, (labels.horizon, -1)))
     columns, ahead = {"t": first}, labels.horizon * options.gap_s
-    for title, images in {f"expected at t + {ahead:.3g} s": expected, f"t + {ahead:.3g} s": last}.items():
-        columns |= {title: images, f"- t, x 4 ({title})": 0.5 + 4 * (images - first)}
+    for title, images in {"expected": expected, "recorded": last}.items():
+        columns |= {f"{title}, t + {ahead:.3g} s": images, f"{title} change, x 4": 0.5 + 4 * (images - first)}
     draw_transfer(config.out, columns)
     print(f"{config.out}: {len(keys)} frames, {labels.horizon} latent action(s) ahead")
 

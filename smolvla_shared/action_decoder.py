@@ -23,7 +23,7 @@ LEAST_R2 = 0.1
 
 
 class AsIs:
-    """No actions are decoded."""
+    """The decoder where no actions are decoded."""
 
     def __call__(self, raw: RawBatch, latents: Tensor | None) -> RawBatch:
         return raw

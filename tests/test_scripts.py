@@ -185,6 +185,21 @@ def test_stage_2_classifies_codes_and_stage_3_goes_on_with_them(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["s2", "codes"])
+def test_what_stage_2_expects_is_drawn(runs, run, video_dataset, laq_checkpoint, tmp_path, name):
+    """With one latent action and with two in a row; another teacher than the artifact's is refused."""
+    command = ["examples/imagine.py", "--stage2-artifact", runs / name / ARTIFACT, "--data.roots", video_dataset]
+    command += ["--data.num-workers", "0", "--rows", "2", "--out", tmp_path / "imagined.png"]
+    code, printed = run(*command, "--laq-ckpt", laq_checkpoint)
+    assert code and "has learned other latent actions:\n  teacher (--laq-ckpt)" in printed
+    assert not any(tmp_path.iterdir())
+    code, printed = run(*command, "--laq-ckpt", runs / "laq" / TEACHER)
+    assert not code, printed
+    assert f"2 frames, {({'s2': 1, 'codes': 2})[name]} latent action(s) ahead" in printed
+    assert (tmp_path / "imagined.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
 def test_stage_2_with_a_frozen_trunk_changes_what_it_should_and_nothing_else(runs):
     artifact = load_artifact(runs / "s2" / ARTIFACT)
     assert artifact.manifest.source.changed_parts == ("expert", "state projection", "latent head")
@@ -278,6 +293,8 @@ def test_video_trains_the_action_head_with_decoded_actions(run_well, labelled_da
     assert "loss {'action': 1.0}" in printed
     policy = load_file(tmp_path / "s3" / POLICY / "model.safetensors")
     assert not [name for name in policy if name.startswith("model.latent_head")]
+    source = json.loads((tmp_path / "s3" / POLICY / "source.json").read_text())
+    assert source["actions"].startswith("actions decoded from latent actions, 2 steps each")
 
 
 @pytest.mark.slow
