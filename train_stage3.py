@@ -68,6 +68,11 @@ class Stage3Config(StageOptions, RunConfig):
             raise ValueError(
                 f"--latent-head {self.latent_head} trains nothing: pass --latent-loss-weight, or leave it out"
             )
+        if self.latent_horizon and not self.needs_labels:
+            raise ValueError(
+                f"--latent-horizon {self.latent_horizon} without latent actions: pass --latent-loss-weight or "
+                "--decode-actions, or leave it out"
+            )
         if self.has_video and not self.needs_labels:
             raise ValueError("--video-roots and --video-repo-ids need --latent-loss-weight, --decode-actions, or both")
         if self.decode_actions and not self.has_video:
@@ -85,7 +90,10 @@ class Stage3Config(StageOptions, RunConfig):
 
 
 def open_recordings(config: Stage3Config) -> "tuple[list[RobotDataset], list[RobotDataset]]":
-    """The labelled datasets; these and the video datasets. Raises ValueError for a labelled one without actions."""
+    """The labelled datasets; these and the video datasets, whose actions are hidden.
+
+    Raises ValueError for a labelled one without actions.
+    """
     from smolvla_shared import data
 
     labelled = data.open_datasets(config.data)
@@ -95,8 +103,12 @@ def open_recordings(config: Stage3Config) -> "tuple[list[RobotDataset], list[Rob
                 f"{dataset.name} has no {data.ACTION_KEY!r} column, it has {sorted(dataset.features)}: Stage 3 learns "
                 "from labelled demonstrations; action-free video goes into --video-roots"
             )
-    video = replace(config.data, repo_ids=config.video_repo_ids, roots=config.video_roots) if config.has_video else None
-    return labelled, labelled + (data.open_datasets(video) if video else [])
+    if not config.has_video:
+        return labelled, labelled
+    video = data.open_datasets(replace(config.data, repo_ids=config.video_repo_ids, roots=config.video_roots))
+    for dataset in video:
+        dataset.hide_actions()
+    return labelled, labelled + video
 
 
 def export_policy(
@@ -142,10 +154,10 @@ def main(config: Stage3Config) -> None:
     training, groups, held_out = data_order.split_with_video(datasets, len(labelled), config, config.video_share)
     accelerator, resume_from = start_run(config)
 
-    core = initial.build(config.model, cameras, weight, **dims)
-    statistics = data.statistics(labelled, core.config, weight)
     about = datasets, training, config.seed, accelerator.device
     decode = action_decoder.fit(labels, len(labelled), *about) if config.decode_actions else action_decoder.AS_IS
+    core = initial.build(config.model, cameras, weight, **dims)
+    statistics = data.statistics(labelled, core.config, weight)
     described = initial.describe(core, statistics.get("state")), data.describe(datasets, with_pairs=config.needs_labels)
     plan = f"Stage 3: {data_order.plan(groups, config)}; loss {weight}; statistics of the {config.normalization}"
     accelerator.print(*described, plan, decode, sep="\n")
@@ -161,7 +173,7 @@ def main(config: Stage3Config) -> None:
 
     with Run(config, accelerator, core, resume_from, export) as run:
         for raws in run.steps(loaders.train):
-            targets = [labels(raw) if labels else None for raw in raws]  # latent actions [B, M*S, D], if co-training
+            targets = [labels(raw) if labels else None for raw in raws]  # latent actions [B, M*S, D], if any
             run.mark("teacher")
             batches = [preprocessor(decode(raw, latent), latent) for raw, latent in zip(raws, targets, strict=True)]
             counts = valid_tokens(batches, accelerator)

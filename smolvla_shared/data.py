@@ -91,6 +91,10 @@ class RobotDataset:
         """Time between the frames of a pair, seconds: --data.frame-gap-s rounded to whole frames."""
         return self.gap / self.fps
 
+    def hide_actions(self) -> None:
+        """From now on the dataset has no action column."""
+        self.features = {key: feature for key, feature in self.features.items() if key != ACTION_KEY}
+
     def episode_of(self, rows: int | np.ndarray) -> np.ndarray:
         """The episode of a row, or of each of several."""
         return np.searchsorted(self.episode_to, rows, side="right")

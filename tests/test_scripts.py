@@ -289,6 +289,10 @@ def test_video_trains_the_action_head_with_decoded_actions(run_well, labelled_da
     command += ["--chunk-size", "6", "--n-action-steps", "3", "--model.preset", "tiny", "--labels", "cache"]
     command += ["--teacher-kind", "continuous", "--latent-horizon", "2", "--video-roots", video, "--decode-actions"]
     printed = run_well(*command, "--run-dir", tmp_path / "s3")
+    _, (labelled, hidden) = train_stage3.open_recordings(
+        tyro.cli(train_stage3.Stage3Config, args=[*map(str, command[1:]), "--run-dir", str(tmp_path / "not made")])
+    )
+    assert "action" in labelled.features and "action" not in hidden.features  # video's own actions are not read
     assert "actions decoded from latent actions, 2 steps each: R² on unseen episodes 1.00, 1.00, 1.00, 1.00" in printed
     assert "loss {'action': 1.0}" in printed
     policy = load_file(tmp_path / "s3" / POLICY / "model.safetensors")
@@ -371,6 +375,7 @@ def test_wrong_inputs_are_named_and_leave_no_run_directory(
         ("3", "--data.roots x --latent-loss-weight 0.1", "--latent-loss-weight > 0 (got 0.1) or --decode-actions goes"),
         ("3", "--data.roots x --laq-ckpt x", "--latent-loss-weight > 0 (got 0.0) or --decode-actions goes with labels"),
         ("3", "--data.roots x --video-roots x", "need --latent-loss-weight, --decode-actions, or both"),
+        ("3", "--data.roots x --latent-horizon 2", "--latent-horizon 2 without latent actions: pass --latent-loss"),
         ("3", "--data.roots x --laq-ckpt x --decode-actions", "decodes the actions of video: pass --video-roots or"),
         ("3", "--data.roots x --model.preset tiny --model.name x", "both name a trunk"),
         ("3", "--data.roots x --stage2-artifact x --init-from y", "both give the weights: drop one"),
