@@ -108,15 +108,14 @@ def fit(
                 "tells a motion: record velocities or relative actions, or train without --decode-actions"
             )
     labels.to(device)
-    pairs = {"label_camera": labels.camera, "pair_size": labels.pair_size, "horizon": labels.horizon}
-    raws = list(sample_pairs(labelled, rows[:num_labelled], SampleSpec(cameras=(), **pairs), MAX_PAIRS, seed))
+    raws = list(sample_pairs(labelled, rows[:num_labelled], SampleSpec.of_pairs(labels), MAX_PAIRS, seed))
     firsts = [labels(to_device(raw, device)).unflatten(1, (labels.horizon, -1))[:, 0].flatten(1).cpu() for raw in raws]
-    latents, places = torch.cat(firsts), [place for raw in raws for place in zip(raw.dataset, raw.row)]
-    means = [label_probe.column(dataset, label_probe.action_key(dataset)) for dataset in labelled]
-    means = [F.pad(values.cumsum(0), (0, 0, 1, 0)) for values in means]
-    gap = labelled[0].gap
-    actions = torch.stack([(means[index][row + gap] - means[index][row]) / gap for index, row in places])
-    episodes = torch.tensor([1_000_000 * index + int(labelled[index].episode_of(row)) for index, row in places])
+    latents, gap = torch.cat(firsts), labelled[0].gap
+    places = torch.tensor([place for raw in raws for place in zip(raw.dataset, raw.row)])  # by dataset
+    drawn = [(dataset, places[places[:, 0] == index, 1]) for index, dataset in enumerate(labelled)]
+    actions = torch.cat([label_probe.actions_over_gap(dataset, of_it, "sum") for dataset, of_it in drawn]) / gap
+    numbers = [torch.from_numpy(dataset.episode_of(of_it.numpy())) for dataset, of_it in drawn]
+    episodes = torch.cat([len(labelled) * number + index for index, number in enumerate(numbers)])
     r2 = label_probe.probe(latents, actions, episodes) or [None] * actions.shape[1]
     fitted = [label_probe.Ridge.fit(latents, actions), actions.amin(0), actions.amax(0)]
     decoder = ActionDecoder(*map_tensors(lambda t: t.float().to(device), fitted), gap, len(labelled), r2)

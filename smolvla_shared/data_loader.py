@@ -46,6 +46,11 @@ class SampleSpec:
     features: dict[str, tuple[RowCache, ...]] = field(default_factory=dict)
 
     @classmethod
+    def of_pairs(cls, labels: Labels) -> "SampleSpec":
+        """What the labels alone need of a sample."""
+        return cls(cameras=(), label_camera=labels.camera, pair_size=labels.pair_size, horizon=labels.horizon)
+
+    @classmethod
     def of(
         cls,
         core: CoreConfig,

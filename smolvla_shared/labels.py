@@ -100,8 +100,7 @@ def latent_statistics(
     labels.to(device)
     if recorded:
         return recorded
-    pairs = {"label_camera": labels.camera, "pair_size": labels.pair_size, "horizon": labels.horizon}
-    spec = data_loader.SampleSpec(cameras=(), **pairs)
+    spec = data_loader.SampleSpec.of_pairs(labels)
     raws = data_loader.sample_pairs(datasets, rows, spec, STATISTICS_PAIRS // labels.horizon, seed)
     vectors = [labels(to_device(raw, device)).cpu().unflatten(1, (labels.horizon, -1))[raw.pair_mask] for raw in raws]
     statistics = Statistics.of(torch.cat(vectors).flatten(1))
