@@ -229,7 +229,7 @@ def test_two_processes_write_what_one_writes(
     roots = (video_dataset, labelled_dataset)
     label(label_config(tmp_path / "one", laq_checkpoint, *roots))
     command = [small_shards, "label", "--laq-ckpt", laq_checkpoint, "--data.roots", *roots]
-    command += ["--label-cache", tmp_path / "two", "--batch-size", "16", "--data.num-workers", "0"]
+    command += ["--label-cache", tmp_path / "two", "--batch-size", "16", "--data.num-workers", "1"]
     code, printed = run_forked(server, command, tmp_path / "printed.txt", processes=2)
     assert code == 0, printed
     assert files(tmp_path / "two") == files(tmp_path / "one")

@@ -340,6 +340,21 @@ def test_training_error_is_that_of_the_velocity(core, batch):
     torch.testing.assert_close(core(batch)["action"], error)
 
 
+def test_unknown_dimensions_are_no_target():
+    """NaN in a target: the other dimensions are learned, nothing is of this one, and nothing becomes NaN."""
+    core = make_core(make_config())
+    batch = make_batch(core.config)
+    batch.targets["action"].value[..., 2] = torch.nan
+    batch.targets["action"].value[0] = torch.nan  # a sample of which nothing is known
+    errors = core(batch)["action"]
+    assert errors[0].eq(0).all() and (errors[1:] > 0).all()
+    errors.sum().backward()
+    gradients = [p.grad for p in core.parameters() if p.grad is not None]
+    assert gradients and all(gradient.isfinite().all() for gradient in gradients)
+    rows = core.action_head.out_proj.weight.grad.norm(dim=1)
+    assert rows[2] == 0 and (rows[[0, 1, 3]] > 0).all()
+
+
 def test_padded_action_dimensions_are_no_target(core, batch):
     target = batch.targets["action"]
     target = replace(target, time=torch.ones_like(target.time))  # x_t is noise: values enter the error only as targets
