@@ -123,12 +123,14 @@ def export_policy(
     step: int,
 ) -> None:
     """Write a checkpoint's policy. The first dataset is labelled: its frames have the size of the robot's images."""
-    from smolvla_shared.lerobot_policy import save_policy
+    from smolvla_shared.lerobot_config import feature_names
+    from smolvla_shared.lerobot_files import save_policy
     from smolvla_shared.run import origin
 
     source = origin(config, step, datasets) | initial.provenance | {"actions": str(decode)}
     shapes = {camera: datasets[0].frame_shape(camera) for camera in core.cameras}
-    save_policy(directory, core, weights, initial.tokenizer, statistics, config.n_action_steps, source, shapes)
+    about = source, feature_names(datasets[0].features), shapes
+    save_policy(directory, core, weights, initial.tokenizer, statistics, config.n_action_steps, *about)
 
 
 def main(config: Stage3Config) -> None:

@@ -125,6 +125,7 @@ def make_ours(trunk: Path, checkpointing: bool = False) -> SmolVLASharedCore:
             action_dim=ACTION_DIM,
             latent_vector_dim=CODE_SEQ_LEN * LATENT_DIM,
             code_seq_len=CODE_SEQ_LEN,
+            noisy_padding=True,
         )
     )
     freeze(core, frozen_parts(model, core.config, [ACTION, LATENT]))

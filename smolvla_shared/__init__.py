@@ -30,7 +30,8 @@ What surrounds it:
     action_decoder  actions for video, from its latent actions and a few demonstrations
     grounding       a teacher that also learns from a few labelled demonstrations
     rollouts        episodes in environments, their statistics and pictures
-    lerobot_policy, lerobot_processor     the policy as LeRobot sees it
+    lerobot_config, lerobot_policy, lerobot_processor     the policy as LeRobot sees it
+    lerobot_files                         policies in files
     lerobot_smolvla                       LeRobot's SmolVLA checkpoints, in and out
 
 Machinery, which the method can be understood without:

@@ -49,6 +49,9 @@ class CoreConfig:
     action_dim: int = 0
     max_action_dim: int = 32
     chunk_size: int = 50
+    # Whether the padded dimensions of noisy actions carry noise, as in LeRobot's SmolVLA, which learns to remove it;
+    # else they are zeros. The loss does not count them: their noise would drift in sampling.
+    noisy_padding: bool = False
     # Width of the expert as a share of the trunk's. Layers 0, n, 2n, ... of the expert are self-attention, the others
     # cross-attention.
     expert_width_multiplier: float = 0.75

@@ -77,18 +77,19 @@ def write_text(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
-def find_directory(what: str, name: str | Path, needed: tuple[str, ...], revision: str | None = None) -> Path:
+def find_directory(what: str, name: str | Path, needed: tuple[str, ...], **hub: Any) -> Path:
     """The local directory `name` or, if there is none, a copy of the hub's repository `name`.
 
     what:   the contents, such as "policy", for messages
     needed: files that must be in the directory
+    hub:    snapshot_download's options (revision, token, cache_dir, ...)
 
     Raises ValueError if there is neither, or a needed file is missing.
     """
     directory = Path(name)
     if not directory.is_dir():
         try:
-            directory = Path(snapshot_download(str(name), revision=revision))
+            directory = Path(snapshot_download(str(name), **hub))
         except (OSError, ValueError) as error:
             raise ValueError(f"no {what} {name}: there is no such directory, and the hub says: {error}") from error
     for file in needed:

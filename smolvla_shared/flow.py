@@ -10,6 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+Velocity = Callable[[Tensor, Tensor], Tensor]  # (x_t [B, ...], time [B]) -> velocity [B, ...]
+Guide = Callable[[Velocity, Tensor, Tensor], Tensor]  # (velocity, x_t, time) -> the velocity in its place
+
 
 def training_time[Array: (np.ndarray, Tensor)](drawn: Array) -> Array:
     """Draws of a Beta distribution in [0, 1] -> training times in [0.001, 1]: never 0."""
@@ -40,16 +43,18 @@ def time_embedding(time: Tensor, width: int, min_period: float, max_period: floa
 
     Computed in float64: at the shortest period of 4e-3, float32 phases would differ between implementations.
     """
-    fraction = torch.linspace(0, 1, width // 2, dtype=torch.float64, device=time.device)
+    device = "cpu" if time.device.type == "mps" else time.device  # Apple's GPUs have no float64
+    fraction = torch.linspace(0, 1, width // 2, dtype=torch.float64, device=device)
     period = min_period * (max_period / min_period) ** fraction
-    phase = 2 * math.pi * time.double()[..., None] / period
-    return torch.cat([phase.sin(), phase.cos()], dim=-1).float()
+    phase = 2 * math.pi * time.to(device).double()[..., None] / period
+    return torch.cat([phase.sin(), phase.cos()], dim=-1).float().to(time.device)
 
 
-def euler_sample(velocity: Callable[[Tensor, Tensor], Tensor], noise: Tensor, num_steps: int) -> Tensor:
+def euler_sample(velocity: Velocity, noise: Tensor, num_steps: int, guide: Guide | None = None) -> Tensor:
     """Integrate dx = velocity(x, t) dt from t = 1 (x = noise [B, ...]) to t = 0 in equal steps; times are [B]."""
     x_t = noise
     for step in range(num_steps):
         time = torch.full(noise.shape[:1], 1 - step / num_steps, device=noise.device)
-        x_t = x_t - velocity(x_t, time) / num_steps
+        v_t = guide(velocity, x_t, time) if guide else velocity(x_t, time)
+        x_t = x_t - v_t / num_steps
     return x_t

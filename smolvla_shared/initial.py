@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from smolvla_shared import data, lerobot_policy, lerobot_smolvla
+from smolvla_shared import data, lerobot_files, lerobot_smolvla
 from smolvla_shared.artifact import Latents, load_artifact
 from smolvla_shared.batch import Labels
 from smolvla_shared.config import ACTION, CoreConfig, DataConfig, ModelConfig, PolicyDataConfig, StageOptions
@@ -194,7 +194,7 @@ def open_initial(model: ModelConfig, stage2_artifact: Path | None = None) -> Ini
         initial = _of_artifact(Path(name))
     else:
         config = find_directory("policy", name, ("config.json",)) / "config.json"
-        is_ours = read_json(config).get("type") == lerobot_policy.HLRPSmolVLASharedPolicy.name
+        is_ours = read_json(config).get("type") == lerobot_files.POLICY_TYPE
         initial = _of_policy(str(name)) if is_ours else _of_smolvla(str(name))
     stated = {"model_name": model.stated_name, "model_revision": model.revision}
     refuse_differences(
@@ -233,14 +233,19 @@ def _of_artifact(path: Path) -> InitialWeights:
 
 
 def _of_policy(name: str) -> InitialWeights:
-    saved = lerobot_policy.load_saved(name)
+    saved = lerobot_files.load_saved(name)
     core, optional = saved.config.core, saved.config.optional_cameras
+    try:
+        statistics, problem = saved.statistics, ""
+    except ValueError as error:  # only needed with --normalization artifact
+        statistics, problem = {}, f"{name}: {error}"
     return InitialWeights(
         name=f"the policy {name}",
         core=replace(core, cameras=tuple(camera for camera in core.cameras if camera not in optional)),
         weights=saved.weights,
         tokenizer=saved.tokenizer,
-        statistics=saved.statistics,
+        statistics=statistics,
+        no_statistics=problem,
         provenance={"policy": name},
     )
 

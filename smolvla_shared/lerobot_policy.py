@@ -1,144 +1,30 @@
-"""The LeRobot policy `hlrp_smolvla_shared`: config, policy and processors around a `SmolVLASharedCore`.
-
-LeRobot's commands (lerobot-eval, lerobot-train --policy.path) find the three by their names in this module. A saved
-policy loads offline: the trunk's config is in config.json, the tokenizer in the preprocessor's state.
+"""The LeRobot policy `hlrp_smolvla_shared` around a `SmolVLASharedCore`. LeRobot's commands find its config, the policy
+and its processors by their names in this module.
 """
 
-import json
+import logging
 from collections import deque
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from lerobot.configs import FeatureType, NormalizationMode, PolicyFeature
-from lerobot.configs.policies import PreTrainedConfig
-from lerobot.optim.optimizers import AdamWConfig
-from lerobot.optim.schedulers import CosineDecayWithWarmupSchedulerConfig
 from lerobot.policies.pretrained import PreTrainedPolicy
+from lerobot.policies.rtc.modeling_rtc import RTCProcessor
 from lerobot.utils import constants as keys
-from lerobot.utils.device_utils import auto_select_torch_device
-from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerFast
 
 from smolvla_shared import flow, losses
 from smolvla_shared.batch import Batch, FlowTarget
-from smolvla_shared.config import ACTION, WARMUP_STEPS, CoreConfig, OptimConfig, RunConfig
-from smolvla_shared.files import check_weights, find_directory, write_text, write_weights
-from smolvla_shared.lerobot_processor import make_hlrp_smolvla_shared_pre_post_processors
+from smolvla_shared.config import ACTION, CoreConfig
+from smolvla_shared.initial import open_initial
+from smolvla_shared.lerobot_config import HLRPSmolVLASharedConfig, input_features, output_features
+from smolvla_shared.lerobot_files import POLICY_TYPE, find_policy, load_config, load_weights
+from smolvla_shared.lerobot_processor import make_hlrp_smolvla_shared_pre_post_processors  # noqa: F401
 from smolvla_shared.model import SmolVLASharedCore
-from smolvla_shared.preprocess import Statistics, pad_width, prepare_images, stack_cameras
+from smolvla_shared.model_parts import prepare_to_train
+from smolvla_shared.preprocess import pad_width, prepare_images, stack_cameras
 
 ACTION_IS_PAD = "action_is_pad"  # LeRobot's key, [B, T] bool: True past the episode's end
-WEIGHTS_NAME = "model.safetensors"
-SOURCE_NAME = "source.json"
-CORE_PREFIX = "model."  # of the core's weights in WEIGHTS_NAME: the policy holds the core as `self.model`
-FEATURES = {"state": keys.OBS_STATE, ACTION: keys.ACTION}  # LeRobot's feature of each statistics' name
-
-
-# --- config -----------------------------------------------------------------------------------------------------------
-
-
-def input_features(core: CoreConfig, image_shapes: dict[str, tuple[int, ...]]) -> dict[str, PolicyFeature]:
-    """What the policy observes. image_shapes: (3, height, width) by camera; default: the model's square."""
-    square = (3, core.image_size, core.image_size)
-    features = {key: PolicyFeature(FeatureType.VISUAL, image_shapes.get(key, square)) for key in core.cameras}
-    if core.state_dim:
-        features[keys.OBS_STATE] = PolicyFeature(FeatureType.STATE, (core.state_dim,))
-    return features
-
-
-def output_features(core: CoreConfig) -> dict[str, PolicyFeature]:
-    return {keys.ACTION: PolicyFeature(FeatureType.ACTION, (core.action_dim,))}
-
-
-@PreTrainedConfig.register_subclass("hlrp_smolvla_shared")
-@dataclass
-class HLRPSmolVLASharedConfig(PreTrainedConfig):
-    """LeRobot's view of a core: the core's config, and how its action chunks are executed."""
-
-    # The model; rebuilds it offline.
-    core: CoreConfig = field(kw_only=True)
-    # Actions executed of each chunk before the next chunk is generated.
-    n_action_steps: int = 10
-    # Cameras that an observation may lack; their tokens are then masked. All other cameras are required.
-    optional_cameras: tuple[str, ...] = ()
-    # How each kind of feature is normalised, as in training.
-    normalization_mapping: dict[str, NormalizationMode] = field(
-        default_factory=lambda: {
-            "VISUAL": NormalizationMode.IDENTITY,
-            "STATE": NormalizationMode.MEAN_STD,
-            "ACTION": NormalizationMode.MEAN_STD,
-        }
-    )
-    push_to_hub: bool = False
-
-    def __post_init__(self):
-        super().__post_init__()
-        if not self.core.action_dim:
-            raise ValueError("this core has no action head (action_dim 0), it cannot act: run train_stage3.py on it")
-        if not 1 <= self.n_action_steps <= self.core.chunk_size:
-            raise ValueError(
-                f"n_action_steps {self.n_action_steps} must be between 1 and the chunk_size of the model, "
-                f"{self.core.chunk_size}"
-            )
-        if not set(self.optional_cameras) < set(self.core.cameras):
-            raise ValueError(
-                f"optional_cameras {list(self.optional_cameras)} must be some, not all, of the model's cameras "
-                f"{list(self.core.cameras)}"
-            )
-        self.input_features = self.input_features or input_features(self.core, {})
-        self.output_features = self.output_features or output_features(self.core)
-
-    def validate_features(self) -> None:
-        """Raise ValueError if the features, which LeRobot sets from a dataset or environment, do not fit the core."""
-
-        def describe(inputs: dict[str, PolicyFeature], outputs: dict[str, PolicyFeature]) -> dict[str, Any]:
-            cameras = {key for key, feature in inputs.items() if feature.type is FeatureType.VISUAL}
-            return {
-                "cameras": sorted(cameras | set(self.optional_cameras)),
-                "state": list(inputs[keys.OBS_STATE].shape) if keys.OBS_STATE in inputs else None,
-                "action": list(outputs[keys.ACTION].shape) if keys.ACTION in outputs else None,
-            }
-
-        model = describe(input_features(self.core, {}), output_features(self.core))
-        found = describe(self.input_features, self.output_features)
-        if model != found:
-            raise ValueError(
-                f"the model was built for {model}, the dataset or environment has {found}: use one that fits, or map "
-                "its names with --rename_map"
-            )
-
-    @property
-    def observation_delta_indices(self) -> None:
-        return None  # only the present observation, without a time dimension
-
-    @property
-    def action_delta_indices(self) -> list[int]:
-        return list(range(self.core.chunk_size))
-
-    @property
-    def reward_delta_indices(self) -> None:
-        return None
-
-    def get_optimizer_preset(self) -> AdamWConfig:
-        optim = OptimConfig()
-        return AdamWConfig(
-            lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay, grad_clip_norm=optim.max_grad_norm
-        )
-
-    def get_scheduler_preset(self) -> CosineDecayWithWarmupSchedulerConfig:
-        optim = OptimConfig()
-        return CosineDecayWithWarmupSchedulerConfig(
-            peak_lr=optim.lr,
-            decay_lr=optim.lr * optim.final_lr_share,
-            num_warmup_steps=WARMUP_STEPS,
-            num_decay_steps=RunConfig.steps,
-        )
-
-
-# --- policy -----------------------------------------------------------------------------------------------------------
 
 
 def check_has(batch: dict[str, Any], needed: list[str]) -> None:
@@ -150,26 +36,32 @@ def check_has(batch: dict[str, Any], needed: list[str]) -> None:
         )
 
 
+def _without_time(observation: Tensor, ndim: int) -> Tensor:
+    """An observation without the time dimension of 1 that some of LeRobot's datasets and robots give."""
+    return observation[:, 0] if observation.ndim == ndim + 1 and observation.shape[1] == 1 else observation
+
+
 def to_batch(observation: dict[str, Tensor], core: CoreConfig, optional_cameras: tuple[str, ...] = ()) -> Batch:
     """A preprocessed LeRobot batch -> the core's Batch, without targets.
 
-    Images are [B, 3, h, w] in [0, 1] or uint8, the state [B, state_dim] is normalised, the text is tokenised. Missing
-    optional cameras become masked images behind the others, as in SmolVLA: their special tokens are not masked.
+    Images are [B, 3, h, w] in [0, 1] or uint8, the state [B, state_dim] is normalised, the text is tokenised; images
+    and state may have a time dimension of 1 behind B. Missing optional cameras become masked images behind the others,
+    as in SmolVLA: their special tokens are not masked.
     Raises ValueError for any other missing camera, state or text.
     """
     present = [key for key in core.cameras if key in observation or key not in optional_cameras]
     state_keys = [keys.OBS_STATE] if core.state_dim else []
     check_has(observation, [*present, *state_keys, keys.OBS_LANGUAGE_TOKENS, keys.OBS_LANGUAGE_ATTENTION_MASK])
-    prepared = [prepare_images(observation[key], core.image_size) for key in present]
+    prepared = [prepare_images(_without_time(observation[key], ndim=4), core.image_size) for key in present]
     images, image_mask = stack_cameras(prepared + [None] * (len(core.cameras) - len(present)))
     state = torch.zeros(len(images), core.max_state_dim, device=images.device)
     if core.state_dim:
-        if observation[keys.OBS_STATE].shape != (len(images), core.state_dim):
+        found = _without_time(observation[keys.OBS_STATE], ndim=2)
+        if found.shape != (len(images), core.state_dim):
             raise ValueError(
-                f"{keys.OBS_STATE} is {list(observation[keys.OBS_STATE].shape)}, the model expects "
-                f"[{len(images)}, {core.state_dim}]"
+                f"{keys.OBS_STATE} is {list(found.shape)}, the model expects [{len(images)}, {core.state_dim}]"
             )
-        state = pad_width(observation[keys.OBS_STATE], core.max_state_dim)
+        state = pad_width(found.float(), core.max_state_dim)
     return Batch(
         images=images,
         image_mask=image_mask,
@@ -185,14 +77,54 @@ class HLRPSmolVLASharedPolicy(PreTrainedPolicy):
     """Executes the first `n_action_steps` of each of the core's action chunks. LeRobot's own loop can train it."""
 
     config_class = HLRPSmolVLASharedConfig
-    name = "hlrp_smolvla_shared"
+    name = POLICY_TYPE
+    _action_queue_attrs = ("queue",)  # what LeRobot (after 0.6.1) empties when the instruction changes
 
     def __init__(self, config: HLRPSmolVLASharedConfig, dataset_stats: Any = None, dataset_meta: Any = None):
-        """LeRobot's factory passes dataset_stats and dataset_meta to every policy; both are unused."""
+        """A policy with the config's core at random weights; without a core, a fresh policy for the config's features.
+
+        LeRobot's factory passes dataset_stats and dataset_meta to every policy; both are unused.
+        """
         super().__init__(config)
-        config.validate_features()
-        self.model = SmolVLASharedCore(config.core)
+        self.source: dict[str, Any] = {}  # where its weights are from, for people
+        if config.core is None:
+            self.model = self._build()
+        else:
+            config.input_features = config.input_features or input_features(config.core, {})
+            config.output_features = config.output_features or output_features(config.core)
+            config.validate_features()
+            self.model = SmolVLASharedCore(config.core)
+            prepare_to_train(self.model, config.starting_model, {ACTION})
+        self.init_rtc_processor()
         self.reset()
+
+    def _build(self) -> SmolVLASharedCore:
+        """A fresh core for the config's features, as train_stage3.py makes it. The config then has this core.
+
+        Raises ValueError where the features lack cameras or actions, or the starting weights do not fit.
+        """
+        config = self.config
+        if not (config.image_features and config.action_feature):
+            raise ValueError(
+                f"a fresh {self.name} needs the cameras and the actions of a dataset, got the features "
+                f"{sorted(config.input_features or {})} and {sorted(config.output_features or {})}: train it with "
+                "lerobot-train on a dataset that has both, or load a trained one with --policy.path"
+            )
+        artifact = Path(config.stage2_artifact) if config.stage2_artifact else None
+        initial = open_initial(config.starting_model, artifact)
+        # Its own cameras where the dataset has them all; else the dataset's take their places, in order.
+        own, found = initial.core.cameras, tuple(config.image_features)
+        state = config.robot_state_feature if config.use_state else None
+        dims = {"chunk_size": config.num_actions, "action_dim": config.action_feature.shape[0]}
+        dims |= {"state_dim": state.shape[0] if state else 0}
+        dims |= {"flow_steps": config.num_steps} if config.num_steps else {}
+        core = initial.build(config.starting_model, own if own and set(own) <= set(found) else found, {ACTION}, **dims)
+        logging.info(initial.describe(core))
+        self.source = initial.provenance
+        config.stage2_artifact = config.init_from = config.vlm_model_name = config.chunk_size = config.num_steps = None
+        config.core = core.config
+        config._tokenizer = initial.tokenizer  # for the processors, which LeRobot makes from the config alone
+        return core
 
     @classmethod
     def from_pretrained(
@@ -200,29 +132,47 @@ class HLRPSmolVLASharedPolicy(PreTrainedPolicy):
         pretrained_name_or_path: str | Path,
         *,
         config: HLRPSmolVLASharedConfig | None = None,
+        strict: bool = True,
+        cli_overrides: list[str] | None = None,
+        force_download: bool = False,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
         revision: str | None = None,
         **kwargs: Any,
     ) -> "HLRPSmolVLASharedPolicy":
-        """A policy from a local directory or, if there is none of this name, from the hub.
+        """A policy from a local directory or, if there is none of this name, from the hub. Loading is always strict.
+
+        cli_overrides: such as ["--n_action_steps=5"], where no config is given
+        kwargs:        for the constructor; resume_download and proxies, which the hub's client no longer takes, are
+                       ignored
 
         Raises ValueError if a file is missing or the weights are not exactly those of the config's model.
         """
-        directory = find_directory("policy", pretrained_name_or_path, ("config.json", WEIGHTS_NAME), revision)
-        config = config or PreTrainedConfig.from_pretrained(directory)
-        if not isinstance(config, cls.config_class):
-            raise ValueError(f"{directory} holds a policy of type {config.type}, expected {cls.name}")
+        if not strict:
+            logging.warning(f"{cls.name}: strict=False makes no difference, missing weights are always an error")
+        hub = {"force_download": force_download, "token": token, "cache_dir": cache_dir, "revision": revision}
+        directory = find_policy(pretrained_name_or_path, **hub, local_files_only=local_files_only)
+        config = config or load_config(directory, cli_overrides)
+        kwargs = {name: value for name, value in kwargs.items() if name not in ("resume_download", "proxies")}
         policy = cls(config, **kwargs)
-        found = load_file(directory / WEIGHTS_NAME)
-        check_weights(str(directory), expected=policy.state_dict(), found=found)
-        policy.load_state_dict(found)
+        policy.model.load_state_dict(load_weights(directory, config.core))
         return policy.to(config.device).eval()
 
     def get_optim_params(self) -> list[nn.Parameter]:
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
+    def _get_default_peft_targets(self) -> dict[str, Any]:
+        """LoRA on the expert's attention and on what is the robot's: state projection and action head."""
+        head = r"action_head\.(in_proj|out_proj|time_mlp_in|time_mlp_out)"
+        return {"target_modules": rf"model\.(expert\..*\.(q|v)_proj|state_proj|{head})"}
+
     def reset(self) -> None:
         """Forget the actions not yet executed. LeRobot calls this when an episode begins."""
         self.queue: deque[Tensor] = deque()  # actions [B, A]
+        self.is_first_observation = True
+
+    # --- training -----------------------------------------------------------------------------------------------------
 
     def forward(
         self,
@@ -232,16 +182,18 @@ class HLRPSmolVLASharedPolicy(PreTrainedPolicy):
         time: Tensor | None = None,  # [B]
     ) -> tuple[Tensor, dict[str, float]]:
         """The flow-matching loss of the normalised action chunks batch["action"] [B, T, A]: a scalar, or [B] for
-        reduction "none". Actions marked in batch["action_is_pad"] and padded dimensions do not count.
+        reduction "none". Actions marked in batch["action_is_pad"] (default: none) and padded dimensions do not count.
         """
         core = self.config.core
-        check_has(batch, [keys.ACTION, ACTION_IS_PAD])
+        check_has(batch, [keys.ACTION])
         data, actions = to_batch(batch, core, self.config.optional_cameras), batch[keys.ACTION]
         if actions.shape[1:] != (core.chunk_size, core.action_dim):
             raise ValueError(
                 f"{keys.ACTION} is {list(actions.shape)}, the model expects [B, {core.chunk_size}, {core.action_dim}]"
             )
-        value, mask = pad_width(actions, core.max_action_dim), ~batch[ACTION_IS_PAD]
+        value = pad_width(actions.float(), core.max_action_dim)
+        is_pad = batch.get(ACTION_IS_PAD)
+        mask = torch.ones_like(value[..., 0], dtype=torch.bool) if is_pad is None else ~is_pad
         if noise is None:
             noise = torch.randn_like(value)
         if time is None:
@@ -255,95 +207,86 @@ class HLRPSmolVLASharedPolicy(PreTrainedPolicy):
             loss = losses.masked_mean(errors, mask)
         return loss, {"loss": loss.mean().item()}
 
+    # --- acting -------------------------------------------------------------------------------------------------------
+
+    def supports_rtc(self) -> bool:
+        return True
+
+    def init_rtc_processor(self) -> None:
+        """LeRobot calls this after it has set `config.rtc_config`."""
+        self.rtc_processor = RTCProcessor(self.config.rtc_config) if self.config.rtc_config else None
+
+    @property
+    def rtc_enabled(self) -> bool:
+        return self.config.rtc_config is not None and self.config.rtc_config.enabled
+
     @torch.no_grad()
-    def predict_action_chunk(self, batch: dict[str, Tensor], noise: Tensor | None = None) -> Tensor:
-        """A chunk of normalised actions [B, T, A], generated from noise [B, T, max_action_dim] (default: drawn)."""
+    def predict_action_chunk(
+        self,
+        batch: dict[str, Tensor],
+        noise: Tensor | None = None,
+        inference_delay: int | None = None,
+        prev_chunk_left_over: Tensor | None = None,
+        execution_horizon: int | None = None,
+    ) -> Tensor:
+        """A chunk of normalised actions [B, T, A], generated from noise [B, T, max_action_dim] (default: drawn).
+
+        With real-time chunking (rtc_config) LeRobot's processor guides it towards what is left of the last chunk:
+
+        inference_delay:      actions of it that are executed before this chunk is there
+        prev_chunk_left_over: normalised actions [B, T', A] not yet executed; None: there is no last chunk
+        execution_horizon:    actions over which the guidance fades out
+
+        Raises ValueError for images that are not in [0, 1] at the first observation after `reset`, and for a chunk that
+        is not finite.
+        """
         core = self.config.core
+        if self.is_first_observation:
+            self._check_images(batch)
+            self.is_first_observation = False
         data = to_batch(batch, core, self.config.optional_cameras)
         if noise is None:
             noise = torch.randn(len(data), core.chunk_size, core.max_action_dim, device=data.images.device)
-        return self.model.sample(data, ACTION, noise)
+        guide = None
+        if self.rtc_enabled:
+
+            def guide(velocity: flow.Velocity, x_t: Tensor, time: Tensor) -> Tensor:
+                return self.rtc_processor.denoise_step(
+                    x_t=x_t,
+                    prev_chunk_left_over=prev_chunk_left_over,
+                    inference_delay=inference_delay,
+                    time=time[0].item(),
+                    original_denoise_step_partial=lambda x_t: velocity(x_t, time),
+                    execution_horizon=execution_horizon,
+                )
+
+        chunk = self.model.sample(data, ACTION, noise, guide=guide)
+        if not chunk.isfinite().all():
+            state = batch.get(keys.OBS_STATE)
+            raise ValueError(
+                f"the policy gave actions that are not finite; the normalised state is {state}: check the observation "
+                "and the statistics of the policy's normaliser"
+            )
+        return chunk
+
+    def _check_images(self, batch: dict[str, Tensor]) -> None:
+        for camera in self.config.core.cameras:
+            image = batch.get(camera)
+            if image is not None and image.is_floating_point() and not (image.min() >= 0 and image.max() <= 1):
+                raise ValueError(
+                    f"{camera} has values from {image.min().item():.3g} to {image.max().item():.3g}: images are uint8, "
+                    "or floats in [0, 1]"
+                )
 
     @torch.no_grad()
     def select_action(self, batch: dict[str, Tensor], noise: Tensor | None = None) -> Tensor:
-        """The next normalised action [B, A]. Generates a chunk when n_action_steps of the last one are executed."""
+        """The next normalised action [B, A]. Generates a chunk when n_action_steps of the last one are executed.
+
+        Raises ValueError with real-time chunking, whose chunks overlap: use `predict_action_chunk`.
+        """
+        if self.rtc_enabled:
+            raise ValueError("select_action cannot do real-time chunking: use predict_action_chunk")
         if not self.queue:
             chunk = self.predict_action_chunk(batch, noise)
             self.queue.extend(chunk[:, : self.config.n_action_steps].unbind(dim=1))
         return self.queue.popleft()
-
-
-# --- files -----------------------------------------------------------------------------------------------------------
-
-
-def save_policy(
-    directory: Path,
-    core: CoreConfig,
-    weights: dict[str, Tensor],
-    tokenizer: PreTrainedTokenizerFast,
-    statistics: dict[str, Statistics],
-    n_action_steps: int,
-    source: dict[str, Any],
-    image_shapes: dict[str, tuple[int, ...]] | None = None,
-    optional_cameras: tuple[str, ...] = (),
-    rename_map: dict[str, str] | None = None,
-) -> None:
-    """Write a core as a LeRobot policy: config, weights and processors; and source.json.
-
-    weights:          the core's state_dict
-    statistics:       of "action" and, if the core has a state, "state"
-    source:           where the weights are from: JSON, for people
-    image_shapes:     (3, height, width) of each camera as recorded, to which LeRobot's policy server stretches the
-                      images that it receives. Default: the model's squares
-    optional_cameras: cameras that an observation may lack
-    rename_map:       {name of an observation as it arrives: our name}
-    """
-    directory.mkdir(parents=True, exist_ok=True)
-    config = HLRPSmolVLASharedConfig(
-        core=core,
-        n_action_steps=n_action_steps,
-        optional_cameras=optional_cameras,
-        input_features=input_features(core, image_shapes or {}),
-        device=auto_select_torch_device().type,
-    )
-    config.save_pretrained(directory)
-    write_weights(directory / WEIGHTS_NAME, {CORE_PREFIX + key: value for key, value in weights.items()})
-    write_text(directory / SOURCE_NAME, json.dumps(source, indent=2) + "\n")
-    stats = lerobot_stats(statistics)
-    for processor in make_hlrp_smolvla_shared_pre_post_processors(config, stats, tokenizer, rename_map):
-        processor.save_pretrained(directory)
-
-
-def lerobot_stats(statistics: dict[str, Statistics]) -> dict[str, dict[str, Tensor]]:
-    """Statistics of state and action as LeRobot's processors take them: {feature: {"mean": [A], "std": [A]}}."""
-    return {
-        feature: dict(zip(("mean", "std"), statistics[name].tensors(), strict=True))
-        for name, feature in FEATURES.items()
-        if name in statistics
-    }
-
-
-@dataclass(frozen=True)
-class SavedPolicy:
-    """A saved policy, in the core's terms."""
-
-    config: HLRPSmolVLASharedConfig
-    weights: dict[str, Tensor]  # the core's state_dict
-    tokenizer: PreTrainedTokenizerFast
-    statistics: dict[str, Statistics]  # of "action" and, if the core has a state, "state"
-    rename_map: dict[str, str]  # {name of an observation as it arrives: our name}
-
-
-def load_saved(name: str) -> SavedPolicy:
-    """Read a policy back from its directory or hub id. Raises ValueError as HLRPSmolVLASharedPolicy.from_pretrained."""
-    from lerobot.policies.factory import make_pre_post_processors
-
-    policy = HLRPSmolVLASharedPolicy.from_pretrained(name)
-    preprocessor, _ = make_pre_post_processors(policy.config, name)
-    rename, _, tokenize, _, normalize = preprocessor.steps
-    statistics = {
-        name: Statistics(*(torch.as_tensor(normalize.stats[feature][of]).tolist() for of in ("mean", "std")))
-        for name, feature in FEATURES.items()
-        if feature in normalize.stats
-    }
-    return SavedPolicy(policy.config, policy.model.state_dict(), tokenize.tokenizer, statistics, rename.rename_map)

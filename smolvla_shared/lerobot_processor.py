@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lerobot.configs import FeatureType, PipelineFeatureType, PolicyFeature
+from lerobot.configs import FeatureType, NormalizationMode, PipelineFeatureType, PolicyFeature
 from lerobot.lerobot_types import TransitionKey
 from lerobot.processor import (
     ObservationProcessorStep,
@@ -21,7 +21,16 @@ from smolvla_shared.preprocess import TextTokenizer, pack_tokenizer, unpack_toke
 from smolvla_shared.trunk_files import load_trunk_tokenizer
 
 if TYPE_CHECKING:
-    from smolvla_shared.lerobot_policy import HLRPSmolVLASharedConfig
+    from smolvla_shared.lerobot_config import HLRPSmolVLASharedConfig
+
+# The statistics that each mode of LeRobot's normaliser reads.
+STATISTICS = {
+    NormalizationMode.IDENTITY: (),
+    NormalizationMode.MEAN_STD: ("mean", "std"),
+    NormalizationMode.MIN_MAX: ("min", "max"),
+    NormalizationMode.QUANTILES: ("q01", "q99"),
+    NormalizationMode.QUANTILE10: ("q10", "q90"),
+}
 
 
 @ProcessorStepRegistry.register("hlrp_smolvla_shared_tokenizer")
@@ -37,9 +46,10 @@ class TokenizeTask(ObservationProcessorStep):
 
     def observation(self, observation: dict[str, Any]) -> dict[str, Any]:
         complementary = self.transition[TransitionKey.COMPLEMENTARY_DATA]
-        if "task" not in complementary:
+        if complementary.get("task") is None:
             raise ValueError(
-                f'the policy needs a "task" text, the batch has {sorted(observation)} and {sorted(complementary)}'
+                'the policy needs a "task" text (--task, or the key of a batch), the batch has '
+                f"{sorted(observation)} and {sorted(complementary)}, task {complementary.get('task')}"
             )
         text, mask = TextTokenizer(self.tokenizer, self.max_tokens)(complementary["task"])
         return observation | {keys.OBS_LANGUAGE_TOKENS: text, keys.OBS_LANGUAGE_ATTENTION_MASK: mask}
@@ -69,19 +79,25 @@ def make_hlrp_smolvla_shared_pre_post_processors(
 ) -> tuple[PolicyProcessorPipeline, PolicyProcessorPipeline]:
     """The pipelines before and after the policy. LeRobot's factory calls this for a policy without saved processors.
 
-    dataset_stats: {feature: {"mean": [A], "std": [A]}} of action and, if the core has a state, observation.state
-    tokenizer:     the trunk's; default: loaded from where the core's trunk came from
+    dataset_stats: {feature: {"mean": [A], "std": [A]}} of action and, if the core has a state, observation.state; or
+                   what else the config's normalization_mapping reads
+    tokenizer:     the trunk's; default: the one that a fresh policy was built with, or loaded from where the core's
+                   trunk came from
     rename_map:    {name of an observation as it arrives: our name}
 
     Raises ValueError for missing statistics: LeRobot's normaliser would leave such a feature unnormalised.
     """
-    needed = [keys.OBS_STATE, keys.ACTION] if config.core.state_dim else [keys.ACTION]
-    found = {key: sorted(stats) for key, stats in (dataset_stats or {}).items()}
-    missing = [f"{key}.{name}" for key in needed for name in ("mean", "std") if name not in found.get(key, [])]
+    modes = {keys.ACTION: config.normalization_mapping["ACTION"]}
+    modes |= {keys.OBS_STATE: config.normalization_mapping["STATE"]} if config.core.state_dim else {}
+    dataset_stats = dataset_stats or {}
+    found = {key: sorted(stats) for key, stats in dataset_stats.items()}
+    missing = [f"{key}.{of}" for key, mode in modes.items() for of in STATISTICS[mode] if of not in found.get(key, [])]
     if missing:
         raise ValueError(f"cannot normalise: the statistics {missing} are missing, found {found or 'none'}")
+    tokenizer = tokenizer or getattr(config, "_tokenizer", None)
     tokenizer = tokenizer or load_trunk_tokenizer(config.core.model_name, config.core.model_revision)
-    steps = make_default_policy_processor_steps(config, {key: dataset_stats[key] for key in needed})
+    stats = {key: dataset_stats[key] for key in modes if key in dataset_stats}
+    steps = make_default_policy_processor_steps(config, stats)
     return make_policy_processor_pipelines(
         input_steps=[
             RenameObservationsProcessorStep(rename_map or {}),

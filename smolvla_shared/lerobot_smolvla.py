@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import torch
 import tyro
 from draccus.utils import DecodingError
-from lerobot.configs import FeatureType, PolicyFeature
 from lerobot.configs.policies import PreTrainedConfig
 from lerobot.utils import constants as keys
 from safetensors.torch import load_file
@@ -25,7 +24,8 @@ from transformers import PreTrainedTokenizerFast
 
 from smolvla_shared.config import CoreConfig
 from smolvla_shared.files import check_weights, find_directory, new_directory, public_state, write_weights
-from smolvla_shared.lerobot_policy import FEATURES, WEIGHTS_NAME, SavedPolicy, lerobot_stats, load_saved, save_policy
+from smolvla_shared.lerobot_config import FEATURES, input_features, output_features
+from smolvla_shared.lerobot_files import CONFIG_NAME, WEIGHTS_NAME, SavedPolicy, load_saved, save_policy
 from smolvla_shared.model import SmolVLASharedCore
 from smolvla_shared.preprocess import Statistics, pack_tokenizer
 from smolvla_shared.trunk_files import load_trunk_config, load_trunk_tokenizer, trunk_location
@@ -33,7 +33,6 @@ from smolvla_shared.trunk_files import load_trunk_config, load_trunk_tokenizer, 
 if TYPE_CHECKING:  # LeRobot's policies take seconds to import
     from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
 
-CONFIG_NAME = "config.json"
 PROCESSORS = (keys.POLICY_PREPROCESSOR_DEFAULT_NAME, keys.POLICY_POSTPROCESSOR_DEFAULT_NAME)
 EMPTY_CAMERA = "observation.images.empty_camera_"  # LeRobot numbers the cameras that observations may lack
 
@@ -44,8 +43,9 @@ LEROBOT_PREFIX = {  # {our prefix: LeRobot's}
     "trunk.vlm.": TRUNK,
     "expert.": "model.vlm_with_expert.lm_expert.",
     "state_proj.": "model.state_proj.",
-    "action_head.": "model.action_",  # in_proj, out_proj, time_mlp_in, time_mlp_out
+    "action_head.": "model.action_",
 }
+IN_PROJ = "model.action_in_proj.weight"
 TOKEN_EMBEDDING = "trunk.vlm.text_model.embed_tokens.weight"  # our name
 FINAL_NORM = TRUNK + "text_model.norm.weight"
 OUTPUT_LAYER = "model.vlm_with_expert.vlm.lm_head.weight"
@@ -57,10 +57,9 @@ STATISTIC = re.compile(
     rf"(?:{NORMALIZATION_BUFFER.pattern})?(?:(?P<robot>.+)[._](?=buffer))?(?:buffer[._])?"
     r"(?P<feature>observation[._]state|action)\.(?P<statistic>mean|std)"
 )
-SAME_OPTIONS = ("chunk_size", "max_state_dim", "max_action_dim", "min_period", "max_period")
-SAME_OPTIONS += ("expert_width_multiplier", "self_attn_every_n_layers")
 # {field of CoreConfig: LeRobot's name}, for the fields that are copied in both directions.
-LEROBOT_OPTION = {name: name for name in SAME_OPTIONS}
+SAME = "chunk_size max_state_dim max_action_dim min_period max_period expert_width_multiplier self_attn_every_n_layers"
+LEROBOT_OPTION = {name: name for name in SAME.split()}
 LEROBOT_OPTION |= {"max_text_tokens": "tokenizer_max_length", "flow_steps": "num_steps"}
 
 
@@ -179,13 +178,12 @@ def load_checkpoint(name: str) -> Checkpoint:
     unread = {key for key in tensors if is_unread(key, core.num_trunk_layers)}
     with torch.device("meta"):
         state = SmolVLASharedCore(core).state_dict()
-    names = lerobot_names(state)
     found = {key: tensor for key, tensor in tensors.items() if key not in buffers | unread}
-    check_weights(name, {theirs: state[ours] for ours, theirs in names.items()}, found)
+    check_weights(name, {theirs: state[ours] for ours, theirs in lerobot_names(state).items()}, found)
     return Checkpoint(
         name=name,
         core=core,
-        weights={ours: found[theirs] for ours, theirs in names.items()},
+        weights={ours: found[theirs] for ours, theirs in lerobot_names(state).items()},
         unread=tuple(sorted(unread)),
         tokenizer=tokenizer,
         statistics=statistics,
@@ -266,6 +264,7 @@ def core_config(config: "SmolVLAConfig", vlm: dict[str, Any], tokenizer: PreTrai
         image_special_tokens=special if config.add_image_special_tokens else (),
         state_dim=config.robot_state_feature.shape[0],
         action_dim=config.action_feature.shape[0],
+        noisy_padding=True,
         **{ours: getattr(config, theirs) for ours, theirs in LEROBOT_OPTION.items()},
     )
 
@@ -285,32 +284,31 @@ def save_checkpoint(directory: Path, policy: SavedPolicy) -> None:
 
     ours, optional_cameras = policy.config.core, policy.config.optional_cameras
     numbered = tuple(f"{EMPTY_CAMERA}{index}" for index in range(len(optional_cameras)))
-    problems = []
-    if not ours.state_dim:
-        problems.append("a policy without a state")
+    problems = [] if ours.state_dim else ["a policy without a state"]
     if set(optional_cameras) != set(numbered):
         problems.append(f"optional cameras of other names than {EMPTY_CAMERA}<number>: {', '.join(optional_cameras)}")
     trunk_tokenizer = load_trunk_tokenizer(ours.model_name, ours.model_revision)
     if pack_tokenizer(trunk_tokenizer) != pack_tokenizer(policy.tokenizer):
         problems.append(f"another tokenizer than that of {ours.model_name}")
     shapes = {key: feature.shape for key, feature in policy.config.image_features.items()}
-    features = {key: PolicyFeature(FeatureType.VISUAL, shapes[key]) for key in ours.cameras}
     config = SmolVLAConfig(
-        input_features=features | {keys.OBS_STATE: PolicyFeature(FeatureType.STATE, (ours.state_dim,))},
-        output_features={keys.ACTION: PolicyFeature(FeatureType.ACTION, (ours.action_dim,))},
+        input_features=input_features(ours, shapes),
+        output_features=output_features(ours),
         device=policy.config.device,
         push_to_hub=False,
         n_action_steps=policy.config.n_action_steps,
         resize_imgs_with_padding=(ours.image_size, ours.image_size),
         empty_cameras=len(optional_cameras),
         vlm_model_name=trunk_location(ours.model_name),
+        normalization_mapping=policy.config.normalization_mapping,
         add_image_special_tokens=bool(ours.image_special_tokens),
         num_vlm_layers=ours.num_trunk_layers,
         **{theirs: getattr(ours, name) for name, theirs in LEROBOT_OPTION.items()},
     )
     # A field that LeRobot cannot express comes back with another value.
     back = asdict(core_config(config, ours.vlm, trunk_tokenizer))
-    not_exported = {"model_name", "model_revision", "torch_dtype", "latent_vector_dim", "code_seq_len"}
+    latent_head = {"latent_vector_dim", "code_seq_len", "codebook_size"}
+    not_exported = {"model_name", "model_revision", "torch_dtype", "noisy_padding", *latent_head}
     problems += [
         f"{field} {value}, there it is always {back[field]}"
         for field, value in asdict(ours).items()
@@ -320,11 +318,14 @@ def save_checkpoint(directory: Path, policy: SavedPolicy) -> None:
         raise ValueError("LeRobot's SmolVLA cannot express:\n  " + "\n  ".join(problems))
 
     weights = {theirs: policy.weights[name] for name, theirs in lerobot_names(policy.weights).items()}
-    embedding = policy.weights[TOKEN_EMBEDDING]
-    weights[FINAL_NORM], weights[OUTPUT_LAYER] = torch.ones_like(embedding[0]), embedding.clone()
+    if not ours.noisy_padding:  # LeRobot's padding always carries noise: with zero weights nothing reads it
+        weights[IN_PROJ] = weights[IN_PROJ].clone()
+        weights[IN_PROJ][:, ours.action_dim :] = 0
+    weights[OUTPUT_LAYER] = (embedding := policy.weights[TOKEN_EMBEDDING]).clone()
+    weights[FINAL_NORM] = torch.ones_like(embedding[0])
     write_weights(directory / WEIGHTS_NAME, weights)
     config.save_pretrained(directory)
-    preprocessor, postprocessor = make_smolvla_pre_post_processors(config, lerobot_stats(policy.statistics))
+    preprocessor, postprocessor = make_smolvla_pre_post_processors(config, policy.stats)
     preprocessor.steps[0].rename_map = policy.rename_map
     for processor in (preprocessor, postprocessor):
         processor.save_pretrained(directory)
@@ -356,9 +357,9 @@ def import_smolvla(config: ImportConfig) -> None:
             checkpoint.normalization(config.robot),
             checkpoint.n_action_steps,
             {"smolvla": config.source},
-            checkpoint.image_shapes,
-            checkpoint.optional_cameras,
-            checkpoint.rename_map,
+            image_shapes=checkpoint.image_shapes,
+            optional_cameras=checkpoint.optional_cameras,
+            rename_map=checkpoint.rename_map,
         )
     print(f"{config.out}: {len(checkpoint.weights)} tensors of {config.source}")
     print(f"left out, no action depends on them: {', '.join(checkpoint.unread) or 'none'}")
@@ -368,7 +369,7 @@ def import_smolvla(config: ImportConfig) -> None:
 class ExportConfig:
     """Make a LeRobot SmolVLA policy from a policy of this project."""
 
-    # The policy's directory (pretrained_model) or hub id.
+    # The policy: a pretrained_model directory, a hub id, or a PEFT adapter of one.
     source: tyro.conf.Positional[str]
     # The new directory.
     out: tyro.conf.Positional[Path]
@@ -380,10 +381,9 @@ def export_smolvla(config: ExportConfig) -> None:
         save_checkpoint(directory, policy)
     core = policy.config.core
     print(f"{config.out}: LeRobot reads the trunk's configuration and tokenizer from {trunk_location(core.model_name)}")
-    if core.model_revision:
-        print(f"left out, LeRobot reads the newest: the trunk's revision {core.model_revision}")
-    if core.latent_vector_dim:
-        print("left out, SmolVLA has none: the latent head")
+    left_out = {f"the trunk's revision {core.model_revision} (LeRobot reads the newest)": core.model_revision}
+    left_out |= {"the latent head": core.latent_vector_dim}
+    print(f"left out: {', '.join(what for what, is_there in left_out.items() if is_there) or 'nothing'}")
 
 
 def main() -> None:

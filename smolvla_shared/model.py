@@ -7,28 +7,32 @@ from torch import Tensor, nn
 from smolvla_shared import flow, losses
 from smolvla_shared.batch import Batch, FlowTarget
 from smolvla_shared.config import CoreConfig
-from smolvla_shared.preprocess import Statistics, nearest_codes, normalize_codebook
+from smolvla_shared.preprocess import Statistics, nearest_codes, normalize_codebook, pad_width
 from smolvla_shared.trunk import Expert, Prefix, Trunk
 
 
 class FlowHead(nn.Module):
     """Noisy tokens and time -> expert tokens, and expert tokens -> velocity; always float32.
 
-    There are two instances: the latent head (S tokens of D) and the action head (T tokens of A, zero-padded).
+    There are two instances: the latent head (S tokens of D) and the action head (T tokens of A, padded).
+
+    dims: of a token, with and without padding; noisy: whether the padding of noisy tokens is read, else it is zeros
     """
 
-    def __init__(self, num_tokens: int, token_dim: int, real_dim: int, width: int, periods: tuple[float, float]):
+    def __init__(self, num_tokens: int, dims: tuple[int, int], width: int, periods: tuple[float, float], noisy=False):
         super().__init__()
-        self.num_tokens, self.token_dim, self.real_dim = num_tokens, token_dim, real_dim
-        self.periods = periods
-        self.in_proj = nn.Linear(token_dim, width)
+        self.num_tokens, (self.token_dim, self.real_dim) = num_tokens, dims
+        self.noisy_padding, self.periods = noisy, periods
+        self.in_proj = nn.Linear(self.token_dim, width)
         self.time_mlp_in = nn.Linear(2 * width, width)
         self.time_mlp_out = nn.Linear(width, width)
-        self.out_proj = nn.Linear(width, token_dim)
+        self.out_proj = nn.Linear(width, self.token_dim)
 
     def embed(self, x_t: Tensor, time: Tensor) -> Tensor:
         """Noisy tokens [B, K, T, A] at times [B, K] -> expert tokens [B, K, T, width]."""
         with torch.autocast(x_t.device.type, enabled=False):
+            if not self.noisy_padding:
+                x_t = pad_width(x_t[..., : self.real_dim], self.token_dim)
             tokens = self.in_proj(x_t)
             time = flow.time_embedding(time, tokens.shape[-1], *self.periods)[:, :, None].expand_as(tokens)
             return self.time_mlp_out(F.silu(self.time_mlp_in(torch.cat([tokens, time], dim=-1))))
@@ -78,9 +82,10 @@ class SmolVLASharedCore(nn.Module):
         if config.codebook_size:
             self.latent_head = CodeHead(config.code_seq_len, config.codebook_size, config.latent_dim, width)
         elif config.latent_vector_dim:
-            self.latent_head = FlowHead(config.code_seq_len, config.latent_dim, config.latent_dim, width, periods)
+            self.latent_head = FlowHead(config.code_seq_len, (config.latent_dim, config.latent_dim), width, periods)
         if config.action_dim:
-            self.action_head = FlowHead(config.chunk_size, config.max_action_dim, config.action_dim, width, periods)
+            dims = config.max_action_dim, config.action_dim
+            self.action_head = FlowHead(config.chunk_size, dims, width, periods, config.noisy_padding)
 
     def learn_codes(self, codebook: Tensor, statistics: Statistics) -> None:
         """Tell a latent head that classifies which codes [C, D] there are; their latents have these statistics."""
@@ -124,8 +129,12 @@ class SmolVLASharedCore(nn.Module):
         return losses.token_error(v_t[..., : head.real_dim], u_t[..., : head.real_dim], known)  # [B, T]
 
     @torch.no_grad()
-    def sample(self, batch: Batch, name: str, noise: Tensor, num_steps: int | None = None) -> Tensor:
+    def sample(
+        self, batch: Batch, name: str, noise: Tensor, num_steps: int | None = None, guide: flow.Guide | None = None
+    ) -> Tensor:
         """Generate one head's tokens from noise [B, T, A] by Euler integration: [B, T, real A], still normalised.
+
+        guide: changes the velocity of each step (flow.euler_sample)
 
         A CodeHead draws nothing: its tokens are its codes, weighted by their probabilities.
         """
@@ -141,4 +150,4 @@ class SmolVLASharedCore(nn.Module):
             hidden, contexts = self.expert(head.embed(x_t[:, None], time[:, None]), prefix, contexts)
             return head.velocity(hidden)[:, 0]
 
-        return flow.euler_sample(velocity, noise, num_steps or self.config.flow_steps)[..., : head.real_dim]
+        return flow.euler_sample(velocity, noise, num_steps or self.config.flow_steps, guide)[..., : head.real_dim]

@@ -13,11 +13,11 @@ from safetensors.torch import load_file, save_file
 
 from smolvla_shared.batch import RawBatch
 from smolvla_shared.config import ACTION, ModelConfig
+from smolvla_shared.lerobot_files import save_policy
 from smolvla_shared.lerobot_policy import (
     HLRPSmolVLASharedConfig,
     HLRPSmolVLASharedPolicy,
     make_hlrp_smolvla_shared_pre_post_processors,
-    save_policy,
     to_batch,
 )
 from smolvla_shared.lerobot_processor import TokenizeTask
@@ -32,6 +32,7 @@ STATISTICS = {
     "state": Statistics((0.1, 0.2, 0.3, 0.4), (1.0, 2.0, 3.0, 0.5)),
     "action": Statistics((0.0, -0.5, 0.5, 0.1), (0.3, 0.2, 0.1, 1.0)),
 }
+NAMES = {"state": ("x", "y", "z", "gripper"), "action": ("dx", "dy", "dz", "grip")}
 STATS = {
     key: {"mean": torch.tensor(STATISTICS[name].mean), "std": torch.tensor(STATISTICS[name].std)}
     for key, name in {"observation.state": "state", "action": "action"}.items()
@@ -60,7 +61,9 @@ def core():
 def saved(core, tokenizer, tmp_path_factory):
     directory = tmp_path_factory.mktemp("policy") / "pretrained_model"
     source = {"run": "s3", "weights": "last step"}
-    save_policy(directory, core.config, core.state_dict(), tokenizer, STATISTICS, 3, source, {CAMERA: (3, 48, 80)})
+    save_policy(
+        directory, core.config, core.state_dict(), tokenizer, STATISTICS, 3, source, NAMES, {CAMERA: (3, 48, 80)}
+    )
     return directory
 
 

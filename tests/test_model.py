@@ -206,7 +206,8 @@ def test_equals_lerobots_smolvla(tiny_vlm, cameras, dims):
     """Same weights, inputs, noise and time: same loss, gradients and sampled chunk. Texts differ in length, chunks end
     in padding; 3 and 4 layers between self-attention leave the last of 4 layers with and without it.
     """
-    config = replace(make_config(latent_vector_dim=0, code_seq_len=0, **dims), cameras=tuple(cameras))
+    config = make_config(latent_vector_dim=0, code_seq_len=0, noisy_padding=True, **dims)
+    config = replace(config, cameras=tuple(cameras))
     policy, core = make_lerobot_policy(tiny_vlm, config), SmolVLASharedCore(config)
     core.load_state_dict({our_name(name): tensor for name, tensor in policy.state_dict().items() if our_name(name)})
 

@@ -13,7 +13,8 @@ from PIL import Image
 
 from smolvla_shared import rollouts
 from smolvla_shared.config import ModelConfig
-from smolvla_shared.lerobot_policy import HLRPSmolVLASharedPolicy, save_policy
+from smolvla_shared.lerobot_files import save_policy
+from smolvla_shared.lerobot_policy import HLRPSmolVLASharedPolicy
 from smolvla_shared.model import SmolVLASharedCore
 from smolvla_shared.preprocess import Statistics
 from smolvla_shared.rollouts import Episode, wilson_interval

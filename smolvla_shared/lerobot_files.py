@@ -1,0 +1,165 @@
+"""Policies in files: config, weights, processors and where they are from. A saved policy loads offline: the trunk's
+config is in config.json, the tokenizer in the preprocessor's state.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lerobot.configs import NormalizationMode
+from lerobot.configs.policies import PreTrainedConfig
+from lerobot.processor import PolicyProcessorPipeline
+from lerobot.utils import constants as keys
+from lerobot.utils.device_utils import auto_select_torch_device
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerFast
+
+from smolvla_shared.config import CoreConfig
+from smolvla_shared.files import check_weights, find_directory, write_text, write_weights
+from smolvla_shared.lerobot_config import FEATURES, HLRPSmolVLASharedConfig, input_features
+from smolvla_shared.lerobot_processor import make_hlrp_smolvla_shared_pre_post_processors
+from smolvla_shared.model import SmolVLASharedCore
+from smolvla_shared.preprocess import Statistics
+
+POLICY_TYPE = "hlrp_smolvla_shared"
+CONFIG_NAME = "config.json"
+WEIGHTS_NAME = "model.safetensors"
+ADAPTER_NAME = "adapter_config.json"  # PEFT's
+SOURCE_NAME = "source.json"
+CORE_PREFIX = "model."  # of the core's weights in WEIGHTS_NAME: the policy holds the core as `self.model`
+
+
+def save_policy(
+    directory: Path,
+    core: CoreConfig,
+    weights: dict[str, Tensor],
+    tokenizer: PreTrainedTokenizerFast,
+    statistics: dict[str, Statistics],
+    n_action_steps: int,
+    source: dict[str, Any],
+    names: dict[str, tuple[str, ...] | None] | None = None,
+    image_shapes: dict[str, tuple[int, ...]] | None = None,
+    optional_cameras: tuple[str, ...] = (),
+    rename_map: dict[str, str] | None = None,
+) -> None:
+    """Write a core as a LeRobot policy: config, weights and processors; and source.json.
+
+    weights:          the core's state_dict
+    statistics:       of "action" and, if the core has a state, "state"
+    source:           where the weights are from: JSON, for people
+    names:            of the dimensions of "action" and "state", where the data has names for them
+    image_shapes:     (3, height, width) of each camera as recorded, to which LeRobot's policy server stretches the
+                      images that it receives. Default: the model's squares
+    optional_cameras: cameras that an observation may lack
+    rename_map:       {name of an observation as it arrives: our name}
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    names = names or {}
+    config = HLRPSmolVLASharedConfig(
+        core=core,
+        n_action_steps=n_action_steps,
+        optional_cameras=optional_cameras,
+        action_feature_names=names.get("action"),
+        state_feature_names=names.get("state"),
+        input_features=input_features(core, image_shapes or {}),
+        device=auto_select_torch_device().type,
+    )
+    config.save_pretrained(directory)
+    write_weights(directory / WEIGHTS_NAME, {CORE_PREFIX + key: value for key, value in weights.items()})
+    write_text(directory / SOURCE_NAME, json.dumps(source, indent=2) + "\n")
+    stats = lerobot_stats(statistics)
+    for processor in make_hlrp_smolvla_shared_pre_post_processors(config, stats, tokenizer, rename_map):
+        processor.save_pretrained(directory)
+
+
+def lerobot_stats(statistics: dict[str, Statistics]) -> dict[str, dict[str, Tensor]]:
+    """Statistics of state and action as LeRobot's processors take them: {feature: {"mean": [A], "std": [A]}}."""
+    return {
+        feature: dict(zip(("mean", "std"), statistics[name].tensors(), strict=True))
+        for name, feature in FEATURES.items()
+        if name in statistics
+    }
+
+
+def find_policy(name: str | Path, **hub: Any) -> Path:
+    """The directory of a policy, or of a PEFT adapter of one; from the hub, if there is none of this name.
+
+    hub: LeRobot's options of a download (revision, token, cache_dir, ...). Raises ValueError for anything else.
+    """
+    directory = find_directory("policy", name, (CONFIG_NAME,), **hub)
+    if not (directory / ADAPTER_NAME).is_file():
+        find_directory("policy", directory, (WEIGHTS_NAME,))
+    return directory
+
+
+def load_config(directory: Path, cli_overrides: list[str] | None = None) -> HLRPSmolVLASharedConfig:
+    config = PreTrainedConfig.from_pretrained(directory, cli_overrides=cli_overrides or [])
+    if not isinstance(config, HLRPSmolVLASharedConfig):
+        raise ValueError(f"{directory} holds a policy of type {config.type}, expected {POLICY_TYPE}")
+    return config
+
+
+def load_weights(directory: Path, core: CoreConfig) -> dict[str, Tensor]:
+    """The weights of a saved policy, for a core of this config; an adapter is merged into its base.
+
+    Raises ValueError unless they are exactly that core's.
+    """
+    if (directory / ADAPTER_NAME).is_file():
+        return _merge_adapter(directory, core)
+    found = load_file(directory / WEIGHTS_NAME)
+    with torch.device("meta"):
+        expected = SmolVLASharedCore(core).state_dict()
+    check_weights(str(directory), {CORE_PREFIX + name: tensor for name, tensor in expected.items()}, found)
+    return {name.removeprefix(CORE_PREFIX): tensor for name, tensor in found.items()}
+
+
+def _merge_adapter(directory: Path, config: CoreConfig) -> dict[str, Tensor]:
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise ValueError(f"{directory} holds a PEFT adapter: pip install 'lerobot[peft]'") from error
+    base = json.loads((directory / ADAPTER_NAME).read_text())["base_model_name_or_path"]
+    core = SmolVLASharedCore(config)
+    core.load_state_dict(load_weights(find_policy(base), config))
+    holder = nn.ModuleDict({CORE_PREFIX.rstrip("."): core})  # the adapter's names are those in the policy
+    PeftModel.from_pretrained(holder, directory).merge_and_unload()
+    return core.state_dict()
+
+
+@dataclass(frozen=True)
+class SavedPolicy:
+    """A saved policy, in the core's terms."""
+
+    config: HLRPSmolVLASharedConfig
+    weights: dict[str, Tensor]  # the core's state_dict
+    tokenizer: PreTrainedTokenizerFast
+    stats: dict[str, dict[str, Tensor]]  # LeRobot's: {feature: {"mean": [A], ...}}
+    rename_map: dict[str, str]  # {name of an observation as it arrives: our name}
+
+    @property
+    def statistics(self) -> dict[str, Statistics]:
+        """Of "action" and, if the core has a state, "state". Raises ValueError where others than mean and deviation
+        normalise.
+        """
+        modes = {name: self.config.normalization_mapping[name.upper()] for name in FEATURES}
+        if other := {name: mode.value for name, mode in modes.items() if mode is not NormalizationMode.MEAN_STD}:
+            raise ValueError(f"this policy normalises {other}, here it is always by mean and standard deviation")
+        return {
+            name: Statistics(*(torch.as_tensor(self.stats[feature][of]).tolist() for of in ("mean", "std")))
+            for name, feature in FEATURES.items()
+            if feature in self.stats
+        }
+
+
+def load_saved(name: str) -> SavedPolicy:
+    """Read a policy back from its directory or hub id. Raises ValueError where a part is missing or does not fit."""
+    directory = find_policy(name)
+    config = load_config(directory)
+    file = f"{keys.POLICY_PREPROCESSOR_DEFAULT_NAME}.json"
+    pipeline = PolicyProcessorPipeline.from_pretrained(directory, config_filename=file)
+    rename, _, tokenize, _, normalize = pipeline.steps
+    weights = load_weights(directory, config.core)
+    return SavedPolicy(config, weights, tokenize.tokenizer, normalize.stats, rename.rename_map)
