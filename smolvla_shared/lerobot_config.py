@@ -36,11 +36,12 @@ def feature_names(features: dict[str, dict[str, Any]]) -> dict[str, tuple[str, .
 
 
 def _names(feature: dict[str, Any]) -> tuple[str, ...] | None:
-    """A dataset names dimensions by a list, or by lists in groups."""
-    names = feature.get("names")
-    groups = names.values() if isinstance(names, dict) else [names or []]
-    flat = tuple(str(name) for group in groups for name in (group if isinstance(group, list | tuple) else [group]))
-    return flat if len(flat) == feature["shape"][0] else None
+    """A dataset names dimensions by a list, by lists in groups, or by their indices."""
+    names = feature.get("names") or []
+    if isinstance(names, dict):
+        groups = [group if isinstance(group, list) else [name] for name, group in names.items()]
+        names = [name for group in groups for name in group]
+    return tuple(names) if len(names) == feature["shape"][0] else None
 
 
 @PreTrainedConfig.register_subclass("hlrp_smolvla_shared")
@@ -115,6 +116,9 @@ class HLRPSmolVLASharedConfig(PreTrainedConfig):
         stated = {"chunk_size": self.chunk_size, "flow_steps": self.num_steps}
         self.core = replace(self.core, **{name: value for name, value in stated.items() if value is not None})
         self.chunk_size = self.num_steps = None
+        self.output_features = self.output_features or output_features(self.core)
+        if self.input_features is not None:  # None: LeRobot's way to ask for those of the dataset
+            self.input_features = self.input_features or input_features(self.core, {})
         if not self.core.action_dim:
             raise ValueError("this core has no action head (action_dim 0), it cannot act: run train_stage3.py on it")
         if start := [n for n in ("stage2_artifact", "init_from", "vlm_model_name") if getattr(self, n) is not None]:
@@ -157,7 +161,7 @@ class HLRPSmolVLASharedConfig(PreTrainedConfig):
         found = dataset_to_policy_features(features)
         names = feature_names(features)
         self.action_feature_names, self.state_feature_names = names.get(ACTION), names.get("state")
-        if keys.OBS_STATE in self.input_features and keys.OBS_STATE in found:
+        if keys.OBS_STATE in (self.input_features or {}) and keys.OBS_STATE in found:
             self.input_features[keys.OBS_STATE] = found[keys.OBS_STATE]
         if self.core is None:
             return

@@ -17,7 +17,7 @@ from smolvla_shared import flow, losses
 from smolvla_shared.batch import Batch, FlowTarget
 from smolvla_shared.config import ACTION, CoreConfig
 from smolvla_shared.initial import open_initial
-from smolvla_shared.lerobot_config import HLRPSmolVLASharedConfig, input_features, output_features
+from smolvla_shared.lerobot_config import HLRPSmolVLASharedConfig, input_features
 from smolvla_shared.lerobot_files import POLICY_TYPE, find_policy, load_config, load_weights
 from smolvla_shared.lerobot_processor import make_hlrp_smolvla_shared_pre_post_processors  # noqa: F401
 from smolvla_shared.model import SmolVLASharedCore
@@ -91,7 +91,6 @@ class HLRPSmolVLASharedPolicy(PreTrainedPolicy):
             self.model = self._build()
         else:
             config.input_features = config.input_features or input_features(config.core, {})
-            config.output_features = config.output_features or output_features(config.core)
             config.validate_features()
             self.model = SmolVLASharedCore(config.core)
             prepare_to_train(self.model, config.starting_model, {ACTION})

@@ -87,8 +87,8 @@ def make_hlrp_smolvla_shared_pre_post_processors(
 
     Raises ValueError for missing statistics: LeRobot's normaliser would leave such a feature unnormalised.
     """
-    modes = {keys.ACTION: config.normalization_mapping["ACTION"]}
-    modes |= {keys.OBS_STATE: config.normalization_mapping["STATE"]} if config.core.state_dim else {}
+    modes = {keys.OBS_STATE: config.normalization_mapping["STATE"]} if config.core.state_dim else {}
+    modes |= {keys.ACTION: config.normalization_mapping["ACTION"]}
     dataset_stats = dataset_stats or {}
     found = {key: sorted(stats) for key, stats in dataset_stats.items()}
     missing = [f"{key}.{of}" for key, mode in modes.items() for of in STATISTICS[mode] if of not in found.get(key, [])]

@@ -262,7 +262,7 @@ def core_config(config: "SmolVLAConfig", vlm: dict[str, Any], tokenizer: PreTrai
         image_size=config.resize_imgs_with_padding[0],
         num_trunk_layers=min(config.num_vlm_layers, num_layers) if config.num_vlm_layers > 0 else num_layers,
         image_special_tokens=special if config.add_image_special_tokens else (),
-        state_dim=config.robot_state_feature.shape[0],
+        state_dim=config.robot_state_feature.shape[0] if config.robot_state_feature else 0,
         action_dim=config.action_feature.shape[0],
         noisy_padding=True,
         **{ours: getattr(config, theirs) for ours, theirs in LEROBOT_OPTION.items()},

@@ -352,6 +352,41 @@ def test_a_state_of_another_width_is_refused(core, processed):
         to_batch(processed | {"observation.state": torch.zeros(3, 6)}, core.config)
 
 
+def test_a_time_dimension_of_one_and_float64_change_nothing(core, processed):
+    expected = to_batch(processed, core.config)
+    inputs = {key: processed[key].double()[:, None] for key in (CAMERA, "observation.state")}
+    found = to_batch(processed | inputs, core.config)
+    torch.testing.assert_close(found.images, expected.images)
+    torch.testing.assert_close(found.state, expected.state)
+    assert found.state.dtype == found.images.dtype == torch.float32
+
+
+def test_actions_that_are_not_finite_never_reach_a_robot(core, processed):
+    state = processed["observation.state"].clone()
+    state[1, 2] = torch.nan
+    with pytest.raises(ValueError, match="actions that are not finite; the normalised state is tensor"):
+        make_policy(core).select_action(processed | {"observation.state": state})
+
+
+def test_images_outside_of_their_range_are_refused_when_an_episode_begins(core, processed):
+    policy = make_policy(core)
+    with pytest.raises(ValueError, match=rf"{CAMERA} has values from 0 to 255: images are uint8, or floats in"):
+        policy.predict_action_chunk(processed | {CAMERA: processed[CAMERA].round() * 255})
+    policy.reset()
+    policy.predict_action_chunk(processed)
+
+
+def test_noise_in_padded_dimensions_does_not_reach_the_actions(core, processed):
+    noise = torch.randn(3, T, 32, generator=torch.Generator().manual_seed(3))
+    other = noise.clone()
+    other[..., A:] = 100.0
+    chunks = [make_policy(core).predict_action_chunk(processed, draw) for draw in (noise, other)]
+    assert torch.equal(*chunks)
+    noisy = make_core(noisy_padding=True)  # as in LeRobot's SmolVLA
+    chunks = [make_policy(noisy).predict_action_chunk(processed, draw) for draw in (noise, other)]
+    assert not torch.allclose(*chunks, atol=1e-2)
+
+
 # --- training with LeRobot's loop -------------------------------------------------------------------------------------
 
 
@@ -395,9 +430,14 @@ def test_training_draws_its_own_noise_and_learns(core, processed):
 def test_actions_that_do_not_fit_are_refused(core, processed):
     with pytest.raises(ValueError, match=rf"action is \[3, 2, 4\], the model expects \[B, {T}, {A}\]"):
         make_policy(core).forward(processed | {"action": torch.zeros(3, 2, A)})
-    batch = {key: value for key, value in processed.items() if key != "action_is_pad"}
-    with pytest.raises(ValueError, match=r"\['action_is_pad'\] is missing"):
-        make_policy(core).forward(batch)
+
+
+def test_without_padding_marks_every_action_counts(core, processed):
+    raw, policy = raw_batch([(48, 80)]), make_policy(core)
+    draws = {"noise": raw.noise[ACTION][:, 0], "time": raw.time[ACTION][:, 0]}
+    marked = processed | {"action_is_pad": torch.zeros(3, T, dtype=torch.bool)}
+    unmarked = {key: value for key, value in processed.items() if key != "action_is_pad"}
+    assert torch.equal(policy.forward(unmarked, **draws)[0], policy.forward(marked, **draws)[0])
 
 
 # --- processors -------------------------------------------------------------------------------------------------------
@@ -447,7 +487,7 @@ def test_the_step_carries_the_tokenizer(tokenizer):
 
 def test_a_missing_task_is_refused(core, tokenizer):
     preprocessor, _ = make_hlrp_smolvla_shared_pre_post_processors(make_config(core), STATS, tokenizer)
-    with pytest.raises(ValueError, match=f'needs a "task" text, the batch has .*{CAMERA}'):
+    with pytest.raises(ValueError, match=f'needs a "task" text .*, the batch has .*{CAMERA}.*, task None'):
         preprocessor({CAMERA: torch.zeros(1, 3, 8, 8)})
 
 

@@ -15,6 +15,7 @@ from forked import run_forked
 from lerobot.configs import FeatureType, PolicyFeature
 from lerobot.configs.policies import PreTrainedConfig
 from lerobot.policies.factory import make_pre_post_processors
+from lerobot.policies.rtc.configuration_rtc import RTCConfig
 from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
 from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
 from safetensors.torch import load_file, save_file
@@ -188,6 +189,28 @@ def test_an_imported_policy_acts_as_lerobots(checkpoint, imported):
     core = PreTrainedConfig.from_pretrained(imported).core
     assert core.cameras == (WRIST, TOP, EMPTY)  # in LeRobot's order
     assert core.image_special_tokens == (3, 5) and core.self_attn_every_n_layers == 3 and core.flow_steps == 5
+
+
+@pytest.mark.parametrize("delay, horizon", [(None, None), (2, None), (1, 3)])
+def test_chunks_in_real_time_are_lerobots(checkpoint, imported, delay, horizon):
+    """Guided towards what is left of the last chunk, as lerobot-rollout --inference.type=rtc asks for it."""
+    batch, left_over = observations(), torch.randn(3, T - 2, A, generator=torch.Generator().manual_seed(5))
+    noise = batch.pop("noise")
+    chunks = []
+    for kind, directory in ((SmolVLAPolicy, checkpoint), (ours.HLRPSmolVLASharedPolicy, imported)):
+        policy = kind.from_pretrained(directory)
+        policy.config.rtc_config = RTCConfig(execution_horizon=4)
+        policy.init_rtc_processor()
+        assert policy.supports_rtc()
+        preprocess, _ = make_pre_post_processors(policy.config, pretrained_path=directory)
+        options = {"inference_delay": delay, "execution_horizon": horizon}
+        options |= {} if delay is None else {"prev_chunk_left_over": left_over}
+        chunks.append(policy.predict_action_chunk(preprocess(batch | {"task": TASKS}), noise=noise, **options))
+    assert relative_difference(chunks[1], chunks[0]) < 1e-5
+    unguided = relative_difference(chunks[1][:, :2], left_over[:, :2]) > 0.5
+    assert unguided == (delay is None)
+    with pytest.raises(ValueError, match="cannot do real-time chunking"):
+        policy.select_action({})
 
 
 @pytest.mark.slow
