@@ -203,7 +203,8 @@ class Cell:
             checkpoint = f"@{len(data)}/checkpoints/last/pretrained_model/laq.safetensors"
             command = f"-m smolvla_shared.teacher label --laq-ckpt {checkpoint} {to} {latents}"
             part = Part("labels", command, (*data, self.teacher(learns=kind != "random teacher")))
-        horizon = 1 if kind == "executed" else HORIZON
+        # The decoder reads one latent action more than it decodes.
+        horizon = {"executed": 1, "decoded": HORIZON + 1}.get(kind, HORIZON)
         return part, f"{pairs} {latents} --latent-horizon {horizon} --labels cache --label-cache"
 
     def stage2(self, kind: str) -> Part:

@@ -18,6 +18,11 @@ from smolvla_shared.data import RobotDataset
 from smolvla_shared.data_loader import SampleSpec, sample_pairs
 
 MAX_PAIRS = 10_000
+# Latent actions in a row that tell the action over the first one's gap: a robot lags behind its commands, so that part
+# of a motion is seen in the next pair only (measured in docs/evidence.md).
+WINDOW = 2
+# Ridge penalties to choose from, by what they tell of episodes that the fit has not seen: demonstrations are few.
+PENALTIES = 1e-2, 1e-1, 1.0
 # A dimension of whose variance latent actions tell less, on episodes that the fit has not seen, stays unknown.
 LEAST_R2 = 0.1
 
@@ -53,14 +58,15 @@ class ActionDecoder:
     def __call__(self, raw: RawBatch, latents: Tensor) -> RawBatch:
         """The batch with the decoded actions of its video, from latent actions [B, M*S, D].
 
-        They are the first M * gap actions of a chunk, equal over each gap; the other steps are masked. Dimensions that
-        latent actions do not tell are NaN.
+        They are the first (M - 1) * gap actions of a chunk, equal over each gap; the other steps are masked. Dimensions
+        that latent actions do not tell are NaN.
         """
-        horizon, (_, length, _) = raw.pair_mask.shape[1], raw.actions.shape
-        means = self.ridge(latents.unflatten(1, (horizon, -1)).flatten(2)).clamp(self.low, self.high)  # [B, M, A]
+        length = raw.actions.shape[1]
+        windows, known = in_windows(latents, raw.pair_mask)
+        means = self.ridge(windows).clamp(self.low, self.high)  # [B, M - 1, A]
         means[..., [not tells for tells in self.tells]] = torch.nan
         steps = means.repeat_interleave(self.gap, dim=1)[:, :length]
-        known = raw.pair_mask.repeat_interleave(self.gap, dim=1)[:, :length]
+        known = known.repeat_interleave(self.gap, dim=1)[:, :length]
         rest = length - steps.shape[1]
         is_video = torch.tensor([index >= self.first_video for index in raw.dataset], device=raw.actions.device)
         actions = torch.where(is_video[:, None, None], F.pad(steps, (0, 0, 0, rest)).to(raw.actions), raw.actions)
@@ -79,6 +85,13 @@ class ActionDecoder:
         return f"actions decoded from latent actions, {self.gap} steps each: R² on unseen episodes {found}{left_out}"
 
 
+def in_windows(latents: Tensor, pair_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Latent actions [B, M*S, D] -> WINDOW in a row, from each on, [B, M - 1, WINDOW*S*D]; whether all are of pairs."""
+    latents = latents.unflatten(1, (pair_mask.shape[1], -1)).flatten(2)
+    windows = latents.unfold(1, WINDOW, 1).transpose(2, 3).flatten(2)
+    return windows, pair_mask.unfold(1, WINDOW, 1).all(-1)
+
+
 def fit(
     labels: Labels,
     num_labelled: int,
@@ -93,9 +106,14 @@ def fit(
     rows:         (dataset index, training rows) of each dataset of the run
 
     The target is the mean executed action over the gap. Raises ValueError for datasets of unequal gaps, and for
-    absolute positions: an image pair tells how far something moved, not where to. Raises it, too, if latent actions
-    tell no dimension.
+    absolute positions: an image pair tells how far something moved, not where to. Raises it, too, if there are fewer
+    than WINDOW latent actions in a row, or if they tell no dimension.
     """
+    if labels.horizon < WINDOW:
+        raise ValueError(
+            f"--decode-actions reads {WINDOW} latent actions in a row, --latent-horizon is {labels.horizon}: pass one "
+            "more than covers the chunk"
+        )
     labelled = datasets[:num_labelled]
     gaps = {dataset.name: dataset.gap for dataset in labelled}
     if len(set(gaps.values())) > 1:
@@ -109,15 +127,18 @@ def fit(
             )
     labels.to(device)
     raws = list(sample_pairs(labelled, rows[:num_labelled], SampleSpec.of_pairs(labels), MAX_PAIRS, seed))
-    firsts = [labels(to_device(raw, device)).unflatten(1, (labels.horizon, -1))[:, 0].flatten(1).cpu() for raw in raws]
-    latents, gap = torch.cat(firsts), labelled[0].gap
-    places = torch.tensor([place for raw in raws for place in zip(raw.dataset, raw.row)])  # by dataset
+    both = [in_windows(labels(to_device(raw, device)).cpu(), raw.pair_mask) for raw in raws]
+    known, gap = torch.cat([known[:, 0] for _, known in both]), labelled[0].gap
+    latents = torch.cat([windows[:, 0] for windows, _ in both])[known]
+    places = torch.tensor([place for raw in raws for place in zip(raw.dataset, raw.row)])[known]  # by dataset
     drawn = [(dataset, places[places[:, 0] == index, 1]) for index, dataset in enumerate(labelled)]
     actions = torch.cat([label_probe.actions_over_gap(dataset, of_it, "sum") for dataset, of_it in drawn]) / gap
     numbers = [torch.from_numpy(dataset.episode_of(of_it.numpy())) for dataset, of_it in drawn]
     episodes = torch.cat([len(labelled) * number + index for index, number in enumerate(numbers)])
-    r2 = label_probe.probe(latents, actions, episodes) or [None] * actions.shape[1]
-    fitted = [label_probe.Ridge.fit(latents, actions), actions.amin(0), actions.amax(0)]
+    by_penalty = {penalty: label_probe.probe(latents, actions, episodes, penalty) for penalty in PENALTIES}
+    penalty = max(PENALTIES, key=lambda penalty: sum(max(value or 0, 0) for value in by_penalty[penalty] or []))
+    r2 = by_penalty[penalty] or [None] * actions.shape[1]
+    fitted = [label_probe.Ridge.fit(latents, actions, penalty), actions.amin(0), actions.amax(0)]
     decoder = ActionDecoder(*map_tensors(lambda t: t.float().to(device), fitted), gap, len(labelled), r2)
     if not any(decoder.tells):
         raise ValueError(

@@ -93,13 +93,13 @@ class Ridge:
     offset: Tensor  # [A]
 
     @classmethod
-    def fit(cls, features: Tensor, targets: Tensor) -> "Ridge":  # [N, F], [N, A]
+    def fit(cls, features: Tensor, targets: Tensor, penalty: float = RIDGE) -> "Ridge":  # [N, F], [N, A]
         x, y = features.double(), targets.double()
         scale = x.std(0)
         scale[scale <= 1e-6 * scale.max()] = torch.inf  # a constant feature gets no weight
         mean_x, mean_y = x.mean(0), y.mean(0)
         x = (x - mean_x) / scale
-        gram = x.T @ x + RIDGE * len(x) * torch.eye(x.shape[1], dtype=x.dtype)
+        gram = x.T @ x + penalty * len(x) * torch.eye(x.shape[1], dtype=x.dtype)
         weights = torch.linalg.solve(gram, x.T @ (y - mean_y)) / scale[:, None]
         return cls(weights, mean_y - mean_x @ weights)
 
@@ -107,7 +107,7 @@ class Ridge:
         return features.to(self.weights) @ self.weights + self.offset
 
 
-def out_of_fold(features: Tensor, targets: Tensor, episodes: Tensor) -> Tensor | None:
+def out_of_fold(features: Tensor, targets: Tensor, episodes: Tensor, penalty: float = RIDGE) -> Tensor | None:
     """Ridge predictions of `targets` [N, A] from `features` [N, F], each by a fit that has not seen its episode.
 
     None if there are fewer than two episodes.
@@ -120,7 +120,7 @@ def out_of_fold(features: Tensor, targets: Tensor, episodes: Tensor) -> Tensor |
     predicted = torch.empty_like(targets, dtype=torch.float64)
     for held_out in fold.unique():
         train, test = fold != held_out, fold == held_out
-        predicted[test] = Ridge.fit(features[train], targets[train])(features[test])
+        predicted[test] = Ridge.fit(features[train], targets[train], penalty)(features[test])
     return predicted
 
 
@@ -131,14 +131,14 @@ def r2(predicted: Tensor, targets: Tensor) -> list[float | None]:  # [N, A] -> A
     return [1 - (e / t).item() if t > 1e-12 * len(targets) else None for e, t in zip(error, total)]
 
 
-def probe(latents: Tensor, targets: Tensor, episodes: Tensor) -> list[float | None] | None:
+def probe(latents: Tensor, targets: Tensor, episodes: Tensor, penalty: float = RIDGE) -> list[float | None] | None:
     """R² of each target dimension from the latents, out of fold, over the pairs whose target is known (not NaN).
 
     None if these pairs are from fewer than two episodes.
     """
     known = ~targets.isnan().any(1)
     measurable = known.any() and targets.shape[1]
-    predicted = out_of_fold(latents[known], targets[known], episodes[known]) if measurable else None
+    predicted = out_of_fold(latents[known], targets[known], episodes[known], penalty) if measurable else None
     return None if predicted is None else r2(predicted, targets[known])
 
 

@@ -1,5 +1,7 @@
 """Actions for video from latent actions: a teacher that sees the motion gives back the actions that caused it."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -17,7 +19,7 @@ CAMERA, GAP, CHUNK = "observation.image", 4, 10
 class SeesTheMotion:
     """Labels of M latent actions in a row, of one slot: the square's displacement over each gap, mixed and scaled."""
 
-    teacher_id, kind, camera, pair_size, horizon, shape = "0", "continuous", None, 0, 2, (2, 5)
+    teacher_id, kind, camera, pair_size, horizon, shape = "0", "continuous", None, 0, 3, (3, 5)
 
     def __init__(self, datasets: list[data.RobotDataset]):
         self.positions = [label_probe.column(dataset, data.STATE_KEY)[:, :2].float() for dataset in datasets]
@@ -30,8 +32,8 @@ class SeesTheMotion:
         moved = []
         for index, row in zip(raw.dataset, raw.row):
             positions = self.positions[index]
-            places = [positions[min(row + i * GAP, len(positions) - 1)] for i in range(3)]
-            moved.append(torch.stack([places[1] - places[0], places[2] - places[1]]) @ self.mix)
+            places = [positions[min(row + i * GAP, len(positions) - 1)] for i in range(4)]
+            moved.append(torch.stack([b - a for a, b in pairwise(places)]) @ self.mix)
         return torch.stack(moved)
 
 
@@ -55,16 +57,17 @@ def test_video_gets_the_mean_action_of_each_gap(recordings):
         "actions decoded from latent actions, 4 steps each: R² on unseen episodes 1.00, 1.00, "
     )
     assert str(decode).endswith("; of video, dimension 2, 3 stays unknown")
-    spec = SampleSpec(cameras=(), action_dim=4, chunk_size=CHUNK, horizon=2)
+    spec = SampleSpec(cameras=(), action_dim=4, chunk_size=CHUNK, horizon=3)
     end = int(recordings[1].episode_to[2])
-    keys = [SampleKey(0, 0, *place) for place in [(0, 3), (1, 3), (1, end - 6), (1, end - 2)]]
+    keys = [SampleKey(0, 0, *place) for place in [(0, 3), (1, 3), (1, end - 10), (1, end - 6)]]
     raw = SampleDataset(recordings, spec, seed=0)[keys]
     found = decode(raw, labels(raw))
     assert torch.equal(found.actions[0], raw.actions[0]) and torch.equal(found.action_mask[0], raw.action_mask[0])
-    # Two gaps of four steps are known of a chunk of ten; one where the episode ends in between; none at its end.
+    # Two gaps of four steps, with a third behind them, are known of a chunk of ten; one where the episode ends in
+    # between; none at its end.
     assert found.action_mask[1:].sum(1).tolist() == [8, 4, 0]
     actions = label_probe.column(recordings[1], data.ACTION_KEY)[:, :2].float()
-    for sample, row, gaps in [(1, 3, 2), (2, end - 6, 1)]:
+    for sample, row, gaps in [(1, 3, 2), (2, end - 10, 1)]:
         for gap in range(gaps):
             steps = slice(gap * GAP, (gap + 1) * GAP)
             decoded = found.actions[sample, steps, :2]
@@ -80,6 +83,13 @@ def test_latents_that_tell_nothing_are_refused(recordings):
     labels = SeesTheMotion(recordings)
     labels.positions = [torch.randn(positions.shape) for positions in labels.positions]
     with pytest.raises(ValueError, match=r"do not tell the actions of the demonstrations \(actions .* R² on unseen"):
+        action_decoder.fit(labels, 1, recordings, rows_of(recordings), seed=0)
+
+
+def test_one_latent_action_is_too_short_a_window(recordings):
+    labels = SeesTheMotion(recordings)
+    labels.horizon = 1
+    with pytest.raises(ValueError, match="reads 2 latent actions in a row, --latent-horizon is 1: pass one more"):
         action_decoder.fit(labels, 1, recordings, rows_of(recordings), seed=0)
 
 
