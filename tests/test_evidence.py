@@ -1,6 +1,7 @@
 """examples/evidence.py: its statistics against closed forms, parts by their hashes, true actions as latents."""
 
 import json
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -112,3 +113,18 @@ def test_true_actions_are_the_means_of_the_parts_of_a_gap():
     np.testing.assert_array_equal(latents[1], [[7, 8], [11, 12]])
     with pytest.raises(ValueError, match="--slots 3 do not divide a gap of 4 frames"):
         executed_latents(executed, np.array([0]), gap=4, slots=3)
+
+
+@pytest.mark.slow
+def test_the_whole_chain_runs_and_is_made_once(tmp_path):
+    """Recordings, teacher, labels, Stage 2, Stage 3 and rollouts as real commands; the second run makes nothing."""
+    command = [sys.executable, str(ROOT / "examples" / "evidence.py"), "--root", str(tmp_path), "--quick"]
+    first = subprocess.run(command, capture_output=True, text=True)
+    assert first.returncode == 0, first.stdout + first.stderr + "".join(
+        log.read_text()[-3000:] for log in tmp_path.glob("parts/*/log.txt") if not (log.parent / "done.json").exists()
+    )
+    arms = {row["arm"]: row for row in json.loads((tmp_path / "cells" / "table.json").read_text())}
+    assert set(arms) == {"scratch", "continuous"} and all(row["episodes"] == 1 for row in arms.values())
+    assert "| quick | 1 | continuous | 1 |" in first.stdout and "stage2-" in first.stdout
+    again = subprocess.run(command, capture_output=True, text=True)
+    assert again.returncode == 0 and "stage2-" not in again.stdout and again.stdout.startswith("| setting")
