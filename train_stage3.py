@@ -124,9 +124,10 @@ def export_policy(
 ) -> None:
     """Write a checkpoint's policy. The first dataset is labelled: its frames have the size of the robot's images."""
     from smolvla_shared.lerobot_policy import save_policy
-    from smolvla_shared.run import origin
+    from smolvla_shared.run import command, origin
 
-    source = origin(config, step, datasets) | initial.provenance | {"actions": str(decode)}
+    source = origin(config, step, datasets) | initial.provenance | {"actions": str(decode), "command": command()}
+    source |= {"hub_datasets": config.data.repo_ids + config.video_repo_ids}
     shapes = {camera: datasets[0].frame_shape(camera) for camera in core.cameras}
     save_policy(directory, core, weights, initial.tokenizer, statistics, config.n_action_steps, source, shapes)
 

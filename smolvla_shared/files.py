@@ -13,6 +13,9 @@ from huggingface_hub import snapshot_download
 from safetensors.torch import save_file
 from torch import Tensor
 
+SOURCE_NAME = "source.json"  # of a policy: where its weights are from
+PROCESSORS = "policy_*processor*"  # of a policy: the files that LeRobot writes for its two processors
+
 
 def public_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The published part of a state_dict, sorted by name: without names that have a component beginning with `_`.
@@ -62,7 +65,7 @@ def write_weights(path: Path, tensors: dict[str, Tensor]) -> str:
     """Write a .safetensors file under a temporary name, sync and rename it; returns its sha256."""
     temporary = path.with_suffix(".safetensors.tmp")
     save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, temporary)
-    temporary.chmod(0o666 & ~_umask())  # safetensors' own files can be read by their owner only
+    share(temporary)
     sha256 = file_sha256(temporary)
     sync(temporary)
     os.replace(temporary, path)
@@ -81,14 +84,16 @@ def find_directory(what: str, name: str | Path, needed: tuple[str, ...], revisio
     """The local directory `name` or, if there is none, a copy of the hub's repository `name`.
 
     what:   the contents, such as "policy", for messages
-    needed: files that must be in the directory
+    needed: files that must be in the directory; of the hub's, only these, processors and source.json are fetched
 
     Raises ValueError if there is neither, or a needed file is missing.
     """
     directory = Path(name)
     if not directory.is_dir():
         try:
-            directory = Path(snapshot_download(str(name), revision=revision))
+            # A repository may also hold checkpoints with their optimizers, and videos.
+            wanted = [*needed, PROCESSORS, SOURCE_NAME]
+            directory = Path(snapshot_download(str(name), revision=revision, allow_patterns=wanted))
         except (OSError, ValueError) as error:
             raise ValueError(f"no {what} {name}: there is no such directory, and the hub says: {error}") from error
     for file in needed:
@@ -119,7 +124,8 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _umask() -> int:
+def share(path: Path) -> None:
+    """Give a file the permissions that the umask says: safetensors' own can be read by their owner only."""
     mask = os.umask(0)
     os.umask(mask)
-    return mask
+    path.chmod(0o666 & ~mask)

@@ -228,7 +228,10 @@ def _of_artifact(path: Path) -> InitialWeights:
         may_be_fresh=("action head",),  # Stage 2 has always trained the latent head
         statistics=manifest.normalization,
         latents=manifest.latents,
-        provenance={"stage2_artifact": manifest.weights.sha256},
+        provenance={
+            "stage2_artifact": manifest.weights.sha256,
+            "stage2": asdict(manifest.source) | {"latents": asdict(manifest.latents)},
+        },
     )
 
 
@@ -241,7 +244,7 @@ def _of_policy(name: str) -> InitialWeights:
         weights=saved.weights,
         tokenizer=saved.tokenizer,
         statistics=saved.statistics,
-        provenance={"policy": name},
+        provenance={"policy": name, "started_from": saved.source},
     )
 
 

@@ -4,7 +4,6 @@ LeRobot's commands (lerobot-eval, lerobot-train --policy.path) find the three by
 policy loads offline: the trunk's config is in config.json, the tokenizer in the preprocessor's state.
 """
 
-import json
 from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,14 +24,13 @@ from transformers import PreTrainedTokenizerFast
 from smolvla_shared import flow, losses
 from smolvla_shared.batch import Batch, FlowTarget
 from smolvla_shared.config import ACTION, WARMUP_STEPS, CoreConfig, OptimConfig, RunConfig
-from smolvla_shared.files import check_weights, find_directory, write_text, write_weights
+from smolvla_shared.files import check_weights, find_directory, write_weights
+from smolvla_shared.lerobot_card import WEIGHTS_NAME, DescribedPolicy, read_source, write_about
 from smolvla_shared.lerobot_processor import make_hlrp_smolvla_shared_pre_post_processors
 from smolvla_shared.model import SmolVLASharedCore
 from smolvla_shared.preprocess import Statistics, pad_width, prepare_images, stack_cameras
 
 ACTION_IS_PAD = "action_is_pad"  # LeRobot's key, [B, T] bool: True past the episode's end
-WEIGHTS_NAME = "model.safetensors"
-SOURCE_NAME = "source.json"
 CORE_PREFIX = "model."  # of the core's weights in WEIGHTS_NAME: the policy holds the core as `self.model`
 FEATURES = {"state": keys.OBS_STATE, ACTION: keys.ACTION}  # LeRobot's feature of each statistics' name
 
@@ -181,7 +179,7 @@ def to_batch(observation: dict[str, Tensor], core: CoreConfig, optional_cameras:
     )
 
 
-class HLRPSmolVLASharedPolicy(PreTrainedPolicy):
+class HLRPSmolVLASharedPolicy(DescribedPolicy, PreTrainedPolicy):
     """Executes the first `n_action_steps` of each of the core's action chunks. LeRobot's own loop can train it."""
 
     config_class = HLRPSmolVLASharedConfig
@@ -215,6 +213,7 @@ class HLRPSmolVLASharedPolicy(PreTrainedPolicy):
         found = load_file(directory / WEIGHTS_NAME)
         check_weights(str(directory), expected=policy.state_dict(), found=found)
         policy.load_state_dict(found)
+        policy.source = read_source(directory)
         return policy.to(config.device).eval()
 
     def get_optim_params(self) -> list[nn.Parameter]:
@@ -288,7 +287,7 @@ def save_policy(
     optional_cameras: tuple[str, ...] = (),
     rename_map: dict[str, str] | None = None,
 ) -> None:
-    """Write a core as a LeRobot policy: config, weights and processors; and source.json.
+    """Write a core as a LeRobot policy: config, weights and processors; and source.json and README.md, its card.
 
     weights:          the core's state_dict
     statistics:       of "action" and, if the core has a state, "state"
@@ -307,11 +306,11 @@ def save_policy(
         device=auto_select_torch_device().type,
     )
     config.save_pretrained(directory)
-    write_weights(directory / WEIGHTS_NAME, {CORE_PREFIX + key: value for key, value in weights.items()})
-    write_text(directory / SOURCE_NAME, json.dumps(source, indent=2) + "\n")
+    sha256 = write_weights(directory / WEIGHTS_NAME, {CORE_PREFIX + key: value for key, value in weights.items()})
     stats = lerobot_stats(statistics)
     for processor in make_hlrp_smolvla_shared_pre_post_processors(config, stats, tokenizer, rename_map):
         processor.save_pretrained(directory)
+    write_about(directory, config, source | {"weights_sha256": sha256})
 
 
 def lerobot_stats(statistics: dict[str, Statistics]) -> dict[str, dict[str, Tensor]]:
@@ -332,6 +331,7 @@ class SavedPolicy:
     tokenizer: PreTrainedTokenizerFast
     statistics: dict[str, Statistics]  # of "action" and, if the core has a state, "state"
     rename_map: dict[str, str]  # {name of an observation as it arrives: our name}
+    source: dict[str, Any]  # where the weights are from: source.json
 
 
 def load_saved(name: str) -> SavedPolicy:
@@ -346,4 +346,5 @@ def load_saved(name: str) -> SavedPolicy:
         for name, feature in FEATURES.items()
         if feature in normalize.stats
     }
-    return SavedPolicy(policy.config, policy.model.state_dict(), tokenize.tokenizer, statistics, rename.rename_map)
+    weights, renamed = policy.model.state_dict(), rename.rename_map
+    return SavedPolicy(policy.config, weights, tokenize.tokenizer, statistics, renamed, policy.source)
