@@ -53,7 +53,7 @@ hf download {repo_id} --local-dir policy
 lerobot-eval --policy.path=policy --env.type=metaworld --env.task=reach-v3
 python smolvla_shared/rollout.py --policy-path policy --env.type metaworld --env.task reach-v3
 # on a robot
-lerobot-rollout --policy.path=policy --robot.type=<robot> --task="<instruction>" \
+lerobot-rollout --policy.path=policy --robot.type=<robot> --task="<instruction>" \\
     --rename_map='{{"observation.images.<camera of the robot>": "{camera}"}}'
 # fine-tuned on your demonstrations
 lerobot-train --policy.path=policy --dataset.repo_id=<dataset> --output_dir=outputs/finetuned
@@ -82,7 +82,7 @@ Images are [3, height, width] as recorded; the policy resizes them itself. {exec
 - The policy has seen the datasets above and nothing else. Another robot, camera position, scene or instruction needs
   demonstrations of its own.
 - Nothing bounds its actions but the robot's or environment's own limits. Keep a hand on the stop button.
-- To the policy a camera is its place in the order above, and a joint its place in the vector: names are not looked at.
+- To the policy a camera is its place in the order above, and a joint its place in the vector.
 
 ## Licence
 
@@ -113,9 +113,8 @@ def policy_card(config: "HLRPSmolVLASharedConfig", source: dict[str, Any], licen
     }
     features = {**config.input_features, **config.output_features}
     names = {"observation.state": config_names(config, "state"), "action": config_names(config, "action")}
-    rows = [
-        f"| `{key}` | {list(feature.shape)} | {', '.join(names.get(key) or ())} |" for key, feature in features.items()
-    ]
+    names = {key: ", ".join(of or ["not recorded"]) for key, of in names.items()}
+    rows = [f"| `{key}` | {list(feature.shape)} | {names.get(key, '')} |" for key, feature in features.items()]
     execution = f"Of a chunk, {config.n_action_steps} actions are executed before the next one is generated."
     if config.optional_cameras:
         execution += f" Cameras that may be missing: {', '.join(config.optional_cameras)}."
@@ -160,8 +159,8 @@ def training_lines(source: dict[str, Any]) -> list[str]:
     """What source.json records of one training, as a list."""
     lines = []
     if "trained_by" in source:
-        lines.append(f"- Trained by {source['trained_by']}, with the options in `train_config.json`, from:")
-    if "run" in source:
+        lines.append(f"- Trained by {source['trained_by']}, with the options in `train_config.json`")
+    if "global_step" in source:
         lines.append(f"- Run `{source['run']}`, step {source['global_step']:,}, weights of the {source['weights']}")
     if "datasets" in source:
         lines.append(f"- Datasets: {', '.join(f'`{name}`' for name in source['datasets'])}")
@@ -174,6 +173,8 @@ def training_lines(source: dict[str, Any]) -> list[str]:
         lines.append(f"- Command: `{source['command']}`")
     if "versions" in source:
         lines.append(f"- With {', '.join(f'{name} {version}' for name, version in source['versions'].items())}")
+    if source.get("started_from"):
+        lines.append("- Before that:")
     return lines
 
 

@@ -130,7 +130,8 @@ def test_a_saved_policy_says_where_it_is_from(original, artifact):
         "# s3\n",
         f"| `{CAMERA}` | [3, 48, 80] |",
         f"Cameras that may be missing: {WRIST}.",
-        "| `action` | [4] |",
+        "| `action` | [4] | not recorded |",
+        '--rename_map=\'{"observation.images.<camera of the robot>": "observation.image"}\'\n',
         "chunks of 12 actions",
         "- Run `s3`, step 600, weights of the last step",
         "- Datasets: `me/teleop`, `/data/more`",
@@ -233,7 +234,7 @@ def test_weights_that_lerobot_has_trained_say_so(original, tmp_path):
         ModelCard.load(tmp_path / run / "README.md"),
         policy.generate_model_card("you/teleop", policy.config.type, "apache-2.0", ["so101"]),
     ):
-        assert "- Trained by LeRobot 0." in card.text and "- Run `s3`, step 600" in card.text
+        assert "- Trained by LeRobot 0." in card.text and "- Before that:\n- Run `s3`, step 600" in card.text
     assert card.data.license == "apache-2.0" and "so101" in card.data.tags
     assert card.data.datasets == ["me/teleop", "you/teleop"]
 

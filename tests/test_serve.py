@@ -110,6 +110,7 @@ def test_lerobot_rollout_drives_a_robot(server, policy, tmp_path):
     check_log(tmp_path / "actions.jsonl", least=4)  # more than one chunk's, of which 3 are executed
 
 
+@pytest.mark.slow
 def test_a_server_without_grpc_says_what_to_install(tmp_path):
     code = "import sys; sys.modules['grpc'] = None; from smolvla_shared import serve; serve.main()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
