@@ -87,7 +87,6 @@ def main(config: RolloutConfig) -> None:
     )
     provenance = {
         "policy_path": str(config.policy_path),
-        "weights_sha256": policy.source.get("weights_sha256"),
         "environment": {"type": config.env.type, "task": config.env.task, "image_size": image_size},
         "seed": config.seed,
         "max_steps": config.max_steps,

@@ -61,6 +61,12 @@ def state_sha256(tensors: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
+def policy_sha256(directory: Path) -> str:
+    """sha256 of a saved policy's config, weights and processors."""
+    files = sorted([*directory.glob("*.json"), *directory.glob("*.safetensors")])
+    return json_sha256({path.name: file_sha256(path) for path in files})
+
+
 def write_weights(path: Path, tensors: dict[str, Tensor]) -> str:
     """Write a .safetensors file under a temporary name, sync and rename it; returns its sha256."""
     temporary = path.with_suffix(".safetensors.tmp")

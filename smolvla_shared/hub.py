@@ -15,7 +15,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from smolvla_shared.artifact import ARTIFACT_NAME, load_artifact
 from smolvla_shared.artifact import SCHEMA as ARTIFACT_SCHEMA
-from smolvla_shared.files import PROCESSORS, SOURCE_NAME, file_sha256, write_text
+from smolvla_shared.files import PROCESSORS, SOURCE_NAME, file_sha256, policy_sha256, write_text
 from smolvla_shared.laq_files import load_laq, read_manifest
 from smolvla_shared.lerobot_card import (
     CARD_NAME,
@@ -208,18 +208,17 @@ class CardConfig:
 
 
 def card(config: CardConfig) -> None:
-    upload, sha256 = open_policy(config.path), file_sha256(config.path / WEIGHTS_NAME)
-    text = upload.card
+    text, sha256 = open_policy(config.path).card, policy_sha256(config.path)
     for path in config.results:
         results = read_json(path)
-        if (evaluated := results.get("weights_sha256")) != sha256:
+        if (evaluated := results.get("policy_sha256")) != sha256:
             raise ValueError(
-                f"{path} is about weights with sha256 {evaluated}, {config.path} holds {sha256}: "
-                "roll this policy out with rollout.py"
+                f"{path} is about the policy with sha256 {evaluated}, {config.path} has {sha256}: roll this one out "
+                "with rollout.py"
             )
         text = add_results(text, results)
     write_text(config.path / CARD_NAME, text)
-    print(f"{config.path / CARD_NAME}: {len(config.results)} rows added or replaced")
+    print(f"{config.path / CARD_NAME}: results of {len(config.results)} rollouts")
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -25,8 +25,8 @@ WEIGHTS_NAME = "model.safetensors"
 REPO_ID = "<repo id>"  # in a card that is not on the hub yet
 TABLE_BEGIN, TABLE_END = "<!-- evaluation: begin -->", "<!-- evaluation: end -->"
 NOT_EVALUATED = "Not evaluated yet."
-TABLE_HEAD = """| environment | seeds | most steps | actions of a chunk | success | 95% (Wilson) |
-|---|---|---|---|---|---|"""
+TABLE_HEAD = """| task | seeds | most steps | actions of a chunk | Euler steps | success | 95% (Wilson) |
+|---|---|---|---|---|---|---|"""
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 CARD = """---
@@ -201,7 +201,7 @@ def teacher_lines(latents: dict[str, Any]) -> list[str]:
 
 
 def add_results(card: str, results: dict[str, Any]) -> str:
-    """A card with a row for the results.json of rollout.py; it replaces an earlier row of the same conditions.
+    """A card with a row for each task of a results.json of rollout.py; it replaces a row of the same conditions.
 
     Raises ValueError if the card has no evaluation section any more.
     """
@@ -211,16 +211,15 @@ def add_results(card: str, results: dict[str, Any]) -> str:
             f"the card has no section between {TABLE_BEGIN} and {TABLE_END}: put the two lines back, or remove "
             f"{CARD_NAME} to have it written again"
         )
-    environment, first = results["environment"], results["seed"]
-    conditions = (
-        f"| {environment['type']} {environment['task']} | {first} to {first + results['episodes'] - 1} | "
-        f"{results['max_steps']} | {results['n_action_steps']} | "
-    )
-    low, high = results["wilson_95"]
-    row = f"{conditions}{results['successes']} of {results['episodes']} | {low:.0%} to {high:.0%} |"
-    rows = [line for line in parts[2].splitlines() if line.startswith("| ") and line not in TABLE_HEAD]
-    rows = sorted([line for line in rows if not line.startswith(conditions)] + [row])
-    parts[2] = "\n".join([TABLE_HEAD, *rows, ""])
+    rows = [line for line in parts[2].splitlines() if line.startswith("| ") and line not in TABLE_HEAD.splitlines()]
+    options = " | ".join(str(results[name]) for name in ("max_steps", "n_action_steps", "flow_steps"))
+    for task, outcome in results["by_task"].items():
+        seeds = f"{results['seed']} to {results['seed'] + outcome['episodes'] - 1}"
+        conditions = f"| {results['environment']['type']} {task} | {seeds} | {options} | "
+        low, high = outcome["wilson_95"]
+        success = f"{outcome['successes']} of {outcome['episodes']} | {low:.0%} to {high:.0%} |"
+        rows = [line for line in rows if not line.startswith(conditions)] + [conditions + success]
+    parts[2] = "\n".join([TABLE_HEAD, *sorted(rows), ""])
     return "".join(parts)
 
 

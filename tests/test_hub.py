@@ -155,50 +155,47 @@ def test_a_card_says_nothing_that_is_not_recorded():
     assert "| `action` | [4] | x, y, z, gripper |" in card
 
 
-def make_results(policy, **changes):
-    environment = {"type": "metaworld", "task": "reach-v3", "image_size": 48}
-    results = {"environment": environment, "seed": 0, "episodes": 20, "max_steps": 500, "n_action_steps": 3}
-    results |= {"successes": 20, "wilson_95": [0.84, 1.0]}
-    return results | {"weights_sha256": files.file_sha256(policy / "model.safetensors")} | changes
-
-
-def rows_of(card):
-    return [line for line in card.splitlines() if line.startswith("| metaworld")]
+def make_results(policy, outcomes, **changes):
+    """A results.json of rollout.py. outcomes: successes and interval by task, of 20 episodes each."""
+    by_task = {
+        task: {"successes": number, "episodes": 20, "wilson_95": interval}
+        for task, (number, interval) in outcomes.items()
+    }
+    results = {"environment": {"type": "metaworld", "tasks": list(outcomes)}, "by_task": by_task, "seed": 7}
+    results |= {"max_steps": 500, "n_action_steps": 3, "flow_steps": 10}
+    return results | {"policy_sha256": files.policy_sha256(policy)} | changes
 
 
 def test_results_go_into_the_table(policy, tmp_path):
     """By command; another number for the same conditions replaces a row, and what people wrote stays."""
-    readme = policy / "README.md"
+    readme, perfect = policy / "README.md", (20, [0.84, 1.0])
     readme.write_text(readme.read_text().replace("# s3\n", "# My policy\n"))
-    for name, changes in [
-        ("one", {}),
-        ("two", {"environment": {"type": "metaworld", "task": "push-v3"}, "seed": 7}),
-        ("again", {"successes": 5, "wilson_95": [0.112, 0.469]}),
+    for name, outcomes, changes in [
+        ("two", {"reach-v3": perfect, "push-v3": perfect}, {}),
+        ("other", {"reach-v3": (5, [0.112, 0.469])}, {"flow_steps": 1}),
+        ("again", {"reach-v3": (19, [0.764, 0.991])}, {}),
     ]:
-        (tmp_path / f"{name}.json").write_text(json.dumps(make_results(policy, **changes)))
-    run_hub("card", policy, "--results", tmp_path / "one.json", tmp_path / "two.json")
-    assert rows_of(readme.read_text()) == [
-        "| metaworld push-v3 | 7 to 26 | 500 | 3 | 20 of 20 | 84% to 100% |",
-        "| metaworld reach-v3 | 0 to 19 | 500 | 3 | 20 of 20 | 84% to 100% |",
-    ]
+        (tmp_path / f"{name}.json").write_text(json.dumps(make_results(policy, outcomes, **changes)))
+    run_hub("card", policy, "--results", tmp_path / "two.json", tmp_path / "other.json")
     run_hub("card", policy, "--results", tmp_path / "again.json")
     text = readme.read_text()
-    assert "# My policy\n" in text and NOT_EVALUATED not in text
-    assert (
-        rows_of(text)[1] == "| metaworld reach-v3 | 0 to 19 | 500 | 3 | 5 of 20 | 11% to 47% |"
-        and len(rows_of(text)) == 2
-    )
+    assert [line for line in text.splitlines() if line.startswith("| metaworld")] == [
+        "| metaworld push-v3 | 7 to 26 | 500 | 3 | 10 | 20 of 20 | 84% to 100% |",
+        "| metaworld reach-v3 | 7 to 26 | 500 | 3 | 1 | 5 of 20 | 11% to 47% |",
+        "| metaworld reach-v3 | 7 to 26 | 500 | 3 | 10 | 19 of 20 | 76% to 99% |",
+    ]
+    assert "# My policy\n" in text and NOT_EVALUATED not in text and text.count("| task | seeds |") == 1
     HLRPSmolVLASharedPolicy.from_pretrained(policy)
 
 
 def test_results_of_another_policy_are_refused(policy, tmp_path):
-    before = (policy / "README.md").read_text()
-    (tmp_path / "other.json").write_text(json.dumps(make_results(policy, weights_sha256="0" * 64)))
-    with pytest.raises(ValueError, match=r"other.json is about weights with sha256 0000.* roll this policy out"):
+    before, results = (policy / "README.md").read_text(), make_results(policy, {}, policy_sha256="0" * 64)
+    (tmp_path / "other.json").write_text(json.dumps(results))
+    with pytest.raises(ValueError, match=r"other.json is about the policy with sha256 0000.* roll this one out"):
         run_hub("card", policy, "--results", tmp_path / "other.json")
     assert (policy / "README.md").read_text() == before
     with pytest.raises(ValueError, match=r"no section between <!-- evaluation: begin"):
-        add_results(before.replace("<!-- evaluation: end -->", ""), make_results(policy))
+        add_results(before.replace("<!-- evaluation: end -->", ""), results)
 
 
 # --- LeRobot's save ---------------------------------------------------------------------------------------------------
