@@ -125,12 +125,13 @@ def export_policy(
     """Write a checkpoint's policy. The first dataset is labelled: its frames have the size of the robot's images."""
     from smolvla_shared.lerobot_config import feature_names
     from smolvla_shared.lerobot_files import save_policy
-    from smolvla_shared.run import origin
+    from smolvla_shared.run import command, origin
 
-    source = origin(config, step, datasets) | initial.provenance | {"actions": str(decode)}
-    shapes = {camera: datasets[0].frame_shape(camera) for camera in core.cameras}
-    about = source, feature_names(datasets[0].features), shapes
-    save_policy(directory, core, weights, initial.tokenizer, statistics, config.n_action_steps, *about)
+    more = {"actions": str(decode), "command": command(), "hub_datasets": config.data.repo_ids + config.video_repo_ids}
+    source = origin(config, step, datasets) | initial.provenance | more
+    shapes = {key: datasets[0].frame_shape(key) for key in core.cameras}
+    about = {"names": feature_names(datasets[0].features), "image_shapes": shapes}
+    save_policy(directory, core, weights, initial.tokenizer, statistics, config.n_action_steps, source, **about)
 
 
 def main(config: Stage3Config) -> None:

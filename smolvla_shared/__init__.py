@@ -31,7 +31,9 @@ What surrounds it:
     grounding       a teacher that also learns from a few labelled demonstrations
     rollouts        episodes in environments, their statistics and pictures
     lerobot_config, lerobot_policy, lerobot_processor     the policy as LeRobot sees it
-    lerobot_files                         policies in files
+    lerobot_files, lerobot_card           policies in files; a policy's card, and where its weights are from
+    hub             policies, artifacts and teachers to the hub
+    serve           LeRobot's asynchronous policy server
     lerobot_smolvla                       LeRobot's SmolVLA checkpoints, in and out
 
 Machinery, which the method can be understood without:

@@ -13,6 +13,9 @@ from huggingface_hub import snapshot_download
 from safetensors.torch import save_file
 from torch import Tensor
 
+SOURCE_NAME = "source.json"  # of a policy: where its weights are from
+PROCESSORS = "policy_*processor*"  # of a policy: the files that LeRobot writes for its two processors
+
 
 def public_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The published part of a state_dict, sorted by name: without names that have a component beginning with `_`.
@@ -58,11 +61,17 @@ def state_sha256(tensors: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
+def policy_sha256(directory: Path) -> str:
+    """sha256 of a saved policy's config, weights and processors."""
+    files = sorted([*directory.glob("*.json"), *directory.glob("*.safetensors")])
+    return json_sha256({path.name: file_sha256(path) for path in files})
+
+
 def write_weights(path: Path, tensors: dict[str, Tensor]) -> str:
     """Write a .safetensors file under a temporary name, sync and rename it; returns its sha256."""
     temporary = path.with_suffix(".safetensors.tmp")
     save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, temporary)
-    temporary.chmod(0o666 & ~_umask())  # safetensors' own files can be read by their owner only
+    share(temporary)
     sha256 = file_sha256(temporary)
     sync(temporary)
     os.replace(temporary, path)
@@ -77,19 +86,24 @@ def write_text(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
-def find_directory(what: str, name: str | Path, needed: tuple[str, ...], **hub: Any) -> Path:
+def find_directory(
+    what: str, name: str | Path, needed: tuple[str, ...], optional: tuple[str, ...] = (), **hub: Any
+) -> Path:
     """The local directory `name` or, if there is none, a copy of the hub's repository `name`.
 
-    what:   the contents, such as "policy", for messages
-    needed: files that must be in the directory
-    hub:    snapshot_download's options (revision, token, cache_dir, ...)
+    what:     the contents, such as "policy", for messages
+    needed:   files that must be in the directory
+    optional: others to fetch from the hub; processors and source.json always are
+    hub:      snapshot_download's options (revision, token, cache_dir, ...)
 
     Raises ValueError if there is neither, or a needed file is missing.
     """
     directory = Path(name)
     if not directory.is_dir():
         try:
-            directory = Path(snapshot_download(str(name), **hub))
+            # A repository may also hold checkpoints with their optimizers, and videos.
+            wanted = [*needed, *optional, PROCESSORS, SOURCE_NAME]
+            directory = Path(snapshot_download(str(name), allow_patterns=wanted, **hub))
         except (OSError, ValueError) as error:
             raise ValueError(f"no {what} {name}: there is no such directory, and the hub says: {error}") from error
     for file in needed:
@@ -120,7 +134,8 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _umask() -> int:
+def share(path: Path) -> None:
+    """Give a file the permissions that the umask says: safetensors' own can be read by their owner only."""
     mask = os.umask(0)
     os.umask(mask)
-    return mask
+    path.chmod(0o666 & ~mask)

@@ -228,7 +228,10 @@ def _of_artifact(path: Path) -> InitialWeights:
         may_be_fresh=("action head",),  # Stage 2 has always trained the latent head
         statistics=manifest.normalization,
         latents=manifest.latents,
-        provenance={"stage2_artifact": manifest.weights.sha256},
+        provenance={
+            "stage2_artifact": manifest.weights.sha256,
+            "stage2": asdict(manifest.source) | {"latents": asdict(manifest.latents)},
+        },
     )
 
 
@@ -246,7 +249,7 @@ def _of_policy(name: str) -> InitialWeights:
         tokenizer=saved.tokenizer,
         statistics=statistics,
         no_statistics=problem,
-        provenance={"policy": name},
+        provenance={"policy": name, "started_from": saved.source},
     )
 
 

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
 from smolvla_shared.config import CoreConfig
-from smolvla_shared.files import check_weights, find_directory, write_text, write_weights
+from smolvla_shared.files import check_weights, find_directory, write_weights
+from smolvla_shared.lerobot_card import WEIGHTS_NAME, read_source, write_about
 from smolvla_shared.lerobot_config import FEATURES, HLRPSmolVLASharedConfig, input_features
 from smolvla_shared.lerobot_processor import make_hlrp_smolvla_shared_pre_post_processors
 from smolvla_shared.model import SmolVLASharedCore
@@ -26,9 +27,7 @@ from smolvla_shared.preprocess import Statistics
 
 POLICY_TYPE = "hlrp_smolvla_shared"
 CONFIG_NAME = "config.json"
-WEIGHTS_NAME = "model.safetensors"
-ADAPTER_NAME = "adapter_config.json"  # PEFT's
-SOURCE_NAME = "source.json"
+ADAPTER_NAME, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # PEFT's
 CORE_PREFIX = "model."  # of the core's weights in WEIGHTS_NAME: the policy holds the core as `self.model`
 
 
@@ -40,12 +39,13 @@ def save_policy(
     statistics: dict[str, Statistics],
     n_action_steps: int,
     source: dict[str, Any],
+    *,
     names: dict[str, tuple[str, ...] | None] | None = None,
     image_shapes: dict[str, tuple[int, ...]] | None = None,
     optional_cameras: tuple[str, ...] = (),
     rename_map: dict[str, str] | None = None,
 ) -> None:
-    """Write a core as a LeRobot policy: config, weights and processors; and source.json.
+    """Write a core as a LeRobot policy: config, weights and processors; and source.json and README.md, its card.
 
     weights:          the core's state_dict
     statistics:       of "action" and, if the core has a state, "state"
@@ -68,11 +68,11 @@ def save_policy(
         device=auto_select_torch_device().type,
     )
     config.save_pretrained(directory)
-    write_weights(directory / WEIGHTS_NAME, {CORE_PREFIX + key: value for key, value in weights.items()})
-    write_text(directory / SOURCE_NAME, json.dumps(source, indent=2) + "\n")
+    sha256 = write_weights(directory / WEIGHTS_NAME, {CORE_PREFIX + key: value for key, value in weights.items()})
     stats = lerobot_stats(statistics)
     for processor in make_hlrp_smolvla_shared_pre_post_processors(config, stats, tokenizer, rename_map):
         processor.save_pretrained(directory)
+    write_about(directory, config, source | {"weights_sha256": sha256})
 
 
 def lerobot_stats(statistics: dict[str, Statistics]) -> dict[str, dict[str, Tensor]]:
@@ -89,7 +89,8 @@ def find_policy(name: str | Path, **hub: Any) -> Path:
 
     hub: LeRobot's options of a download (revision, token, cache_dir, ...). Raises ValueError for anything else.
     """
-    directory = find_directory("policy", name, (CONFIG_NAME,), **hub)
+    weights = WEIGHTS_NAME, ADAPTER_NAME, ADAPTER_WEIGHTS
+    directory = find_directory("policy", name, (CONFIG_NAME,), optional=weights, **hub)
     if not (directory / ADAPTER_NAME).is_file():
         find_directory("policy", directory, (WEIGHTS_NAME,))
     return directory
@@ -138,6 +139,7 @@ class SavedPolicy:
     tokenizer: PreTrainedTokenizerFast
     stats: dict[str, dict[str, Tensor]]  # LeRobot's: {feature: {"mean": [A], ...}}
     rename_map: dict[str, str]  # {name of an observation as it arrives: our name}
+    source: dict[str, Any]  # where the weights are from: source.json
 
     @property
     def statistics(self) -> dict[str, Statistics]:
@@ -161,5 +163,5 @@ def load_saved(name: str) -> SavedPolicy:
     file = f"{keys.POLICY_PREPROCESSOR_DEFAULT_NAME}.json"
     pipeline = PolicyProcessorPipeline.from_pretrained(directory, config_filename=file)
     rename, _, tokenize, _, normalize = pipeline.steps
-    weights = load_weights(directory, config.core)
-    return SavedPolicy(config, weights, tokenize.tokenizer, normalize.stats, rename.rename_map)
+    about = tokenize.tokenizer, normalize.stats, rename.rename_map, read_source(directory)
+    return SavedPolicy(config, load_weights(directory, config.core), *about)

@@ -17,6 +17,7 @@ from smolvla_shared import flow, losses
 from smolvla_shared.batch import Batch, FlowTarget
 from smolvla_shared.config import ACTION, CoreConfig
 from smolvla_shared.initial import open_initial
+from smolvla_shared.lerobot_card import DescribedPolicy, read_source
 from smolvla_shared.lerobot_config import HLRPSmolVLASharedConfig, input_features
 from smolvla_shared.lerobot_files import POLICY_TYPE, find_policy, load_config, load_weights
 from smolvla_shared.lerobot_processor import make_hlrp_smolvla_shared_pre_post_processors  # noqa: F401
@@ -73,7 +74,7 @@ def to_batch(observation: dict[str, Tensor], core: CoreConfig, optional_cameras:
     )
 
 
-class HLRPSmolVLASharedPolicy(PreTrainedPolicy):
+class HLRPSmolVLASharedPolicy(DescribedPolicy, PreTrainedPolicy):
     """Executes the first `n_action_steps` of each of the core's action chunks. LeRobot's own loop can train it."""
 
     config_class = HLRPSmolVLASharedConfig
@@ -86,7 +87,6 @@ class HLRPSmolVLASharedPolicy(PreTrainedPolicy):
         LeRobot's factory passes dataset_stats and dataset_meta to every policy; both are unused.
         """
         super().__init__(config)
-        self.source: dict[str, Any] = {}  # where its weights are from, for people
         if config.core is None:
             self.model = self._build()
         else:
@@ -156,6 +156,7 @@ class HLRPSmolVLASharedPolicy(PreTrainedPolicy):
         kwargs = {name: value for name, value in kwargs.items() if name not in ("resume_download", "proxies")}
         policy = cls(config, **kwargs)
         policy.model.load_state_dict(load_weights(directory, config.core))
+        policy.source = read_source(directory)
         return policy.to(config.device).eval()
 
     def get_optim_params(self) -> list[nn.Parameter]:

@@ -15,6 +15,8 @@
 The parts of a run are in files of their own: run_checkpoint, run_metrics, run_optimizer, run_sharding, run_signals.
 """
 
+import shlex
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict
@@ -255,6 +257,11 @@ class Run:
 def versions() -> dict[str, str]:
     """Versions of the libraries that decide about the numbers."""
     return {name: metadata.version(name) for name in ("torch", "transformers", "lerobot", "accelerate", "numpy")}
+
+
+def command() -> str:
+    """The command that runs, as it was typed, without that of its launcher."""
+    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
 
 
 def origin(config: RunConfig, step: int, datasets: list[RobotDataset]) -> dict[str, Any]:

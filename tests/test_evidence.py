@@ -120,8 +120,14 @@ def test_the_whole_chain_runs_and_is_made_once(tmp_path):
     """Recordings, teacher, labels, Stage 2, Stage 3 and rollouts as real commands; the second run makes nothing."""
     command = [sys.executable, str(ROOT / "examples" / "evidence.py"), "--root", str(tmp_path), "--quick"]
     first = subprocess.run(command, capture_output=True, text=True)
-    assert first.returncode == 0, first.stdout + first.stderr + "".join(
-        log.read_text()[-3000:] for log in tmp_path.glob("parts/*/log.txt") if not (log.parent / "done.json").exists()
+    assert first.returncode == 0, (
+        first.stdout
+        + first.stderr
+        + "".join(
+            log.read_text()[-3000:]
+            for log in tmp_path.glob("parts/*/log.txt")
+            if not (log.parent / "done.json").exists()
+        )
     )
     arms = {row["arm"]: row for row in json.loads((tmp_path / "cells" / "table.json").read_text())}
     assert set(arms) == {"scratch", "continuous"} and all(row["episodes"] == 1 for row in arms.values())

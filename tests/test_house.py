@@ -23,12 +23,12 @@ ORDER = """
     data data_order label_probe data_loader data_blocks label_cache labels action_decoder artifact label_health
     label_pictures
     label_check feature_cache
-    lerobot_config lerobot_processor lerobot_files lerobot_smolvla initial lerobot_policy
-    evaluate run_sharding run_optimizer run_metrics run_checkpoint run grounding teacher rollouts
+    lerobot_config lerobot_processor lerobot_card lerobot_files lerobot_smolvla initial lerobot_policy
+    evaluate run_sharding run_optimizer run_metrics run_checkpoint run grounding teacher rollouts hub serve
     train_stage2 train_stage3 rollout
 """.split()
 SCRIPTS = ORDER[-3:]
-USES_LEROBOT = {"data", "rollouts", *(name for name in ORDER if name.startswith("lerobot_")), *SCRIPTS}
+USES_LEROBOT = {"data", "rollouts", "serve", *(name for name in ORDER if name.startswith("lerobot_")), *SCRIPTS}
 
 SOURCES = {path.stem: path for path in PACKAGE.glob("*.py") if path.stem != "__init__"}
 SOURCES |= {name: ROOT / f"{name}.py" for name in SCRIPTS if (ROOT / f"{name}.py").exists()}

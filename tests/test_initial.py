@@ -6,7 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -195,7 +195,9 @@ def test_both_options_read_an_artifact(artifact):
 def test_what_belongs_to_an_artifact_comes_with_it(artifact):
     initial = open_from(artifact)
     assert (initial.statistics, initial.latents) == (STATISTICS, LATENTS)
-    assert initial.provenance == {"stage2_artifact": load_artifact(artifact).manifest.weights.sha256}
+    manifest = load_artifact(artifact).manifest
+    assert initial.provenance["stage2_artifact"] == manifest.weights.sha256
+    assert initial.provenance["stage2"] == asdict(manifest.source) | {"latents": asdict(manifest.latents)}
     assert pack_tokenizer(initial.tokenizer) == pack_tokenizer(load_trunk_tokenizer("tiny", None))
 
 
@@ -274,7 +276,8 @@ def test_a_policy_without_a_latent_head_gets_a_fresh_one(tmp_path):
 def test_what_belongs_to_a_policy_of_ours_comes_with_it(policy):
     initial = open_from(policy)
     assert initial.statistics == expected_normalization()
-    assert initial.provenance == {"policy": str(policy)}
+    source = json.loads((policy / "source.json").read_text())
+    assert initial.provenance == {"policy": str(policy), "started_from": source}
     assert initial.latents is None  # the policy's files do not say which
     assert pack_tokenizer(initial.tokenizer) == pack_tokenizer(load_trunk_tokenizer("tiny", None))
 

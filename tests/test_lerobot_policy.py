@@ -62,7 +62,15 @@ def saved(core, tokenizer, tmp_path_factory):
     directory = tmp_path_factory.mktemp("policy") / "pretrained_model"
     source = {"run": "s3", "weights": "last step"}
     save_policy(
-        directory, core.config, core.state_dict(), tokenizer, STATISTICS, 3, source, NAMES, {CAMERA: (3, 48, 80)}
+        directory,
+        core.config,
+        core.state_dict(),
+        tokenizer,
+        STATISTICS,
+        3,
+        source,
+        names=NAMES,
+        image_shapes={CAMERA: (3, 48, 80)},
     )
     return directory
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 import train_stage2
 import train_stage3
+from smolvla_shared import hub
 from smolvla_shared.artifact import load_artifact
 from smolvla_shared.laq_files import load_laq, teacher_id
 from smolvla_shared.model import SmolVLASharedCore
@@ -307,6 +308,22 @@ def test_co_training_moves_the_latent_head(runs):
     cotrain = load_file(runs / "cotrain" / POLICY / "model.safetensors")
     assert not torch.equal(cotrain["model.latent_head.out_proj.weight"], artifact["latent_head.out_proj.weight"])
     assert "loss {'action': 1.0, 'latent': 0.1}" in (runs / "cotrain.txt").read_text()
+
+
+@pytest.mark.slow
+def test_what_the_runs_leave_can_go_to_the_hub(runs, capsys):
+    """With cards that say where it is from, as far back as the teacher."""
+    manifest = load_artifact(runs / "s2" / ARTIFACT).manifest
+    trained = {
+        (runs / "s3" / POLICY): ["- Run `s3`, step 4, weights of the EMA", "- Command: `train_stage3.py --"],
+        (runs / "s2" / ARTIFACT): ["- Run `s2`, step 4", "`teacher check` on these latent actions: not measured"],
+        (runs / "laq" / TEACHER): ["- Run `laq`, step 20,", manifest.latents.teacher_id],
+    }
+    trained[runs / "s3" / POLICY] += [manifest.weights.sha256, f"- Teacher `{manifest.latents.teacher_id[:12]}`"]
+    for path, said in trained.items():
+        hub.main(["push", str(path), "me/repository", "--dry-run"])
+        printed = capsys.readouterr().out
+        assert all(text in printed for text in said), printed
 
 
 # --- refused ----------------------------------------------------------------------------------------------------------
