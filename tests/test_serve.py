@@ -14,9 +14,10 @@ from forked import Forked, run_forked
 from lerobot_robot_two_cameras import CAMERAS, JOINTS, TwoCamerasConfig
 from test_lerobot_policy import make_core
 
-from smolvla_shared.lerobot_files import save_policy
+from smolvla_shared.lerobot_files import load_config, save_policy
 from smolvla_shared.lerobot_policy import HLRPSmolVLASharedPolicy
 from smolvla_shared.preprocess import Statistics
+from smolvla_shared.serve import check_robot
 from smolvla_shared.trunk_files import load_trunk_tokenizer
 
 # The recorded actions of joint i are around 10 i.
@@ -32,7 +33,18 @@ def policy(tmp_path_factory) -> Path:
     core = make_core(cameras, state_dim=6, action_dim=6, chunk_size=CHUNK)
     shapes = {camera: (3, *size) for camera, size in zip(cameras, CAMERAS.values())}
     tokenizer, statistics = load_trunk_tokenizer("tiny", None), {"state": POSITIONS, "action": POSITIONS}
-    save_policy(directory, core.config, core.state_dict(), tokenizer, statistics, 3, {}, image_shapes=shapes)
+    names = tuple(f"{joint}.pos" for joint in JOINTS)
+    save_policy(
+        directory,
+        core.config,
+        core.state_dict(),
+        tokenizer,
+        statistics,
+        3,
+        {},
+        names={"state": names, "action": names},
+        image_shapes=shapes,
+    )
     return directory
 
 
@@ -101,14 +113,36 @@ runpy.run_module("smolvla_shared.serve", run_name="__main__")
 
 
 @pytest.mark.slow
-def test_lerobot_rollout_drives_a_robot(server, policy, tmp_path):
+@pytest.mark.parametrize("inference", ["sync", "rtc"])
+def test_lerobot_rollout_drives_a_robot(server, policy, tmp_path, inference):
     command = ["-m", "lerobot.scripts.lerobot_rollout", f"--policy.path={policy}", "--policy.device=cpu"]
     command += ["--robot.discover_packages_path=lerobot_robot_two_cameras", "--robot.type=two_cameras"]
     command += [f"--robot.log={tmp_path / 'actions.jsonl'}", "--task=reach", "--duration=2", "--fps=10"]
-    command += ["--inference.type=sync", "--return_to_initial_position=false", "--play_sounds=false"]
+    command += [f"--inference.type={inference}", "--return_to_initial_position=false", "--play_sounds=false"]
     code, printed = run_forked(server, command, tmp_path / "output.txt")
     assert code == 0, printed
     check_log(tmp_path / "actions.jsonl", least=4)  # more than one chunk's, of which 3 are executed
+
+
+def robot_features(joints, cameras=CAMERAS):
+    from lerobot.async_inference.helpers import map_robot_keys_to_lerobot_features
+
+    class Robot:
+        observation_features = {f"{joint}.pos": float for joint in joints} | {name: (8, 8, 3) for name in cameras}
+
+    return map_robot_keys_to_lerobot_features(Robot())
+
+
+def test_a_robot_with_other_joints_or_cameras_is_refused(policy):
+    config = load_config(policy)
+    check_robot(config, robot_features(JOINTS))
+    swapped = (JOINTS[1], JOINTS[0], *JOINTS[2:])
+    with pytest.raises(ValueError, match=rf"joints: this one has \['{JOINTS[1]}.pos', .* policy \['{JOINTS[0]}.pos'"):
+        check_robot(config, robot_features(swapped))
+    with pytest.raises(ValueError, match=r"cameras: this one has \['observation.images.other'\], the policy \["):
+        check_robot(config, robot_features(JOINTS, cameras=("other",)))
+    config.state_feature_names = None  # the data has no names
+    check_robot(config, robot_features(swapped))
 
 
 @pytest.mark.slow
