@@ -2,8 +2,8 @@
 
     python -m smolvla_shared.video clips/ --root data/my_video
 
-Converted clips are kept in `<root>.unfinished`, a video and a JSON each, until the dataset is made of them; after a kill
-the same command goes on there. Worker processes import this module, so torch and LeRobot are imported late.
+Converted clips are kept in `<root>.unfinished`, a video and a JSON each, until the dataset is made of them: after a
+kill the same command goes on there. Worker processes import this module, so torch and LeRobot are imported late.
 """
 
 import csv
@@ -58,14 +58,14 @@ class VideoConfig:
     max_episode_s: float = 30.0
     # Shorter episodes are left out.
     min_episode_s: float = 1.0
-    # Stretches are left out in which no block of 16 x 16 pixels changes by this much (of 255) within 0.5 s; 0: none are.
-    # The command tells how much the clips move.
+    # Stretches are left out in which no block of 16 x 16 pixels changes by this much (of 255) within 0.5 s; 0: none
+    # are. The command tells how much the clips move.
     min_motion: float = 0.0
     # Task text: {folder} and {stem} are a clip's names, with spaces for underscores, and {caption} is its text in
     # --captions. Default: "{caption}" if there are captions, else "{folder}".
     task: str = ""
-    # Captions of the clips: a JSON list of objects or a CSV file with a header, with `id` (a clip's name, with or without
-    # its ending) and `label`. Clips without a caption are left out.
+    # Captions of the clips: a JSON list of objects or a CSV file with a header, with `id` (a clip's name, with or
+    # without its ending) and `label`. Clips without a caption are left out.
     captions: Path | None = None
     # Quality of H.264: lower is better and larger.
     crf: int = 20
@@ -151,8 +151,8 @@ def task_texts(clips: list[Path], config: VideoConfig) -> dict[Path, str]:
             texts[clip] = pattern.format(**values)
     if not texts:
         raise ValueError(
-            f"--captions {config.captions}: no clip has a caption; the first clip is {clips[0].name}, the first caption is "
-            f"of {next(iter(captions), 'nothing')}"
+            f"--captions {config.captions}: no clip has a caption; the first clip is {clips[0].name}, the first "
+            f"caption is of {next(iter(captions), 'nothing')}"
         )
     if len(texts) < len(clips):
         missing = [clip for clip in clips if clip not in texts]

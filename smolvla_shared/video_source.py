@@ -43,12 +43,7 @@ def stamp(path: Path) -> tuple[int, int]:
 def images_in(folder: Path) -> list[Path]:
     """Images in the order of the numbers in their names: frame_9.png before frame_10.png."""
     files = [file for file in folder.iterdir() if file.suffix.lower() in IMAGES and not file.name.startswith(".")]
-    return sorted(files, key=lambda file: [int(part) if part.isdigit() else part for part in split(file.name)])
-
-
-def split(name: str) -> list[str]:
-    """'a12b' as ['a', '12', 'b']: texts and numbers alternate, so that names can be compared."""
-    return re.split(r"([0-9]+)", name)
+    return sorted(files, key=lambda file: re.sub("[0-9]+", lambda number: number.group().zfill(20), file.name))
 
 
 @contextmanager
@@ -94,11 +89,9 @@ def source_frames(path: Path, image_fps: int) -> Iterator[tuple[Fraction, Fracti
             duration = frame.duration * frame.time_base if frame.duration and frame.time_base else usual
             last, end = time, time + duration
             yield time, duration, frame
-        # Half a second and a tenth: sound may go on for longer than the picture.
-        if first is None or end < 0.9 * (declared := declared_s(container, stream)) - 0.5:
-            raise ValueError(
-                f"it ends after {float(end):.2f} s" + (f" of {declared:.2f} s" if first is not None else "")
-            )
+        # A tenth and half a second less are no damage: in some containers the length is that of the sound.
+        if first is None or end < 0.9 * declared_s(container, stream) - 0.5:
+            raise ValueError(f"it ends after {float(end):.2f} s of {declared_s(container, stream):.2f} s")
 
 
 def at_constant_rate(frames: Iterable[tuple[Fraction, Fraction, av.VideoFrame]], fps: int) -> Iterator[av.VideoFrame]:
@@ -122,8 +115,7 @@ def look(path: Path, image_fps: int) -> Look:
             width, height = ImageOps.exif_transpose(image).size
         return Look(width, height, len(images) / image_fps)
     with open_stream(path) as (container, stream):
-        frame = next(container.decode(stream), None)
-        if frame is None:
+        if (frame := next(container.decode(stream), None)) is None:
             raise ValueError("there are no frames in it")
         width = round(frame.width * (stream.sample_aspect_ratio or 1))
         width, height = (frame.height, width) if frame.rotation % 180 else (width, frame.height)
