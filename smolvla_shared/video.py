@@ -63,7 +63,7 @@ class VideoConfig:
     min_motion: float = 0.0
     # Task text: {folder} and {stem} are a clip's names, with spaces for underscores, and {caption} is its text in
     # --captions. Default: "{caption}" if there are captions, else "{folder}".
-    task: str = ""
+    task: str | None = None
     # Captions of the clips: a JSON list of objects or a CSV file with a header, with `id` (a clip's name, with or
     # without its ending) and `label`. Clips without a caption are left out.
     captions: Path | None = None
@@ -133,7 +133,7 @@ def read_captions(path: Path) -> dict[str, str]:
 def task_texts(clips: list[Path], config: VideoConfig) -> dict[Path, str]:
     """The task of each clip that has one. Raises ValueError for an unknown pattern, and if no clip has a caption."""
     captions = read_captions(config.captions) if config.captions else {}
-    pattern = config.task or ("{caption}" if config.captions else "{folder}")
+    pattern = ("{caption}" if config.captions else "{folder}") if config.task is None else config.task
     known = ["folder", "stem"] + ["caption"] * bool(config.captions)
     try:
         names = [name for _, name, *_ in Formatter().parse(pattern) if name is not None]
@@ -181,7 +181,8 @@ def in_workers(
                     return
                 done, _ = wait(running, timeout=0.5, return_when=FIRST_COMPLETED)
                 for future in done:
-                    yield running.pop(future), future.result()
+                    result = future.result()
+                    yield running.pop(future), result
                 bar.update(min(before + progress.value, bar.total) - bar.n if seconds else len(done))
     except BrokenProcessPool as error:
         raise ValueError(
@@ -231,7 +232,7 @@ def claim(work: Path, options: ClipOptions) -> None:
 
 
 def work_of(config: VideoConfig) -> Path:
-    return config.root.with_name(f"{config.root.name}.unfinished")
+    return config.root.absolute().with_name(f"{config.root.name}.unfinished")
 
 
 def video_of(work: Path, clip: Path) -> Path:

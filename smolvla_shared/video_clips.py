@@ -5,6 +5,7 @@ free of torch and LeRobot.
 """
 
 import ctypes
+import errno
 import math
 import os
 import signal
@@ -177,43 +178,48 @@ class Encoder:
         self.container.close()
 
 
-def places(packets: list[Any], fps: int) -> list[int] | None:
-    """Each packet's place in the order of presentation; None unless that is a constant `fps`."""
-    times = [packet.pts * packet.time_base for packet in packets if packet.pts is not None]
+def places(times: list[Fraction], fps: int) -> list[int] | None:
+    """Each packet's place in the order of presentation, by its time; None unless that is a constant `fps`."""
     start = min(times, default=Fraction(0))
     order = [round((time - start) * fps) for time in times]
     is_regular = all(abs(time - start - Fraction(place, fps)) <= ROUNDING_S for time, place in zip(times, order))
-    return order if is_regular and sorted(order) == list(range(len(packets))) else None
+    return order if is_regular and sorted(order) == list(range(len(order))) else None
 
 
-def fits(path: Path, options: ClipOptions) -> bool:
-    """Whether a clip's stream can be the dataset's as it is."""
+def packets_of(container: Any, stream: Any) -> Iterator[Any]:
+    """The packets of a stream that hold a frame, in the order of decoding."""
+    return (packet for packet in container.demux(stream) if packet.size)
+
+
+def constant_rate_order(path: Path, options: ClipOptions) -> list[int] | None:
+    """The place of each packet in the order of presentation, if a clip's stream can be the dataset's as it is."""
     if path.is_dir():
-        return False
+        return None
     with open_stream(path) as (container, stream):
         if (stream.codec.canonical_name, stream.pix_fmt) != ("h264", "yuv420p"):
-            return False
+            return None
         if (stream.height, stream.width) != options.frame or (stream.sample_aspect_ratio or 1) != 1:
-            return False
-        packets = [packet for packet in container.demux(stream) if packet.size]
-        keys = [index for index, packet in enumerate(packets) if packet.is_keyframe]
-        gop = max(np.diff([*keys, len(packets)]), default=0)
-        regular = places(packets, options.fps) is not None and not any(packet.is_discard for packet in packets)
-        if not (regular and keys[:1] == [0] and gop <= options.max_gop):
-            return False
+            return None
+        packets = [(p.pts, p.is_keyframe, p.is_discard) for p in packets_of(container, stream)]
+        tick = stream.time_base
     with open_stream(path) as (container, stream):
-        return next(container.decode(stream)).rotation == 0
+        if next(container.decode(stream)).rotation:
+            return None
+    keys = [index for index, (_, is_key, _) in enumerate(packets) if is_key]
+    if keys[:1] != [0] or max(np.diff([*keys, len(packets)])) > options.max_gop:
+        return None
+    if any(pts is None or is_discard for pts, _, is_discard in packets):
+        return None
+    return places([pts * tick for pts, *_ in packets], options.fps)
 
 
-def copy_stream(path: Path, target: Path, fps: int) -> None:
+def copy_stream(path: Path, target: Path, order: list[int], fps: int) -> None:
     """The packets of a clip that fits, untouched, with exact times and without sound."""
     with open_stream(path) as (source, stream), av.open(str(target), "w", format="mp4") as container:
-        packets = [packet for packet in source.demux(stream) if packet.size]
-        order = places(packets, fps)
         copy = container.add_stream_from_template(stream, opaque=True)
         copy.time_base = Fraction(1, fps)
         delay = max(index - place for index, place in enumerate(order))  # a frame is decoded before it is shown
-        for index, (packet, place) in enumerate(zip(packets, order)):
+        for index, (packet, place) in enumerate(zip(packets_of(source, stream), order)):
             packet.stream, packet.time_base = copy, Fraction(1, fps)
             packet.pts, packet.dts, packet.duration = place, index - delay, 1
             container.mux(packet)
@@ -224,7 +230,7 @@ def convert(path: Path, options: ClipOptions, target: Path) -> Part:
 
     A clip that is copied is decoded all the same: for its episodes and statistics, and to know that it is whole.
     """
-    source, copied = stamp(path), fits(path, options)
+    source, order = stamp(path), constant_rate_order(path, options)
     pictures = Pictures(look(path, options.image_fps), options.size, options.frame)
     scenes, frames = SceneChanges(options.scene_threshold), source_frames(path, options.image_fps)
     if options.cut == "scenes":
@@ -233,7 +239,7 @@ def convert(path: Path, options: ClipOptions, target: Path) -> Part:
     blocks, samples = [], []
     unfinished = target.with_suffix(".part")
     try:
-        with Encoder(unfinished, options) if not copied else nullcontext() as encoder:
+        with Encoder(unfinished, options) if order is None else nullcontext() as encoder:
             for index, frame in enumerate(at_constant_rate(frames, options.fps)):
                 picture = pictures(frame)
                 if encoder:
@@ -242,8 +248,8 @@ def convert(path: Path, options: ClipOptions, target: Path) -> Part:
                 if index % options.fps == 0:
                     samples.append(picture[::step, ::step])
                     worker.progress.value += 1
-        if copied:
-            copy_stream(path, unfinished, options.fps)
+        if order is not None:
+            copy_stream(path, unfinished, order, options.fps)
         os.replace(unfinished, target)
     finally:
         unfinished.unlink(missing_ok=True)
@@ -252,7 +258,7 @@ def convert(path: Path, options: ClipOptions, target: Path) -> Part:
     return Part(
         source=source,
         frames=len(blocks),
-        copied=copied,
+        copied=order is not None,
         episodes=tuple(cut_episodes(grid, scenes.times, options)),
         statistics=pixel_statistics(samples[:: -(-len(samples) // 200)]),
         motion=tuple(np.quantile(motion, (0.1, 0.5, 0.9)).tolist()) if len(motion) else (0.0, 0.0, 0.0),
@@ -275,8 +281,12 @@ def start_worker(progress: Any) -> None:
 
 
 def attempt[T](function: Callable[..., T], path: Path, *arguments: Any) -> T | str:
-    """What a function makes of a clip, or why the clip is broken."""
+    """What a function makes of a clip, or why the clip is broken. Raises OSError if the disk is full."""
     try:
         return function(path, *arguments)
     except (av.FFmpegError, OSError, ValueError) as error:
+        if getattr(error, "errno", None) == errno.ENOSPC:
+            raise OSError(
+                errno.ENOSPC, "the disk is full; the same command goes on where it stopped", str(path)
+            ) from None
         return getattr(error, "strerror", None) or str(error) or type(error).__name__

@@ -63,7 +63,7 @@ class VideoFiles:
 
     def _write(self, packets: list[Any], start: int, end: int) -> int:
         """Append frames [start, end), from the key frame before; returns the number of the first of them."""
-        key = max(index for index in range(start + 1) if packets[index].is_keyframe)
+        key = next(index for index in range(start, -1, -1) if packets[index].is_keyframe)
         for packet in packets[key:end]:
             self.bytes += packet.size
             packet.stream, packet.time_base = self.stream, Fraction(1, self.meta.fps)

@@ -49,7 +49,7 @@ def images_in(folder: Path) -> list[Path]:
 @contextmanager
 def open_stream(path: Path) -> Iterator[tuple[Any, Any]]:
     """The container and the main video stream of a clip. Raises ValueError if it has none."""
-    with av.open(str(path)) as container:
+    with av.open(str(path.absolute())) as container:  # FFmpeg would take "take:1.mp4" for a protocol
         stream = container.streams.best("video")
         if stream is None:
             raise ValueError("there is no video in it")
@@ -61,7 +61,10 @@ def declared_s(container: Any, stream: Any) -> float:
     """Length of a video stream as its file says it, in seconds; 0 if the file does not."""
     if stream.duration is not None:
         return float(stream.duration * stream.time_base)
-    return (container.duration or 0) / av.time_base
+    if tag := re.match(r"(\d+):(\d+):([\d.]+)$", stream.metadata.get("DURATION", "")):  # Matroska
+        hours, minutes, seconds = map(float, tag.groups())
+        return 3600 * hours + 60 * minutes + seconds
+    return (container.duration or 0) / av.time_base if len(container.streams) == 1 else 0.0
 
 
 def source_frames(path: Path, image_fps: int) -> Iterator[tuple[Fraction, Fraction, av.VideoFrame]]:
@@ -89,7 +92,7 @@ def source_frames(path: Path, image_fps: int) -> Iterator[tuple[Fraction, Fracti
             duration = frame.duration * frame.time_base if frame.duration and frame.time_base else usual
             last, end = time, time + duration
             yield time, duration, frame
-        # A tenth and half a second less are no damage: in some containers the length is that of the sound.
+        # A tenth and half a second less are no damage: lengths in files are not exact.
         if first is None or end < 0.9 * declared_s(container, stream) - 0.5:
             raise ValueError(f"it ends after {float(end):.2f} s of {declared_s(container, stream):.2f} s")
 

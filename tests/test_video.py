@@ -3,6 +3,7 @@ skipped and refused; a killed command goes on."""
 
 import csv
 import json
+import os
 import signal
 import struct
 import time
@@ -17,10 +18,11 @@ from forked import Forked, run_forked
 from helpers import names_in
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from PIL import Image
+from tqdm import tqdm
 
 from smolvla_shared import data, video
 from smolvla_shared.config import DataConfig
-from smolvla_shared.video_clips import ClipOptions, convert, cut_episodes
+from smolvla_shared.video_clips import ClipOptions, attempt, convert, cut_episodes
 
 BITS = 8
 CAMERA = "observation.image"
@@ -279,8 +281,9 @@ def test_a_clip_that_fits_is_copied_bit_for_bit(tmp_path):
         tmp_path / "clips" / "a.mkv", regular(40, 10), lambda i: bars(i, 128, 64), rate=10, bf="2", g="12"
     )
     write_clip(tmp_path / "clips" / "b.mkv", regular(40, 20), lambda i: bars(i, 128, 64), rate=20)
-    assert run(tmp_path / "clips", "--root", tmp_path / "out", "--size", 128, "--cut", "none") == 0
+    assert run(tmp_path / "clips", "--root", tmp_path / "out", "--size", 128, "--cut", "none", "--task", "") == 0
     told = report(tmp_path / "out")
+    assert LeRobotDataset("out", root=tmp_path / "out")[0]["task"] == ""
     assert (told["a.mkv"]["copied"], told["b.mkv"]["copied"]) == (True, False)
     first, second = sorted((tmp_path / "out" / "videos").rglob("*.mp4"))
     assert packets(first) != packets(second)
@@ -315,6 +318,18 @@ def test_broken_clips_are_skipped_and_listed(tmp_path, capsys):
         return np.random.default_rng(index).integers(0, 256, (64, 128, 3), np.uint8)
 
     whole = write_clip(folder / "whole.mp4", regular(60, 30), draw)
+    with av.open(str(folder / "sound.mkv"), "w") as file:  # sound that is longer than the picture is no damage
+        picture, sound = file.add_stream("libx264", rate=10), file.add_stream("pcm_s16le", rate=8000)
+        picture.width = picture.height = 64
+        for index in range(100):
+            if index < 20:
+                frame = av.VideoFrame.from_ndarray(draw(index)[:, :64], "rgb24")
+                frame.pts, frame.time_base = index, Fraction(1, 10)
+                file.mux(picture.encode(frame))
+            samples = av.AudioFrame.from_ndarray(np.zeros((1, 800), np.int16), "s16", "mono")
+            samples.sample_rate, samples.pts = 8000, 800 * index
+            file.mux(sound.encode(samples))
+        file.mux([*picture.encode(), *sound.encode()])
     for name, options in {"cut.mp4": {"container": {"movflags": "faststart"}}, "cut.mkv": {}, "cut.avi": {}}.items():
         clip = write_clip(folder / name, regular(90, 30), draw, **options)
         clip.write_bytes(clip.read_bytes()[: clip.stat().st_size // 2])
@@ -328,9 +343,9 @@ def test_broken_clips_are_skipped_and_listed(tmp_path, capsys):
     told = report(tmp_path / "out")
     assert {name for name, line in told.items() if "broken" in line} == broken
     assert told["short.mp4"]["episodes"] == {}
-    assert len(told["whole.mp4"]["episodes"]) == 1
+    assert len(told["whole.mp4"]["episodes"]) == len(told["sound.mkv"]["episodes"]) == 1
     printed = capsys.readouterr().out
-    assert "5 of 7 clips are broken" in printed
+    assert "5 of 8 clips are broken" in printed
     assert all(f"{folder / name}: " in printed for name in broken)
     with pytest.raises(ValueError, match=r"no clip gives an episode:\n.*short.mp4: no episode"):
         run(folder / "short.mp4", "--root", tmp_path / "other")
@@ -364,10 +379,12 @@ def test_a_killed_command_goes_on(server, tmp_path):
     with pytest.raises(ValueError, match=r"other options(.|\n)* fps: asked for 5, found 10"):
         run(tmp_path / "clips", "--root", tmp_path / "killed", "--fps", 5)
     assert {path: path.stat().st_mtime_ns for path in done} == done
+    changed = next(clip for clip in (tmp_path / "clips").iterdir() if video.video_of(work, clip) in done)
+    os.utime(changed)  # this one may be another clip by now
 
     code, printed = run_forked(server, [*command, tmp_path / "killed"], output)
     assert code == 0, printed
-    assert f"{len(done)} of 8 clips were converted before" in printed
+    assert f"{len(done) - 1} of 8 clips were converted before" in printed
     code, printed = run_forked(server, [*command, tmp_path / "alone"], tmp_path / "alone.txt")
     assert code == 0, printed
     assert "before" not in printed
@@ -377,6 +394,20 @@ def test_a_killed_command_goes_on(server, tmp_path):
     ]
     assert contents[0] == contents[1]
     assert names_in(tmp_path) == ["alone", "alone.txt", "clips", "killed", "killed.txt"]
+
+
+def test_a_worker_that_is_killed_stops_the_command():
+    config = video.VideoConfig(clips=(), root=Path(), num_workers=1)
+    with tqdm(total=1) as bar, pytest.raises(ValueError, match=r"a worker process was killed.* with 9: .*goes on"):
+        list(video.in_workers(os._exit, {9: ()}, config, bar, seconds=False))
+
+
+def test_a_full_disk_is_no_broken_clip(tmp_path):
+    clip = write_clip(tmp_path / "clip.mp4", regular(60, 30), lambda i: scene(i, 1, 0))
+    (tmp_path / "out.part").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="the disk is full"):
+        attempt(convert, clip, clip_options(), tmp_path / "out.mp4")
+    assert names_in(tmp_path) == ["clip.mp4"]
 
 
 # --- tasks ------------------------------------------------------------------------------------------------------------
@@ -391,6 +422,7 @@ def test_tasks_by_pattern_and_by_captions(tmp_path, capsys):
     clips = [tmp_path / "open_the_door" / name for name in ("12.webm", "a_b.mp4", "c.mp4")]
     assert set(tasks(clips).values()) == {"open the door"}
     assert tasks(clips, "task", "{folder}: {stem}!")["a_b.mp4"] == "open the door: a b!"
+    assert set(tasks(clips, "task", "").values()) == {""}
     rows = [{"id": "12", "label": "Öffnen", "template": "x"}, {"id": "a_b.mp4", "label": "pull, push"}]
     (tmp_path / "c.json").write_text(json.dumps(rows))
     with (tmp_path / "c.csv").open("w", newline="") as file:
