@@ -19,6 +19,7 @@ PACKAGE = ROOT / "smolvla_shared"
 # A module imports only modules above it.
 ORDER = """
     config batch preprocess flow losses refusals files cache run_signals
+    video_source video_clips video_dataset video
     trunk trunk_files model model_parts laq_layers laq laq_codebook laq_files
     data data_order label_probe data_loader data_blocks label_cache labels action_decoder artifact label_health
     label_pictures
@@ -28,7 +29,8 @@ ORDER = """
     train_stage2 train_stage3 rollout
 """.split()
 SCRIPTS = ORDER[-3:]
-USES_LEROBOT = {"data", "rollouts", "serve", *(name for name in ORDER if name.startswith("lerobot_")), *SCRIPTS}
+USES_LEROBOT = {"data", "rollouts", "serve", "video_dataset", *SCRIPTS}
+USES_LEROBOT |= {name for name in ORDER if name.startswith("lerobot_")}
 
 SOURCES = {path.stem: path for path in PACKAGE.glob("*.py") if path.stem != "__init__"}
 SOURCES |= {name: ROOT / f"{name}.py" for name in SCRIPTS if (ROOT / f"{name}.py").exists()}
