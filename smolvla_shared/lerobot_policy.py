@@ -64,6 +64,9 @@ class HLRPSmolVLASharedConfig(PreTrainedConfig):
     n_action_steps: int = 10
     # Cameras that an observation may lack; their tokens are then masked. All other cameras are required.
     optional_cameras: tuple[str, ...] = ()
+    # select_action's noise is a function of this seed + the episode's number since eval(), and of the step since
+    # reset(): lerobot-eval with --seed and this one equal acts as rollout.py. None: drawn anew.
+    noise_seed: int | None = None
     # How each kind of feature is normalised, as in training.
     normalization_mapping: dict[str, NormalizationMode] = field(
         default_factory=lambda: {
@@ -192,6 +195,7 @@ class HLRPSmolVLASharedPolicy(PreTrainedPolicy):
         super().__init__(config)
         config.validate_features()
         self.model = SmolVLASharedCore(config.core)
+        self.first_episode = self.num_episodes = 0  # the first of the episodes that run now, and how many run
         self.reset()
 
     @classmethod
@@ -223,6 +227,13 @@ class HLRPSmolVLASharedPolicy(PreTrainedPolicy):
     def reset(self) -> None:
         """Forget the actions not yet executed. LeRobot calls this when an episode begins."""
         self.queue: deque[Tensor] = deque()  # actions [B, A]
+        self.step = 0
+        self.first_episode, self.num_episodes = self.first_episode + self.num_episodes, 0
+
+    def train(self, mode: bool = True) -> "HLRPSmolVLASharedPolicy":
+        """As of every module; episodes are counted anew. LeRobot calls eval() before the first one of each task."""
+        self.first_episode = self.num_episodes = 0
+        return super().train(mode)
 
     def forward(
         self,
@@ -268,9 +279,22 @@ class HLRPSmolVLASharedPolicy(PreTrainedPolicy):
     def select_action(self, batch: dict[str, Tensor], noise: Tensor | None = None) -> Tensor:
         """The next normalised action [B, A]. Generates a chunk when n_action_steps of the last one are executed."""
         if not self.queue:
+            noise = self.seeded_noise(batch) if noise is None else noise
             chunk = self.predict_action_chunk(batch, noise)
             self.queue.extend(chunk[:, : self.config.n_action_steps].unbind(dim=1))
+        self.step += 1
         return self.queue.popleft()
+
+    def seeded_noise(self, batch: dict[str, Tensor]) -> Tensor | None:
+        """Noise [B, T, max_action_dim] of config.noise_seed for the episodes that run now; None without a seed."""
+        check_has(batch, [keys.OBS_LANGUAGE_TOKENS])
+        text, core, seed = batch[keys.OBS_LANGUAGE_TOKENS], self.config.core, self.config.noise_seed
+        self.num_episodes = len(text)
+        if seed is None:
+            return None
+        first, shape = seed + self.first_episode, (core.chunk_size, core.max_action_dim)
+        noise = [flow.episode_noise(first + i, self.step, shape) for i in range(len(text))]
+        return torch.stack(noise).to(text.device)
 
 
 # --- files -----------------------------------------------------------------------------------------------------------

@@ -24,11 +24,13 @@ ORDER = """
     label_pictures
     label_check feature_cache
     lerobot_processor lerobot_policy lerobot_smolvla initial
-    evaluate run_sharding run_optimizer run_metrics run_checkpoint run grounding teacher rollouts
+    evaluate run_sharding run_optimizer run_metrics run_checkpoint run grounding teacher
+    comparison environments rollouts rollout_results
     train_stage2 train_stage3 rollout
 """.split()
 SCRIPTS = ORDER[-3:]
-USES_LEROBOT = {"data", "lerobot_processor", "lerobot_policy", "lerobot_smolvla", "rollouts", *SCRIPTS}
+USES_LEROBOT = {*"data lerobot_processor lerobot_policy lerobot_smolvla environments rollouts rollout_results".split()}
+USES_LEROBOT |= {*SCRIPTS}
 
 SOURCES = {path.stem: path for path in PACKAGE.glob("*.py") if path.stem != "__init__"}
 SOURCES |= {name: ROOT / f"{name}.py" for name in SCRIPTS if (ROOT / f"{name}.py").exists()}
