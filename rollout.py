@@ -5,21 +5,27 @@ python rollout.py --policy-path runs/s3/checkpoints/last/pretrained_model --env.
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
+
+if TYPE_CHECKING:
+    from smolvla_shared.lerobot_policy import HLRPSmolVLASharedConfig
+
+SWEPT = ("n_action_steps", "flow_steps")
 
 
 @dataclass(frozen=True)
 class EnvironmentConfig:
-    # LeRobot environment: metaworld or pusht.
+    # Environment: metaworld, pusht or aloha.
     type: str = "metaworld"
-    # Meta-World task, such as plate-slide-v3; ignored for pusht.
-    task: str = "reach-v3"
+    # One or several tasks, such as plate-slide-v3. Default: reach-v3, PushT-v0 or AlohaInsertion-v0.
+    task: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutConfig:
-    """Success rate with its 95% Wilson interval, a contact sheet, and (by flag) a video of each episode."""
+    """Success rates with their 95% Wilson intervals, a contact sheet, and (by option) videos."""
 
     # The policy: a pretrained_model directory of train_stage3.py.
     policy_path: Path
@@ -27,9 +33,9 @@ class RolloutConfig:
     out: Path | None = None
     # The environment.
     env: EnvironmentConfig = field(default_factory=EnvironmentConfig)
-    # Episodes to run; with 50 the 95% interval is at most 27 points wide.
+    # Episodes to run of each task; with 50 the 95% interval is at most 27 points wide.
     episodes: int = 50
-    # Environments that run side by side (Meta-World: one process each); the results do not depend on it.
+    # Environments that run side by side, in a process each; the results do not depend on it.
     num_envs: int = 2
     # Seed of the first episode; episode i uses seed + i for object positions and the policy's noise.
     seed: int = 0
@@ -37,71 +43,144 @@ class RolloutConfig:
     max_steps: int = 500
     # Actions executed of each chunk before the next chunk is predicted. Default: the value saved with the policy.
     n_action_steps: int | None = None
+    # Euler steps that generate a chunk. Default: the value saved with the policy.
+    flow_steps: int | None = None
+    # Roll out once for each value of one of the two: n_action_steps=1,5,10 or flow_steps=1,2,5,10.
+    sweep: str | None = None
+    # results.json of another rollout, to compare with on equal initial states.
+    compare: Path | None = None
     # Pairs of environment key and policy key, for observations whose names differ.
     rename: dict[str, str] = field(default_factory=dict)
-    # Write a video of each episode.
-    videos: bool = False
+    # Which episodes to write a video of.
+    videos: Literal["all", "failures", "none"] = "none"
+    # Go on with the rollout in --out. --episodes may have grown; --num-envs, --videos and --device may differ.
+    resume: bool = False
     # Device that the policy runs on. Default: cuda if there is a GPU, else cpu.
     device: str | None = None
 
 
-def main(config: RolloutConfig) -> None:
+def check_options(config: RolloutConfig) -> Path:
+    """The directory to write. Raises ValueError for what can be told before anything is loaded."""
     if not (config.policy_path / "config.json").is_file():
         found = sorted(p.name for p in config.policy_path.iterdir()) if config.policy_path.is_dir() else "no directory"
         raise ValueError(f"--policy-path {config.policy_path} holds no policy: config.json is missing (found: {found})")
-    out = config.out or config.policy_path.parent / f"rollout_{config.env.task}_seed{config.seed}"
-    if out.exists():
-        raise ValueError(f"--out {out} exists: name another directory")
+    for option in ("episodes", "num_envs", "max_steps"):
+        if getattr(config, option) < 1:
+            raise ValueError(f"--{option.replace('_', '-')} {getattr(config, option)}: must be at least 1")
+    more = f"_and_{len(config.env.task) - 1}_more" if len(config.env.task) > 1 else ""
+    name = f"rollout_{config.env.task[0] if config.env.task else config.env.type}{more}_seed{config.seed}"
+    out = config.out or config.policy_path.parent / name
+    if out.exists() and not config.resume:
+        raise ValueError(f"--out {out} exists: pass --resume to go on with it, or another directory")
+    if config.resume and not out.exists():
+        raise ValueError(f"--resume: there is no rollout at {out}; start without --resume")
+    return out
 
-    import torch
+
+def sweep_values(text: str) -> tuple[str, list[int]]:
+    """n_action_steps=1,5,10 -> its name and values."""
+    name, _, values = text.partition("=")
+    numbers = [int(value) if value.isdecimal() else 0 for value in values.split(",")]
+    if name not in SWEPT or min(numbers) < 1 or len(set(numbers)) < len(numbers):
+        raise ValueError(f"--sweep {text}: expected {' or '.join(SWEPT)}, then = and different whole numbers: 1,5,10")
+    return name, numbers
+
+
+def policy_configs(config: RolloutConfig, saved: "HLRPSmolVLASharedConfig") -> dict[str, "HLRPSmolVLASharedConfig"]:
+    """The policy's config, by subdirectory of --out: one, or one for each value of --sweep."""
+
+    def changed(values: dict[str, int | None]) -> "HLRPSmolVLASharedConfig":
+        given = {name: value for name, value in values.items() if value is not None}
+        core = replace(saved.core, flow_steps=given.pop("flow_steps", saved.core.flow_steps))
+        return replace(saved, core=core, **given)
+
+    asked = {name: getattr(config, name) for name in SWEPT}
+    if not config.sweep:
+        return {".": changed(asked)}
+    name, values = sweep_values(config.sweep)
+    if asked[name] is not None:
+        raise ValueError(f"--sweep {config.sweep} and --{name.replace('_', '-')} {asked[name]}: give one of the two")
+    return {f"{name}={value}": changed(asked | {name: value}) for value in values}
+
+
+def roll_out(
+    config: RolloutConfig, policy_config: "HLRPSmolVLASharedConfig", out: Path, settings: dict[str, Any]
+) -> dict[str, Any]:
+    """All episodes that `out` does not have yet, and then its results."""
     from lerobot.envs.configs import EnvConfig
     from lerobot.policies.factory import make_pre_post_processors
 
-    from smolvla_shared import rollouts
+    from smolvla_shared import environments, rollout_results, rollouts
     from smolvla_shared.lerobot_policy import HLRPSmolVLASharedPolicy
     from smolvla_shared.run import versions
 
-    rollouts.render_headless()
-    seeds = range(config.seed, config.seed + config.episodes)
-    rollouts.check_environment(config.env.type, config.env.task, seeds)
-    policy = HLRPSmolVLASharedPolicy.from_pretrained(config.policy_path)
-    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    policy.config.device = device
-    policy.to(device)
-    if config.n_action_steps is not None:
-        policy.config = replace(policy.config, n_action_steps=config.n_action_steps)
+    episodes = rollout_results.open_directory(out, settings)
+    policy = HLRPSmolVLASharedPolicy.from_pretrained(config.policy_path, config=policy_config)
     preprocess, postprocess = make_pre_post_processors(
         policy.config,
         pretrained_path=str(config.policy_path),
         preprocessor_overrides={
-            "device_processor": {"device": device},
+            "device_processor": {"device": policy.config.device},
             "rename_observations_processor": {"rename_map": config.rename},
         },
     )
+    env_type, fps = config.env.type, EnvConfig.get_choice_class(config.env.type)().fps
+    for task in settings["environment"]["tasks"]:
+        there = {episode.seed for episode in episodes if episode.task == task}
+        seeds = [seed for seed in range(config.seed, config.seed + config.episodes) if seed not in there]
+        if not seeds:
+            continue
+        image_size = settings["environment"]["image_size"]
+        vector = environments.make_environments(env_type, task, image_size, config.max_steps, config.num_envs)
+        text = environments.task_text(env_type, task)
+        run = rollouts.run_episodes(
+            policy, preprocess, postprocess, vector, task, text, seeds, config.max_steps, config.rename
+        )
+        rollout_results.record(out, episodes, run, fps, config.videos)
+        vector.close()
+    provenance = {"policy_path": str(config.policy_path), **settings, "versions": versions()}
+    return rollout_results.finish(out, episodes, provenance)
+
+
+def main(config: RolloutConfig) -> None:
+    out = check_options(config)
+
+    import torch
+
+    from smolvla_shared import comparison, environments, rollout_results
+    from smolvla_shared.files import policy_sha256
+    from smolvla_shared.lerobot_files import load_config
+
+    environments.render_headless()
+    tasks = config.env.task or environments.TASKS.get(config.env.type, ())[:1]
+    environments.check_environment(config.env.type, tasks, config.max_steps)
+    seeds = range(config.seed, config.seed + config.episodes)
+    environments.check_seeds(seeds)
+    saved = load_config(config.policy_path)
+    saved.device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
     # The environment renders the size of the images that the policy was trained on.
-    image_size = next(f.shape[-1] for f in policy.config.input_features.values() if len(f.shape) == 3)
-    environments = rollouts.make_environments(config.env.type, config.env.task, image_size, config.num_envs)
-    task = rollouts.task_text(config.env.type, config.env.task)
-    episodes = rollouts.run_episodes(
-        policy, preprocess, postprocess, environments, task, seeds, config.max_steps, config.rename
-    )
-    provenance = {
-        "policy_path": str(config.policy_path),
-        "environment": {"type": config.env.type, "task": config.env.task, "image_size": image_size},
+    image_size = next(f.shape[-1] for f in saved.input_features.values() if len(f.shape) == 3)
+    settings = {
+        "policy_sha256": policy_sha256(config.policy_path),
+        "environment": {"type": config.env.type, "tasks": list(tasks), "image_size": image_size},
         "seed": config.seed,
         "max_steps": config.max_steps,
-        "n_action_steps": policy.config.n_action_steps,
-        "versions": versions(),
+        "rename": config.rename,
     }
-    fps = EnvConfig.get_choice_class(config.env.type)().fps
-    results = rollouts.write_results(episodes, out, fps, config.videos, provenance)
-    environments.close()
-    low, high = results["wilson_95"]
-    print(f"results, contact sheet{' and videos' if config.videos else ''}: {out}")
-    print(
-        f"{config.env.task}: {results['successes']} of {config.episodes} episodes succeeded, "
-        f"{results['success_rate']:.0%} (95% interval {low:.0%} to {high:.0%})"
-    )
+    other = comparison.read_results(config.compare, settings, seeds) if config.compare else None
+    variants, rows = policy_configs(config, saved), {}
+    for name, policy_config in variants.items():
+        chunks = {"n_action_steps": policy_config.n_action_steps, "flow_steps": policy_config.core.flow_steps}
+        results = rows[name] = roll_out(config, policy_config, out / name, settings | chunks)
+        print(f"results and contact sheet: {out / name}\n{rollout_results.results_table(results)}")
+        if other:
+            print(comparison.compare(str(out / name), results, str(config.compare.parent), other))
+    if config.sweep:
+        option = config.sweep.partition("=")[0]
+        print(rollout_results.table(option, rows))
+        rollout_results.plot_sweep(
+            option, {int(n.partition("=")[2]): row for n, row in rows.items()}, out / "sweep.png"
+        )
 
 
 if __name__ == "__main__":

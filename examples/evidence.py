@@ -109,7 +109,8 @@ class Part:
         for part in self.inputs:
             part.make(root)
         out, command = self.out(root), [sys.executable, *self.words(root)]
-        if out.exists() and "--run-dir" in command:  # a training run that was stopped goes on
+        rollout = (out / "settings.json").is_file()
+        if rollout or (out.exists() and "--run-dir" in command):  # a rollout or training run that was stopped goes on
             command.append("--resume")
         elif "label" not in command:  # the label command goes on by itself
             shutil.rmtree(out, ignore_errors=True)

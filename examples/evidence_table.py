@@ -1,13 +1,12 @@
 """Statistics, table and plots of examples/evidence.py."""
 
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from smolvla_shared.rollouts import wilson_interval
+from smolvla_shared.comparison import mcnemar_exact, wilson_interval
 
 # The arms that every other is compared with: equal Stage 3 steps, and equal steps in all.
 REFERENCES = "scratch", "scratch, all compute"
@@ -27,13 +26,6 @@ class Measured:
     def success(self) -> Success:
         """At the last step."""
         return self.by_step[max(self.by_step)]
-
-
-def mcnemar_exact(only_first: int, only_second: int) -> float:
-    """Two-sided exact McNemar test: p of so uneven a split of the pairs in which just one of two succeeded."""
-    trials = only_first + only_second
-    tail = sum(math.comb(trials, k) for k in range(min(only_first, only_second) + 1)) / 2**trials
-    return min(1.0, 2 * tail)
 
 
 def holm(p_values: list[float]) -> list[float]:

@@ -58,7 +58,7 @@ launch train_stage3.py --run-dir "$RUN/stage3" \
 
 step "6 rollout"
 python rollout.py --policy-path "$RUN/stage3/checkpoints/last/pretrained_model" --env.type metaworld --env.task $TASK \
-    --episodes 20 --num-envs 2 --seed $((100 * SEED)) --max-steps 200 --out "$RUN/rollout" --videos
+    --episodes 20 --num-envs 2 --seed $((100 * SEED)) --max-steps 200 --out "$RUN/rollout" --videos all
 
 step "end"
 python examples/summarize.py "$RUN"

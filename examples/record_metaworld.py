@@ -3,8 +3,8 @@
     python examples/record_metaworld.py --kind video --root data/video --tasks window-open-v3 door-open-v3 --episodes 25
     python examples/record_metaworld.py --kind labelled --root data/labelled --tasks plate-slide-v3 --episodes 30
 
-Recordings and rollouts use the same environment (smolvla_shared.rollouts.make_metaworld), but never the same seeds: a
-policy is judged on object positions that were not recorded.
+Recordings and rollouts use the same environment (smolvla_shared.environments.make_metaworld), but never the same seeds:
+a policy is judged on object positions that were not recorded.
 """
 
 import multiprocessing
@@ -21,7 +21,7 @@ import tyro
 from tqdm import tqdm
 
 from smolvla_shared.data import ACTION_KEY, EXECUTED_ACTION_KEY
-from smolvla_shared.rollouts import FIRST_RECORDING_SEED, make_metaworld, metaworld_tasks, render_headless
+from smolvla_shared.environments import FIRST_RECORDING_SEED, make_metaworld, metaworld_tasks, render_headless
 
 SEEDS_PER_RECORDING = 10_000_000
 FPS = 80  # Meta-World's control rate
@@ -147,7 +147,7 @@ def main(config: RecordConfig) -> None:
     )
     num_frames = 0
     # A rendering context does not survive a fork; imports do.
-    multiprocessing.set_forkserver_preload(["smolvla_shared.rollouts", "lerobot.envs.metaworld"])
+    multiprocessing.set_forkserver_preload(["smolvla_shared.environments", "lerobot.envs.metaworld"])
     with multiprocessing.get_context("forkserver").Pool(config.num_workers) as pool:
         for frames in tqdm(pool.imap(demonstrate, jobs), total=len(jobs), desc=f"record {config.kind}", unit="episode"):
             for frame in frames:

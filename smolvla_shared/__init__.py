@@ -31,7 +31,9 @@ What surrounds it:
     laq_codebook    the teacher's codes in training: their use, and where they are placed
     action_decoder  actions for video, from its latent actions and a few demonstrations
     grounding       a teacher that also learns from a few labelled demonstrations
-    rollouts        episodes in environments, their statistics and pictures
+    environments    Meta-World without shadows, PushT, Aloha, and the hash of where an episode begins
+    rollouts, rollout_results     episodes of a policy in environments; their files, tables and pictures
+    comparison      success rates: Wilson's interval, McNemar's test
     lerobot_config, lerobot_policy, lerobot_processor     the policy as LeRobot sees it
     lerobot_files, lerobot_card           policies in files; a policy's card, and where its weights are from
     hub             policies, artifacts and teachers to the hub

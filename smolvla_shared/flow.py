@@ -27,6 +27,11 @@ def draw_noise_and_time(
     return noise, training_time(rng.beta(alpha, beta, num_draws)).astype(np.float32)
 
 
+def episode_noise(seed: int, step: int, shape: tuple[int, int]) -> Tensor:
+    """The noise [T, A] that a policy generates the chunk of this step of an episode from."""
+    return torch.from_numpy(np.random.default_rng([seed, step]).standard_normal(shape, dtype=np.float32))
+
+
 def interpolate(target: Tensor, noise: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
     """The point x_t on the straight path from data to noise, and the path's velocity u_t.
 

@@ -62,6 +62,9 @@ class HLRPSmolVLASharedConfig(PreTrainedConfig):
     n_action_steps: int = 10
     # Cameras that an observation may lack; their tokens are then masked. All other cameras are required.
     optional_cameras: tuple[str, ...] = ()
+    # select_action's noise is a function of this seed + the episode's number since eval(), and of the step since
+    # reset(): lerobot-eval with --seed and this one equal acts as rollout.py. None: drawn anew.
+    noise_seed: int | None = None
     # Names of the dimensions, in order, where the training data names them.
     action_feature_names: tuple[str, ...] | None = None
     state_feature_names: tuple[str, ...] | None = None

@@ -95,6 +95,7 @@ class HLRPSmolVLASharedPolicy(DescribedPolicy, PreTrainedPolicy):
             self.model = SmolVLASharedCore(config.core)
             prepare_to_train(self.model, config.starting_model, {ACTION})
         self.init_rtc_processor()
+        self.first_episode = self.num_episodes = 0  # the first of the episodes that run now, and how many run
         self.reset()
 
     def _build(self) -> SmolVLASharedCore:
@@ -171,6 +172,13 @@ class HLRPSmolVLASharedPolicy(DescribedPolicy, PreTrainedPolicy):
         """Forget the actions not yet executed. LeRobot calls this when an episode begins."""
         self.queue: deque[Tensor] = deque()  # actions [B, A]
         self.is_first_observation = True
+        self.step = 0
+        self.first_episode, self.num_episodes = self.first_episode + self.num_episodes, 0
+
+    def train(self, mode: bool = True) -> "HLRPSmolVLASharedPolicy":
+        """As of every module; episodes are counted anew. LeRobot calls eval() before the first one of each task."""
+        self.first_episode = self.num_episodes = 0
+        return super().train(mode)
 
     # --- training -----------------------------------------------------------------------------------------------------
 
@@ -287,6 +295,19 @@ class HLRPSmolVLASharedPolicy(DescribedPolicy, PreTrainedPolicy):
         if self.rtc_enabled:
             raise ValueError("select_action cannot do real-time chunking: use predict_action_chunk")
         if not self.queue:
+            noise = self.seeded_noise(batch) if noise is None else noise
             chunk = self.predict_action_chunk(batch, noise)
             self.queue.extend(chunk[:, : self.config.n_action_steps].unbind(dim=1))
+        self.step += 1
         return self.queue.popleft()
+
+    def seeded_noise(self, batch: dict[str, Tensor]) -> Tensor | None:
+        """Noise [B, T, max_action_dim] of config.noise_seed for the episodes that run now; None without a seed."""
+        check_has(batch, [keys.OBS_LANGUAGE_TOKENS])
+        text, core, seed = batch[keys.OBS_LANGUAGE_TOKENS], self.config.core, self.config.noise_seed
+        self.num_episodes = len(text)
+        if seed is None:
+            return None
+        first, shape = seed + self.first_episode, (core.chunk_size, core.max_action_dim)
+        noise = [flow.episode_noise(first + i, self.step, shape) for i in range(len(text))]
+        return torch.stack(noise).to(text.device)

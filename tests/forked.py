@@ -114,7 +114,7 @@ def serve() -> None:
     # All that takes long; the commands import some of it only when they come to it.
     for name in "lerobot.envs.metaworld lerobot.policies.factory matplotlib.backends.backend_agg torchcodec".split():
         importlib.import_module(name)
-    for name in "feature_cache grounding initial label_check rollouts run".split():
+    for name in "feature_cache grounding initial label_check rollout_results run".split():
         importlib.import_module(f"smolvla_shared.{name}")
 
     pid = 0

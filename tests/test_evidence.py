@@ -14,16 +14,10 @@ SETTING = "five tasks"
 sys.path.insert(0, str(ROOT / "examples"))
 
 from evidence import ARMS, SETTINGS, Cell, Part, Sizes, gather  # noqa: E402
-from evidence_table import Measured, compare, holm, markdown, mcnemar_exact  # noqa: E402
+from evidence_table import Measured, compare, holm, markdown  # noqa: E402
 from relabel import executed_latents  # noqa: E402
 
-
-def test_mcnemar_is_twice_the_smaller_tail_of_a_fair_coin():
-    assert mcnemar_exact(0, 0) == 1
-    assert mcnemar_exact(7, 7) == 1
-    assert mcnemar_exact(0, 5) == mcnemar_exact(5, 0) == 2 / 2**5
-    assert mcnemar_exact(1, 9) == 2 * (1 + 10) / 2**10
-    assert mcnemar_exact(2, 8) == 2 * (1 + 10 + 45) / 2**10
+from smolvla_shared.comparison import mcnemar_exact  # noqa: E402
 
 
 def test_holm_multiplies_by_what_is_left_and_never_falls():

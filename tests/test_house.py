@@ -25,11 +25,12 @@ ORDER = """
     label_pictures
     label_check feature_cache
     lerobot_config lerobot_processor lerobot_card lerobot_files lerobot_smolvla initial lerobot_policy
-    evaluate run_sharding run_optimizer run_metrics run_checkpoint run grounding teacher rollouts hub serve
+    evaluate run_sharding run_optimizer run_metrics run_checkpoint run grounding teacher
+    comparison environments rollouts rollout_results hub serve
     train_stage2 train_stage3 rollout
 """.split()
 SCRIPTS = ORDER[-3:]
-USES_LEROBOT = {"data", "rollouts", "serve", "video_dataset", *SCRIPTS}
+USES_LEROBOT = {*"data environments rollouts rollout_results serve video_dataset".split(), *SCRIPTS}
 USES_LEROBOT |= {name for name in ORDER if name.startswith("lerobot_")}
 
 SOURCES = {path.stem: path for path in PACKAGE.glob("*.py") if path.stem != "__init__"}
@@ -168,12 +169,14 @@ def test_this_machine_may_talk_to_itself():
 
 
 @pytest.mark.slow
-def test_lerobot_finds_the_policy():
+def test_lerobot_finds_policy_and_environment():
     """LeRobot's commands import every distribution lerobot_policy_*, as a module of the name in its metadata."""
     assert distribution("lerobot_policy_hlrp_smolvla_shared").metadata["Name"] == "lerobot_policy_hlrp_smolvla_shared"
     done = run_python(
         "from lerobot.utils.import_utils import register_third_party_plugins as register; register()\n"
         "from lerobot.configs.policies import PreTrainedConfig\n"
-        "PreTrainedConfig.get_choice_class('hlrp_smolvla_shared')"
+        "PreTrainedConfig.get_choice_class('hlrp_smolvla_shared')\n"
+        "from lerobot.envs.configs import EnvConfig\n"
+        "EnvConfig.get_choice_class('metaworld_plain')"
     )
     assert done.returncode == 0, done.stderr

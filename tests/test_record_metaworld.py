@@ -9,7 +9,7 @@ import torch
 from forked import run_forked
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
-from smolvla_shared.rollouts import make_metaworld
+from smolvla_shared.environments import make_metaworld
 
 TASK, SIZE = "plate-slide-v3", 64
 

@@ -1,0 +1,243 @@
+"""Simulated environments: Meta-World without shadows, PushT and Aloha, each with a hash of where an episode begins.
+
+Importing this module registers `metaworld_plain`, so that `lerobot-eval --env.type=metaworld_plain` shows a policy what
+rollout.py and examples/record_metaworld.py show it. An environment is fixed by (type, task, image size, maximal steps).
+"""
+
+import hashlib
+import multiprocessing
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import numpy as np
+from lerobot.configs import FeatureType, PolicyFeature
+from lerobot.envs.configs import EnvConfig
+from lerobot.utils.constants import ACTION, OBS_IMAGE, OBS_STATE
+
+# Recordings use seeds from here on, rollouts use smaller ones: a policy is judged on object positions it has not seen.
+FIRST_RECORDING_SEED = 1_000_000
+METAWORLD_STEPS = 500  # after which Meta-World ends an episode
+# The tasks of each type that was tested with our loop, the default first; those of Meta-World are LeRobot's.
+TASKS = {
+    "metaworld": ("reach-v3",),
+    "pusht": ("PushT-v0",),
+    "aloha": ("AlohaInsertion-v0", "AlohaTransferCube-v0"),
+}
+NEEDS = {  # the module of each type, and what to install for it
+    "metaworld": ("metaworld", "pip install -r requirements.txt"),
+    "pusht": ("gym_pusht", "pip install -r requirements.txt"),
+    "aloha": ("gym_aloha", "pip install gym-aloha==0.1.5 dm_control==1.0.38 'mujoco<3.7'"),
+}
+
+
+def render_headless() -> None:
+    """Choose a renderer that needs no display, unless MUJOCO_GL names one. Call it before mujoco is imported."""
+    if "MUJOCO_GL" not in os.environ and "DISPLAY" not in os.environ:
+        os.environ["MUJOCO_GL"] = "egl" if Path("/dev/nvidia0").exists() else "osmesa"
+
+
+def metaworld_tasks() -> list[str]:
+    from lerobot.envs.metaworld import TASK_DESCRIPTIONS
+
+    return sorted(TASK_DESCRIPTIONS)
+
+
+def task_text(env_type: str, task: str) -> str:
+    """The task in words, as in recordings; "" for PushT and Aloha."""
+    if env_type != "metaworld":
+        return ""
+    from lerobot.envs.metaworld import TASK_DESCRIPTIONS
+
+    return TASK_DESCRIPTIONS[task]
+
+
+def check_environment(env_type: str, tasks: tuple[str, ...], max_steps: int) -> None:
+    """Raise ValueError for an unknown type or task, one that is not installed, and more steps than there are."""
+    if env_type not in TASKS:
+        raise ValueError(f"--env.type {env_type} is not one of {', '.join(TASKS)}; lerobot-eval has more types")
+    module, install = NEEDS[env_type]
+    if find_spec(module) is None:
+        raise ValueError(f"--env.type {env_type} needs the module {module}, which is not installed: {install}")
+    known = metaworld_tasks() if env_type == "metaworld" else TASKS[env_type]
+    if unknown := [task for task in tasks if task not in known]:
+        raise ValueError(f"--env.task {' '.join(unknown)}: not of {env_type}, which has {', '.join(known)}")
+    if len(set(tasks)) < len(tasks):
+        raise ValueError(f"--env.task {' '.join(tasks)} names a task twice")
+    if env_type == "metaworld" and max_steps > METAWORLD_STEPS:
+        raise ValueError(f"{max_steps} steps: Meta-World ends every episode after {METAWORLD_STEPS}, ask for no more")
+
+
+def check_seeds(seeds: range) -> None:
+    """Raise ValueError for seeds that recordings use."""
+    if seeds.stop > FIRST_RECORDING_SEED:
+        raise ValueError(
+            f"--seed {seeds.start} with {len(seeds)} episodes reaches the seeds of recordings ({FIRST_RECORDING_SEED} "
+            "and up), whose object positions the policy may have been trained on: take a smaller one"
+        )
+
+
+# --- one environment --------------------------------------------------------------------------------------------------
+
+
+def make_metaworld(task: str, image_size: int) -> gymnasium.Env:
+    """LeRobot's Meta-World environment, rendered at `image_size` without shadows and reflections (slow on a CPU).
+
+    LeRobot always renders 480 x 480. Recordings and rollouts both build their environments here, so that a policy sees
+    the images that it was trained on.
+    """
+    from lerobot.envs.metaworld import MetaworldEnv
+
+    env = MetaworldEnv(task, obs_type="pixels_agent_pos", observation_width=image_size, observation_height=image_size)
+    env._ensure_env()  # builds the physics; the renderer reads the settings below at the first frame
+    model, renderer = env._env.model, env._env.mujoco_renderer
+    model.vis.quality.shadowsize = 0
+    model.vis.quality.offsamples = 4
+    model.light_castshadow[:] = 0
+    model.mat_reflectance[:] = 0
+    renderer.width = renderer.height = image_size
+    return env
+
+
+def metaworld_physics(env: gymnasium.Env) -> list[Any]:
+    """Meta-World places objects by joints, by bodies of the model, or by both; goals may be nothing but numbers."""
+    sim = env.unwrapped._env.unwrapped
+    model, data = sim.model, sim.data
+    placed = [model.body_pos, model.body_quat, model.site_pos, sim._target_pos]
+    return [data.qpos, data.qvel, data.mocap_pos, data.mocap_quat, *placed]
+
+
+def pusht_physics(env: gymnasium.Env) -> list[Any]:
+    bodies = env.unwrapped.agent, env.unwrapped.block
+    moving = [[*body.position, body.angle, *body.velocity, body.angular_velocity] for body in bodies]
+    return [*moving, env.unwrapped.goal_pose]
+
+
+def aloha_physics(env: gymnasium.Env) -> list[Any]:
+    physics = env.unwrapped._env.physics
+    return [physics.get_state(), physics.data.mocap_pos, physics.data.mocap_quat]
+
+
+PHYSICS: dict[str, Callable[[gymnasium.Env], list[Any]]] = {
+    "metaworld": metaworld_physics,
+    "pusht": pusht_physics,
+    "aloha": aloha_physics,
+}
+
+
+class Checked(gymnasium.Wrapper):
+    """Says at reset where the episode begins, and stops where MuJoCo would begin the episode anew without a word."""
+
+    def __init__(self, env: gymnasium.Env, env_type: str):
+        super().__init__(env)
+        self.env_type = env_type
+
+    def reset(self, **options: Any) -> tuple[Any, dict[str, Any]]:
+        """info["start"]: sha256 of the state of the physics; pictures do not count.
+
+        Values are rounded to 1e-6, so that the last bits of another processor do not make another start.
+        """
+        observation, info = self.env.reset(**options)
+        state = np.concatenate([np.ravel(part) for part in PHYSICS[self.env_type](self.env)])
+        state = np.round(state.astype(np.float64), 6) + 0.0  # no -0.0
+        return observation, info | {"start": hashlib.sha256(state.tobytes()).hexdigest()}
+
+    def step(self, action: np.ndarray) -> tuple[Any, ...]:
+        outcome = self.env.step(action)
+        if self.env_type == "metaworld":  # dm_control raises by itself
+            from mujoco import mjtWarning
+
+            warnings = self.env.unwrapped._env.unwrapped.data.warning
+            kinds = mjtWarning.mjWARN_BADQPOS, mjtWarning.mjWARN_BADQVEL, mjtWarning.mjWARN_BADQACC
+            if any(warnings[kind].number for kind in kinds):
+                raise RuntimeError(f"the simulation became unstable at action {action}, and MuJoCo reset it")
+        return outcome
+
+
+def make_environment(env_type: str, task: str, image_size: int, max_steps: int) -> gymnasium.Env:
+    """image_size is Meta-World's alone; PushT shows 96 x 96 pixels, Aloha 480 x 640."""
+    from lerobot.envs.utils import FreezeAfterEpisodeEnd
+
+    if env_type == "metaworld":
+        env = make_metaworld(task, image_size)
+        env._max_episode_steps = max_steps  # LeRobot's loop asks for it
+    else:
+        config = EnvConfig.get_choice_class(env_type)(task=task, episode_length=max_steps)
+        __import__(config.package_name)  # registers the environment, also in a worker process
+        env = gymnasium.make(config.gym_id, disable_env_checker=config.disable_env_checker, **config.gym_kwargs)
+    # An environment whose episode is over costs nothing while others go on.
+    return FreezeAfterEpisodeEnd(Checked(env, env_type))
+
+
+# --- several ----------------------------------------------------------------------------------------------------------
+
+
+def make_environments(
+    env_type: str, task: str, image_size: int, max_steps: int, num_envs: int
+) -> gymnasium.vector.VectorEnv:
+    """Vectorised environments: one in this process, or each in a process of its own.
+
+    gymnasium's renderer draws into the context that was created last, even another environment's, so that two of
+    Meta-World do not share a process.
+    """
+    factories = [partial(make_environment, env_type, task, image_size, max_steps)] * num_envs
+    if num_envs == 1:
+        return gymnasium.vector.SyncVectorEnv(factories)
+    preload_workers()
+    return gymnasium.vector.AsyncVectorEnv(factories, context="forkserver")
+
+
+def preload_workers() -> None:
+    """A rendering context does not survive a fork; imports do."""
+    multiprocessing.set_forkserver_preload([__name__, "lerobot.envs.metaworld"])
+
+
+@EnvConfig.register_subclass("metaworld_plain")
+@dataclass
+class MetaworldPlainConfig(EnvConfig):
+    """Our Meta-World environment for LeRobot's commands."""
+
+    task: str = "reach-v3"  # or several, with commas
+    fps: int = 80
+    episode_length: int = METAWORLD_STEPS
+    # Side of the images that the policy was trained on, pixels.
+    image_size: int | None = None
+
+    def __post_init__(self):
+        side = self.image_size or 0
+        self.features = {
+            "action": PolicyFeature(FeatureType.ACTION, (4,)),
+            "agent_pos": PolicyFeature(FeatureType.STATE, (4,)),
+            "pixels": PolicyFeature(FeatureType.VISUAL, (side, side, 3)),
+        }
+        self.features_map = {"action": ACTION, "agent_pos": OBS_STATE, "pixels": OBS_IMAGE}
+
+    @property
+    def gym_kwargs(self) -> dict[str, Any]:
+        return {}
+
+    def create_envs(self, n_envs: int, use_async_envs: bool = False) -> dict[str, dict[int, Any]]:
+        """{task: {0: environments}}. Two or more of a task run in a process each, whatever use_async_envs says."""
+        from lerobot.envs.utils import _LazyAsyncVectorEnv
+
+        if self.image_size is None:
+            raise ValueError(
+                "--env.image_size is missing: the side, in pixels, of the images that the policy was trained on, as in "
+                "its config.json under input_features"
+            )
+        render_headless()
+        tasks = tuple(self.task.split(","))
+        check_environment("metaworld", tasks, self.episode_length)
+        options = self.image_size, self.episode_length
+        if n_envs == 1:
+            return {task: {0: make_environments("metaworld", task, *options, num_envs=1)} for task in tasks}
+        preload_workers()
+        return {  # the processes of a task start when its turn comes
+            task: {0: _LazyAsyncVectorEnv([partial(make_environment, "metaworld", task, *options)] * n_envs)}
+            for task in tasks
+        }
