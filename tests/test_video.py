@@ -8,6 +8,7 @@ import signal
 import struct
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from PIL import Image
 from tqdm import tqdm
 
-from smolvla_shared import data, video
+from smolvla_shared import data, video, video_dataset
 from smolvla_shared.config import DataConfig
 from smolvla_shared.video_clips import ClipOptions, attempt, convert, cut_episodes
 
@@ -264,6 +265,17 @@ def test_still_stretches_are_left_out(tmp_path):
 def test_episodes_of_nothing_but_still_frames():
     assert cut_episodes(np.zeros((40, 8)), [], clip_options(min_motion=1.0)) == []
     assert cut_episodes(np.zeros((1, 8)), [], clip_options(min_motion=1.0)) == []
+
+
+def test_episodes_with_gaps_between_them_are_read_from_their_first_frame(tmp_path):
+    """Also where that is no key frame, and its key frame is left out; in two clips that share a file."""
+    clip = write_clip(tmp_path / "clip.mp4", regular(40, 10), lambda i: bars(i, 128, 64), rate=10)
+    options, video_file, spans = clip_options(), tmp_path / "out.mp4", ((3, 9), (15, 20), (21, 30))
+    part = replace(convert(clip, options, video_file), episodes=spans)
+    clips = [video_dataset.Converted(clip, task, part, video_file) for task in ("one", "two")]
+    video_dataset.write_dataset(tmp_path / "data", "data", CAMERA, clips, options)
+    assert len(list((tmp_path / "data").rglob("*.mp4"))) == 1
+    assert [read_bars(picture) for picture in pictures(tmp_path / "data")] == [i for s in 2 * spans for i in range(*s)]
 
 
 # --- copies -----------------------------------------------------------------------------------------------------------
