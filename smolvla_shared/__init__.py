@@ -22,6 +22,7 @@ The method, in reading order (with train_stage2.py and train_stage3.py, where th
 What surrounds it:
 
     data            reading LeRobotDatasets
+    data_columns, data_rows     their tables as memory-mapped columns; rows as ranges, and a random order of them
     data_blocks     every frame of a dataset, once and in order
     model_parts     which parts of a core train, and how its layers run
     initial         what training starts from: a trunk, an artifact, a SmolVLA policy, a policy of this project
