@@ -81,7 +81,7 @@ def main(config: Stage2Config) -> None:
     datasets = data.open_datasets(config.data)
     initial = open_initial(config.model)
     options, cameras, label_camera = initial.choose_views(config, datasets, with_latents=True)
-    training, held_out = data_order.split_datasets(datasets, config.val_fraction, config.seed)
+    training, held_out = data_order.split_datasets(datasets, config.val_fraction, config.seed, config.data.max_episodes)
     labels = open_labels(config, datasets, label_camera, initial.latent_horizon)
     dims = initial.latent_dims(labels, options, label_camera, config.latent_head)
     dims |= data.state_dims(datasets, config.model.use_state)
@@ -90,7 +90,7 @@ def main(config: Stage2Config) -> None:
     accelerator, resume_from = start_run(config)
 
     core = initial.build(config.model, cameras, [LATENT], **dims)
-    statistics = data.statistics(datasets, core.config, [LATENT])
+    statistics = data.statistics(datasets, core.config, [LATENT], training if config.data.max_episodes else None)
     statistics[LATENT] = latent_statistics(labels, datasets, training, config.seed, accelerator.device)
     core.learn_codes(labels.codebook, statistics[LATENT])
     groups = [data_order.group_rows(data.with_pairs(datasets, rows)) for rows in (training, held_out)]

@@ -54,7 +54,7 @@ def main(config: Benchmark) -> None:
         )
         datasets = data.open_datasets(run.data)
         cameras, camera = data.choose_cameras(datasets, run.data)
-        pairs = sum(len(s.rows_with_pairs(torch.arange(s.num_frames).numpy())) for s in datasets)
+        pairs = sum(len(s.rows_with_pairs(s.rows())) for s in datasets)
         print(f"labelled {pairs:,} pairs at {pairs / seconds:,.0f} pairs/s, start-up included")
 
         online = open_labels(run, datasets, camera)

@@ -78,7 +78,7 @@ def main(config: RelabelConfig) -> None:
         teacher = f"executed actions, {config.slots} slots"
     stores = label_stores(config.label_cache, datasets, teacher, kind, camera)
     for dataset, source, store in zip(datasets, sources, stores, strict=True):
-        rows = dataset.rows_with_pairs(np.arange(dataset.num_frames))
+        rows = dataset.rows_with_pairs(dataset.rows()).numpy()
         if source is None:
             latents = torch.from_numpy(executed_latents(executed_actions(dataset), rows, dataset.gap, config.slots))
             labels = torch.zeros(dataset.num_frames, *latents.shape[1:])

@@ -22,6 +22,7 @@ The method, in reading order (with train_stage2.py and train_stage3.py, where th
 What surrounds it:
 
     data            reading LeRobotDatasets
+    data_columns, data_rows     their tables as memory-mapped columns; rows as ranges, and a random order of them
     data_blocks     every frame of a dataset, once and in order
     video           clips of any kind become a LeRobotDataset; the command
     video_source, video_clips, video_dataset     reading a clip, converting it, the dataset of all clips

@@ -7,7 +7,6 @@ actions become action labels: VPT's inverse-dynamics model (arXiv 2206.11795), L
 
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,6 +15,7 @@ from smolvla_shared import label_probe
 from smolvla_shared.batch import Labels, RawBatch, map_tensors, to_device
 from smolvla_shared.data import RobotDataset
 from smolvla_shared.data_loader import SampleSpec, sample_pairs
+from smolvla_shared.data_rows import Rows
 
 MAX_PAIRS = 10_000
 # Latent actions in a row that tell the action over the first one's gap: a robot lags behind its commands, so that part
@@ -96,7 +96,7 @@ def fit(
     labels: Labels,
     num_labelled: int,
     datasets: list[RobotDataset],
-    rows: list[tuple[int, np.ndarray]],
+    rows: list[tuple[int, Rows]],
     seed: int,
     device: torch.device | str = "cpu",
 ) -> ActionDecoder:

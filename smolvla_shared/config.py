@@ -176,6 +176,9 @@ class DataConfig:
 class PolicyDataConfig(DataConfig):
     """Which recordings, and how a policy trains on them."""
 
+    # Train on so many episodes of each dataset, drawn with --seed (not of --video-roots). Those of a smaller number are
+    # among those of a larger one, and the held-out episodes are the same for all. Default: all.
+    max_episodes: int | None = None
     # In training, shift the policy's images (not the teacher's) at random by up to this share of their side.
     random_shift: float = 0.0
     # Directory of the feature cache: the frozen vision tower's output for every frame, computed once before training.
@@ -188,6 +191,8 @@ class PolicyDataConfig(DataConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.max_episodes is not None and self.max_episodes < 1:
+            raise ValueError(f"--data.max-episodes must be at least 1, got {self.max_episodes}")
         if self.feature_cache and self.random_shift:
             raise ValueError(
                 "--data.feature-cache keeps features of the frames as recorded, but --data.random-shift "

@@ -1,16 +1,19 @@
 """Reading LeRobotDatasets (v3): frames, vectors, tasks and frame pairs, and what several datasets have in common."""
 
 import os
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub import snapshot_download
 from lerobot.datasets.compute_stats import aggregate_stats
-from lerobot.datasets.lerobot_dataset import LeRobotDataset
+from lerobot.datasets.dataset_metadata import CODEBASE_VERSION
+from lerobot.datasets.feature_utils import get_hf_features_from_features
+from lerobot.datasets.io_utils import load_info, load_nested_dataset, load_stats, load_tasks
+from lerobot.datasets.utils import DEFAULT_TASKS_PATH, check_version_compatibility, get_safe_version
 from lerobot.datasets.video_utils import decode_video_frames
 from lerobot.utils.constants import HF_LEROBOT_HOME
 from lerobot.utils.import_utils import get_safe_default_video_backend
@@ -18,53 +21,98 @@ from torch import Tensor
 
 from smolvla_shared import preprocess
 from smolvla_shared.config import ACTION, CoreConfig, DataConfig
+from smolvla_shared.data_columns import Columns
+from smolvla_shared.data_rows import Rows
 from smolvla_shared.preprocess import Statistics
 
 STATE_KEY, ACTION_KEY = "observation.state", "action"
 # What the robot was told to do where `action` is what an expert would have done. LeRobot takes every column whose name
 # starts with "action" for a policy's output, so this one does not.
 EXECUTED_ACTION_KEY = "executed_action"
-
-
-@dataclass(frozen=True)
-class Videos:
-    """Where a camera's episodes are in its video files."""
-
-    file: np.ndarray  # [episodes, 2]: chunk index and file index, for the path
-    start: np.ndarray  # [episodes]: where the episode starts in the file, seconds
+# Where an episode is in a camera's video files: two numbers of the path, and its start in the file, seconds.
+VIDEO_PLACE = ("chunk_index", "file_index", "from_timestamp")
 
 
 class RobotDataset:
-    """One LeRobotDataset; a row is a frame's number in it. Raises ValueError if there is no dataset at `root`."""
+    """One LeRobotDataset; a row is a frame's number in it.
+
+    It is opened and read by its columns: what LeRobotDataset makes of an episode would take minutes for 30,000.
+
+    Raises ValueError if there is no dataset at `root`, or not all of it.
+    """
 
     def __init__(self, repo_id: str, root: Path, config: DataConfig):
-        # LeRobot would try to download a dataset whose directory has no metadata.
-        if not (root / "meta" / "info.json").is_file() and (
-            repo_id == str(root) or os.environ.get("HF_HUB_OFFLINE") == "1"
-        ):
+        self.name, self.root, self.frame_gap_s = repo_id, root, config.gap_s
+        is_local = repo_id == str(root) or os.environ.get("HF_HUB_OFFLINE") == "1"
+        if is_local and not (root / "meta" / "info.json").is_file():
             found = sorted(path.name for path in root.iterdir()) if root.is_dir() else "no such directory"
             raise ValueError(f"no LeRobotDataset at {root}: meta/info.json is missing (found: {found})")
-        # Only its tables are read: LeRobotDataset would decode the videos of all cameras for every row.
-        self.lerobot = LeRobotDataset(repo_id, root=root)
-        self.name = repo_id
-        self.meta = self.lerobot.meta
-        self.fps = self.meta.fps
-        self.features = self.meta.features
-        self.episode_from = np.asarray(self.meta.episodes["dataset_from_index"])
-        self.episode_to = np.asarray(self.meta.episodes["dataset_to_index"])
-        vectors = [key for key in (STATE_KEY, ACTION_KEY) if key in self.features]
-        self.vectors = self.lerobot.hf_dataset.select_columns(vectors).with_format("numpy") if vectors else None
-        # One table per camera, because reading a row decodes all its images.
-        images = {key: self.lerobot.hf_dataset.select_columns([key]) for key in self.meta.image_keys}
-        self.images = {key: column.with_format(None) for key, column in images.items()}
-        # Kept as columns: reading one row of the episodes' metadata takes longer than decoding a frame.
-        episodes = self.meta.episodes.with_format("numpy")
-        self.videos = {}
-        for key in self.meta.video_keys:
-            file = [episodes[f"videos/{key}/{name}"] for name in ("chunk_index", "file_index")]
-            self.videos[key] = Videos(np.stack(file, axis=1), np.asarray(episodes[f"videos/{key}/from_timestamp"]))
-        self.task_index = np.asarray(self.lerobot.hf_dataset.with_format("numpy")["task_index"])
-        self.frame_gap_s = config.gap_s
+        try:
+            self._open()
+        except FileNotFoundError as error:
+            if is_local:
+                raise ValueError(f"the LeRobotDataset at {root} is not complete, missing: {error}") from error
+            # As LeRobotDataset does, which would then read all of it.
+            revision = get_safe_version(repo_id, CODEBASE_VERSION)
+            snapshot_download(repo_id, repo_type="dataset", revision=revision, local_dir=root)
+            self._open()
+
+    def _open(self) -> None:
+        """Raises FileNotFoundError if a file is missing."""
+        self.info = load_info(self.root)
+        check_version_compatibility(self.name, self.info.codebase_version, CODEBASE_VERSION)
+        self.fps, self.features = self.info.fps, self.info.features
+        self.camera_keys = [key for key, feature in self.features.items() if feature["dtype"] in ("image", "video")]
+        self.video_keys = [key for key in self.camera_keys if self.features[key]["dtype"] == "video"]
+        self.stats = load_stats(self.root)
+        videos = [f"videos/{key}/{name}" for key in self.video_keys for name in VIDEO_PLACE]
+        names = ["dataset_from_index", "dataset_to_index", "data/chunk_index", "data/file_index", *videos]
+        self.episodes = self._columns("meta/episodes", names, self.info.total_episodes)
+        for path in self._files():
+            if not path.is_file():
+                raise FileNotFoundError(path)
+        vectors = [key for key in (STATE_KEY, ACTION_KEY, EXECUTED_ACTION_KEY) if key in self.features]
+        self.frames = self._columns("data", ["task_index", *vectors], self.info.total_frames)
+
+    def _columns(self, folder: str, names: list[str], rows: int) -> Columns:
+        files = sorted((self.root / folder).glob("*/*.parquet"))
+        if not files:
+            raise FileNotFoundError(self.root / folder / "*" / "*.parquet")
+        return Columns(files, names, rows)
+
+    def _files(self) -> Iterator[Path]:
+        """All data files and videos, and the table of tasks."""
+        if self.info.total_tasks:
+            yield self.root / DEFAULT_TASKS_PATH
+        for key in ("data", *(f"videos/{key}" for key in self.video_keys)):
+            path = self.info.data_path if key == "data" else self.info.video_path
+            numbers = np.stack([self.episodes[f"{key}/{name}"] for name in ("chunk_index", "file_index")], axis=1)
+            for chunk, file in np.unique(numbers, axis=0).tolist():
+                camera = key.removeprefix("videos/")
+                yield self.root / path.format(video_key=camera, chunk_index=chunk, file_index=file)
+
+    def __getstate__(self) -> dict:
+        """What a loader worker gets: paths, no tables."""
+        return {name: value for name, value in vars(self).items() if name != "tasks"}
+
+    @cached_property
+    def tasks(self) -> list[str]:
+        return load_tasks(self.root).index.tolist()
+
+    @cached_property
+    def images(self) -> dict[str, Any]:
+        """One table for each camera that is no video, because reading a row decodes all its images."""
+        table = load_nested_dataset(self.root / "data", features=get_hf_features_from_features(self.info.features))
+        cameras = [key for key in self.camera_keys if key not in self.video_keys]
+        return {key: table.select_columns([key]).with_format(None) for key in cameras}
+
+    @property
+    def episode_from(self) -> np.ndarray:  # [episodes]
+        return self.episodes["dataset_from_index"]
+
+    @property
+    def episode_to(self) -> np.ndarray:  # [episodes]
+        return self.episodes["dataset_to_index"]
 
     @cached_property
     def gap(self) -> int:
@@ -84,7 +132,7 @@ class RobotDataset:
 
     @property
     def num_frames(self) -> int:
-        return self.meta.total_frames
+        return self.info.total_frames
 
     @property
     def gap_s(self) -> float:
@@ -100,32 +148,40 @@ class RobotDataset:
         return np.searchsorted(self.episode_to, rows, side="right")
 
     def task(self, row: int) -> str:
-        return self.meta.tasks.iloc[self.task_index[row]].name
+        return self.tasks[self.frames["task_index"][row]]
 
     def frame_name(self, row: int) -> str:
         episode = self.episode_of(row)
         return f"{self.name} episode {episode} frame {row - int(self.episode_from[episode])}"
 
-    def rows_with_pairs(self, rows: np.ndarray) -> np.ndarray:
+    def rows(self, start: int = 0, stop: int | None = None) -> Rows:
+        """The rows of a range; default: all."""
+        stop = self.num_frames if stop is None else stop
+        episodes = slice(self.episode_of(start), self.episode_of(stop - 1) + 1)
+        return Rows(np.maximum(self.episode_from[episodes], start), np.minimum(self.episode_to[episodes], stop))
+
+    def rows_with_pairs(self, rows: Rows) -> Rows:
         """The rows whose pair does not cross the episode's end."""
-        ends = self.episode_to[self.episode_of(rows)]
-        return rows[rows + self.gap < ends]
+        end = np.minimum(rows.end, self.episode_to[self.episode_of(rows.start)] - self.gap)
+        some = rows.start < end
+        return Rows(rows.start[some], end[some])
 
     def vector_dim(self, key: str) -> int:
         return self.features[key]["shape"][0] if key in self.features else 0
 
     def read_frames(self, camera: str, rows: list[int]) -> Tensor:
         """A camera's frames of these rows, [len(rows), 3, h, w] uint8."""
-        if camera not in self.meta.video_keys:
+        if camera not in self.video_keys:
             images = [np.asarray(self.images[camera][row][camera]) for row in rows]
             return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
-        video, episodes = self.videos[camera], self.episode_of(rows)
-        times = video.start[episodes] + (np.asarray(rows) - self.episode_from[episodes]) / self.fps
+        episodes = self.episode_of(rows)
+        chunks, files, starts = (self.episodes[f"videos/{camera}/{name}"][episodes] for name in VIDEO_PLACE)
+        times = starts + (np.asarray(rows) - self.episode_from[episodes]) / self.fps
         parts = []
-        for chunk, file in np.unique(video.file[episodes], axis=0).tolist():
-            path = self.meta.video_path.format(video_key=camera, chunk_index=chunk, file_index=file)
-            places = np.flatnonzero((video.file[episodes] == (chunk, file)).all(axis=1))
-            parts.append((places, decode(self.lerobot.root / path, times[places], self.fps)))
+        for chunk, file in sorted(set(zip(chunks.tolist(), files.tolist()))):
+            path = self.info.video_path.format(video_key=camera, chunk_index=chunk, file_index=file)
+            places = np.flatnonzero((chunks == chunk) & (files == file))
+            parts.append((places, decode(self.root / path, times[places], self.fps)))
         return merge(parts)
 
     def frame_shape(self, camera: str) -> tuple[int, int, int]:
@@ -205,8 +261,8 @@ def set_frame_gap(datasets: list[RobotDataset], gap_s: float) -> None:
 
 def choose_cameras(datasets: list[RobotDataset], config: DataConfig) -> tuple[tuple[str, ...], str]:
     """The model's cameras and the label camera. Raises ValueError for a camera that a dataset does not have."""
-    found = {dataset.name: dataset.meta.camera_keys for dataset in datasets}
-    common = [key for key in datasets[0].meta.camera_keys if all(key in keys for keys in found.values())]
+    found = {dataset.name: dataset.camera_keys for dataset in datasets}
+    common = [key for key in datasets[0].camera_keys if all(key in keys for keys in found.values())]
     cameras = config.cameras or tuple(common)
     label_camera = config.label_camera or (cameras[0] if cameras else "")
     unknown = [key for key in (*cameras, label_camera) if key not in common]
@@ -232,17 +288,33 @@ def state_dims(datasets: list[RobotDataset], use_state: bool) -> dict[str, int]:
     return {"state_dim": common_dim(datasets, STATE_KEY) if use_state else 0}
 
 
-def vector_statistics(datasets: list[RobotDataset], key: str) -> Statistics:
-    """Mean and standard deviation over all datasets that have the feature, as recorded in their metadata."""
-    stats = aggregate_stats([{key: dataset.meta.stats[key]} for dataset in datasets if key in dataset.features])[key]
-    return Statistics(stats["mean"].tolist(), stats["std"].tolist())
+def vector_statistics(
+    datasets: list[RobotDataset], key: str, rows_of: list[tuple[int, Rows]] | None = None
+) -> Statistics:
+    """Mean and standard deviation over all datasets that have the feature: of all frames as their metadata has recorded
+    them, or of the frames of (dataset index, rows).
+    """
+    if rows_of is None:
+        recorded = [{key: dataset.stats[key]} for dataset in datasets if key in dataset.features]
+        stats = aggregate_stats(recorded)[key]
+        return Statistics(stats["mean"].tolist(), stats["std"].tolist())
+    frames = [datasets[i].frames[key][rows.numpy()] for i, rows in rows_of if key in datasets[i].features]
+    return Statistics.of(torch.cat([torch.from_numpy(vectors).view(len(vectors), -1) for vectors in frames]))
 
 
-def statistics(datasets: list[RobotDataset], core: CoreConfig, targets: Collection[str]) -> dict[str, Statistics]:
-    """The statistics that a core needs: of the state if it has one, and of actions if they are a target."""
+def statistics(
+    datasets: list[RobotDataset],
+    core: CoreConfig,
+    targets: Collection[str],
+    rows_of: list[tuple[int, Rows]] | None = None,
+) -> dict[str, Statistics]:
+    """The statistics that a core needs: of the state if it has one, and of actions if they are a target.
+
+    rows_of: as in vector_statistics
+    """
     needed = {"state": STATE_KEY} if core.state_dim else {}
     needed |= {ACTION: ACTION_KEY} if ACTION in targets else {}
-    return {name: vector_statistics(datasets, key) for name, key in needed.items()}
+    return {name: vector_statistics(datasets, key, rows_of) for name, key in needed.items()}
 
 
 def square_sides(datasets: list[RobotDataset], cameras: tuple[str, ...]) -> dict[str, int]:
@@ -256,7 +328,7 @@ def common_size(frames: Tensor, square_side: int | None) -> Tensor:
     return preprocess.resize_with_pad(preprocess.unit_range(frames), square_side) if square_side else frames
 
 
-def with_pairs(datasets: list[RobotDataset], rows_of: list[tuple[int, np.ndarray]]) -> list[tuple[int, np.ndarray]]:
+def with_pairs(datasets: list[RobotDataset], rows_of: list[tuple[int, Rows]]) -> list[tuple[int, Rows]]:
     """(dataset index, rows) without the rows whose pair would cross the episode's end: they have no latent action.
 
     Raises ValueError if there are rows and none has a pair.
@@ -272,7 +344,7 @@ def with_pairs(datasets: list[RobotDataset], rows_of: list[tuple[int, np.ndarray
     return paired
 
 
-def valid_pair_share(datasets: list[RobotDataset], rows_of: list[tuple[int, np.ndarray]]) -> float:
+def valid_pair_share(datasets: list[RobotDataset], rows_of: list[tuple[int, Rows]]) -> float:
     """Share of (dataset index, rows) whose pair does not cross the episode's end. Raises ValueError if it is 0."""
     return sum(len(rows) for _, rows in with_pairs(datasets, rows_of)) / sum(len(rows) for _, rows in rows_of)
 

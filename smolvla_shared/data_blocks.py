@@ -72,8 +72,9 @@ def fill_cache(
     plan = []
     for shard in store.shards()[accelerator.process_index :: accelerator.num_processes]:
         if shard.start in missing:
-            rows = dataset.rows_with_pairs(np.array(shard)) if pairs else np.array(shard)
-            plan.append((shard, episode_blocks(dataset, rows, rows_at_once)))
+            rows = dataset.rows(shard.start, shard.stop)
+            rows = dataset.rows_with_pairs(rows) if pairs else rows
+            plan.append((shard, episode_blocks(dataset, rows.numpy(), rows_at_once)))
     offsets = (0, dataset.gap) if pairs else (0,)
     blocks = FrameBlocks(dataset, camera, [block for _, parts in plan for block in parts], offsets)
     batches = iter(make_worker_loader(blocks, num_workers))

@@ -16,7 +16,8 @@ from smolvla_shared.batch import Labels, RawBatch
 from smolvla_shared.cache import RowCache
 from smolvla_shared.config import ACTION, LATENT, CoreConfig, RunConfig
 from smolvla_shared.data import ACTION_KEY, STATE_KEY, RobotDataset, common_size, merge, square_sides, with_pairs
-from smolvla_shared.data_order import RowGroup, SampleKey, StepSampler
+from smolvla_shared.data_order import SampleKey, StepSampler
+from smolvla_shared.data_rows import RowGroup, Rows, group_rows, shuffled
 from smolvla_shared.run_signals import hide_worker
 
 
@@ -183,27 +184,25 @@ class SampleDataset(Dataset):
         state, has_state = np.zeros(spec.state_dim, np.float32), bool(spec.state_dim) and STATE_KEY in dataset.features
         actions = np.zeros((spec.chunk_size, spec.action_dim), np.float32)
         action_valid = np.zeros(spec.chunk_size, bool)
-        if dataset.vectors is not None:
-            end = int(dataset.episode_to[dataset.episode_of(key.row)])
-            rows = dataset.vectors[key.row : min(key.row + max(spec.chunk_size, 1), end)]
-            if has_state:
-                state = rows[STATE_KEY][0].astype(np.float32).reshape(-1)  # LeRobot stores width 1 as a scalar
-            if spec.chunk_size and ACTION_KEY in dataset.features:
-                chunk = rows[ACTION_KEY].reshape(-1, spec.action_dim)
-                actions[: len(chunk)], action_valid[: len(chunk)] = chunk, True
-                actions[len(chunk) :] = chunk[-1]
+        if has_state:
+            state = dataset.frames[STATE_KEY][key.row].astype(np.float32).reshape(-1)  # a state of width 1 is a scalar
+        if spec.chunk_size and ACTION_KEY in dataset.features:
+            end = min(key.row + spec.chunk_size, int(dataset.episode_to[dataset.episode_of(key.row)]))
+            chunk = dataset.frames[ACTION_KEY][key.row : end].reshape(-1, spec.action_dim)
+            actions[: len(chunk)], action_valid[: len(chunk)] = chunk, True
+            actions[len(chunk) :] = chunk[-1]
         return state, has_state, actions, action_valid
 
 
 def sample_pairs(
-    datasets: list[RobotDataset], rows_of: list[tuple[int, np.ndarray]], spec: SampleSpec, limit: int, seed: int
+    datasets: list[RobotDataset], rows_of: list[tuple[int, Rows]], spec: SampleSpec, limit: int, seed: int
 ) -> Iterable[RawBatch]:
     """All samples of (dataset index, rows) that have a pair, or `limit` of them drawn with the seed; in batches of 64,
     in the order in which they were recorded, which decodes fastest.
     """
-    places = [(index, int(row)) for index, rows in with_pairs(datasets, rows_of) for row in rows]
-    drawn = np.random.default_rng(seed).permutation(len(places))[:limit]
-    keys = [SampleKey(0, 0, *places[place]) for place in sorted(drawn)]
+    (group,) = group_rows(with_pairs(datasets, rows_of))
+    drawn = shuffled(np.arange(min(limit, len(group))), len(group), (seed,))
+    keys = [SampleKey(0, 0, *place) for place in group.at(np.sort(drawn))]
     samples = SampleDataset(datasets, spec, seed)
     for start in range(0, len(keys), 64):
         yield samples[keys[start : start + 64]]

@@ -77,7 +77,7 @@ def prepare_features(
     tower = tower_id(core)
     stores: dict[str, tuple[RowCache, ...]] = dict.fromkeys(cameras, ())
     for directory, dataset in zip(directories, datasets, strict=True):
-        fingerprint = dataset_fingerprint(dataset.lerobot.root)
+        fingerprint = dataset_fingerprint(dataset.root)
         for camera in cameras:
             key = FeatureKey(
                 tower=tower,

@@ -15,6 +15,7 @@ from smolvla_shared import data, data_order, label_probe
 from smolvla_shared.batch import RawBatch
 from smolvla_shared.cache import dataset_fingerprint
 from smolvla_shared.config import DataConfig
+from smolvla_shared.data_rows import Rows
 from smolvla_shared.preprocess import Statistics
 
 
@@ -64,14 +65,15 @@ class Grounding:
                 raise ValueError(f"--grounding: {dataset.name} has no actions, it has {sorted(dataset.features)}")
             end = dataset.episode_to[: config.episodes or None][-1]
             rows, _ = data_order.split_episodes(dataset, val_fraction, seed)
-            rows = rows[rows < end]
-            pairs = torch.from_numpy(dataset.rows_with_pairs(rows))
+            some = rows.end <= end
+            rows = dataset.rows_with_pairs(Rows(rows.start[some], rows.end[some]))
+            pairs = torch.from_numpy(rows.numpy())
             mode, reason = label_probe.action_mode(dataset)
             known[index] = dataset, pairs, label_probe.actions_over_gap(dataset, pairs, mode)
-            self.rows.append((index, pairs.numpy()))
+            self.rows.append((index, rows))
             self.used[dataset.name] = {
-                "fingerprint": dataset_fingerprint(dataset.lerobot.root),
-                "episodes": sorted(set(dataset.episode_of(rows).tolist())),
+                "fingerprint": dataset_fingerprint(dataset.root),
+                "episodes": dataset.episode_of(rows.start).tolist(),
                 "actions": f"{label_probe.action_key(dataset)}, {mode} over the gap ({reason})",
             }
         statistics = Statistics.of(torch.cat([actions for *_, actions in known.values()]).float())

@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor
@@ -70,7 +69,7 @@ def label_stores(
             teacher_kind=kind,
             frame_gap_s=dataset.gap_s,
             camera=camera,
-            dataset=dataset_fingerprint(dataset.lerobot.root),
+            dataset=dataset_fingerprint(dataset.root),
             versions={name: metadata.version(name) for name in ("torch", "lerobot", data.video_decoder())},
         )
         stores.append(RowCache(directory, asdict(key), dataset.num_frames, SHARD_ROWS))
@@ -144,7 +143,7 @@ def label(config: LabelConfig) -> None:
     options = teachers_pairs(config.laq_ckpt, config.data, config.accept_other_pairs)
     datasets = data.open_datasets(options)
     _, camera = data.choose_cameras(datasets, options)
-    data.valid_pair_share(datasets, [(i, np.arange(dataset.num_frames)) for i, dataset in enumerate(datasets)])
+    data.valid_pair_share(datasets, [(i, dataset.rows()) for i, dataset in enumerate(datasets)])
     stores = label_stores(config.label_cache, datasets, teacher_id(laq), config.teacher_kind, camera)
     unfinished = [not store.is_complete() for store in stores]  # refuses wrong keys before any work
     laq.to(accelerator.device)

@@ -14,6 +14,7 @@ from smolvla_shared import data, data_blocks, label_health, label_pictures, labe
 from smolvla_shared.cache import dataset_fingerprint
 from smolvla_shared.config import DataConfig, TeacherOptions
 from smolvla_shared.data_loader import make_worker_loader
+from smolvla_shared.data_rows import Rows
 from smolvla_shared.labels import OnlineLabels
 from smolvla_shared.laq import LAQ, pixel_error
 from smolvla_shared.laq_files import load_laq, teachers_pairs, teachers_source
@@ -87,14 +88,15 @@ def fill(parts: dict[int, Tensor], drawn: list[np.ndarray]) -> Tensor:
     return torch.cat([parts.get(index, missing) for index, missing in enumerate(nothing)])
 
 
-def unseen_rows(dataset: data.RobotDataset, grounded: dict[str, list[int]]) -> np.ndarray:
+def unseen_rows(dataset: data.RobotDataset, grounded: dict[str, list[int]]) -> Rows:
     """Rows with pairs, without the episodes that grounded the teacher: the probe would flatter it on their actions.
 
     grounded: fingerprint of a dataset -> episodes that grounded the teacher
     """
-    rows = dataset.rows_with_pairs(np.arange(dataset.num_frames))
-    known = grounded.get(dataset_fingerprint(dataset.lerobot.root), []) if grounded else []
-    return rows[~np.isin(dataset.episode_of(rows), known)]
+    rows = dataset.rows_with_pairs(dataset.rows())
+    known = grounded.get(dataset_fingerprint(dataset.root), []) if grounded else []
+    unseen = ~np.isin(dataset.episode_of(rows.start), known)
+    return Rows(rows.start[unseen], rows.end[unseen])
 
 
 def draw_rows(datasets: list[data.RobotDataset], config: CheckConfig) -> list[np.ndarray]:
@@ -104,7 +106,7 @@ def draw_rows(datasets: list[data.RobotDataset], config: CheckConfig) -> list[np
     grounded = {used["fingerprint"]: used["episodes"] for used in grounding["datasets"].values()}
     valid = [unseen_rows(dataset, grounded) for dataset in datasets]
     share = min(1.0, config.pairs / max(1, sum(map(len, valid))))
-    return [np.sort(rng.choice(rows, round(share * len(rows)), replace=False)) for rows in valid]
+    return [rows[np.sort(rng.choice(len(rows), round(share * len(rows)), replace=False))] for rows in valid]
 
 
 def teacher_frames(
@@ -220,7 +222,7 @@ def check(config: CheckConfig) -> None:
     options = teachers_pairs(config.laq_ckpt, config.data, config.accept_other_pairs)
     datasets = data.open_datasets(options)
     _, camera = data.choose_cameras(datasets, options)
-    all_frames = [(index, np.arange(dataset.num_frames)) for index, dataset in enumerate(datasets)]
+    all_frames = [(index, dataset.rows()) for index, dataset in enumerate(datasets)]
     valid_share = data.valid_pair_share(datasets, all_frames)
     print(data.describe(datasets, with_pairs=True))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

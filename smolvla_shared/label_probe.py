@@ -33,8 +33,8 @@ def action_key(dataset: RobotDataset) -> str | None:
 
 def column(dataset: RobotDataset, key: str) -> Tensor:
     """A vector feature of all frames, [N, A] float64."""
-    values = dataset.lerobot.hf_dataset.select_columns([key]).with_format("numpy")[:][key]
-    return torch.from_numpy(np.asarray(values, np.float64)).view(len(values), -1)
+    values = np.array(dataset.frames[key], np.float64)
+    return torch.from_numpy(values).view(len(values), -1)
 
 
 def dimension_names(dataset: RobotDataset, key: str) -> tuple[str, ...]:
@@ -66,7 +66,7 @@ def action_mode(dataset: RobotDataset) -> tuple[ActionMode, str]:
     If the displacement of the state explains the actions: the mode in which it explains them better. If not, or without
     a state: `change` if successive actions are nearly equal.
     """
-    rows = torch.from_numpy(dataset.rows_with_pairs(np.arange(dataset.num_frames)))
+    rows = torch.from_numpy(dataset.rows_with_pairs(dataset.rows()).numpy())
     episodes = torch.from_numpy(dataset.episode_of(rows.numpy()))
     if STATE_KEY in dataset.features:
         moved = displacements(dataset, rows)

@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -10,6 +9,7 @@ from smolvla_shared import data, data_loader
 from smolvla_shared.batch import Labels, RawBatch, to_device
 from smolvla_shared.cache import dataset_directories
 from smolvla_shared.config import DataConfig, StageOptions, TeacherKind
+from smolvla_shared.data_rows import Rows
 from smolvla_shared.label_cache import CachedLabels, cached_key, label_stores
 from smolvla_shared.laq import LAQ, LatentActions
 from smolvla_shared.laq_files import load_laq, teacher_id, teachers_pairs
@@ -81,7 +81,7 @@ def open_labels(config: StageOptions, datasets: list[data.RobotDataset], camera:
 def latent_statistics(
     labels: Labels,
     datasets: list[data.RobotDataset],
-    rows: list[tuple[int, np.ndarray]],
+    rows: list[tuple[int, Rows]],
     seed: int,
     device: torch.device | str = "cpu",
     recorded: Statistics | None = None,

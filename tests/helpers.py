@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
@@ -15,6 +15,11 @@ from smolvla_shared.losses import masked_mean, valid_tokens
 from smolvla_shared.model import SmolVLASharedCore
 from smolvla_shared.run import Run
 from smolvla_shared.trunk_files import make_core_config
+
+if TYPE_CHECKING:
+    from lerobot.datasets.lerobot_dataset import LeRobotDataset
+
+    from smolvla_shared.data import RobotDataset
 
 NOT_REPEATABLE = "time/"
 
@@ -147,6 +152,16 @@ def make_core(**dims) -> SmolVLASharedCore:
     torch.manual_seed(0)
     dims = {"state_dim": 4, "latent_vector_dim": 32, "code_seq_len": 4} | dims
     return SmolVLASharedCore(make_core_config(ModelConfig(preset="tiny"), ("observation.image",), **dims))
+
+
+# --- data -------------------------------------------------------------------------------------------------------------
+
+
+def lerobot_dataset(dataset: "RobotDataset", **options) -> "LeRobotDataset":
+    """A recording as LeRobot reads it."""
+    from lerobot.datasets.lerobot_dataset import LeRobotDataset
+
+    return LeRobotDataset(dataset.name, root=dataset.root, **options)
 
 
 # --- comparing --------------------------------------------------------------------------------------------------------

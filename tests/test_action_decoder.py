@@ -2,7 +2,6 @@
 
 from itertools import pairwise
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -12,6 +11,7 @@ from smolvla_shared.batch import RawBatch
 from smolvla_shared.config import DataConfig
 from smolvla_shared.data_loader import SampleDataset, SampleSpec
 from smolvla_shared.data_order import SampleKey
+from smolvla_shared.data_rows import Rows
 
 CAMERA, GAP, CHUNK = "observation.image", 4, 10
 
@@ -43,8 +43,8 @@ def recordings(labelled_dataset) -> list[data.RobotDataset]:
     return data.open_datasets(DataConfig(roots=(labelled_dataset, labelled_dataset), frame_gap_s=0.2))
 
 
-def rows_of(datasets: list[data.RobotDataset]) -> list[tuple[int, np.ndarray]]:
-    return [(index, np.arange(dataset.num_frames)) for index, dataset in enumerate(datasets)]
+def rows_of(datasets: list[data.RobotDataset]) -> list[tuple[int, Rows]]:
+    return [(index, dataset.rows()) for index, dataset in enumerate(datasets)]
 
 
 def test_video_gets_the_mean_action_of_each_gap(recordings):

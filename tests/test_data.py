@@ -1,11 +1,21 @@
 """data.py: samples equal what LeRobotDataset itself reads, and their order is a function of the step alone."""
 
+import math
+import pickle
+import shutil
+import time
+import tracemalloc
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 
 import av
+import helpers
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,14 +23,17 @@ from accelerate import Accelerator
 from lerobot.configs.video import RGBEncoderConfig
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
-from smolvla_shared import data, data_loader, data_order
+from smolvla_shared import data, data_columns, data_loader, data_order
 from smolvla_shared.batch import RawBatch
-from smolvla_shared.config import DataConfig, ModelConfig, RunConfig
+from smolvla_shared.config import DataConfig, ModelConfig, PolicyDataConfig, RunConfig
 from smolvla_shared.data import RobotDataset
+from smolvla_shared.data_columns import Columns
 from smolvla_shared.data_loader import SampleDataset, SampleSpec
-from smolvla_shared.data_order import RowGroup, SampleKey, StepSampler
+from smolvla_shared.data_order import SampleKey, StepSampler
+from smolvla_shared.data_rows import RowGroup, Rows, group_rows, shuffled
 from smolvla_shared.preprocess import resize_with_pad
 from smolvla_shared.trunk_files import make_core_config
+from train_stage3 import Stage3Config
 
 CAMERA, WRIST = "observation.image", "observation.images.wrist"
 SPEC = SampleSpec(cameras=(CAMERA,), state_dim=4, label_camera=CAMERA, draws={"latent": (4, 8)}, num_draws=2)
@@ -45,8 +58,7 @@ def images(image_dataset) -> RobotDataset:
     return open_datasets(image_dataset)[0]
 
 
-def lerobot_dataset(dataset: RobotDataset, **options) -> LeRobotDataset:
-    return LeRobotDataset(dataset.name, root=dataset.lerobot.root, return_uint8=True, **options)
+lerobot_dataset = partial(helpers.lerobot_dataset, return_uint8=True)
 
 
 def in_bytes(image: torch.Tensor) -> torch.Tensor:
@@ -54,8 +66,8 @@ def in_bytes(image: torch.Tensor) -> torch.Tensor:
     return image if image.dtype == torch.uint8 else (image * 255).round().to(torch.uint8)
 
 
-def all_frames(dataset: RobotDataset, index: int = 0) -> list[tuple[int, np.ndarray]]:
-    return [(index, np.arange(dataset.num_frames))]
+def all_frames(dataset: RobotDataset, index: int = 0) -> list[tuple[int, Rows]]:
+    return [(index, dataset.rows())]
 
 
 def assert_equal(one: RawBatch, other: RawBatch) -> None:
@@ -100,7 +112,7 @@ def join(batches: list[RawBatch]) -> RawBatch:
 @pytest.mark.parametrize("name", ["labelled", "images"])
 def test_a_sample_is_what_lerobot_reads(name, request):
     dataset = request.getfixturevalue(name)
-    chunk_size, cameras = 6, tuple(dataset.meta.camera_keys)
+    chunk_size, cameras = 6, tuple(dataset.camera_keys)
     deltas = {"action": [i / dataset.fps for i in range(chunk_size)], CAMERA: [0, dataset.gap / dataset.fps]}
     expected_dataset = lerobot_dataset(dataset, delta_timestamps=deltas)
     spec = SampleSpec(
@@ -158,7 +170,7 @@ def test_a_pair_cut_by_the_episodes_end_is_masked_and_not_clamped(video):
     for pair in raw.pairs[-10:-1]:
         assert torch.equal(pair[0], pair[1])  # the frame itself: nobody can take it for a motion
         assert not torch.equal(pair[1], last)
-    assert data.valid_pair_share([video], [(0, np.arange(start, end))]) == 1 - 10 / (end - start)
+    assert data.valid_pair_share([video], [(0, video.rows(start, end))]) == 1 - 10 / (end - start)
 
 
 def test_samples_say_where_they_come_from(video):
@@ -229,20 +241,21 @@ def test_a_frame_looks_the_same_whichever_others_are_in_its_batch(video, images)
 def test_statistics_are_those_of_the_frames(video, labelled):
     for key, datasets in {"observation.state": [video, labelled], "action": [video, labelled]}.items():
         found = data.vector_statistics(datasets, key)
-        rows = [s.lerobot.hf_dataset.with_format("numpy")[key][:] for s in datasets if key in s.features]
+        rows = [lerobot_dataset(s).hf_dataset.with_format("numpy")[key][:] for s in datasets if key in s.features]
         values = np.concatenate(rows).astype(np.float64)
         assert np.allclose(found.mean, values.mean(0), atol=1e-5)
         assert np.allclose(found.std, values.std(0), atol=1e-5)
 
 
 def test_the_split_is_by_whole_episodes(video):
-    train, held_out = data_order.split_episodes(video, 0.25, seed=0)
+    train, held_out = (rows.numpy() for rows in data_order.split_episodes(video, 0.25, seed=0))
     episodes = [set(np.searchsorted(video.episode_to, frames, side="right")) for frames in (train, held_out)]
     assert (len(episodes[0]), len(episodes[1])) == (6, 2)
     assert sorted([*train, *held_out]) == list(range(video.num_frames))
     assert not episodes[0] & episodes[1]
-    assert [list(x) for x in data_order.split_episodes(video, 0.25, seed=0)] == [list(train), list(held_out)]
-    assert len({tuple(data_order.split_episodes(video, 0.25, seed)[1]) for seed in range(5)}) > 1
+    again = data_order.split_episodes(video, 0.25, seed=0)
+    assert [x.numpy().tolist() for x in again] == [train.tolist(), held_out.tolist()]
+    assert len({tuple(data_order.split_episodes(video, 0.25, seed)[1].numpy()) for seed in range(5)}) > 1
     assert len(data_order.split_episodes(video, 0.0, seed=0)[1]) == 0
     assert len(data_order.split_episodes(video, 0.01, seed=0)[1]) > 0  # a share above 0 is at least an episode
 
@@ -250,9 +263,15 @@ def test_the_split_is_by_whole_episodes(video):
 # --- order ------------------------------------------------------------------------------------------------------------
 
 
+def one_range(stop: int) -> Rows:
+    return Rows(np.array([0]), np.array([stop]))
+
+
 def groups_of(*sizes: int, shares: tuple[float, ...] = (1.0,)) -> list[RowGroup]:
     """Groups of frames that can be told apart: group g is dataset g."""
-    return [RowGroup(np.stack([np.full(n, g), np.arange(n)], 1), s) for g, (n, s) in enumerate(zip(sizes, shares))]
+    return [
+        group for g, (n, share) in enumerate(zip(sizes, shares)) for group in group_rows([(g, one_range(n))], share)
+    ]
 
 
 def keys_of(groups, first_step, last_step, seed=0, batch_size=8, **options) -> list[list[SampleKey]]:
@@ -261,6 +280,53 @@ def keys_of(groups, first_step, last_step, seed=0, batch_size=8, **options) -> l
 
 def flat(passes: list[list[SampleKey]]) -> list[SampleKey]:
     return [key for keys in passes for key in keys]
+
+
+def orders(size: int, epochs: int) -> np.ndarray:  # [epochs, size]
+    return np.stack([shuffled(np.arange(size), size, (0, 0, epoch)) for epoch in range(epochs)])
+
+
+def test_an_order_has_every_place_once():
+    for size in (*range(1, 70), 1000, 4096, 4097, 65_537):
+        assert sorted(shuffled(np.arange(size), size, (size, 1))) == list(range(size)), size
+    places = np.array([5, 0, 5, 69])  # any of them, on their own
+    assert np.array_equal(shuffled(places, 70, (3,)), shuffled(np.arange(70), 70, (3,))[places])
+    assert not np.array_equal(shuffled(places, 70, (3,)), shuffled(places, 70, (4,)))
+
+
+def unevenness(counts: np.ndarray) -> float:
+    """Pearson's chi-square of counts that should be equal, in standard deviations from its mean."""
+    freedom = counts.size - 1
+    return (((counts - counts.mean()) ** 2).sum() / counts.mean() - freedom) / (2 * freedom) ** 0.5
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_all_orders_of_a_few_rows_come_equally_often(size):
+    counts = Counter(map(tuple, orders(size, 1200).tolist()))
+    assert len(counts) == math.factorial(size)
+    assert unevenness(np.array(list(counts.values()))) < 4
+
+
+def test_an_order_of_many_rows_looks_random():
+    """Where a row comes tells neither its number nor its neighbour's, nor where it comes in the next epoch."""
+    found, size = orders(10_000, 12), 10_000
+    numbers = np.tile(np.arange(size), (12, 1))
+    for one, other in [(numbers, found), (found[:, 1:], found[:, :-1]), (found[1:], found[:-1])]:
+        assert abs(np.corrcoef(one.ravel(), other.ravel())[0, 1]) < 4 / one.size**0.5
+        counts, *_ = np.histogram2d(one.ravel(), other.ravel(), bins=20)
+        assert abs(unevenness(counts)) < 4
+
+
+def test_a_hundred_million_frames_take_no_memory_of_their_own():
+    ends = 250 * np.arange(1, 400_001)
+    tracemalloc.start()
+    groups = group_rows([(0, Rows(ends - 250, ends))])
+    passes = keys_of(groups, 3_000_000, 3_000_002, batch_size=64)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(groups[0]) == 100_000_000
+    assert len({key.row for key in flat(passes)}) == 128
+    assert peak < 64 * 400_000  # bytes: some numbers an episode
 
 
 def test_every_frame_once_an_epoch():
@@ -423,7 +489,7 @@ def test_held_out_batches_are_the_same_every_time(video, tmp_path):
         run_dir=tmp_path, data=DataConfig(roots=("x",), num_workers=0), steps=1, batch_size=4, eval_samples=8
     )
     train, held_out = data_order.split_datasets([video], config.val_fraction, seed=0)
-    groups = data_order.group_rows(train), data_order.group_rows(held_out)
+    groups = group_rows(train), group_rows(held_out)
     loaders = data_loader.make_loaders([video], *groups, SPEC, config, Accelerator(cpu=True), random_shift=0.3)
     first, second = list(loaders.held_out()), list(loaders.held_out())
     assert len(first) == 2
@@ -432,9 +498,129 @@ def test_held_out_batches_are_the_same_every_time(video, tmp_path):
         assert torch.equal(one.images[0], one.pairs[:, 0])  # not augmented
     (augmented,) = loaders.train(0)
     assert not torch.equal(augmented.images[0], augmented.pairs[:, 0])
-    names = {f"{video.name} episode {e}" for e in np.searchsorted(video.episode_to, held_out[0][1], side="right")}
+    names = {
+        f"{video.name} episode {e}" for e in np.searchsorted(video.episode_to, held_out[0][1].numpy(), side="right")
+    }
     assert {key.rsplit(" frame ", 1)[0] for batch in first for key in batch.keys} <= names
     assert data_loader.make_loaders([video], groups[0], [], SPEC, config, Accelerator(cpu=True)).held_out is None
+
+
+# --- opening ----------------------------------------------------------------------------------------------------------
+
+
+def test_columns_are_what_the_parquet_files_hold(tmp_path):
+    """Whatever their types, over files of several row groups; the files may differ in type, the first decides."""
+    rng, paths, tables = np.random.default_rng(0), [], []
+    for number, rows in enumerate((7, 1, 30)):
+        vectors = rng.normal(size=(rows, 3))
+        types = pa.list_(pa.float32(), 3), pa.list_(pa.float32())
+        columns = {
+            "videos/a/number": pa.array(rng.integers(9, size=rows)),
+            "bool": pa.array(rng.integers(2, size=rows) > 0),
+            "vector": pa.array(vectors.tolist(), types[number % 2]),
+            "one": pa.array(vectors[:, :1].tolist(), pa.list_(pa.float64())),
+            "text": pa.array(["not read"] * rows),
+        }
+        paths.append(tmp_path / f"{number}.parquet")
+        tables.append(pa.table(columns))
+        pq.write_table(tables[-1], paths[-1], row_group_size=4)
+    names = ["vector", "videos/a/number", "bool", "one"]
+    found = Columns(paths, names, 38)
+    for name in names:
+        expected = np.array([value for table in tables for value in table[name].to_pylist()]).squeeze()
+        assert np.array_equal(found[name], expected.astype(found[name].dtype)), name
+    kinds = [(found[name].shape, str(found[name].dtype)) for name in names]
+    assert kinds == [((38, 3), "float32"), ((38,), "int64"), ((38,), "bool"), ((38,), "float64")]
+    with pytest.raises(ValueError, match=r"holds 38 rows, meta/info.json says 39: the dataset is not complete"):
+        Columns(paths, names, 39)
+    pq.write_table(tables[0].slice(0, 6), paths[0])  # another file of the same name
+    assert len(Columns(paths, names, 37)["bool"]) == 37
+
+
+def test_columns_are_written_once(tmp_path, monkeypatch):
+    """Processes that open a dataset together wait for the first; what a killed one left does not matter."""
+    path, calls = tmp_path / "0.parquet", []
+    pq.write_table(pa.table({"a": range(9)}), path)
+
+    write = data_columns.write_columns
+
+    def slowly(directory: Path, *arguments) -> int:
+        calls.append(directory)
+        time.sleep(0.2)
+        return write(directory, *arguments)
+
+    monkeypatch.setattr(data_columns, "write_columns", slowly)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: Columns([path], ["a"], 9), range(4)))
+    assert len(calls) == 1
+    assert {columns.directory for columns in found} == {found[0].directory}
+    assert not found[0].directory.with_suffix(".part").exists()
+
+
+def test_what_a_loader_worker_gets_is_small(video, images):
+    for dataset in (video, images):
+        dataset.task(3)
+        pickled = pickle.dumps(dataset)
+        assert len(pickled) < 20_000
+        copy = pickle.loads(pickled)
+        keys = [SampleKey(0, 0, 0, 11)]
+        spec = SampleSpec((CAMERA,), state_dim=dataset.vector_dim("observation.state"))
+        assert_equal(SampleDataset([copy], spec, 0)[keys], SampleDataset([dataset], spec, 0)[keys])
+
+
+def test_a_dataset_of_the_hub_is_downloaded_once(video_dataset, tmp_path, monkeypatch):
+    """What is missing of it, in the version that LeRobot chooses."""
+    calls = []
+
+    def download(repo_id: str, *, repo_type: str, revision: str, local_dir: Path) -> None:
+        calls.append((repo_id, repo_type, revision, local_dir))
+        shutil.copytree(video_dataset, local_dir, dirs_exist_ok=True)
+
+    monkeypatch.setattr(data, "snapshot_download", download)
+    monkeypatch.setattr(data, "get_safe_version", lambda repo_id, version: f"{version}.1")
+    monkeypatch.setattr(data, "HF_LEROBOT_HOME", tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    root = tmp_path / "somebody" / "video"
+    for _ in range(2):
+        (dataset,) = data.open_datasets(DataConfig(repo_ids=("somebody/video",)))
+        assert (dataset.name, dataset.num_frames) == ("somebody/video", sum(range(20, 28)))
+        assert calls == [("somebody/video", "dataset", "v3.0.1", root)]
+    shutil.rmtree(root / "videos")
+    assert data.open_datasets(DataConfig(repo_ids=("somebody/video",)))[0].read_frames(CAMERA, [3]).any()
+    assert len(calls) == 2
+
+
+# --- few episodes -----------------------------------------------------------------------------------------------------
+
+
+def test_few_episodes_are_among_more_and_the_held_out_ones_stay(labelled, video, tmp_path):
+    (_, whole), episodes = data_order.split_episodes(labelled, 0.2, 0), {}
+    for number in (1, 3, 6):
+        rows, held_out = data_order.split_episodes(labelled, 0.2, 0, number)
+        assert held_out.numpy().tolist() == whole.numpy().tolist()
+        episodes[number] = set(labelled.episode_of(rows.numpy()).tolist())
+        assert len(episodes[number]) == number
+    assert episodes[1] < episodes[3] < episodes[6]
+    assert episodes[6] | set(labelled.episode_of(held_out.start).tolist()) == set(range(8))
+    with pytest.raises(ValueError, match=r"max-episodes 7: .* has 6 episode\(s\) to train on, and 2 held out"):
+        data_order.split_episodes(labelled, 0.2, 0, 7)
+    with pytest.raises(ValueError, match="max-episodes must be at least 1, got 0"):
+        PolicyDataConfig(roots=("x",), max_episodes=0)
+    # Of the labelled datasets, not of video.
+    options = PolicyDataConfig(roots=("x",), max_episodes=2)
+    options = Stage3Config(run_dir=tmp_path, data=options, steps=1, val_fraction=0.2)
+    training, groups, _ = data_order.split_with_video([labelled, video], 1, options, 0.5)
+    assert [len(rows.start) for _, rows in training] == [2, 6]
+    assert [len(group.rows.start) for group in groups] == [2, 6]
+
+
+def test_statistics_of_few_episodes_are_those_of_their_frames(labelled, video):
+    rows = [(0, labelled.rows(20, 41)), (1, video.rows(0, 20))]
+    found = data.vector_statistics([labelled, video], "observation.state", rows)
+    vectors = [lerobot_dataset(d).hf_dataset.with_format("numpy")["observation.state"][:] for d in (labelled, video)]
+    values = np.concatenate([vectors[0][20:41], vectors[1][:20]]).astype(np.float64)
+    assert np.allclose(found.mean, values.mean(0)) and np.allclose(found.std, values.std(0))
+    assert len(data.vector_statistics([labelled, video], "action", rows).mean) == 4
 
 
 # --- refused ----------------------------------------------------------------------------------------------------------
@@ -448,6 +634,15 @@ def test_a_directory_that_is_no_dataset_is_refused(tmp_path):
         open_datasets(tmp_path)
     with pytest.raises(ValueError, match=r"no LeRobotDataset at .*nobody/nothing"):
         data.open_datasets(DataConfig(repo_ids=("nobody/nothing",)))
+
+
+@pytest.mark.parametrize("missing", ["data", "videos", "meta/episodes", "meta/tasks.parquet"])
+def test_a_dataset_of_which_a_part_is_missing_is_refused(video_dataset, tmp_path, missing):
+    shutil.copytree(video_dataset, tmp_path / "copy")
+    path = tmp_path / "copy" / missing
+    path.unlink() if path.is_file() else shutil.rmtree(path)
+    with pytest.raises(ValueError, match=rf"the LeRobotDataset at .*copy is not complete, missing: .*copy/{missing}"):
+        open_datasets(tmp_path / "copy")
 
 
 def test_cameras_are_those_that_all_datasets_have(video, images):
@@ -489,13 +684,13 @@ def test_a_share_that_gets_no_sample_is_refused():
 
 def test_frames_without_a_pair_are_left_out(video, images):
     """Neither does a dataset remain of which no frame has one."""
-    everything = [(0, np.arange(video.num_frames)), (1, np.arange(3))]
+    everything = [(0, video.rows()), (1, images.rows(0, 3))]
     found = data.with_pairs([video, images], everything)
     last = [end - 1 - back for end in video.episode_to for back in range(video.gap)]
     assert [index for index, _ in found] == ([0, 1] if 3 + images.gap <= images.episode_to[0] else [0])
-    assert found[0][1].tolist() == sorted(set(range(video.num_frames)) - set(last))
-    short = (0, np.arange(video.episode_to[0] - video.gap, video.episode_to[0]))
-    long = (1, np.arange(video.num_frames))
+    assert found[0][1].numpy().tolist() == sorted(set(range(video.num_frames)) - set(last))
+    short = (0, video.rows(int(video.episode_to[0]) - video.gap, int(video.episode_to[0])))
+    long = (1, video.rows())
     assert [index for index, _ in data.with_pairs([video, video], [short, long])] == [1]
     # As held-out episodes that are too short: without a word nothing would be evaluated.
     with pytest.raises(ValueError, match=rf"or --val-fraction 0 if these are the held-out .* \({video.gap} frames\)"):

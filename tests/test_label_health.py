@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import drawn_figures
+from helpers import drawn_figures, lerobot_dataset
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
 from smolvla_shared import data, label_health, label_probe
@@ -240,7 +240,8 @@ class Recorded(SimpleNamespace):
     """A dataset of six episodes of 20 frames, in memory, with these columns."""
 
     gap, num_frames, episode_from, episode_to = 3, 120, np.arange(0, 120, 20), np.arange(20, 140, 20)
-    rows_with_pairs, episode_of = data.RobotDataset.rows_with_pairs, data.RobotDataset.episode_of
+    rows, episode_of = data.RobotDataset.rows, data.RobotDataset.episode_of
+    rows_with_pairs = data.RobotDataset.rows_with_pairs
 
 
 @pytest.mark.parametrize("has_state", [True, False])
@@ -270,10 +271,10 @@ def test_a_teacher_that_encodes_the_action_scores_near_1(laq, laq_checkpoint, la
     seen, triples, latents = observe(
         OnlineLabels(sees, "continuous", CAMERA), datasets, replace(config, detailed_pairs=40)
     )
-    by_hand = np.array(datasets[0].lerobot.hf_dataset["action"])
+    by_hand = np.array(lerobot_dataset(datasets[0]).hf_dataset["action"])
     actions = seen.targets["action"].values
     assert actions.shape[1] == 4
-    rows = datasets[0].rows_with_pairs(np.arange(datasets[0].num_frames))  # all of them: there are fewer than asked for
+    rows = datasets[0].rows_with_pairs(datasets[0].rows()).numpy()  # all of them: there are fewer than asked for
     assert np.allclose(actions, [by_hand[row : row + 4].sum(0) for row in rows], atol=1e-5)
     assert len(triples) == len(latents) == 40
     scores = label_probe.probe(seen.latents, actions, seen.episodes)

@@ -76,7 +76,7 @@ def test_cached_labels_are_the_online_ones_to_the_bit(cache, tmp_path, laq_check
     # Batches as the command has made them: blocks of 16 rows of one episode.
     compared = 0
     for index, dataset in enumerate(datasets):
-        for block in data_blocks.episode_blocks(dataset, dataset.rows_with_pairs(np.arange(dataset.num_frames)), 16):
+        for block in data_blocks.episode_blocks(dataset, dataset.rows_with_pairs(dataset.rows()).numpy(), 16):
             places = [(index, int(row)) for row in block]
             raw, without_pairs = raw_batch(datasets, online, places), raw_batch(datasets, cached, places)
             assert without_pairs.pairs is None
@@ -125,7 +125,7 @@ def test_what_a_cache_consists_of(cache, laq, video_dataset, image_dataset):
         rows = load_file(name / "shards" / "000000.safetensors")["rows"]
         assert rows.shape == (dataset.num_frames, 4) + ((8,) if kind == "continuous" else ())
         assert rows.dtype == (torch.float32 if kind == "continuous" else torch.int32)
-        pairs = dataset.rows_with_pairs(np.arange(dataset.num_frames))
+        pairs = dataset.rows_with_pairs(dataset.rows()).numpy()
         without = np.setdiff1d(np.arange(dataset.num_frames), pairs)
         assert 0 < len(without) == len(dataset.episode_from) * dataset.gap
         assert not rows[without].any()

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import tyro
+from helpers import lerobot_dataset
 
 from smolvla_shared import data, data_loader, data_order
 from smolvla_shared.config import DataConfig
@@ -81,7 +82,7 @@ def test_online_labels_are_what_laq_encodes(laq, dataset, image_source, kind):
         found = labels(raw)
         assert not found.requires_grad
         for slot in range(0, 4, len(datasets)):  # the video's
-            frames = [dataset.lerobot[3 + slot + gap][CAMERA] for gap in (0, dataset.gap)]
+            frames = [lerobot_dataset(dataset)[3 + slot + gap][CAMERA] for gap in (0, dataset.gap)]
             latents = laq.encode(torch.stack(frames)[None])
             expected = latents.vectors if kind == "quantized" else latents.continuous
             torch.testing.assert_close(found[slot : slot + 1], expected, rtol=1e-5, atol=1e-6)
@@ -89,11 +90,11 @@ def test_online_labels_are_what_laq_encodes(laq, dataset, image_source, kind):
 
 def test_statistics_are_those_of_the_valid_pairs(laq, dataset):
     frames = np.arange(8, 72)  # of four episodes, in part without a pair
-    found = latent_statistics(OnlineLabels(laq, "quantized", CAMERA), [dataset], [(0, frames)], seed=0)
+    found = latent_statistics(OnlineLabels(laq, "quantized", CAMERA), [dataset], [(0, dataset.rows(8, 72))], seed=0)
     ends = dataset.episode_to[np.searchsorted(dataset.episode_to, frames, side="right")]
     valid = frames[frames + dataset.gap < ends]
     assert 0 < len(valid) < len(frames)
-    recorded = dataset.lerobot
+    recorded = lerobot_dataset(dataset)
     pairs = torch.stack([torch.stack([recorded[f][CAMERA], recorded[f + dataset.gap][CAMERA]]) for f in valid.tolist()])
     vectors = laq.encode(pairs).vectors.flatten(1).double()
     assert np.allclose(found.mean, vectors.mean(0), atol=1e-6)
@@ -174,10 +175,11 @@ def test_held_out_errors_are_of_the_exported_teacher(run_dir, video_dataset):
     sampler = data_order.StepSampler(data_order.group_rows(data.with_pairs(datasets, held_out)), config.seed, 8, 0, 2)
     keys = [key for keys in sampler for key in keys]
     dataset, errors, copies = datasets[0], [], []
+    recorded = lerobot_dataset(dataset)
     for key in keys:
         end = dataset.episode_to[np.searchsorted(dataset.episode_to, key.row, side="right")]
         if key.row + dataset.gap < end:
-            frames = torch.stack([dataset.lerobot[f][CAMERA] for f in (key.row, key.row + dataset.gap)])[None]
+            frames = torch.stack([recorded[f][CAMERA] for f in (key.row, key.row + dataset.gap)])[None]
             frames = teacher.resize(frames)
             errors.append((teacher.reconstruct(frames)[0] - frames[0, 1]).square().mean().item())
             copies.append((frames[0, 0] - frames[0, 1]).square().mean().item())
@@ -255,14 +257,14 @@ def test_grounding_learns_the_actions_of_some_episodes(tmp_path, video_dataset, 
     recorded = json.loads(path.with_suffix(".json").read_text())["source"]["grounding"]
     labelled = data.open_datasets(DataConfig(roots=(labelled_dataset,)))[0]
     _, held_out = data_order.split_episodes(labelled, config.val_fraction, config.seed)
-    unused = {labelled.episode_of(row) for row in held_out} | set(range(5, len(labelled.episode_from)))
+    unused = {labelled.episode_of(row) for row in held_out.numpy()} | set(range(5, len(labelled.episode_from)))
     (used,) = recorded["datasets"].values()
     assert set(used["episodes"]) == set(range(len(labelled.episode_from))) - unused
     assert used["actions"].startswith("action, sum over the gap")
     assert recorded["weight"] == 1.0
     # `teacher check` leaves them out.
     rows = unseen_rows(labelled, {used["fingerprint"]: used["episodes"]})
-    assert {labelled.episode_of(row) for row in rows} == unused
+    assert {labelled.episode_of(row) for row in rows.numpy()} == unused
 
 
 def test_the_actions_of_a_grounded_pair(video_dataset, labelled_dataset):
@@ -271,8 +273,8 @@ def test_the_actions_of_a_grounded_pair(video_dataset, labelled_dataset):
     grounding = Grounding([labelled], 1, GroundingConfig(roots=(labelled_dataset,)), val_fraction=0.2, seed=0)
     ((index, rows),) = grounding.rows
     assert index == 1
-    actions = np.array(labelled.lerobot.hf_dataset["action"], np.float64)
-    pairs = labelled.rows_with_pairs(rows)
+    actions = np.array(lerobot_dataset(labelled).hf_dataset["action"], np.float64)
+    pairs = labelled.rows_with_pairs(rows).numpy()
     sums = np.stack([actions[row : row + 4].sum(0) for row in pairs])
     row = int(pairs[7])
     raw = SimpleNamespace(dataset=[0, 1, 1], row=[row, row, int(labelled.episode_to[0]) - 1], pairs=torch.zeros(3))
