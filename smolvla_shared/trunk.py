@@ -6,48 +6,72 @@ suffix, so the same code serves training and sampling. Numbers follow SmolVLA (a
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import SmolVLMConfig, SmolVLMModel
 from transformers.models.llama.configuration_llama import LlamaConfig
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from smolvla_shared.config import CoreConfig, expert_mlp_width
 
 ROPE_WAVELENGTH = 10_000  # SmolVLA's, in trunk and expert; the language model's own rope_theta is not used
 
 KeysValues = tuple[Tensor, Tensor]  # [B, key/value heads, tokens, head_dim] each, keys after RoPE
-Rotation = tuple[Tensor, Tensor]  # cosines and sines, [B, 1, tokens, head_dim / 2] each
+Rotation = tuple[Tensor, Tensor]  # cosines and signed sines, [B, 1, tokens, head_dim] each
+Place = tuple[Rotation, Tensor]  # of the queries: their rotation, and an attention_bias
 
 
 @dataclass
 class Prefix:
-    """Images, text and state as the expert reads them."""
+    """Images, text and state as the expert reads them, and what the expert keeps for other heads and Euler steps."""
 
     keys_values: list[KeysValues]  # one pair per trunk layer
     mask: Tensor  # [B, P] bool: False for padding, missing cameras and a missing state
+    contexts: dict[int, KeysValues] = field(default_factory=dict)  # {layer: as its cross- or self-attention reads them}
+    places: dict[tuple[int, int], tuple[Place, Place]] = field(default_factory=dict)  # {(K, T): Expert.places}
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The type of matrix products with x: autocast's where it is on."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def rotation(positions: Tensor, head_dim: int) -> Rotation:
     """Rotary embedding (RoFormer, arXiv 2104.09864) of positions [B, L]."""
     exponent = torch.arange(head_dim // 2, dtype=torch.float32, device=positions.device) * (2 / head_dim)
     angle = positions[:, None, :, None] / ROPE_WAVELENGTH**exponent  # [B, 1, L, head_dim / 2]
-    return angle.cos(), angle.sin()
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
 
 def rotate(x: Tensor, rotation: Rotation) -> Tensor:
-    """Apply a rotation to x [B, heads, L, head_dim], whose first and second half form the pairs."""
+    """Apply a float32 rotation to x [B, heads, L, head_dim], whose first and second half form the pairs."""
     cos, sin = rotation
-    first, second = x.float().chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+    return torch.addcmul(x.roll(x.shape[-1] // 2, dims=-1) * sin, x, cos).to(x.dtype)
 
 
-def attend(query: Tensor, keys_values: KeysValues, mask: Tensor) -> Tensor:
-    """Grouped-query attention of [B, heads, L, head_dim]; mask, True to attend, broadcasts to [B, heads, L, keys]."""
-    return F.scaled_dot_product_attention(query, *keys_values, attn_mask=mask, enable_gqa=True)
+def attention_bias(mask: Tensor, dtype: torch.dtype, groups: int = 1) -> Tensor:
+    """What attention adds to its scores: 0 where a mask [B, 1, L, keys] is True, else -inf; [B, 1, groups * L, keys].
+
+    In memory its rows start at multiples of 8: GPU kernels would copy other ones, in every layer.
+    """
+    padded = F.pad(mask, (0, -mask.shape[-1] % 8)).repeat(1, 1, groups, 1)
+    return torch.zeros_like(padded, dtype=dtype).masked_fill_(~padded, -math.inf)[..., : mask.shape[-1]]
+
+
+def attend(query: Tensor, keys_values: KeysValues, bias: Tensor) -> Tensor:
+    """Grouped-query attention of [B, heads, L, head_dim]; bias broadcasts to [B, 1, groups * L, keys].
+
+    Queries that share a head of keys become further rows: fast GPU kernels take a bias, but no groups.
+    """
+    groups = query.shape[1] // keys_values[0].shape[1]
+    rows = query.unflatten(1, (-1, groups)).flatten(2, 3)
+    attended = F.scaled_dot_product_attention(rows, *keys_values, attn_mask=bias)
+    return attended.unflatten(2, (groups, -1)).flatten(1, 2)
 
 
 def split_heads(x: Tensor, head_dim: int) -> Tensor:
@@ -86,7 +110,34 @@ def suffix_attention_mask(prefix_valid: Tensor, num_tokens: int) -> Tensor:
     return torch.cat([prefix_valid[:, None, None, :].expand(shape), causal.expand(shape)], dim=-1)
 
 
-class PrefixLayer(LlamaDecoderLayer):
+class RMSNorm(nn.RMSNorm):
+    """One kernel on a GPU; its output is cast once, for all products that read it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps).to(compute_dtype(x))
+
+
+class Layer(LlamaDecoderLayer):
+    """What the layers of trunk and expert share."""
+
+    def __init__(self, config: LlamaConfig, index: int):
+        super().__init__(config, index)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def rotated(self, normed: Tensor, rotation: Rotation, *projections: nn.Module) -> tuple[Tensor, ...]:
+        """Tokens [B, L, width] through these projections, as heads, rotated by their positions."""
+        projected = [projection(normed) for projection in projections]
+        heads = [x.shape[-1] // self.self_attn.head_dim for x in projected]
+        return rotate(split_heads(torch.cat(projected, dim=-1), self.self_attn.head_dim), rotation).split(heads, dim=1)
+
+    def finish(self, hidden: Tensor, attended: Tensor) -> Tensor:
+        """Hidden [B, L, width] after this layer."""
+        hidden = hidden + self.self_attn.o_proj(merge_heads(attended))
+        return hidden + self.mlp(self.post_attention_layernorm(hidden))
+
+
+class PrefixLayer(Layer):
     """A language-model layer of the trunk that also returns its keys and values."""
 
     def __init__(self, config: LlamaConfig, index: int):
@@ -98,27 +149,21 @@ class PrefixLayer(LlamaDecoderLayer):
             for unused in (self.self_attn.q_proj, self.self_attn.o_proj, self.mlp, self.post_attention_layernorm):
                 unused.requires_grad_(False)
 
-    def forward(
-        self,
-        parts: list[Tensor],  # the P tokens, cut into parts [B, part, hidden]
-        masks: list[Tensor],  # per part, [B, 1, part, tokens up to the part's end]
-        rotations: list[Rotation],  # per part
-    ) -> tuple[list[Tensor], KeysValues]:
-        """The parts after this layer, and the keys and values of all P tokens. A part attends to itself and the parts
-        before it.
+    def forward(self, parts: list[Tensor], places: list[Place]) -> tuple[list[Tensor], KeysValues]:
+        """Parts [B, part, hidden] of the P tokens -> the parts after this layer, the keys and values of all P tokens.
+
+        A part attends to itself and the parts before it: its bias is [B, 1, groups * part, tokens up to its end].
         """
-        attn, head_dim = self.self_attn, self.self_attn.head_dim
-        normed = [self.input_layernorm(hidden) for hidden in parts]
-        keys = [rotate(split_heads(attn.k_proj(x), head_dim), r) for x, r in zip(normed, rotations, strict=True)]
-        values = [split_heads(attn.v_proj(x), head_dim) for x in normed]
-        ends = range(1, len(parts) + 1)
-        keys_values = [(torch.cat(keys[:end], dim=2), torch.cat(values[:end], dim=2)) for end in ends]
-        if not self.is_last:
-            queries = [rotate(split_heads(attn.q_proj(x), head_dim), r) for x, r in zip(normed, rotations, strict=True)]
-            attended = map(attend, queries, keys_values, masks)
-            parts = [hidden + attn.o_proj(merge_heads(a)) for hidden, a in zip(parts, attended, strict=True)]
-            parts = [hidden + self.mlp(self.post_attention_layernorm(hidden)) for hidden in parts]
-        return parts, keys_values[-1]
+        attn, new_parts, keys_values = self.self_attn, [], None
+        for hidden, (rotation, bias) in zip(parts, places, strict=True):
+            normed = self.input_layernorm(hidden)
+            key, *query = self.rotated(normed, rotation, attn.k_proj, *[attn.q_proj] * (not self.is_last))
+            own = key, split_heads(attn.v_proj(normed), attn.head_dim)
+            earlier, keys_values = keys_values, own
+            if earlier:
+                keys_values = torch.cat([earlier[0], own[0]], dim=2), torch.cat([earlier[1], own[1]], dim=2)
+            new_parts.append(hidden if self.is_last else self.finish(hidden, attend(*query, keys_values, bias)))
+        return new_parts, keys_values
 
 
 class Trunk(nn.Module):
@@ -142,8 +187,8 @@ class Trunk(nn.Module):
         nearest = torch.arange(side) * learned_side // side
         patch_positions = (nearest[:, None] * learned_side + nearest).flatten()  # [patches]
         self.register_buffer("patch_positions", patch_positions, persistent=False)
-        self.hidden_size = text.hidden_size
-        self.head_dim = text.head_dim
+        self.hidden_size, self.head_dim = text.hidden_size, text.head_dim
+        self.groups = text.num_attention_heads // text.num_key_value_heads
         self.has_image_special_tokens = bool(config.image_special_tokens)
         if self.has_image_special_tokens:
             fake_image, global_image = config.image_special_tokens
@@ -195,18 +240,18 @@ class Trunk(nn.Module):
             parts, spans = [image_text, state], [slice(-1), slice(-1, None)]
         else:
             parts, spans = [torch.cat([image_text, state], dim=1)], [slice(None)]
-        mask = prefix_attention_mask(valid)
-        masks = [mask[:, :, span, : span.stop] for span in spans]
+        mask, dtype = prefix_attention_mask(valid), compute_dtype(image_text)
+        biases = [attention_bias(mask[:, :, span, : span.stop], dtype, self.groups) for span in spans]
         positions = valid.cumsum(1) - 1  # padding does not count
         rotations = [rotation(positions[:, span], self.head_dim) for span in spans]
-        keys_values = []
+        places, keys_values = list(zip(rotations, biases, strict=True)), []
         for layer in self.vlm.text_model.layers:
-            parts, layer_keys_values = layer(parts, masks, rotations)
+            parts, layer_keys_values = layer(parts, places)
             keys_values.append(layer_keys_values)
         return Prefix(keys_values, valid)
 
 
-class ExpertLayer(LlamaDecoderLayer):
+class ExpertLayer(Layer):
     """A layer of the expert: self-attention over [prefix ; suffix], or cross-attention to the prefix alone.
 
     A cross-attention layer projects the trunk layer's keys and values, flattened over heads, to its own. It applies no
@@ -221,49 +266,40 @@ class ExpertLayer(LlamaDecoderLayer):
             self.self_attn.k_proj = nn.Linear(width, width, bias=config.attention_bias)
             self.self_attn.v_proj = nn.Linear(width, width, bias=config.attention_bias)
 
-    def context(self, prefix: KeysValues) -> KeysValues:
+    def context(self, prefix: KeysValues, dtype: torch.dtype) -> KeysValues:
         """The prefix's keys and values as this layer attends to them: projected if it is a cross-attention layer."""
-        if not self.is_cross:
-            return prefix
+        keys, values = (x.to(dtype) for x in prefix)
         attn = self.self_attn
-        projected = [
-            split_heads(proj(merge_heads(x).to(proj.weight.dtype)), attn.head_dim)
-            for proj, x in zip((attn.k_proj, attn.v_proj), prefix, strict=True)
-        ]
-        return projected[0], projected[1]
+        if self.is_cross:
+            keys = split_heads(attn.k_proj(merge_heads(keys)), attn.head_dim)
+            values = split_heads(attn.v_proj(merge_heads(values)), attn.head_dim)
+        return keys, values
 
     def forward(
         self,
         hidden: Tensor,  # [B * K, T, width]; the K draws of a sample are neighbours
         prefix: KeysValues,
         context: KeysValues | None,  # None: computed from the prefix
-        prefix_valid: Tensor,  # [B, P]
-        rotations: tuple[Rotation, Rotation],  # for positions after the prefix, and for positions from 0
+        place: Place,
     ) -> tuple[Tensor, KeysValues]:
-        """Hidden after this layer, and the context, which the next Euler step passes in again."""
-        attn, head_dim = self.self_attn, self.self_attn.head_dim
-        if context is None:
-            context = self.context(prefix)
-        num_draws = len(hidden) // len(prefix_valid)
+        """Hidden after this layer, and the context."""
+        attn, (rotation, bias) = self.self_attn, place
+        context = context or self.context(prefix, compute_dtype(hidden))
+        num_draws = len(hidden) // len(context[0])
         normed = self.input_layernorm(hidden)
-        query = split_heads(attn.q_proj(normed), head_dim)
-        after_prefix, from_zero = rotations
         if self.is_cross:
             # A sample's draws share a prefix: they attend to it as one long sequence, without copies of the prefix.
-            query = rotate(query, from_zero).unflatten(0, (-1, num_draws)).transpose(1, 2)  # [B, heads, K, T, d]
-            attended = attend(query.flatten(2, 3), context, prefix_valid[:, None, None, :])
+            (query,) = self.rotated(normed, rotation, attn.q_proj)
+            query = query.unflatten(0, (-1, num_draws)).transpose(1, 2)  # [B, heads, K, T, d]
+            attended = attend(query.flatten(2, 3), context, bias)
             attended = attended.unflatten(2, (num_draws, -1)).transpose(1, 2).flatten(0, 1)
         else:
-            keys = rotate(split_heads(attn.k_proj(normed), head_dim), after_prefix)
-            own = keys, split_heads(attn.v_proj(normed), head_dim)
-            joint = [
-                torch.cat([p.repeat_interleave(num_draws, dim=0).to(o.dtype), o], dim=2)
-                for p, o in zip(context, own, strict=True)
-            ]
-            mask = suffix_attention_mask(prefix_valid, hidden.shape[1]).repeat_interleave(num_draws, dim=0)
-            attended = attend(rotate(query, after_prefix), (joint[0], joint[1]), mask)
-        hidden = hidden + attn.o_proj(merge_heads(attended))
-        return hidden + self.mlp(self.post_attention_layernorm(hidden)), context
+            query, key = self.rotated(normed, rotation, attn.q_proj, attn.k_proj)
+            own = key, split_heads(attn.v_proj(normed), attn.head_dim)
+            of_draws = (x[:, None].expand(-1, num_draws, -1, -1, -1).flatten(0, 1) for x in context)
+            keys, values = (torch.cat(pair, dim=2) for pair in zip(of_draws, own, strict=True))
+            attended = attend(query, (keys, values), bias)
+        return self.finish(hidden, attended), context
 
 
 class Expert(nn.Module):
@@ -275,32 +311,31 @@ class Expert(nn.Module):
         text.hidden_size = int(text.hidden_size * config.expert_width_multiplier)
         text.intermediate_size = expert_mlp_width(text.hidden_size)
         text.num_hidden_layers = config.num_trunk_layers
-        self.width = text.hidden_size
-        self.head_dim = text.head_dim
+        self.width, self.head_dim = text.hidden_size, text.head_dim
+        self.groups = text.num_attention_heads // text.num_key_value_heads
         self.layers = nn.ModuleList(
             ExpertLayer(text, index, is_cross=index % config.self_attn_every_n_layers != 0)
             for index in range(config.num_trunk_layers)
         )
-        self.norm = LlamaRMSNorm(text.hidden_size, eps=text.rms_norm_eps)
+        self.norm = nn.RMSNorm(text.hidden_size, text.rms_norm_eps)
 
-    def forward(
-        self, tokens: Tensor, prefix: Prefix, contexts: list[KeysValues | None] | None = None
-    ) -> tuple[Tensor, list[KeysValues | None]]:
-        """Suffix tokens [B, K, T, width] -> output [B, K, T, width] and the layers' contexts.
-
-        Passing in the contexts of an earlier call with this prefix saves time.
-        """
-        batch, num_draws, num_tokens, _ = tokens.shape
-        from_zero = torch.arange(num_tokens, device=tokens.device)[None]  # [1, T]
-        after_prefix = prefix.mask.sum(1, keepdim=True) + from_zero  # [B, T]
-        rotations = (
-            rotation(after_prefix.repeat_interleave(num_draws, dim=0), self.head_dim),
-            rotation(from_zero, self.head_dim),
+    def places(self, valid: Tensor, num_draws: int, num_tokens: int, dtype: torch.dtype) -> tuple[Place, Place]:
+        """Where suffix tokens stand in self-attention, and in cross-attention, to a prefix [B, P]."""
+        from_zero = torch.arange(num_tokens, device=valid.device)[None]  # [1, T]
+        after_prefix = (valid.sum(1, keepdim=True) + from_zero).repeat_interleave(num_draws, dim=0)  # [B * K, T]
+        joint = suffix_attention_mask(valid, num_tokens).repeat_interleave(num_draws, dim=0)
+        return (
+            (rotation(after_prefix, self.head_dim), attention_bias(joint, dtype, self.groups)),
+            (rotation(from_zero, self.head_dim), attention_bias(valid[:, None, None], dtype)),
         )
-        hidden, new_contexts = tokens.flatten(0, 1), []
-        for layer, keys_values, context in zip(
-            self.layers, prefix.keys_values, contexts or [None] * len(self.layers), strict=True
-        ):
-            hidden, context = layer(hidden, keys_values, context, prefix.mask, rotations)
-            new_contexts.append(context)
-        return self.norm(hidden).unflatten(0, (batch, num_draws)), new_contexts
+
+    def forward(self, tokens: Tensor, prefix: Prefix) -> Tensor:
+        """Suffix tokens [B, K, T, width] -> output [B, K, T, width]."""
+        batch, *shape, _ = tokens.shape
+        if tuple(shape) not in prefix.places:
+            prefix.places[tuple(shape)] = self.places(prefix.mask, *shape, compute_dtype(tokens))
+        places, hidden = prefix.places[tuple(shape)], tokens.flatten(0, 1)
+        for index, (layer, keys_values) in enumerate(zip(self.layers, prefix.keys_values, strict=True)):
+            context = prefix.contexts.get(index)
+            hidden, prefix.contexts[index] = layer(hidden, keys_values, context, places[layer.is_cross])
+        return self.norm(hidden).unflatten(0, (batch, -1))

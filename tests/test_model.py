@@ -102,7 +102,7 @@ def only(batch: Batch, name: str) -> Batch:
 def velocity(core: SmolVLASharedCore, batch: Batch, name: str, x_t: Tensor, time: Tensor) -> Tensor:
     """The predicted velocity at x_t [B, K, T, A] and time [B, K], without anything kept from an earlier call."""
     head = core.head(name)
-    return head.velocity(core.expert(head.embed(x_t, time), core.encode(batch))[0])
+    return head.velocity(core.expert(head.embed(x_t, time), core.encode(batch)))
 
 
 @pytest.fixture(scope="module")
