@@ -89,7 +89,7 @@ def main(config: Stage2Config) -> None:
     latents = with_health(artifact.Latents(*about, labels.horizon), config.label_health, config.accept_label_health)
     accelerator, resume_from = start_run(config)
 
-    core = initial.build(config.model, cameras, [LATENT], **dims)
+    core = initial.build(config.model, cameras, [LATENT], accelerator.mixed_precision, **dims)
     statistics = data.statistics(datasets, core.config, [LATENT])
     statistics[LATENT] = latent_statistics(labels, datasets, training, config.seed, accelerator.device)
     core.learn_codes(labels.codebook, statistics[LATENT])

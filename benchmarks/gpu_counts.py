@@ -81,8 +81,8 @@ class _Norm(torch.autograd.Function):
 
 class FusedNorms(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        is_norm = func in (torch.rms_norm, nn.functional.rms_norm)
-        return _Norm.apply(args[0], args[2]) if is_norm else func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        return _Norm.apply(args[0], kwargs["weight"]) if func is nn.functional.rms_norm else func(*args, **kwargs)
 
 
 def count(run: Callable[[], Any], precision: str) -> Counter:
@@ -108,6 +108,8 @@ def backward(core: SmolVLASharedCore, **options: Any) -> Callable[[], None]:
 def our_counts(trunk: Path, precision: str) -> dict[str, Counter]:
     def core(frozen: bool = True) -> SmolVLASharedCore:
         fresh = make_ours(trunk)
+        if frozen and precision == "bf16":  # as initial.py builds it
+            fresh.trunk.to(torch.bfloat16)
         return fresh if frozen else fresh.requires_grad_(True)
 
     trained = core()

@@ -33,7 +33,7 @@ class CoreConfig:
     num_trunk_layers: int = 16
     # dtype of the trunk's weights in memory and in files; heads and flow matching are always float32.
     torch_dtype: Literal["float32", "bfloat16"] = "float32"
-    # Longer texts are truncated to this many tokens; shorter ones are padded to the longest of their batch.
+    # Longer texts are truncated to this many tokens; shorter ones are padded to the longest of their batch, rounded up.
     max_text_tokens: int = 48
     # Token ids (fake_image, global_image) put around each camera's tokens; () = none, as in the released SmolVLA.
     image_special_tokens: tuple[int, ...] = ()

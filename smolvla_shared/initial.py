@@ -21,7 +21,7 @@ from smolvla_shared.config import ACTION, CoreConfig, DataConfig, ModelConfig, P
 from smolvla_shared.files import check_weights, find_directory, public_state
 from smolvla_shared.labels import labels_pairs
 from smolvla_shared.model import SmolVLASharedCore
-from smolvla_shared.model_parts import PARTS, parameter_table, parameters_by_part, prepare_to_train
+from smolvla_shared.model_parts import PARTS, frozen_parts, parameter_table, parameters_by_part, prepare_to_train
 from smolvla_shared.preprocess import Statistics
 from smolvla_shared.refusals import read_json, refuse_differences
 from smolvla_shared.trunk_files import load_trunk_tokenizer, load_trunk_weights, make_core_config
@@ -142,15 +142,25 @@ class InitialWeights:
         return recorded
 
     def build(
-        self, model: ModelConfig, cameras: tuple[str, ...], targets: Collection[str], **dims: int
+        self,
+        model: ModelConfig,
+        cameras: tuple[str, ...],
+        targets: Collection[str],
+        precision: str | None = "no",
+        **dims: int,
     ) -> SmolVLASharedCore:
-        """A core to train on these targets, in float32, with what --model freezes frozen.
+        """A core to train on these targets, with what --model freezes frozen. It is float32, but for a frozen trunk
+        under precision bf16.
 
-        dims: the data-dependent fields of CoreConfig
+        precision: Accelerate's mixed precision
+        dims:      the data-dependent fields of CoreConfig
 
         Raises ValueError for missing, unknown and misshapen weights. Only whole parts of `may_be_fresh` may be missing.
         """
-        core = SmolVLASharedCore(replace(self.core, cameras=cameras, torch_dtype="float32", **dims))
+        config = replace(self.core, cameras=cameras, torch_dtype="float32", **dims)
+        if precision == "bf16" and "language layers" in frozen_parts(model, config, targets):
+            config = replace(config, torch_dtype="bfloat16")
+        core = SmolVLASharedCore(config)
         fresh = tuple(PARTS[part] for part in self.fresh_parts(core))
         expected = {name: w for name, w in public_state(core.state_dict()).items() if not name.startswith(fresh)}
         check_weights(self.name, expected, self.weights)

@@ -19,6 +19,7 @@ from smolvla_shared.config import ACTION, LATENT, CoreConfig
 
 # Latent targets are clipped here, standard deviations: a rare latent must not outweigh a batch.
 MAX_LATENT = 5.0
+TEXT_MULTIPLE = 16  # texts are padded to a multiple of it: a GPU plans, and --model.compile compiles, for few lengths
 EPS = 1e-8  # added to standard deviations; LeRobot's normaliser uses the same
 
 
@@ -148,10 +149,11 @@ class TextTokenizer:
         self.max_tokens = max_tokens
 
     def __call__(self, tasks: list[str]) -> tuple[Tensor, Tensor]:
-        """Tasks of a batch -> ids [B, L] int64, mask [B, L] bool; L is the longest task's, at most max_tokens."""
+        """Tasks of a batch -> ids [B, L] int64, mask [B, L] bool; L is the longest task's, rounded up."""
         encoded = self.tokenizer(
             [task if task.endswith("\n") else task + "\n" for task in tasks],
             padding="longest",
+            pad_to_multiple_of=TEXT_MULTIPLE,
             padding_side="right",
             truncation=True,
             max_length=self.max_tokens,

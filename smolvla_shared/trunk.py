@@ -6,6 +6,7 @@ suffix, so the same code serves training and sampling. Numbers follow SmolVLA (a
 """
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -194,6 +195,11 @@ class Trunk(nn.Module):
             fake_image, global_image = config.image_special_tokens
             tokens = torch.tensor([fake_image, global_image, fake_image])
             self.register_buffer("image_special_tokens", tokens, persistent=False)
+
+    def own_precision(self) -> AbstractContextManager:
+        """Without autocast if the weights are bfloat16: they need no casts, and CUDA's autocast would cast the norms."""
+        is_low, device = self.vlm.dtype == torch.bfloat16, self.patch_positions.device.type
+        return torch.autocast(device, enabled=False) if is_low else nullcontext()
 
     def embed_images(self, images: Tensor) -> Tensor:
         """[B, N, 3, H, W] in [-1, 1] -> image tokens [B, N, tokens, hidden]."""
