@@ -167,9 +167,13 @@ def count_bytes() -> dict[str, float]:
         allocate(core, layers_in_bf16=False)
         batch = make_batch(core.config, Pass(samples=64))
         known = {p.untyped_storage()._cdata for p in core.parameters()}
-        with torch.autograd.graph.saved_tensors_hooks(
-            lambda x: saved.update({x.untyped_storage()._cdata: x.untyped_storage()}) or x, lambda x: x
-        ), FusedNorms(), Counter() as step:
+        with (
+            torch.autograd.graph.saved_tensors_hooks(
+                lambda x: saved.update({x.untyped_storage()._cdata: x.untyped_storage()}) or x, lambda x: x
+            ),
+            FusedNorms(),
+            Counter() as step,
+        ):
             core(batch)[ACTION].mean().backward()
         patches = torch.empty(128, 1024, 768, dtype=core.trunk.vlm.dtype)
         with torch.no_grad(), Counter() as layer:
@@ -185,13 +189,17 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         trunk = Path(directory)
         write_deep_trunk(trunk)
-        print("| what | LeRobot | ours | LeRobot, bf16 | ours, bf16 | casts, bf16: LeRobot | ours | host syncs: LeRobot | ours |")
+        print(
+            "| what | LeRobot | ours | LeRobot, bf16 | ours, bf16 | casts, bf16: LeRobot | ours | host syncs: LeRobot | ours |"
+        )
         print("|---|---|---|---|---|---|---|---|---|")
         theirs, ours = ({p: of(trunk, p) for p in ("no", "bf16")} for of in (lerobot_counts, our_counts))
         for name, low in ours["bf16"].items():
             pairs = [(theirs[p].get(name), ours[p][name]) for p in ("no", "bf16")]
             cells = [counter and counter.kernels for pair in pairs for counter in pair]
-            cells += [counter and counter.casts for counter in pairs[1]] + [counter and counter.syncs for counter in pairs[1]]
+            cells += [counter and counter.casts for counter in pairs[1]] + [
+                counter and counter.syncs for counter in pairs[1]
+            ]
             print(f"| {name} | " + " | ".join("" if cell is None else f"{cell:,}" for cell in cells) + " |")
         print(f"\ncompiled graphs: {count_graphs(trunk)}")
     for name, gigabytes in count_bytes().items():

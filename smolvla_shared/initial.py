@@ -22,11 +22,20 @@ from smolvla_shared.files import check_weights, find_directory, public_state
 from smolvla_shared.labels import labels_pairs
 from smolvla_shared.model import SmolVLASharedCore
 from smolvla_shared.model_parts import PARTS, frozen_parts, parameter_table, parameters_by_part, prepare_to_train
-from smolvla_shared.preprocess import Statistics
+from smolvla_shared.preprocess import EPS, Statistics
 from smolvla_shared.refusals import read_json, refuse_differences
 from smolvla_shared.trunk_files import load_trunk_tokenizer, load_trunk_weights, make_core_config
 
 HEADS = ("latent head", "action head")  # the parts that any initial weights may leave out
+
+
+def difference(recorded: Statistics, artifact: Statistics) -> str:
+    """In words, how far the data's statistics are from an artifact's."""
+    if len(recorded.mean) != len(artifact.mean):
+        return f"the data has {len(recorded.mean)} dimensions, the artifact {len(artifact.mean)}"
+    rows = zip(recorded.mean, artifact.mean, artifact.std, strict=True)
+    shift = max(abs(mean - other_mean) / (other_std + EPS) for mean, other_mean, other_std in rows)
+    return f"the data's mean is up to {shift:.2f} standard deviations from the artifact's"
 
 
 @dataclass(frozen=True)
@@ -188,7 +197,7 @@ class InitialWeights:
             parameter_table(core),
         ]
         if state and "state" in self.statistics:
-            lines.append(f"state statistics: {state.difference(self.statistics['state'])}")
+            lines.append(f"state statistics: {difference(state, self.statistics['state'])}")
         return "\n".join(lines)
 
 

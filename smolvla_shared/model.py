@@ -97,10 +97,8 @@ class SmolVLASharedCore(nn.Module):
 
     def encode(self, batch: Batch) -> Prefix:
         """The one pass over images, text and state."""
-        state_token = self.state_proj(batch.state)
-        fields = batch.images, batch.image_mask, batch.text, batch.text_mask, state_token, batch.state_mask
         with self.trunk.own_precision():
-            return self.trunk(*fields)
+            return self.trunk(batch, self.state_proj(batch.state))
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """The error of every target token: {head: [B, T]}. A FlowHead's is the flow-matching error, averaged over draws

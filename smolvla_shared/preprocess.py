@@ -3,14 +3,12 @@
 Images -> [-1, 1] padded squares, text -> tokens, vectors -> normalised and zero-padded.
 """
 
-import json
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
@@ -103,14 +101,6 @@ class Statistics:
         values = values.double()
         return cls(values.mean(0).tolist(), values.std(0, correction=0).tolist())
 
-    def difference(self, artifact: "Statistics") -> str:
-        """In words, how far the data's statistics are from an artifact's."""
-        if len(self.mean) != len(artifact.mean):
-            return f"the data has {len(self.mean)} dimensions, the artifact {len(artifact.mean)}"
-        rows = zip(self.mean, artifact.mean, artifact.std, strict=True)
-        shift = max(abs(mean - other_mean) / (other_std + EPS) for mean, other_mean, other_std in rows)
-        return f"the data's mean is up to {shift:.2f} standard deviations from the artifact's"
-
     def tensors(self, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
         return _copied_once(self.mean, device), _copied_once(self.std, device)
 
@@ -153,27 +143,13 @@ class TextTokenizer:
         encoded = self.tokenizer(
             [task if task.endswith("\n") else task + "\n" for task in tasks],
             padding="longest",
-            pad_to_multiple_of=TEXT_MULTIPLE,
+            pad_to_multiple_of=None if self.max_tokens % TEXT_MULTIPLE else TEXT_MULTIPLE,
             padding_side="right",
             truncation=True,
             max_length=self.max_tokens,
             return_tensors="pt",
         )
         return encoded["input_ids"], encoded["attention_mask"].bool()
-
-
-def pack_tokenizer(tokenizer: PreTrainedTokenizerFast) -> str:
-    """One JSON text from which `unpack_tokenizer` rebuilds the tokenizer offline."""
-    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    backend.no_padding()  # the backend remembers the padding and truncation of the last call
-    backend.no_truncation()
-    return json.dumps({"tokenizer": json.loads(backend.to_str()), "pad_token": tokenizer.pad_token})
-
-
-def unpack_tokenizer(packed: str) -> PreTrainedTokenizerFast:
-    content = json.loads(packed)
-    backend = Tokenizer.from_str(json.dumps(content["tokenizer"]))
-    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token=content["pad_token"])
 
 
 class Preprocessor:

@@ -6,6 +6,7 @@ suffix, so the same code serves training and sampling. Numbers follow SmolVLA (a
 """
 
 import math
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
@@ -16,6 +17,7 @@ from transformers import SmolVLMConfig, SmolVLMModel
 from transformers.models.llama.configuration_llama import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
+from smolvla_shared.batch import Batch
 from smolvla_shared.config import CoreConfig, expert_mlp_width
 
 ROPE_WAVELENGTH = 10_000  # SmolVLA's, in trunk and expert; the language model's own rope_theta is not used
@@ -65,14 +67,14 @@ def attention_bias(mask: Tensor, dtype: torch.dtype, groups: int = 1) -> Tensor:
 
 
 def attend(query: Tensor, keys_values: KeysValues, bias: Tensor) -> Tensor:
-    """Grouped-query attention of [B, heads, L, head_dim]; bias broadcasts to [B, 1, groups * L, keys].
+    """Grouped-query attention of [B, heads, L, d] -> [B, L, heads * d]; bias broadcasts to [B, 1, groups * L, keys].
 
     Queries that share a head of keys become further rows: fast GPU kernels take a bias, but no groups.
     """
     groups = query.shape[1] // keys_values[0].shape[1]
     rows = query.unflatten(1, (-1, groups)).flatten(2, 3)
-    attended = F.scaled_dot_product_attention(rows, *keys_values, attn_mask=bias)
-    return attended.unflatten(2, (groups, -1)).flatten(1, 2)
+    attended = F.scaled_dot_product_attention(rows, *keys_values, attn_mask=bias).unflatten(2, (groups, -1))
+    return attended.permute(0, 3, 1, 2, 4).flatten(2)
 
 
 def split_heads(x: Tensor, head_dim: int) -> Tensor:
@@ -81,6 +83,11 @@ def split_heads(x: Tensor, head_dim: int) -> Tensor:
 
 def merge_heads(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(2)  # [B, heads, L, d] -> [B, L, heads * d]
+
+
+def join(earlier: Iterable[Tensor], later: KeysValues) -> KeysValues:
+    keys, values = (torch.cat(pair, dim=2) for pair in zip(earlier, later, strict=True))
+    return keys, values
 
 
 def prefix_attention_mask(valid: Tensor) -> Tensor:
@@ -134,7 +141,7 @@ class Layer(LlamaDecoderLayer):
 
     def finish(self, hidden: Tensor, attended: Tensor) -> Tensor:
         """Hidden [B, L, width] after this layer."""
-        hidden = hidden + self.self_attn.o_proj(merge_heads(attended))
+        hidden = hidden + self.self_attn.o_proj(attended)
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
 
 
@@ -160,9 +167,7 @@ class PrefixLayer(Layer):
             normed = self.input_layernorm(hidden)
             key, *query = self.rotated(normed, rotation, attn.k_proj, *[attn.q_proj] * (not self.is_last))
             own = key, split_heads(attn.v_proj(normed), attn.head_dim)
-            earlier, keys_values = keys_values, own
-            if earlier:
-                keys_values = torch.cat([earlier[0], own[0]], dim=2), torch.cat([earlier[1], own[1]], dim=2)
+            keys_values = join(keys_values, own) if keys_values else own
             new_parts.append(hidden if self.is_last else self.finish(hidden, attend(*query, keys_values, bias)))
         return new_parts, keys_values
 
@@ -189,15 +194,11 @@ class Trunk(nn.Module):
         patch_positions = (nearest[:, None] * learned_side + nearest).flatten()  # [patches]
         self.register_buffer("patch_positions", patch_positions, persistent=False)
         self.hidden_size, self.head_dim = text.hidden_size, text.head_dim
-        self.groups = text.num_attention_heads // text.num_key_value_heads
-        self.has_image_special_tokens = bool(config.image_special_tokens)
-        if self.has_image_special_tokens:
-            fake_image, global_image = config.image_special_tokens
-            tokens = torch.tensor([fake_image, global_image, fake_image])
-            self.register_buffer("image_special_tokens", tokens, persistent=False)
+        tokens = torch.tensor(config.image_special_tokens + config.image_special_tokens[:1])  # fake, global, fake image
+        self.register_buffer("image_special_tokens", tokens, persistent=False)
 
     def own_precision(self) -> AbstractContextManager:
-        """Without autocast if the weights are bfloat16: they need no casts, and CUDA's autocast would cast the norms."""
+        """Without autocast if the weights are bfloat16: nothing needs a cast, and CUDA's autocast would cast norms."""
         is_low, device = self.vlm.dtype == torch.bfloat16, self.patch_positions.device.type
         return torch.autocast(device, enabled=False) if is_low else nullcontext()
 
@@ -219,26 +220,19 @@ class Trunk(nn.Module):
         special = self.vlm.text_model.embed_tokens(self.image_special_tokens).expand(*tokens.shape[:2], -1, -1)
         return torch.cat([special[:, :, :2], tokens, special[:, :, 2:]], dim=2), F.pad(valid, (2, 1), value=True)
 
-    def forward(
-        self,
-        images: Tensor,  # [B, N, 3, H, W], or image tokens [B, N, tokens, hidden]
-        image_mask: Tensor,  # [B, N]
-        text: Tensor,  # [B, L]
-        text_mask: Tensor,  # [B, L]
-        state_token: Tensor,  # [B, hidden]
-        state_mask: Tensor,  # [B]
-    ) -> Prefix:
+    def forward(self, batch: Batch, state_token: Tensor) -> Prefix:
+        """The prefix of a batch, whose state is already a token [B, hidden]."""
         # Image and text tokens are scaled as in Gemma-style language models; the state token is not.
         scale = math.sqrt(self.hidden_size)
-        image_tokens = images if images.ndim == 4 else self.embed_images(images)
-        image_tokens = image_tokens.to(self.vlm.dtype) * scale
-        image_valid = image_mask[:, :, None].expand(image_tokens.shape[:3])
-        if self.has_image_special_tokens:
+        image_tokens = batch.images if batch.images.ndim == 4 else self.embed_images(batch.images)
+        image_tokens = image_tokens.to(self.vlm.dtype) * scale  # [B, N, tokens, hidden]
+        image_valid = batch.image_mask[:, :, None].expand(image_tokens.shape[:3])
+        if len(self.image_special_tokens):
             image_tokens, image_valid = self.enclose_images(image_tokens, image_valid)
-        embedded_text = self.vlm.text_model.embed_tokens(text)
+        embedded_text = self.vlm.text_model.embed_tokens(batch.text)
         image_text = torch.cat([image_tokens.flatten(1, 2), embedded_text * scale], dim=1)  # [B, P - 1, hidden]
         state = state_token[:, None].to(image_text.dtype)
-        valid = torch.cat([image_valid.flatten(1), text_mask, state_mask[:, None]], dim=1)  # [B, P]
+        valid = torch.cat([image_valid.flatten(1), batch.text_mask, batch.state_mask[:, None]], dim=1)  # [B, P]
 
         # If the trunk is frozen, only the state token needs gradients: as a part of its own it keeps autograd off the
         # image and text tokens. Otherwise a single part takes half the kernel calls.
@@ -246,12 +240,13 @@ class Trunk(nn.Module):
             parts, spans = [image_text, state], [slice(-1), slice(-1, None)]
         else:
             parts, spans = [torch.cat([image_text, state], dim=1)], [slice(None)]
-        mask, dtype = prefix_attention_mask(valid), compute_dtype(image_text)
-        biases = [attention_bias(mask[:, :, span, : span.stop], dtype, self.groups) for span in spans]
+        mask, dtype, layers = prefix_attention_mask(valid), compute_dtype(image_text), self.vlm.text_model.layers
+        groups = layers[0].self_attn.num_key_value_groups
+        biases = [attention_bias(mask[:, :, span, : span.stop], dtype, groups) for span in spans]
         positions = valid.cumsum(1) - 1  # padding does not count
         rotations = [rotation(positions[:, span], self.head_dim) for span in spans]
         places, keys_values = list(zip(rotations, biases, strict=True)), []
-        for layer in self.vlm.text_model.layers:
+        for layer in layers:
             parts, layer_keys_values = layer(parts, places)
             keys_values.append(layer_keys_values)
         return Prefix(keys_values, valid)
@@ -274,21 +269,16 @@ class ExpertLayer(Layer):
 
     def context(self, prefix: KeysValues, dtype: torch.dtype) -> KeysValues:
         """The prefix's keys and values as this layer attends to them: projected if it is a cross-attention layer."""
-        keys, values = (x.to(dtype) for x in prefix)
-        attn = self.self_attn
+        attn, (keys, values) = self.self_attn, (x.to(dtype) for x in prefix)
         if self.is_cross:
             keys = split_heads(attn.k_proj(merge_heads(keys)), attn.head_dim)
             values = split_heads(attn.v_proj(merge_heads(values)), attn.head_dim)
         return keys, values
 
     def forward(
-        self,
-        hidden: Tensor,  # [B * K, T, width]; the K draws of a sample are neighbours
-        prefix: KeysValues,
-        context: KeysValues | None,  # None: computed from the prefix
-        place: Place,
+        self, hidden: Tensor, prefix: KeysValues, context: KeysValues | None, place: Place
     ) -> tuple[Tensor, KeysValues]:
-        """Hidden after this layer, and the context."""
+        """Hidden [B * K, T, width], a sample's K draws together, after this layer; the context, made if it is None."""
         attn, (rotation, bias) = self.self_attn, place
         context = context or self.context(prefix, compute_dtype(hidden))
         num_draws = len(hidden) // len(context[0])
@@ -297,14 +287,12 @@ class ExpertLayer(Layer):
             # A sample's draws share a prefix: they attend to it as one long sequence, without copies of the prefix.
             (query,) = self.rotated(normed, rotation, attn.q_proj)
             query = query.unflatten(0, (-1, num_draws)).transpose(1, 2)  # [B, heads, K, T, d]
-            attended = attend(query.flatten(2, 3), context, bias)
-            attended = attended.unflatten(2, (num_draws, -1)).transpose(1, 2).flatten(0, 1)
+            attended = attend(query.flatten(2, 3), context, bias).unflatten(1, (num_draws, -1)).flatten(0, 1)
         else:
             query, key = self.rotated(normed, rotation, attn.q_proj, attn.k_proj)
             own = key, split_heads(attn.v_proj(normed), attn.head_dim)
             of_draws = (x[:, None].expand(-1, num_draws, -1, -1, -1).flatten(0, 1) for x in context)
-            keys, values = (torch.cat(pair, dim=2) for pair in zip(of_draws, own, strict=True))
-            attended = attend(query, (keys, values), bias)
+            attended = attend(query, join(of_draws, own), bias)
         return self.finish(hidden, attended), context
 
 
@@ -318,7 +306,6 @@ class Expert(nn.Module):
         text.intermediate_size = expert_mlp_width(text.hidden_size)
         text.num_hidden_layers = config.num_trunk_layers
         self.width, self.head_dim = text.hidden_size, text.head_dim
-        self.groups = text.num_attention_heads // text.num_key_value_heads
         self.layers = nn.ModuleList(
             ExpertLayer(text, index, is_cross=index % config.self_attn_every_n_layers != 0)
             for index in range(config.num_trunk_layers)
@@ -330,18 +317,16 @@ class Expert(nn.Module):
         from_zero = torch.arange(num_tokens, device=valid.device)[None]  # [1, T]
         after_prefix = (valid.sum(1, keepdim=True) + from_zero).repeat_interleave(num_draws, dim=0)  # [B * K, T]
         joint = suffix_attention_mask(valid, num_tokens).repeat_interleave(num_draws, dim=0)
-        return (
-            (rotation(after_prefix, self.head_dim), attention_bias(joint, dtype, self.groups)),
-            (rotation(from_zero, self.head_dim), attention_bias(valid[:, None, None], dtype)),
-        )
+        bias = attention_bias(joint, dtype, self.layers[0].self_attn.num_key_value_groups)
+        to_prefix = rotation(from_zero, self.head_dim), attention_bias(valid[:, None, None], dtype)
+        return (rotation(after_prefix, self.head_dim), bias), to_prefix
 
     def forward(self, tokens: Tensor, prefix: Prefix) -> Tensor:
         """Suffix tokens [B, K, T, width] -> output [B, K, T, width]."""
-        batch, *shape, _ = tokens.shape
-        if tuple(shape) not in prefix.places:
-            prefix.places[tuple(shape)] = self.places(prefix.mask, *shape, compute_dtype(tokens))
-        places, hidden = prefix.places[tuple(shape)], tokens.flatten(0, 1)
+        shape, hidden = tokens.shape[1:3], tokens.flatten(0, 1)
+        if shape not in prefix.places:
+            prefix.places[shape] = self.places(prefix.mask, *shape, compute_dtype(tokens))
         for index, (layer, keys_values) in enumerate(zip(self.layers, prefix.keys_values, strict=True)):
             context = prefix.contexts.get(index)
-            hidden, prefix.contexts[index] = layer(hidden, keys_values, context, places[layer.is_cross])
-        return self.norm(hidden).unflatten(0, (batch, -1))
+            hidden, prefix.contexts[index] = layer(hidden, keys_values, context, prefix.places[shape][layer.is_cross])
+        return self.norm(hidden).unflatten(0, (-1, shape[0]))

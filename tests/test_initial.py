@@ -43,8 +43,8 @@ from smolvla_shared.labels import OnlineLabels
 from smolvla_shared.laq_files import load_laq
 from smolvla_shared.model import SmolVLASharedCore
 from smolvla_shared.model_parts import PARTS, parameter_table
-from smolvla_shared.preprocess import Statistics, TextTokenizer, pack_tokenizer
-from smolvla_shared.trunk_files import load_trunk_tokenizer, make_core_config
+from smolvla_shared.preprocess import Statistics, TextTokenizer
+from smolvla_shared.trunk_files import load_trunk_tokenizer, make_core_config, pack_tokenizer
 
 HEAD = {"action_dim": 4, "chunk_size": 8}  # an action head
 LATENT_HEAD = {"latent_vector_dim": 32, "code_seq_len": 4}

@@ -12,6 +12,7 @@ from lerobot.policies.smolvla.smolvlm_with_expert import apply_rope
 from safetensors.torch import load_file, save_file
 from transformers import SmolVLMConfig, SmolVLMForConditionalGeneration, SmolVLMModel
 
+from smolvla_shared.batch import Batch
 from smolvla_shared.config import CoreConfig, ModelConfig
 from smolvla_shared.trunk import Expert, Prefix, Trunk, prefix_attention_mask, rotate, rotation, suffix_attention_mask
 from smolvla_shared.trunk_files import load_trunk_config, load_trunk_weights, make_core_config, trunk_location
@@ -117,6 +118,11 @@ def make_inputs(trunk: Trunk, num_cameras: int = 1, num_text: int = 6) -> dict[s
     }
 
 
+def encode(trunk: Trunk, inputs: dict[str, torch.Tensor]) -> Prefix:
+    fields = {name: value for name, value in inputs.items() if name != "state_token"}
+    return trunk(Batch(**fields, state=torch.zeros(2, 0), targets={}), inputs["state_token"])
+
+
 def valid_keys_values(prefix: Prefix) -> list[torch.Tensor]:
     """Of every layer and sample, the keys and values that may be read: [heads, valid tokens, head_dim]."""
     return [x[i][:, valid] for pair in prefix.keys_values for x in pair for i, valid in enumerate(prefix.mask)]
@@ -149,7 +155,7 @@ def test_text_padding_changes_nothing(config, trunk):
         "text": torch.cat([torch.where(inputs["text_mask"], inputs["text"], 500), noise], dim=1),
         "text_mask": torch.nn.functional.pad(inputs["text_mask"], (0, 5)),
     }
-    assert_same_for_the_expert(config, trunk(**inputs), trunk(**padded))
+    assert_same_for_the_expert(config, encode(trunk, inputs), encode(trunk, padded))
 
 
 @pytest.mark.parametrize("place", [0, 1])
@@ -160,9 +166,9 @@ def test_a_masked_camera_of_noise_changes_nothing(config, trunk, place):
     images, masks = [inputs["images"], inputs["images"]], [inputs["image_mask"], inputs["image_mask"]]
     images[place], masks[place] = noise, hidden
     two = inputs | {"images": torch.cat(images, dim=1), "image_mask": torch.cat(masks, dim=1)}
-    prefix = trunk(**two)
-    assert prefix.mask.sum() == trunk(**inputs).mask.sum() == 2 * (IMAGE_TOKENS + 1) + 6 + 4
-    assert_same_for_the_expert(config, trunk(**inputs), prefix)
+    prefix = encode(trunk, two)
+    assert prefix.mask.sum() == encode(trunk, inputs).mask.sum() == 2 * (IMAGE_TOKENS + 1) + 6 + 4
+    assert_same_for_the_expert(config, encode(trunk, inputs), prefix)
 
 
 def test_an_unmasked_camera_changes_every_layer_but_the_first(trunk):
@@ -170,7 +176,7 @@ def test_an_unmasked_camera_changes_every_layer_but_the_first(trunk):
     other = one | {"images": one["images"].flip(1)}
     text = slice(2 * IMAGE_TOKENS, -1)
     for layer, ((keys, _), (other_keys, _)) in enumerate(
-        zip(trunk(**one).keys_values, trunk(**other).keys_values, strict=True)
+        zip(encode(trunk, one).keys_values, encode(trunk, other).keys_values, strict=True)
     ):
         assert torch.allclose(keys[:, :, text], other_keys[:, :, text], atol=1e-3) == (layer == 0)
 
