@@ -160,7 +160,7 @@ def count_graphs(trunk: Path) -> int:
 
 def count_bytes() -> dict[str, float]:
     """GB at the 500M shape in bf16, 64 samples of two pictures and a frozen trunk."""
-    config = trunk_core_config("SmolVLM2-500M", cameras=2)
+    config = replace(trunk_core_config("SmolVLM2-500M", cameras=2), torch_dtype="bfloat16")
     core = make_core(config, TRUNK)
     saved = {}
     with FakeTensorMode(), torch.autocast("cpu", torch.bfloat16):
@@ -189,19 +189,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         trunk = Path(directory)
         write_deep_trunk(trunk)
-        print(
-            "| what | LeRobot | ours | LeRobot, bf16 | ours, bf16 | casts, bf16: LeRobot | ours | host syncs: LeRobot | ours |"
-        )
-        print("|---|---|---|---|---|---|---|---|---|")
         theirs, ours = ({p: of(trunk, p) for p in ("no", "bf16")} for of in (lerobot_counts, our_counts))
-        for name, low in ours["bf16"].items():
-            pairs = [(theirs[p].get(name), ours[p][name]) for p in ("no", "bf16")]
-            cells = [counter and counter.kernels for pair in pairs for counter in pair]
-            cells += [counter and counter.casts for counter in pairs[1]] + [
-                counter and counter.syncs for counter in pairs[1]
-            ]
-            print(f"| {name} | " + " | ".join("" if cell is None else f"{cell:,}" for cell in cells) + " |")
-        print(f"\ncompiled graphs: {count_graphs(trunk)}")
+        graphs = count_graphs(trunk)
+    columns = [("no", "kernels"), ("bf16", "kernels"), ("bf16", "casts"), ("bf16", "syncs")]
+    print("| LeRobot; ours | kernels, float32 | kernels, bf16 | casts, bf16 | host syncs |\n|---|---|---|---|---|")
+    for name in ours["no"]:
+        cells = [[of[p].get(name) for of in (theirs, ours)] for p, _ in columns]
+        pairs = [[f"{getattr(c, what):,}" if c else "" for c in pair] for pair, (_, what) in zip(cells, columns)]
+        print(f"| {name} | " + " | ".join("; ".join(pair) for pair in pairs) + " |")
+    print(f"\ncompiled graphs: {graphs}")
     for name, gigabytes in count_bytes().items():
         print(f"GB {name}: {gigabytes:.1f}")
 

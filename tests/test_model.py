@@ -589,6 +589,21 @@ def test_a_bfloat16_trunk_serves_a_float32_expert(core, batch):
         assert 1e-6 < relative_difference(errors[name], expected) < 0.03
 
 
+def test_a_bfloat16_trunk_computes_the_same_with_and_without_autocast(core, batch):
+    """It needs no autocast; features are then cached as training computes them."""
+    low = SmolVLASharedCore(replace(core.config, torch_dtype="bfloat16"))
+    low.load_state_dict(core.state_dict())
+    prefix = low.encode(batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        of_autocast = low.encode(batch)
+        with low.trunk.own_precision():
+            assert not torch.is_autocast_enabled("cpu")
+        with core.trunk.own_precision():
+            assert torch.is_autocast_enabled("cpu")
+    for pair, other in zip(prefix.keys_values, of_autocast.keys_values, strict=True):
+        assert all(x.dtype == torch.bfloat16 and torch.equal(x, y) for x, y in zip(pair, other, strict=True))
+
+
 # --- layer by layer ---------------------------------------------------------------------------------------------------
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from lerobot.policies.common.vla_utils import make_att_2d_masks
 from lerobot.policies.smolvla.smolvlm_with_expert import apply_rope
 from safetensors.torch import load_file, save_file
@@ -14,7 +15,17 @@ from transformers import SmolVLMConfig, SmolVLMForConditionalGeneration, SmolVLM
 
 from smolvla_shared.batch import Batch
 from smolvla_shared.config import CoreConfig, ModelConfig
-from smolvla_shared.trunk import Expert, Prefix, Trunk, prefix_attention_mask, rotate, rotation, suffix_attention_mask
+from smolvla_shared.trunk import (
+    Expert,
+    Prefix,
+    Trunk,
+    attend,
+    attention_bias,
+    prefix_attention_mask,
+    rotate,
+    rotation,
+    suffix_attention_mask,
+)
 from smolvla_shared.trunk_files import load_trunk_config, load_trunk_weights, make_core_config, trunk_location
 
 IMAGE_TOKENS = 16  # of a camera, in the tiny trunk
@@ -73,6 +84,25 @@ def test_masks_follow_smolvlas_block_rule():
     # LeRobot also stops padding from attending; what padding computes is never read, so only valid rows must agree.
     assert torch.equal(prefix_attention_mask(valid)[:, 0][valid], expected[:, :9, :9][valid])
     assert torch.equal(suffix_attention_mask(valid, 4)[:, 0], expected[:, 9:])
+
+
+@pytest.mark.parametrize("heads", [(15, 5), (4, 4)])
+@pytest.mark.parametrize("rows", [7, 1])  # of the mask
+def test_groups_as_rows_are_grouped_query_attention_to_the_bit(heads, rows):
+    generator = torch.Generator().manual_seed(0)
+    query, keys, values = (torch.randn(2, n, 7, 8, generator=generator) for n in (heads[0], heads[1], heads[1]))
+    mask = torch.rand(2, 1, rows, 7, generator=generator) < 0.7
+    mask[..., 0] = True
+    bias = attention_bias(mask, torch.float32, heads[0] // heads[1] if rows > 1 else 1)
+    expected = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, enable_gqa=True)
+    assert torch.equal(attend(query, (keys, values), bias), expected.transpose(1, 2).flatten(2))
+
+
+def test_rows_of_a_bias_are_aligned():
+    """PyTorch's memory-efficient kernels need strides of 8; it copies other biases before every call."""
+    bias = attention_bias(torch.tensor([[[[True, False, True]]]]).repeat(2, 1, 4, 3), torch.bfloat16, groups=2)
+    assert (bias.shape, bias.stride()) == ((2, 1, 8, 9), (128, 128, 16, 1))
+    assert bias[1, 0, 7].tolist() == [0, -torch.inf, 0] * 3
 
 
 # --- rotation ---------------------------------------------------------------------------------------------------------
