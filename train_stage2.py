@@ -89,8 +89,8 @@ def main(config: Stage2Config) -> None:
     latents = with_health(artifact.Latents(*about, labels.horizon), config.label_health, config.accept_label_health)
     accelerator, resume_from = start_run(config)
 
-    core = initial.build(config.model, cameras, [LATENT], **dims)
-    statistics = data.statistics(datasets, core.config, [LATENT], training if config.data.max_episodes else None)
+    core = initial.build(config.model, cameras, [LATENT], accelerator.mixed_precision, **dims)
+    statistics = data.statistics(datasets, core.config, [LATENT], training)
     statistics[LATENT] = latent_statistics(labels, datasets, training, config.seed, accelerator.device)
     core.learn_codes(labels.codebook, statistics[LATENT])
     groups = [data_order.group_rows(data.with_pairs(datasets, rows)) for rows in (training, held_out)]

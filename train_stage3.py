@@ -159,9 +159,8 @@ def main(config: Stage3Config) -> None:
 
     about = datasets, training, config.seed, accelerator.device
     decode = action_decoder.fit(labels, len(labelled), *about) if config.decode_actions else action_decoder.AS_IS
-    core = initial.build(config.model, cameras, weight, **dims)
-    few = training[: len(labelled)] if config.data.max_episodes else None
-    statistics = data.statistics(labelled, core.config, weight, few)
+    core = initial.build(config.model, cameras, weight, accelerator.mixed_precision, **dims)
+    statistics = data.statistics(labelled, core.config, weight, training[: len(labelled)])
     described = initial.describe(core, statistics.get("state")), data.describe(datasets, with_pairs=config.needs_labels)
     plan = f"Stage 3: {data_order.plan(groups, config)}; loss {weight}; statistics of the {config.normalization}"
     accelerator.print(*described, plan, decode, sep="\n")

@@ -43,6 +43,7 @@ from smolvla_shared.model import SmolVLASharedCore
 from smolvla_shared.model_parts import configure_layers, freeze, frozen_parts
 from smolvla_shared.preprocess import pad_width
 from smolvla_shared.run_optimizer import clip_gradients, make_optimizer
+from smolvla_shared.trunk import Prefix
 from smolvla_shared.trunk_files import make_core_config, trunk_location
 
 # HuggingFaceTB/SmolVLM2-500M-Video-Instruct with the 16 of its 32 language layers that SmolVLA keeps.
@@ -409,7 +410,7 @@ def break_down(models: Models, options: Options) -> str:
         product: lambda: square @ square,
         "vision tower and connector, an image": lambda: core.trunk.embed_images(batch.images),
         "prefix, from image tokens": lambda: core.encode(cached),
-        "expert, a draw": lambda: core.expert(tokens, prefix),
+        "expert, a draw": lambda: core.expert(tokens, Prefix(prefix.keys_values, prefix.mask)),
     }
     seconds = medians(parts, options.repeats)
     work = {name: gflop(run) for name, run in parts.items()}

@@ -4,13 +4,13 @@ python benchmarks/memory.py                                  # the table in docs
 python benchmarks/memory.py --samples 32 --cameras 3         # another forward pass
 
 Nothing is allocated: the models live on the meta device and in FakeTensorMode, which knows shapes, types and lifetimes.
-Counted on each GPU: weights in float32; gradients and AdamW's two moments of trained weights; the peak of the tensors
-in a forward and backward pass of --samples samples in bfloat16; DDP's buckets; FSDP2's gathered units. Not counted:
-CUDA's context and libraries (about 1 GB), fragmentation, and an online teacher (1.4 GB for LAPA's).
+Counted on each GPU: weights, in float32 but for a frozen trunk; gradients and AdamW's two moments of trained weights;
+the peak of the tensors in a forward and backward pass of --samples samples in bfloat16; DDP's buckets; FSDP2's gathered
+units. Not counted: CUDA's context and libraries (about 1 GB), fragmentation, and an online teacher (1.4 GB for LAPA's).
 """
 
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -211,11 +211,12 @@ def forward_and_backward(core: SmolVLASharedCore, batch: Batch) -> None:
 
 def unit_bytes(core: SmolVLASharedCore) -> int:
     """FSDP2's gathered units: two layers in bfloat16 (one computes, one arrives) with a float32 gradient to sum, and
-    what is in no layer, in float32.
+    what is in no layer, as it is stored.
     """
     in_layers = [sum(p.numel() for p in layer.parameters()) for layer in layers(core)]
-    rest = sum(p.numel() for p in core.parameters()) - sum(in_layers)
-    return 2 * 2 * max(in_layers) + 4 * max(in_layers) + 4 * rest
+    of_layers = {id(p) for layer in layers(core) for p in layer.parameters()}
+    rest = sum(p.nbytes for p in core.parameters() if id(p) not in of_layers)
+    return 2 * 2 * max(in_layers) + 4 * max(in_layers) + rest
 
 
 def main(options: Options) -> None:
@@ -226,6 +227,8 @@ def main(options: Options) -> None:
     for trunk in TRUNKS:
         config = trunk_core_config(trunk, options.cameras)
         for trains, frozen in (("expert", TRUNK), ("all", [])):
+            # A frozen trunk is stored in bfloat16 (initial.py).
+            config = replace(config, torch_dtype="bfloat16" if frozen else "float32")
             core = make_core(config, frozen)
             units = unit_bytes(core)
             peaks = {

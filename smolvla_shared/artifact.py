@@ -17,8 +17,9 @@ from transformers import PreTrainedTokenizerFast
 from smolvla_shared.config import CoreConfig, TeacherKind
 from smolvla_shared.files import file_sha256, json_sha256, public_state, state_sha256, write_text, write_weights
 from smolvla_shared.model_parts import PARTS
-from smolvla_shared.preprocess import Statistics, pack_tokenizer, unpack_tokenizer
+from smolvla_shared.preprocess import Statistics
 from smolvla_shared.refusals import decode, read_json, refuse_schema
+from smolvla_shared.trunk_files import pack_tokenizer, unpack_tokenizer
 
 SCHEMA = "smolvla_shared.v1"
 ARTIFACT_NAME = "smolvla_shared_stage2_artifact"

@@ -31,9 +31,9 @@ class CoreConfig:
     image_size: int
     # Language layers of the trunk that are kept, from the first; SmolVLA keeps half of SmolVLM2-500M's 32.
     num_trunk_layers: int = 16
-    # dtype of the trunk's weights in memory and in files; heads and flow matching are always float32.
+    # dtype of the trunk's weights in memory and in files; bfloat16 if it does not train. All else is always float32.
     torch_dtype: Literal["float32", "bfloat16"] = "float32"
-    # Longer texts are truncated to this many tokens; shorter ones are padded to the longest of their batch.
+    # Longer texts are truncated to this many tokens; shorter ones are padded to the longest of their batch, rounded up.
     max_text_tokens: int = 48
     # Token ids (fake_image, global_image) put around each camera's tokens; () = none, as in the released SmolVLA.
     image_special_tokens: tuple[int, ...] = ()
@@ -258,7 +258,7 @@ class RunConfig:
     # Keep an exponential moving average (EMA) of the trained weights with this decay; evaluate and export the EMA.
     # 0: no EMA, the last weights are evaluated and exported.
     ema_decay: float = 0.0
-    # bf16: trunk and expert compute in bfloat16. Weights, optimizer, flow matching and loss are always float32.
+    # bf16: trunk and expert compute in bfloat16, in which a frozen trunk is stored. Other weights are always float32.
     precision: Literal["no", "bf16"] = "no"
     # AdamW with linear warm-up and a cosine schedule.
     optim: OptimConfig = field(default_factory=OptimConfig)

@@ -9,10 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 from huggingface_hub import snapshot_download
-from lerobot.datasets.compute_stats import aggregate_stats
 from lerobot.datasets.dataset_metadata import CODEBASE_VERSION
 from lerobot.datasets.feature_utils import get_hf_features_from_features
-from lerobot.datasets.io_utils import load_info, load_nested_dataset, load_stats, load_tasks
+from lerobot.datasets.io_utils import load_info, load_nested_dataset, load_tasks
 from lerobot.datasets.utils import DEFAULT_TASKS_PATH, check_version_compatibility, get_safe_version
 from lerobot.datasets.video_utils import decode_video_frames
 from lerobot.utils.constants import HF_LEROBOT_HOME
@@ -21,7 +20,7 @@ from torch import Tensor
 
 from smolvla_shared import preprocess
 from smolvla_shared.config import ACTION, CoreConfig, DataConfig
-from smolvla_shared.data_columns import Columns
+from smolvla_shared.data_columns import ROWS_AT_ONCE, Columns
 from smolvla_shared.data_rows import Rows
 from smolvla_shared.preprocess import Statistics
 
@@ -64,7 +63,6 @@ class RobotDataset:
         self.fps, self.features = self.info.fps, self.info.features
         self.camera_keys = [key for key, feature in self.features.items() if feature["dtype"] in ("image", "video")]
         self.video_keys = [key for key in self.camera_keys if self.features[key]["dtype"] == "video"]
-        self.stats = load_stats(self.root)
         videos = [f"videos/{key}/{name}" for key in self.video_keys for name in VIDEO_PLACE]
         names = ["dataset_from_index", "dataset_to_index", "data/chunk_index", "data/file_index", *videos]
         self.episodes = self._columns("meta/episodes", names, self.info.total_episodes)
@@ -291,26 +289,29 @@ def state_dims(datasets: list[RobotDataset], use_state: bool) -> dict[str, int]:
 def vector_statistics(
     datasets: list[RobotDataset], key: str, rows_of: list[tuple[int, Rows]] | None = None
 ) -> Statistics:
-    """Mean and standard deviation over all datasets that have the feature: of all frames as their metadata has recorded
-    them, or of the frames of (dataset index, rows).
+    """Mean and standard deviation over the frames of (dataset index, rows) whose dataset has the feature; default: all.
+
+    A dimension that never changes gets the deviation 1: divided by 0, a later change of 0.01 would be 1e6 to the model.
     """
-    if rows_of is None:
-        recorded = [{key: dataset.stats[key]} for dataset in datasets if key in dataset.features]
-        stats = aggregate_stats(recorded)[key]
-        return Statistics(stats["mean"].tolist(), stats["std"].tolist())
-    frames = [datasets[i].frames[key][rows.numpy()] for i, rows in rows_of if key in datasets[i].features]
-    return Statistics.of(torch.cat([torch.from_numpy(vectors).view(len(vectors), -1) for vectors in frames]))
+    count, mean, squares = 0, np.zeros(()), np.zeros(())  # squares: summed squared distances from the mean
+    for index, rows in rows_of or [(index, dataset.rows()) for index, dataset in enumerate(datasets)]:
+        for start in range(0, len(rows) if key in datasets[index].features else 0, ROWS_AT_ONCE):
+            places = np.arange(start, min(start + ROWS_AT_ONCE, len(rows)))
+            values = np.asarray(datasets[index].frames[key][rows[places]], np.float64).reshape(len(places), -1)
+            shift, share = values.mean(0) - mean, len(places) / (count + len(places))
+            squares = squares + values.var(0) * len(places) + shift**2 * count * share  # Chan et al., 1979
+            mean, count = mean + shift * share, count + len(places)
+    deviation = np.sqrt(squares / count)
+    deviation[deviation <= 1e-6 * np.maximum(1, np.abs(mean))] = 1
+    return Statistics(mean.tolist(), deviation.tolist())
 
 
 def statistics(
-    datasets: list[RobotDataset],
-    core: CoreConfig,
-    targets: Collection[str],
-    rows_of: list[tuple[int, Rows]] | None = None,
+    datasets: list[RobotDataset], core: CoreConfig, targets: Collection[str], rows_of: list[tuple[int, Rows]]
 ) -> dict[str, Statistics]:
     """The statistics that a core needs: of the state if it has one, and of actions if they are a target.
 
-    rows_of: as in vector_statistics
+    rows_of: (dataset index, rows) of the training frames
     """
     needed = {"state": STATE_KEY} if core.state_dim else {}
     needed |= {ACTION: ACTION_KEY} if ACTION in targets else {}

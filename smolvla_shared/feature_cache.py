@@ -142,7 +142,7 @@ def fill(
 
     def compute(frames: Tensor, _: Tensor) -> Tensor:
         frames = data.common_size(frames, store.key["square_side"])
-        with accelerator.autocast():
+        with accelerator.autocast(), core.trunk.own_precision():
             return core.trunk.embed_images(prepare_images(frames, core.config.image_size)[:, None])[:, 0]
 
     data_blocks.fill_cache(

@@ -21,12 +21,21 @@ from smolvla_shared.config import ACTION, CoreConfig, DataConfig, ModelConfig, P
 from smolvla_shared.files import check_weights, find_directory, public_state
 from smolvla_shared.labels import labels_pairs
 from smolvla_shared.model import SmolVLASharedCore
-from smolvla_shared.model_parts import PARTS, parameter_table, parameters_by_part, prepare_to_train
-from smolvla_shared.preprocess import Statistics
+from smolvla_shared.model_parts import PARTS, frozen_parts, parameter_table, parameters_by_part, prepare_to_train
+from smolvla_shared.preprocess import EPS, Statistics
 from smolvla_shared.refusals import read_json, refuse_differences
 from smolvla_shared.trunk_files import load_trunk_tokenizer, load_trunk_weights, make_core_config
 
 HEADS = ("latent head", "action head")  # the parts that any initial weights may leave out
+
+
+def difference(recorded: Statistics, artifact: Statistics) -> str:
+    """In words, how far the data's statistics are from an artifact's."""
+    if len(recorded.mean) != len(artifact.mean):
+        return f"the data has {len(recorded.mean)} dimensions, the artifact {len(artifact.mean)}"
+    rows = zip(recorded.mean, artifact.mean, artifact.std, strict=True)
+    shift = max(abs(mean - other_mean) / (other_std + EPS) for mean, other_mean, other_std in rows)
+    return f"the data's mean is up to {shift:.2f} standard deviations from the artifact's"
 
 
 @dataclass(frozen=True)
@@ -142,15 +151,25 @@ class InitialWeights:
         return recorded
 
     def build(
-        self, model: ModelConfig, cameras: tuple[str, ...], targets: Collection[str], **dims: int
+        self,
+        model: ModelConfig,
+        cameras: tuple[str, ...],
+        targets: Collection[str],
+        precision: str | None = "no",
+        **dims: int,
     ) -> SmolVLASharedCore:
-        """A core to train on these targets, in float32, with what --model freezes frozen.
+        """A core to train on these targets, with what --model freezes frozen. It is float32, but for a frozen trunk
+        under precision bf16.
 
-        dims: the data-dependent fields of CoreConfig
+        precision: Accelerate's mixed precision
+        dims:      the data-dependent fields of CoreConfig
 
         Raises ValueError for missing, unknown and misshapen weights. Only whole parts of `may_be_fresh` may be missing.
         """
-        core = SmolVLASharedCore(replace(self.core, cameras=cameras, torch_dtype="float32", **dims))
+        config = replace(self.core, cameras=cameras, torch_dtype="float32", **dims)
+        if precision == "bf16" and "language layers" in frozen_parts(model, config, targets):
+            config = replace(config, torch_dtype="bfloat16")
+        core = SmolVLASharedCore(config)
         fresh = tuple(PARTS[part] for part in self.fresh_parts(core))
         expected = {name: w for name, w in public_state(core.state_dict()).items() if not name.startswith(fresh)}
         check_weights(self.name, expected, self.weights)
@@ -178,7 +197,7 @@ class InitialWeights:
             parameter_table(core),
         ]
         if state and "state" in self.statistics:
-            lines.append(f"state statistics: {state.difference(self.statistics['state'])}")
+            lines.append(f"state statistics: {difference(state, self.statistics['state'])}")
         return "\n".join(lines)
 
 

@@ -4,6 +4,7 @@ and its processors by their names in this module.
 
 import logging
 from collections import deque
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from smolvla_shared.lerobot_config import HLRPSmolVLASharedConfig, input_feature
 from smolvla_shared.lerobot_files import POLICY_TYPE, find_policy, load_config, load_weights
 from smolvla_shared.lerobot_processor import make_hlrp_smolvla_shared_pre_post_processors  # noqa: F401
 from smolvla_shared.model import SmolVLASharedCore
-from smolvla_shared.model_parts import prepare_to_train
+from smolvla_shared.model_parts import frozen_parts, prepare_to_train
 from smolvla_shared.preprocess import pad_width, prepare_images, stack_cameras
 
 ACTION_IS_PAD = "action_is_pad"  # LeRobot's key, [B, T] bool: True past the episode's end
@@ -92,6 +93,8 @@ class HLRPSmolVLASharedPolicy(DescribedPolicy, PreTrainedPolicy):
         else:
             config.input_features = config.input_features or input_features(config.core, {})
             config.validate_features()
+            if "language layers" not in frozen_parts(config.starting_model, config.core, {ACTION}):
+                config.core = replace(config.core, torch_dtype="float32")  # as is all that trains
             self.model = SmolVLASharedCore(config.core)
             prepare_to_train(self.model, config.starting_model, {ACTION})
         self.init_rtc_processor()

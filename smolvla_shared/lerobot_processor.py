@@ -17,8 +17,8 @@ from lerobot.utils import constants as keys
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from smolvla_shared.preprocess import TextTokenizer, pack_tokenizer, unpack_tokenizer
-from smolvla_shared.trunk_files import load_trunk_tokenizer
+from smolvla_shared.preprocess import TextTokenizer
+from smolvla_shared.trunk_files import load_trunk_tokenizer, pack_tokenizer, unpack_tokenizer
 
 if TYPE_CHECKING:
     from smolvla_shared.lerobot_config import HLRPSmolVLASharedConfig

@@ -27,8 +27,8 @@ from smolvla_shared.files import check_weights, find_directory, new_directory, p
 from smolvla_shared.lerobot_config import FEATURES, input_features, output_features
 from smolvla_shared.lerobot_files import CONFIG_NAME, WEIGHTS_NAME, SavedPolicy, load_saved, save_policy
 from smolvla_shared.model import SmolVLASharedCore
-from smolvla_shared.preprocess import Statistics, pack_tokenizer
-from smolvla_shared.trunk_files import load_trunk_config, load_trunk_tokenizer, trunk_location
+from smolvla_shared.preprocess import Statistics
+from smolvla_shared.trunk_files import load_trunk_config, load_trunk_tokenizer, pack_tokenizer, trunk_location
 
 if TYPE_CHECKING:  # LeRobot's policies take seconds to import
     from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig

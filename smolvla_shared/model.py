@@ -97,8 +97,8 @@ class SmolVLASharedCore(nn.Module):
 
     def encode(self, batch: Batch) -> Prefix:
         """The one pass over images, text and state."""
-        state_token = self.state_proj(batch.state)
-        return self.trunk(batch.images, batch.image_mask, batch.text, batch.text_mask, state_token, batch.state_mask)
+        with self.trunk.own_precision():
+            return self.trunk(batch, self.state_proj(batch.state))
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """The error of every target token: {head: [B, T]}. A FlowHead's is the flow-matching error, averaged over draws
@@ -116,15 +116,13 @@ class SmolVLASharedCore(nn.Module):
         return F.cross_entropy(logits.transpose(1, 2), nearest_codes(target.value, head.codebook), reduction="none")
 
     def code_logits(self, head: CodeHead, prefix: Prefix, batch_size: int) -> Tensor:  # [B, S, C]
-        hidden, _ = self.expert(head.tokens.expand(batch_size, 1, -1, -1), prefix)
-        return head.logits(hidden)
+        return head.logits(self.expert(head.tokens.expand(batch_size, 1, -1, -1), prefix))
 
     def flow_error(self, head: FlowHead, target: FlowTarget, prefix: Prefix) -> Tensor:
         known = ~target.value.isnan()[..., : head.real_dim]
         value = target.value.nan_to_num()[:, None].expand_as(target.noise)  # [B, K, T, A]
         x_t, u_t = flow.interpolate(value, target.noise, target.time)
-        hidden, _ = self.expert(head.embed(x_t, target.time), prefix)
-        v_t = head.velocity(hidden)
+        v_t = head.velocity(self.expert(head.embed(x_t, target.time), prefix))
         # A loss on the padded action dimensions would only teach the head to output their noise.
         return losses.token_error(v_t[..., : head.real_dim], u_t[..., : head.real_dim], known)  # [B, T]
 
@@ -143,11 +141,8 @@ class SmolVLASharedCore(nn.Module):
         if isinstance(head, CodeHead):
             probabilities = self.code_logits(head, prefix, len(noise)).softmax(-1)
             return torch.einsum("bsc, scd -> bsd", probabilities, head.codebook)
-        contexts = None
 
         def velocity(x_t: Tensor, time: Tensor) -> Tensor:
-            nonlocal contexts
-            hidden, contexts = self.expert(head.embed(x_t[:, None], time[:, None]), prefix, contexts)
-            return head.velocity(hidden)[:, 0]
+            return head.velocity(self.expert(head.embed(x_t[:, None], time[:, None]), prefix))[:, 0]
 
         return flow.euler_sample(velocity, noise, num_steps or self.config.flow_steps, guide)[..., : head.real_dim]

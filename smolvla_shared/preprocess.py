@@ -3,14 +3,12 @@
 Images -> [-1, 1] padded squares, text -> tokens, vectors -> normalised and zero-padded.
 """
 
-import json
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
@@ -19,6 +17,7 @@ from smolvla_shared.config import ACTION, LATENT, CoreConfig
 
 # Latent targets are clipped here, standard deviations: a rare latent must not outweigh a batch.
 MAX_LATENT = 5.0
+TEXT_MULTIPLE = 16  # texts are padded to a multiple of it: a GPU plans, and --model.compile compiles, for few lengths
 EPS = 1e-8  # added to standard deviations; LeRobot's normaliser uses the same
 
 
@@ -102,14 +101,6 @@ class Statistics:
         values = values.double()
         return cls(values.mean(0).tolist(), values.std(0, correction=0).tolist())
 
-    def difference(self, artifact: "Statistics") -> str:
-        """In words, how far the data's statistics are from an artifact's."""
-        if len(self.mean) != len(artifact.mean):
-            return f"the data has {len(self.mean)} dimensions, the artifact {len(artifact.mean)}"
-        rows = zip(self.mean, artifact.mean, artifact.std, strict=True)
-        shift = max(abs(mean - other_mean) / (other_std + EPS) for mean, other_mean, other_std in rows)
-        return f"the data's mean is up to {shift:.2f} standard deviations from the artifact's"
-
     def tensors(self, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
         return _copied_once(self.mean, device), _copied_once(self.std, device)
 
@@ -148,30 +139,17 @@ class TextTokenizer:
         self.max_tokens = max_tokens
 
     def __call__(self, tasks: list[str]) -> tuple[Tensor, Tensor]:
-        """Tasks of a batch -> ids [B, L] int64, mask [B, L] bool; L is the longest task's, at most max_tokens."""
+        """Tasks of a batch -> ids [B, L] int64, mask [B, L] bool; L is the longest task's, rounded up."""
         encoded = self.tokenizer(
             [task if task.endswith("\n") else task + "\n" for task in tasks],
             padding="longest",
+            pad_to_multiple_of=None if self.max_tokens % TEXT_MULTIPLE else TEXT_MULTIPLE,
             padding_side="right",
             truncation=True,
             max_length=self.max_tokens,
             return_tensors="pt",
         )
         return encoded["input_ids"], encoded["attention_mask"].bool()
-
-
-def pack_tokenizer(tokenizer: PreTrainedTokenizerFast) -> str:
-    """One JSON text from which `unpack_tokenizer` rebuilds the tokenizer offline."""
-    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    backend.no_padding()  # the backend remembers the padding and truncation of the last call
-    backend.no_truncation()
-    return json.dumps({"tokenizer": json.loads(backend.to_str()), "pad_token": tokenizer.pad_token})
-
-
-def unpack_tokenizer(packed: str) -> PreTrainedTokenizerFast:
-    content = json.loads(packed)
-    backend = Tokenizer.from_str(json.dumps(content["tokenizer"]))
-    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token=content["pad_token"])
 
 
 class Preprocessor:

@@ -6,48 +6,76 @@ suffix, so the same code serves training and sampling. Numbers follow SmolVLA (a
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import SmolVLMConfig, SmolVLMModel
 from transformers.models.llama.configuration_llama import LlamaConfig
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
+from smolvla_shared.batch import Batch
 from smolvla_shared.config import CoreConfig, expert_mlp_width
 
 ROPE_WAVELENGTH = 10_000  # SmolVLA's, in trunk and expert; the language model's own rope_theta is not used
 
 KeysValues = tuple[Tensor, Tensor]  # [B, key/value heads, tokens, head_dim] each, keys after RoPE
-Rotation = tuple[Tensor, Tensor]  # cosines and sines, [B, 1, tokens, head_dim / 2] each
+Rotation = tuple[Tensor, Tensor]  # cosines and signed sines, [B, 1, tokens, head_dim] each
+Place = tuple[Rotation, Tensor]  # of the queries: their rotation, and an attention_bias
 
 
 @dataclass
 class Prefix:
-    """Images, text and state as the expert reads them."""
+    """Images, text and state as the expert reads them, and what the expert keeps for other heads and Euler steps."""
 
     keys_values: list[KeysValues]  # one pair per trunk layer
     mask: Tensor  # [B, P] bool: False for padding, missing cameras and a missing state
+    contexts: dict[int, KeysValues] = field(default_factory=dict)  # {layer: as its cross- or self-attention reads them}
+    places: dict[tuple[int, int], tuple[Place, Place]] = field(default_factory=dict)  # {(K, T): Expert.places}
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The type of matrix products with x: autocast's where it is on."""
+    device = x.device.type
+    is_on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if is_on else x.dtype
 
 
 def rotation(positions: Tensor, head_dim: int) -> Rotation:
     """Rotary embedding (RoFormer, arXiv 2104.09864) of positions [B, L]."""
     exponent = torch.arange(head_dim // 2, dtype=torch.float32, device=positions.device) * (2 / head_dim)
     angle = positions[:, None, :, None] / ROPE_WAVELENGTH**exponent  # [B, 1, L, head_dim / 2]
-    return angle.cos(), angle.sin()
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
 
 def rotate(x: Tensor, rotation: Rotation) -> Tensor:
-    """Apply a rotation to x [B, heads, L, head_dim], whose first and second half form the pairs."""
+    """Apply a float32 rotation to x [B, heads, L, head_dim], whose first and second half form the pairs."""
     cos, sin = rotation
-    first, second = x.float().chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+    return torch.addcmul(x.roll(x.shape[-1] // 2, dims=-1) * sin, x, cos).to(x.dtype)
 
 
-def attend(query: Tensor, keys_values: KeysValues, mask: Tensor) -> Tensor:
-    """Grouped-query attention of [B, heads, L, head_dim]; mask, True to attend, broadcasts to [B, heads, L, keys]."""
-    return F.scaled_dot_product_attention(query, *keys_values, attn_mask=mask, enable_gqa=True)
+def attention_bias(mask: Tensor, dtype: torch.dtype, groups: int = 1) -> Tensor:
+    """What attention adds to its scores: 0 where a mask [B, 1, L, keys] is True, else -inf; [B, 1, groups * L, keys].
+
+    In memory its rows start at multiples of 8: GPU kernels would copy other ones, in every layer.
+    """
+    padded = F.pad(mask, (0, -mask.shape[-1] % 8)).repeat(1, 1, groups, 1)
+    return torch.zeros_like(padded, dtype=dtype).masked_fill_(~padded, -math.inf)[..., : mask.shape[-1]]
+
+
+def attend(query: Tensor, keys_values: KeysValues, bias: Tensor) -> Tensor:
+    """Grouped-query attention of [B, heads, L, d] -> [B, L, heads * d]; bias broadcasts to [B, 1, groups * L, keys].
+
+    Queries that share a head of keys become further rows: fast GPU kernels take a bias, but no groups.
+    """
+    groups = query.shape[1] // keys_values[0].shape[1]
+    rows = query.unflatten(1, (-1, groups)).flatten(2, 3)
+    attended = F.scaled_dot_product_attention(rows, *keys_values, attn_mask=bias).unflatten(2, (groups, -1))
+    return attended.permute(0, 3, 1, 2, 4).flatten(2)
 
 
 def split_heads(x: Tensor, head_dim: int) -> Tensor:
@@ -56,6 +84,11 @@ def split_heads(x: Tensor, head_dim: int) -> Tensor:
 
 def merge_heads(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(2)  # [B, heads, L, d] -> [B, L, heads * d]
+
+
+def join(earlier: Iterable[Tensor], later: KeysValues) -> KeysValues:
+    keys, values = (torch.cat(pair, dim=2) for pair in zip(earlier, later, strict=True))
+    return keys, values
 
 
 def prefix_attention_mask(valid: Tensor) -> Tensor:
@@ -86,7 +119,34 @@ def suffix_attention_mask(prefix_valid: Tensor, num_tokens: int) -> Tensor:
     return torch.cat([prefix_valid[:, None, None, :].expand(shape), causal.expand(shape)], dim=-1)
 
 
-class PrefixLayer(LlamaDecoderLayer):
+class RMSNorm(nn.RMSNorm):
+    """One kernel on a GPU; its output is cast once, for all products that read it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps).to(compute_dtype(x))
+
+
+class Layer(LlamaDecoderLayer):
+    """What the layers of trunk and expert share."""
+
+    def __init__(self, config: LlamaConfig, index: int):
+        super().__init__(config, index)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def rotated(self, normed: Tensor, rotation: Rotation, *projections: nn.Module) -> tuple[Tensor, ...]:
+        """Tokens [B, L, width] through these projections, as heads, rotated by their positions."""
+        projected = [projection(normed) for projection in projections]
+        heads = [x.shape[-1] // self.self_attn.head_dim for x in projected]
+        return rotate(split_heads(torch.cat(projected, dim=-1), self.self_attn.head_dim), rotation).split(heads, dim=1)
+
+    def finish(self, hidden: Tensor, attended: Tensor) -> Tensor:
+        """Hidden [B, L, width] after this layer."""
+        hidden = hidden + self.self_attn.o_proj(attended)
+        return hidden + self.mlp(self.post_attention_layernorm(hidden))
+
+
+class PrefixLayer(Layer):
     """A language-model layer of the trunk that also returns its keys and values."""
 
     def __init__(self, config: LlamaConfig, index: int):
@@ -98,27 +158,19 @@ class PrefixLayer(LlamaDecoderLayer):
             for unused in (self.self_attn.q_proj, self.self_attn.o_proj, self.mlp, self.post_attention_layernorm):
                 unused.requires_grad_(False)
 
-    def forward(
-        self,
-        parts: list[Tensor],  # the P tokens, cut into parts [B, part, hidden]
-        masks: list[Tensor],  # per part, [B, 1, part, tokens up to the part's end]
-        rotations: list[Rotation],  # per part
-    ) -> tuple[list[Tensor], KeysValues]:
-        """The parts after this layer, and the keys and values of all P tokens. A part attends to itself and the parts
-        before it.
+    def forward(self, parts: list[Tensor], places: list[Place]) -> tuple[list[Tensor], KeysValues]:
+        """Parts [B, part, hidden] of the P tokens -> the parts after this layer, the keys and values of all P tokens.
+
+        A part attends to itself and the parts before it: its bias is [B, 1, groups * part, tokens up to its end].
         """
-        attn, head_dim = self.self_attn, self.self_attn.head_dim
-        normed = [self.input_layernorm(hidden) for hidden in parts]
-        keys = [rotate(split_heads(attn.k_proj(x), head_dim), r) for x, r in zip(normed, rotations, strict=True)]
-        values = [split_heads(attn.v_proj(x), head_dim) for x in normed]
-        ends = range(1, len(parts) + 1)
-        keys_values = [(torch.cat(keys[:end], dim=2), torch.cat(values[:end], dim=2)) for end in ends]
-        if not self.is_last:
-            queries = [rotate(split_heads(attn.q_proj(x), head_dim), r) for x, r in zip(normed, rotations, strict=True)]
-            attended = map(attend, queries, keys_values, masks)
-            parts = [hidden + attn.o_proj(merge_heads(a)) for hidden, a in zip(parts, attended, strict=True)]
-            parts = [hidden + self.mlp(self.post_attention_layernorm(hidden)) for hidden in parts]
-        return parts, keys_values[-1]
+        attn, new_parts, keys_values = self.self_attn, [], None
+        for hidden, (rotation, bias) in zip(parts, places, strict=True):
+            normed = self.input_layernorm(hidden)
+            key, *query = self.rotated(normed, rotation, attn.k_proj, *[attn.q_proj] * (not self.is_last))
+            own = key, split_heads(attn.v_proj(normed), attn.head_dim)
+            keys_values = join(keys_values, own) if keys_values else own
+            new_parts.append(hidden if self.is_last else self.finish(hidden, attend(*query, keys_values, bias)))
+        return new_parts, keys_values
 
 
 class Trunk(nn.Module):
@@ -142,13 +194,14 @@ class Trunk(nn.Module):
         nearest = torch.arange(side) * learned_side // side
         patch_positions = (nearest[:, None] * learned_side + nearest).flatten()  # [patches]
         self.register_buffer("patch_positions", patch_positions, persistent=False)
-        self.hidden_size = text.hidden_size
-        self.head_dim = text.head_dim
-        self.has_image_special_tokens = bool(config.image_special_tokens)
-        if self.has_image_special_tokens:
-            fake_image, global_image = config.image_special_tokens
-            tokens = torch.tensor([fake_image, global_image, fake_image])
-            self.register_buffer("image_special_tokens", tokens, persistent=False)
+        self.hidden_size, self.head_dim = text.hidden_size, text.head_dim
+        tokens = torch.tensor(config.image_special_tokens + config.image_special_tokens[:1])  # fake, global, fake image
+        self.register_buffer("image_special_tokens", tokens, persistent=False)
+
+    def own_precision(self) -> AbstractContextManager:
+        """Without autocast if the weights are bfloat16: nothing needs a cast, and CUDA's autocast would cast norms."""
+        is_low, device = self.vlm.dtype == torch.bfloat16, self.patch_positions.device.type
+        return torch.autocast(device, enabled=False) if is_low else nullcontext()
 
     def embed_images(self, images: Tensor) -> Tensor:
         """[B, N, 3, H, W] in [-1, 1] -> image tokens [B, N, tokens, hidden]."""
@@ -168,26 +221,19 @@ class Trunk(nn.Module):
         special = self.vlm.text_model.embed_tokens(self.image_special_tokens).expand(*tokens.shape[:2], -1, -1)
         return torch.cat([special[:, :, :2], tokens, special[:, :, 2:]], dim=2), F.pad(valid, (2, 1), value=True)
 
-    def forward(
-        self,
-        images: Tensor,  # [B, N, 3, H, W], or image tokens [B, N, tokens, hidden]
-        image_mask: Tensor,  # [B, N]
-        text: Tensor,  # [B, L]
-        text_mask: Tensor,  # [B, L]
-        state_token: Tensor,  # [B, hidden]
-        state_mask: Tensor,  # [B]
-    ) -> Prefix:
+    def forward(self, batch: Batch, state_token: Tensor) -> Prefix:
+        """The prefix of a batch, whose state is already a token [B, hidden]."""
         # Image and text tokens are scaled as in Gemma-style language models; the state token is not.
         scale = math.sqrt(self.hidden_size)
-        image_tokens = images if images.ndim == 4 else self.embed_images(images)
-        image_tokens = image_tokens.to(self.vlm.dtype) * scale
-        image_valid = image_mask[:, :, None].expand(image_tokens.shape[:3])
-        if self.has_image_special_tokens:
+        image_tokens = batch.images if batch.images.ndim == 4 else self.embed_images(batch.images)
+        image_tokens = image_tokens.to(self.vlm.dtype) * scale  # [B, N, tokens, hidden]
+        image_valid = batch.image_mask[:, :, None].expand(image_tokens.shape[:3])
+        if len(self.image_special_tokens):
             image_tokens, image_valid = self.enclose_images(image_tokens, image_valid)
-        embedded_text = self.vlm.text_model.embed_tokens(text)
+        embedded_text = self.vlm.text_model.embed_tokens(batch.text)
         image_text = torch.cat([image_tokens.flatten(1, 2), embedded_text * scale], dim=1)  # [B, P - 1, hidden]
         state = state_token[:, None].to(image_text.dtype)
-        valid = torch.cat([image_valid.flatten(1), text_mask, state_mask[:, None]], dim=1)  # [B, P]
+        valid = torch.cat([image_valid.flatten(1), batch.text_mask, batch.state_mask[:, None]], dim=1)  # [B, P]
 
         # If the trunk is frozen, only the state token needs gradients: as a part of its own it keeps autograd off the
         # image and text tokens. Otherwise a single part takes half the kernel calls.
@@ -195,18 +241,19 @@ class Trunk(nn.Module):
             parts, spans = [image_text, state], [slice(-1), slice(-1, None)]
         else:
             parts, spans = [torch.cat([image_text, state], dim=1)], [slice(None)]
-        mask = prefix_attention_mask(valid)
-        masks = [mask[:, :, span, : span.stop] for span in spans]
+        mask, dtype, layers = prefix_attention_mask(valid), compute_dtype(image_text), self.vlm.text_model.layers
+        groups = layers[0].self_attn.num_key_value_groups
+        biases = [attention_bias(mask[:, :, span, : span.stop], dtype, groups) for span in spans]
         positions = valid.cumsum(1) - 1  # padding does not count
         rotations = [rotation(positions[:, span], self.head_dim) for span in spans]
-        keys_values = []
-        for layer in self.vlm.text_model.layers:
-            parts, layer_keys_values = layer(parts, masks, rotations)
+        places, keys_values = list(zip(rotations, biases, strict=True)), []
+        for layer in layers:
+            parts, layer_keys_values = layer(parts, places)
             keys_values.append(layer_keys_values)
         return Prefix(keys_values, valid)
 
 
-class ExpertLayer(LlamaDecoderLayer):
+class ExpertLayer(Layer):
     """A layer of the expert: self-attention over [prefix ; suffix], or cross-attention to the prefix alone.
 
     A cross-attention layer projects the trunk layer's keys and values, flattened over heads, to its own. It applies no
@@ -221,49 +268,33 @@ class ExpertLayer(LlamaDecoderLayer):
             self.self_attn.k_proj = nn.Linear(width, width, bias=config.attention_bias)
             self.self_attn.v_proj = nn.Linear(width, width, bias=config.attention_bias)
 
-    def context(self, prefix: KeysValues) -> KeysValues:
+    def context(self, prefix: KeysValues, dtype: torch.dtype) -> KeysValues:
         """The prefix's keys and values as this layer attends to them: projected if it is a cross-attention layer."""
-        if not self.is_cross:
-            return prefix
-        attn = self.self_attn
-        projected = [
-            split_heads(proj(merge_heads(x).to(proj.weight.dtype)), attn.head_dim)
-            for proj, x in zip((attn.k_proj, attn.v_proj), prefix, strict=True)
-        ]
-        return projected[0], projected[1]
+        attn, (keys, values) = self.self_attn, (x.to(dtype) for x in prefix)
+        if self.is_cross:
+            keys = split_heads(attn.k_proj(merge_heads(keys)), attn.head_dim)
+            values = split_heads(attn.v_proj(merge_heads(values)), attn.head_dim)
+        return keys, values
 
     def forward(
-        self,
-        hidden: Tensor,  # [B * K, T, width]; the K draws of a sample are neighbours
-        prefix: KeysValues,
-        context: KeysValues | None,  # None: computed from the prefix
-        prefix_valid: Tensor,  # [B, P]
-        rotations: tuple[Rotation, Rotation],  # for positions after the prefix, and for positions from 0
+        self, hidden: Tensor, prefix: KeysValues, context: KeysValues | None, place: Place
     ) -> tuple[Tensor, KeysValues]:
-        """Hidden after this layer, and the context, which the next Euler step passes in again."""
-        attn, head_dim = self.self_attn, self.self_attn.head_dim
-        if context is None:
-            context = self.context(prefix)
-        num_draws = len(hidden) // len(prefix_valid)
+        """Hidden [B * K, T, width], a sample's K draws together, after this layer; the context, made if it is None."""
+        attn, (rotation, bias) = self.self_attn, place
+        context = context or self.context(prefix, compute_dtype(hidden))
+        num_draws = len(hidden) // len(context[0])
         normed = self.input_layernorm(hidden)
-        query = split_heads(attn.q_proj(normed), head_dim)
-        after_prefix, from_zero = rotations
         if self.is_cross:
             # A sample's draws share a prefix: they attend to it as one long sequence, without copies of the prefix.
-            query = rotate(query, from_zero).unflatten(0, (-1, num_draws)).transpose(1, 2)  # [B, heads, K, T, d]
-            attended = attend(query.flatten(2, 3), context, prefix_valid[:, None, None, :])
-            attended = attended.unflatten(2, (num_draws, -1)).transpose(1, 2).flatten(0, 1)
+            (query,) = self.rotated(normed, rotation, attn.q_proj)
+            query = query.unflatten(0, (-1, num_draws)).transpose(1, 2)  # [B, heads, K, T, d]
+            attended = attend(query.flatten(2, 3), context, bias).unflatten(1, (num_draws, -1)).flatten(0, 1)
         else:
-            keys = rotate(split_heads(attn.k_proj(normed), head_dim), after_prefix)
-            own = keys, split_heads(attn.v_proj(normed), head_dim)
-            joint = [
-                torch.cat([p.repeat_interleave(num_draws, dim=0).to(o.dtype), o], dim=2)
-                for p, o in zip(context, own, strict=True)
-            ]
-            mask = suffix_attention_mask(prefix_valid, hidden.shape[1]).repeat_interleave(num_draws, dim=0)
-            attended = attend(rotate(query, after_prefix), (joint[0], joint[1]), mask)
-        hidden = hidden + attn.o_proj(merge_heads(attended))
-        return hidden + self.mlp(self.post_attention_layernorm(hidden)), context
+            query, key = self.rotated(normed, rotation, attn.q_proj, attn.k_proj)
+            own = key, split_heads(attn.v_proj(normed), attn.head_dim)
+            of_draws = (x[:, None].expand(-1, num_draws, -1, -1, -1).flatten(0, 1) for x in context)
+            attended = attend(query, join(of_draws, own), bias)
+        return self.finish(hidden, attended), context
 
 
 class Expert(nn.Module):
@@ -275,32 +306,28 @@ class Expert(nn.Module):
         text.hidden_size = int(text.hidden_size * config.expert_width_multiplier)
         text.intermediate_size = expert_mlp_width(text.hidden_size)
         text.num_hidden_layers = config.num_trunk_layers
-        self.width = text.hidden_size
-        self.head_dim = text.head_dim
+        self.width, self.head_dim = text.hidden_size, text.head_dim
         self.layers = nn.ModuleList(
             ExpertLayer(text, index, is_cross=index % config.self_attn_every_n_layers != 0)
             for index in range(config.num_trunk_layers)
         )
-        self.norm = LlamaRMSNorm(text.hidden_size, eps=text.rms_norm_eps)
+        self.norm = nn.RMSNorm(text.hidden_size, text.rms_norm_eps)
 
-    def forward(
-        self, tokens: Tensor, prefix: Prefix, contexts: list[KeysValues | None] | None = None
-    ) -> tuple[Tensor, list[KeysValues | None]]:
-        """Suffix tokens [B, K, T, width] -> output [B, K, T, width] and the layers' contexts.
+    def places(self, valid: Tensor, num_draws: int, num_tokens: int, dtype: torch.dtype) -> tuple[Place, Place]:
+        """Where suffix tokens stand in self-attention, and in cross-attention, to a prefix [B, P]."""
+        from_zero = torch.arange(num_tokens, device=valid.device)[None]  # [1, T]
+        after_prefix = (valid.sum(1, keepdim=True) + from_zero).repeat_interleave(num_draws, dim=0)  # [B * K, T]
+        joint = suffix_attention_mask(valid, num_tokens).repeat_interleave(num_draws, dim=0)
+        bias = attention_bias(joint, dtype, self.layers[0].self_attn.num_key_value_groups)
+        to_prefix = rotation(from_zero, self.head_dim), attention_bias(valid[:, None, None], dtype)
+        return (rotation(after_prefix, self.head_dim), bias), to_prefix
 
-        Passing in the contexts of an earlier call with this prefix saves time.
-        """
-        batch, num_draws, num_tokens, _ = tokens.shape
-        from_zero = torch.arange(num_tokens, device=tokens.device)[None]  # [1, T]
-        after_prefix = prefix.mask.sum(1, keepdim=True) + from_zero  # [B, T]
-        rotations = (
-            rotation(after_prefix.repeat_interleave(num_draws, dim=0), self.head_dim),
-            rotation(from_zero, self.head_dim),
-        )
-        hidden, new_contexts = tokens.flatten(0, 1), []
-        for layer, keys_values, context in zip(
-            self.layers, prefix.keys_values, contexts or [None] * len(self.layers), strict=True
-        ):
-            hidden, context = layer(hidden, keys_values, context, prefix.mask, rotations)
-            new_contexts.append(context)
-        return self.norm(hidden).unflatten(0, (batch, num_draws)), new_contexts
+    def forward(self, tokens: Tensor, prefix: Prefix) -> Tensor:
+        """Suffix tokens [B, K, T, width] -> output [B, K, T, width]."""
+        shape, hidden = tokens.shape[1:3], tokens.flatten(0, 1)
+        if shape not in prefix.places:
+            prefix.places[shape] = self.places(prefix.mask, *shape, compute_dtype(tokens))
+        for index, (layer, keys_values) in enumerate(zip(self.layers, prefix.keys_values, strict=True)):
+            context = prefix.contexts.get(index)
+            hidden, prefix.contexts[index] = layer(hidden, keys_values, context, prefix.places[shape][layer.is_cross])
+        return self.norm(hidden).unflatten(0, (-1, shape[0]))

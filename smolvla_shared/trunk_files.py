@@ -5,6 +5,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast, SmolVLMConfig, SmolVLMModel
 
@@ -41,6 +42,20 @@ def load_trunk_config(name: str, revision: str | None) -> dict[str, Any]:
 
 def load_trunk_tokenizer(name: str, revision: str | None) -> PreTrainedTokenizerFast:
     return AutoTokenizer.from_pretrained(trunk_location(name), revision=revision)
+
+
+def pack_tokenizer(tokenizer: PreTrainedTokenizerFast) -> str:
+    """One JSON text from which `unpack_tokenizer` rebuilds the tokenizer offline."""
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.no_padding()  # the backend remembers the padding and truncation of the last call
+    backend.no_truncation()
+    return json.dumps({"tokenizer": json.loads(backend.to_str()), "pad_token": tokenizer.pad_token})
+
+
+def unpack_tokenizer(packed: str) -> PreTrainedTokenizerFast:
+    content = json.loads(packed)
+    backend = Tokenizer.from_str(json.dumps(content["tokenizer"]))
+    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token=content["pad_token"])
 
 
 def load_trunk_weights(config: CoreConfig) -> dict[str, Tensor]:

@@ -42,9 +42,9 @@ from smolvla_shared.initial import InitialWeights, open_initial
 from smolvla_shared.labels import OnlineLabels
 from smolvla_shared.laq_files import load_laq
 from smolvla_shared.model import SmolVLASharedCore
-from smolvla_shared.model_parts import PARTS, parameter_table
-from smolvla_shared.preprocess import Statistics, TextTokenizer, pack_tokenizer
-from smolvla_shared.trunk_files import load_trunk_tokenizer, make_core_config
+from smolvla_shared.model_parts import PARTS, parameter_table, parameters_by_part
+from smolvla_shared.preprocess import Statistics, TextTokenizer
+from smolvla_shared.trunk_files import load_trunk_tokenizer, make_core_config, pack_tokenizer
 
 HEAD = {"action_dim": 4, "chunk_size": 8}  # an action head
 LATENT_HEAD = {"latent_vector_dim": 32, "code_seq_len": 4}
@@ -240,6 +240,19 @@ def test_a_bfloat16_trunk_trains_in_float32(smolvla, tmp_path):
     assert {parameter.dtype for parameter in core.parameters()} == {torch.float32}
     key = "text_model.layers.0.mlp.up_proj.weight"
     assert torch.equal(core.state_dict()[f"trunk.vlm.{key}"], trunk[prefix + key].float())
+
+
+@pytest.mark.parametrize(("frozen", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_only_a_frozen_trunk_is_stored_in_bfloat16(smolvla, frozen, dtype):
+    initial = open_from(smolvla)
+    model = ModelConfig(freeze_trunk=frozen, freeze_vision=True)
+    core = initial.build(model, initial.core.cameras, ["action"], "bf16")
+    types = {part: {p.dtype for p in parameters.values()} for part, parameters in parameters_by_part(core).items()}
+    in_trunk = {"vision tower", "connector", "language layers"}
+    assert types == {part: {dtype if part in in_trunk else torch.float32} for part in types}
+    assert core.config.torch_dtype == str(dtype).removeprefix("torch.")
+    trained = [p for p in core.parameters() if p.requires_grad]
+    assert trained and {p.dtype for p in trained} == {torch.float32}
 
 
 # --- a policy of ours -------------------------------------------------------------------------------------------------

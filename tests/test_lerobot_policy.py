@@ -409,7 +409,7 @@ def test_loss_counts_valid_steps_and_real_dimensions_only(core, processed):
     head, prefix = core.action_head, core.encode(to_batch(processed, core.config))
     target = torch.nn.functional.pad(processed["action"], (0, 32 - A))
     x_t = time[:, None, None] * noise + (1 - time[:, None, None]) * target
-    hidden, _ = core.expert(head.embed(x_t[:, None], time[:, None]), prefix)
+    hidden = core.expert(head.embed(x_t[:, None], time[:, None]), prefix)
     error = head.velocity(hidden)[:, 0] - (noise - target)
     per_row = [error[row, :num_valid, :A].square() for row, num_valid in enumerate([T, 5, 1])]
     torch.testing.assert_close(loss, torch.cat(per_row).mean())

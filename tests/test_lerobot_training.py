@@ -97,7 +97,7 @@ def test_a_fresh_policy_is_what_stage_3_trains(artifact, labelled_dataset):
         keys=["a", "b", "c"],
     )
     assert not raw.action_mask.all()
-    statistics = data.statistics(datasets, core.config, {"action": 1.0})
+    statistics = data.statistics(datasets, core.config, {"action": 1.0}, [(0, datasets[0].rows())])
     ours = Preprocessor(core.config, initial.tokenizer, statistics)(raw)
     expected = masked_mean(core(ours)["action"], ours.masks["action"])
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)

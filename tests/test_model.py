@@ -102,7 +102,7 @@ def only(batch: Batch, name: str) -> Batch:
 def velocity(core: SmolVLASharedCore, batch: Batch, name: str, x_t: Tensor, time: Tensor) -> Tensor:
     """The predicted velocity at x_t [B, K, T, A] and time [B, K], without anything kept from an earlier call."""
     head = core.head(name)
-    return head.velocity(core.expert(head.embed(x_t, time), core.encode(batch))[0])
+    return head.velocity(core.expert(head.embed(x_t, time), core.encode(batch)))
 
 
 @pytest.fixture(scope="module")
@@ -587,6 +587,21 @@ def test_a_bfloat16_trunk_serves_a_float32_expert(core, batch):
     for name, expected in core(batch).items():
         assert errors[name].dtype == torch.float32
         assert 1e-6 < relative_difference(errors[name], expected) < 0.03
+
+
+def test_a_bfloat16_trunk_computes_the_same_with_and_without_autocast(core, batch):
+    """It needs no autocast; features are then cached as training computes them."""
+    low = SmolVLASharedCore(replace(core.config, torch_dtype="bfloat16"))
+    low.load_state_dict(core.state_dict())
+    prefix = low.encode(batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        of_autocast = low.encode(batch)
+        with low.trunk.own_precision():
+            assert not torch.is_autocast_enabled("cpu")
+        with core.trunk.own_precision():
+            assert torch.is_autocast_enabled("cpu")
+    for pair, other in zip(prefix.keys_values, of_autocast.keys_values, strict=True):
+        assert all(x.dtype == torch.bfloat16 and torch.equal(x, y) for x, y in zip(pair, other, strict=True))
 
 
 # --- layer by layer ---------------------------------------------------------------------------------------------------

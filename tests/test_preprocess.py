@@ -19,6 +19,7 @@ from transformers import AutoTokenizer
 from smolvla_shared import preprocess
 from smolvla_shared.batch import RawBatch
 from smolvla_shared.config import CoreConfig
+from smolvla_shared.initial import difference
 from smolvla_shared.preprocess import Preprocessor, Statistics, TextTokenizer
 
 TASKS = ["open the door", "push the red button, then wait.\n", "slide"]
@@ -88,8 +89,10 @@ def test_tokenizer_is_lerobots_pipeline(tokenizer):
     ids, mask = TextTokenizer(tokenizer, 48)(TASKS)
     lined = NewLineTaskProcessorStep().complementary_data({"task": TASKS})["task"]
     expected = tokenizer(lined, padding="longest", padding_side="right", max_length=48, return_tensors="pt")
-    assert torch.equal(ids, expected["input_ids"])
-    assert torch.equal(mask, expected["attention_mask"].bool())
+    longest = expected["input_ids"].shape[1]
+    assert torch.equal(ids[:, :longest], expected["input_ids"])
+    assert torch.equal(mask[:, :longest], expected["attention_mask"].bool())
+    assert not mask[:, longest:].any()
 
 
 def test_every_task_ends_with_one_newline(tokenizer):
@@ -98,10 +101,12 @@ def test_every_task_ends_with_one_newline(tokenizer):
     assert texts == ["open the door\n", "push the red button, then wait.\n", "slide\n", "slide\n"]
 
 
-def test_short_texts_are_padded_on_the_right_to_the_longest(tokenizer):
-    ids, mask = TextTokenizer(tokenizer, 48)(TASKS)
+@pytest.mark.parametrize(("max_tokens", "padded"), [(48, 16), (50, 9)])
+def test_short_texts_are_padded_on_the_right_to_few_lengths(tokenizer, max_tokens, padded):
+    """To a multiple of 16, unless the longest texts would then be too long."""
+    ids, mask = TextTokenizer(tokenizer, max_tokens)(TASKS)
     lengths = mask.sum(1)
-    assert ids.shape == mask.shape == (3, lengths.max())
+    assert lengths.max() == 9 and ids.shape == mask.shape == (3, padded)
     assert (ids.dtype, mask.dtype) == (torch.int64, torch.bool)
     assert torch.equal(mask, torch.arange(ids.shape[1]) < lengths[:, None])
     assert (ids[~mask] == tokenizer.pad_token_id).all()
@@ -240,5 +245,5 @@ def test_a_model_without_state_gets_zeros(tokenizer):
 
 def test_statistics_say_how_far_they_are_from_the_artifacts():
     data, artifact = Statistics((1.0, 2.0), (1.0, 1.0)), Statistics((1.0, 5.0), (1.0, 2.0))
-    assert "up to 1.50 standard deviations" in data.difference(artifact)
-    assert "the data has 2 dimensions, the artifact 1" in data.difference(Statistics((0.0,), (1.0,)))
+    assert "up to 1.50 standard deviations" in difference(data, artifact)
+    assert "the data has 2 dimensions, the artifact 1" in difference(data, Statistics((0.0,), (1.0,)))

@@ -55,7 +55,7 @@ def cut(run_dir: Path, step: int, target: Path) -> Path:
 @pytest.fixture(scope="module")
 def runs(server, tmp_path_factory, video_dataset, labelled_dataset, laq_checkpoint) -> Path:
     """plain/ and sharded/, with the same runs each: s2, s3 from its artifact, s2 resumed from the *other* side's
-    checkpoint, and s2 in bfloat16. In sharded/ also what each process noted."""
+    checkpoint, and s2 in bfloat16, also with a frozen trunk. In sharded/ also what each process noted."""
     runs = tmp_path_factory.mktemp("runs")
 
     def stage2(run_dir: Path, *options: str) -> list[str]:
@@ -69,14 +69,17 @@ def runs(server, tmp_path_factory, video_dataset, labelled_dataset, laq_checkpoi
         return ["train_stage3", *SIZES, *data, *model, "--run-dir", str(side / "s3")]
 
     bf16 = ["--precision", "bf16", "--steps", "4"]
+    frozen = [*bf16, "--model.freeze-trunk", "True"]
     plain, sharded = runs / "plain", runs / "sharded"
     run_plainly(*stage2(plain / "s2"))
     run_plainly(*stage3(plain))
     run_plainly(*stage2(plain / "bf16", *bf16))
+    run_plainly(*stage2(plain / "frozen", *frozen))
     jobs = {
         "s2": stage2(sharded / "s2"),
         "s3": stage3(sharded),
         "bf16": stage2(sharded / "bf16", *bf16),
+        "frozen": stage2(sharded / "frozen", *frozen),
         "resumed": stage2(cut(plain / "s2", 15, sharded / "resumed"), "--resume"),
     }
     (sharded / "jobs.json").write_text(json.dumps(jobs))
@@ -115,7 +118,9 @@ def assert_near(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name, steps, tolerance", [("s2", 20, 1e-4), ("s3", 20, 1e-4), ("bf16", 4, 1e-2)])
+@pytest.mark.parametrize(
+    "name, steps, tolerance", [("s2", 20, 1e-4), ("s3", 20, 1e-4), ("bf16", 4, 1e-2), ("frozen", 4, 1e-2)]
+)
 def test_metrics_equal_those_of_one_plain_process(runs, name, steps, tolerance):
     """Losses, gradient norms and held-out errors, in every step; the latter come from core.sample and the EMA."""
     plain, sharded = metrics_of(runs / "plain" / name), metrics_of(runs / "sharded" / name)
@@ -142,7 +147,7 @@ def test_each_process_keeps_half(runs, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["s2", "s3", "bf16"])
+@pytest.mark.parametrize("name", ["s2", "s3", "bf16", "frozen"])
 def test_sharding_fires(runs, name):
     """Every parameter was gathered to compute; the gradients of those that train, and of no others, were reduced."""
     record = record_of(runs / "plain" / name)
@@ -162,6 +167,16 @@ def test_bfloat16_is_for_layers_and_nothing_is_summed_or_kept_in_it(runs):
         assert (notes["types"]["reduced"], notes["types"]["kept"]) == (["torch.float32"], ["torch.float32"])
         for name, dtype in notes["gathered_as"].items():
             assert dtype == ("torch.bfloat16" if ".layers." in name else "torch.float32"), name
+
+
+@pytest.mark.slow
+def test_a_frozen_trunk_is_kept_in_bfloat16_and_what_trains_in_float32(runs):
+    record = record_of(runs / "sharded" / "frozen")
+    for name, tensor in record["model"].items():
+        assert tensor.dtype == (torch.bfloat16 if name.startswith("trunk.vlm.") else torch.float32), name
+    assert {tensor.dtype for tensor in record["ema"].values()} == {torch.float32}
+    for notes in notes_of(runs, "frozen"):
+        assert notes["types"]["reduced"] == ["torch.float32"]
 
 
 @pytest.mark.slow

@@ -7,13 +7,25 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from lerobot.policies.common.vla_utils import make_att_2d_masks
 from lerobot.policies.smolvla.smolvlm_with_expert import apply_rope
 from safetensors.torch import load_file, save_file
 from transformers import SmolVLMConfig, SmolVLMForConditionalGeneration, SmolVLMModel
 
+from smolvla_shared.batch import Batch
 from smolvla_shared.config import CoreConfig, ModelConfig
-from smolvla_shared.trunk import Expert, Prefix, Trunk, prefix_attention_mask, rotate, rotation, suffix_attention_mask
+from smolvla_shared.trunk import (
+    Expert,
+    Prefix,
+    Trunk,
+    attend,
+    attention_bias,
+    prefix_attention_mask,
+    rotate,
+    rotation,
+    suffix_attention_mask,
+)
 from smolvla_shared.trunk_files import load_trunk_config, load_trunk_weights, make_core_config, trunk_location
 
 IMAGE_TOKENS = 16  # of a camera, in the tiny trunk
@@ -74,6 +86,25 @@ def test_masks_follow_smolvlas_block_rule():
     assert torch.equal(suffix_attention_mask(valid, 4)[:, 0], expected[:, 9:])
 
 
+@pytest.mark.parametrize("heads", [(15, 5), (4, 4)])
+@pytest.mark.parametrize("rows", [7, 1])  # of the mask
+def test_groups_as_rows_are_grouped_query_attention_to_the_bit(heads, rows):
+    generator = torch.Generator().manual_seed(0)
+    query, keys, values = (torch.randn(2, n, 7, 8, generator=generator) for n in (heads[0], heads[1], heads[1]))
+    mask = torch.rand(2, 1, rows, 7, generator=generator) < 0.7
+    mask[..., 0] = True
+    bias = attention_bias(mask, torch.float32, heads[0] // heads[1] if rows > 1 else 1)
+    expected = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, enable_gqa=True)
+    assert torch.equal(attend(query, (keys, values), bias), expected.transpose(1, 2).flatten(2))
+
+
+def test_rows_of_a_bias_are_aligned():
+    """PyTorch's memory-efficient kernels need strides of 8; it copies other biases before every call."""
+    bias = attention_bias(torch.tensor([[[[True, False, True]]]]).repeat(2, 1, 4, 3), torch.bfloat16, groups=2)
+    assert (bias.shape, bias.stride()) == ((2, 1, 8, 9), (128, 128, 16, 1))
+    assert bias[1, 0, 7].tolist() == [0, -torch.inf, 0] * 3
+
+
 # --- rotation ---------------------------------------------------------------------------------------------------------
 
 
@@ -83,7 +114,8 @@ def test_rotation_is_lerobots(dtype):
     positions = torch.tensor([[0, 1, 2, 3, 4, 5, 6], [0, 0, 1, 1, 50, 51, 1000]])
     rotated = rotate(x, rotation(positions, 32))
     assert rotated.dtype == dtype
-    assert torch.equal(rotated, apply_rope(x.transpose(1, 2), positions).transpose(1, 2))
+    expected = apply_rope(x.transpose(1, 2), positions).transpose(1, 2)  # in float32, too, then rounded
+    torch.testing.assert_close(rotated, expected, rtol=torch.finfo(dtype).eps, atol=1e-6)
 
 
 def test_rotated_products_depend_on_distance_only():
@@ -116,6 +148,11 @@ def make_inputs(trunk: Trunk, num_cameras: int = 1, num_text: int = 6) -> dict[s
     }
 
 
+def encode(trunk: Trunk, inputs: dict[str, torch.Tensor]) -> Prefix:
+    fields = {name: value for name, value in inputs.items() if name != "state_token"}
+    return trunk(Batch(**fields, state=torch.zeros(2, 0), targets={}), inputs["state_token"])
+
+
 def valid_keys_values(prefix: Prefix) -> list[torch.Tensor]:
     """Of every layer and sample, the keys and values that may be read: [heads, valid tokens, head_dim]."""
     return [x[i][:, valid] for pair in prefix.keys_values for x in pair for i, valid in enumerate(prefix.mask)]
@@ -128,7 +165,7 @@ def assert_same_for_the_expert(config: CoreConfig, one: Prefix, other: Prefix) -
     torch.manual_seed(0)
     expert = Expert(config)
     tokens = torch.randn(2, 3, 5, expert.width)
-    torch.testing.assert_close(expert(tokens, one)[0], expert(tokens, other)[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(expert(tokens, one), expert(tokens, other), rtol=1e-4, atol=1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +185,7 @@ def test_text_padding_changes_nothing(config, trunk):
         "text": torch.cat([torch.where(inputs["text_mask"], inputs["text"], 500), noise], dim=1),
         "text_mask": torch.nn.functional.pad(inputs["text_mask"], (0, 5)),
     }
-    assert_same_for_the_expert(config, trunk(**inputs), trunk(**padded))
+    assert_same_for_the_expert(config, encode(trunk, inputs), encode(trunk, padded))
 
 
 @pytest.mark.parametrize("place", [0, 1])
@@ -159,9 +196,9 @@ def test_a_masked_camera_of_noise_changes_nothing(config, trunk, place):
     images, masks = [inputs["images"], inputs["images"]], [inputs["image_mask"], inputs["image_mask"]]
     images[place], masks[place] = noise, hidden
     two = inputs | {"images": torch.cat(images, dim=1), "image_mask": torch.cat(masks, dim=1)}
-    prefix = trunk(**two)
-    assert prefix.mask.sum() == trunk(**inputs).mask.sum() == 2 * (IMAGE_TOKENS + 1) + 6 + 4
-    assert_same_for_the_expert(config, trunk(**inputs), prefix)
+    prefix = encode(trunk, two)
+    assert prefix.mask.sum() == encode(trunk, inputs).mask.sum() == 2 * (IMAGE_TOKENS + 1) + 6 + 4
+    assert_same_for_the_expert(config, encode(trunk, inputs), prefix)
 
 
 def test_an_unmasked_camera_changes_every_layer_but_the_first(trunk):
@@ -169,7 +206,7 @@ def test_an_unmasked_camera_changes_every_layer_but_the_first(trunk):
     other = one | {"images": one["images"].flip(1)}
     text = slice(2 * IMAGE_TOKENS, -1)
     for layer, ((keys, _), (other_keys, _)) in enumerate(
-        zip(trunk(**one).keys_values, trunk(**other).keys_values, strict=True)
+        zip(encode(trunk, one).keys_values, encode(trunk, other).keys_values, strict=True)
     ):
         assert torch.allclose(keys[:, :, text], other_keys[:, :, text], atol=1e-3) == (layer == 0)
 
