@@ -66,7 +66,7 @@ def export_artifact(
 
 
 def main(config: Stage2Config) -> None:
-    from smolvla_shared import artifact, data, data_order
+    from smolvla_shared import artifact, data, data_order, data_split
     from smolvla_shared.data_loader import SampleSpec, make_loaders
     from smolvla_shared.evaluate import held_out_errors
     from smolvla_shared.feature_cache import prepare_features
@@ -81,7 +81,7 @@ def main(config: Stage2Config) -> None:
     datasets = data.open_datasets(config.data)
     initial = open_initial(config.model)
     options, cameras, label_camera = initial.choose_views(config, datasets, with_latents=True)
-    training, held_out = data_order.split_datasets(datasets, config.val_fraction, config.seed, config.data.max_episodes)
+    training, held_out = data_split.split_datasets(datasets, config.val_fraction, config.seed, config.data.max_episodes)
     labels = open_labels(config, datasets, label_camera, initial.latent_horizon)
     dims = initial.latent_dims(labels, options, label_camera, config.latent_head)
     dims |= data.state_dims(datasets, config.model.use_state)
@@ -93,12 +93,13 @@ def main(config: Stage2Config) -> None:
     statistics = data.statistics(datasets, core.config, [LATENT], training)
     statistics[LATENT] = latent_statistics(labels, datasets, training, config.seed, accelerator.device)
     core.learn_codes(labels.codebook, statistics[LATENT])
-    groups = [data_order.group_rows(data.with_pairs(datasets, rows)) for rows in (training, held_out)]
+    paired = [data.with_pairs(datasets, rows) for rows in (training, held_out)]
+    groups = [data_split.weighted(paired[0], config.data.weights), data_split.weighted(paired[1])]
     plan = f"Stage 2: {data_order.plan(groups[0], config)}"
     accelerator.print(initial.describe(core), data.describe(datasets, with_pairs=True), latents, plan, sep="\n")
     features = prepare_features(core, datasets, cameras, config, accelerator)
     spec = SampleSpec.of(core.config, [LATENT], labels, features, config.flow_draws)
-    loaders = make_loaders(datasets, *groups, spec, config, accelerator, config.data.random_shift)
+    loaders = make_loaders(datasets, *groups, spec, config, accelerator, **config.data.augmentation)
     preprocessor = Preprocessor(core.config, initial.tokenizer, statistics)
     export = export_artifact(config, core, initial.tokenizer, statistics, latents, datasets)
 

@@ -105,7 +105,8 @@ def open_recordings(config: Stage3Config) -> "tuple[list[RobotDataset], list[Rob
             )
     if not config.has_video:
         return labelled, labelled
-    video = data.open_datasets(replace(config.data, repo_ids=config.video_repo_ids, roots=config.video_roots))
+    options = replace(config.data, repo_ids=config.video_repo_ids, roots=config.video_roots, weights=())
+    video = data.open_datasets(options)
     for dataset in video:
         dataset.hide_actions()
     return labelled, labelled + video
@@ -135,7 +136,7 @@ def export_policy(
 
 
 def main(config: Stage3Config) -> None:
-    from smolvla_shared import action_decoder, data, data_order, evaluate
+    from smolvla_shared import action_decoder, data, data_order, data_split, evaluate
     from smolvla_shared.data_loader import SampleSpec, make_loaders
     from smolvla_shared.feature_cache import prepare_features
     from smolvla_shared.initial import open_initial
@@ -154,7 +155,7 @@ def main(config: Stage3Config) -> None:
     recorded = initial.recorded_statistics(dims) if config.normalization == "artifact" else {}
     labels = open_labels(config, datasets, label_camera, initial.latent_horizon) if config.needs_labels else None
     dims |= initial.latent_dims(labels, options, label_camera, config.latent_head) if LATENT in weight else {}
-    training, groups, held_out = data_order.split_with_video(datasets, len(labelled), config, config.video_share)
+    training, groups, held_out = data_split.split_with_video(datasets, len(labelled), config, config.video_share)
     accelerator, resume_from = start_run(config)
 
     about = datasets, training, config.seed, accelerator.device
@@ -170,7 +171,7 @@ def main(config: Stage3Config) -> None:
         core.learn_codes(labels.codebook, statistics[LATENT])
     features = prepare_features(core, datasets, cameras, config, accelerator)
     spec = SampleSpec.of(core.config, weight, labels, features, config.flow_draws)
-    loaders = make_loaders(datasets, groups, held_out, spec, config, accelerator, config.data.random_shift)
+    loaders = make_loaders(datasets, groups, held_out, spec, config, accelerator, **config.data.augmentation)
     preprocessor = Preprocessor(core.config, initial.tokenizer, statistics)
     export = partial(export_policy, config, core.config, initial, statistics, datasets, decode)
 

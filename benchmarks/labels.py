@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 import tyro
 
-from smolvla_shared import data, data_loader, data_order, label_cache, model
+from smolvla_shared import data, data_loader, data_order, data_rows, data_split, label_cache, model
 from smolvla_shared.batch import RawBatch
 from smolvla_shared.config import LATENT, DataConfig, ModelConfig, PolicyDataConfig, StageOptions
 from smolvla_shared.labels import latent_statistics, open_labels
@@ -105,13 +105,13 @@ def measure(config: Benchmark, run: StageOptions, datasets, cameras, online, kin
     )
     core = model.SmolVLASharedCore(core_config)
     optimizer = torch.optim.AdamW(core.parameters())
-    frames, _ = data_order.split_datasets(datasets, 0.05, seed=0)
+    frames, _ = data_split.split_datasets(datasets, 0.05, seed=0)
     targets = {LATENT: latent_statistics(online, datasets, frames, seed=0)}
     preprocessor = Preprocessor(core_config, load_trunk_tokenizer("tiny", None), targets)
     spec = data_loader.SampleSpec(
         cameras, label_camera=online.camera, pair_size=online.pair_size, draws={LATENT: online.shape}
     )
-    sampler = data_order.StepSampler(data_order.group_rows(frames), 0, config.batch_size, 0, config.steps + 2)
+    sampler = data_order.StepSampler(data_rows.group_rows(frames), 0, config.batch_size, 0, config.steps + 2)
     times: dict[str, list[tuple]] = {kind: [] for kind in kinds}
     for step, raw in enumerate(
         data_loader.make_loader(data_loader.SampleDataset(datasets, spec, 0), sampler, num_workers=0)

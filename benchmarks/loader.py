@@ -27,7 +27,7 @@ from lerobot.configs.video import RGBEncoderConfig
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from torch.utils.data import DataLoader, RandomSampler
 
-from smolvla_shared import data, data_loader, data_order
+from smolvla_shared import data, data_loader, data_order, data_rows, data_split
 from smolvla_shared.cache import RowCache
 from smolvla_shared.config import DataConfig
 from smolvla_shared.feature_cache import SHARD_ROWS
@@ -116,7 +116,7 @@ def our_loader(root: Path, stage: int, caches: str, options: Options) -> DataLoa
     """caches: "none", "labels" or "labels and features", of what is read from a cache and not from the videos."""
     config = DataConfig(roots=(root,), frame_gap_s=GAP_S)
     datasets = data.open_datasets(config)
-    frames, _ = data_order.split_datasets(datasets, 0, seed=0)
+    frames, _ = data_split.split_datasets(datasets, 0, seed=0)
     spec = data_loader.SampleSpec(CAMERAS, state_dim=6)
     if stage == 3:
         spec = replace(spec, chunk_size=CHUNK_SIZE, action_dim=6)
@@ -124,7 +124,7 @@ def our_loader(root: Path, stage: int, caches: str, options: Options) -> DataLoa
         spec = replace(spec, label_camera=CAMERAS[0])
     if "features" in caches:
         spec = replace(spec, features=dict.fromkeys(CAMERAS, (feature_store(root, datasets[0].num_frames),)))
-    sampler = data_order.StepSampler(data_order.group_rows(frames), 0, options.batch_size, 0, 10**6)
+    sampler = data_order.StepSampler(data_rows.group_rows(frames), 0, options.batch_size, 0, 10**6)
     return data_loader.make_loader(data_loader.SampleDataset(datasets, spec, seed=0), sampler, options.num_workers)
 
 

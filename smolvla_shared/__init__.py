@@ -15,13 +15,14 @@ The method, in reading order (with train_stage2.py and train_stage3.py, where th
     laq, laq_layers     the teacher: an inverse-dynamics VQ model, LAPA's
     teacher         its training step, and the commands train, label, check
     labels          where latent targets come from: the teacher, or a cache
-    data_order      held-out episodes, mixtures, and which sample a slot of a step is
+    data_order      which sample a slot of a step is
     data_loader     samples as batches: frames, frame pairs, action chunks, noise and times
     artifact        the hand-over from Stage 2 to Stage 3
 
 What surrounds it:
 
     data            reading LeRobotDatasets
+    data_split      held-out episodes, and how the datasets of a run are mixed
     data_columns, data_rows     their tables as memory-mapped columns; rows as ranges, and a random order of them
     data_blocks     every frame of a dataset, once and in order
     video           clips of any kind become a LeRobotDataset; the command

@@ -151,6 +151,8 @@ class DataConfig:
     repo_ids: tuple[str, ...] = ()
     # Local directories of LeRobotDatasets (v3); may be combined with --data.repo-ids.
     roots: tuple[Path, ...] = ()
+    # How much of a batch each dataset is, hub ids first, relative to the others. Default: every frame counts the same.
+    weights: tuple[float, ...] = ()
     # Camera keys to use, in this order. Default: every camera that all datasets have, in the first dataset's order.
     cameras: tuple[str, ...] = ()
     # Camera whose frame pairs the LAQ teacher sees. Default: the teacher's own, else the first of the cameras.
@@ -163,6 +165,9 @@ class DataConfig:
     def __post_init__(self):
         if not self.repo_ids and not self.roots:
             raise ValueError("no dataset given: pass --data.repo-ids (hub ids) or --data.roots (local directories)")
+        number = len(self.repo_ids) + len(self.roots)
+        if self.weights and (len(self.weights) != number or not all(weight > 0 for weight in self.weights)):
+            raise ValueError(f"--data.weights {self.weights}: pass a positive number for each of {number} dataset(s)")
         if self.frame_gap_s is not None and self.frame_gap_s <= 0:
             raise ValueError(f"--data.frame-gap-s must be a positive number of seconds, got {self.frame_gap_s}")
 
@@ -181,6 +186,8 @@ class PolicyDataConfig(DataConfig):
     max_episodes: int | None = None
     # In training, shift the policy's images (not the teacher's) at random by up to this share of their side.
     random_shift: float = 0.0
+    # In training, hide the state of this share of the samples: a state may give the motion away without the image.
+    state_dropout: float = 0.0
     # Directory of the feature cache: the frozen vision tower's output for every frame, computed once before training.
     # Every run with the same tower and data can use the same directory.
     feature_cache: Path | None = None
@@ -193,11 +200,17 @@ class PolicyDataConfig(DataConfig):
         super().__post_init__()
         if self.max_episodes is not None and self.max_episodes < 1:
             raise ValueError(f"--data.max-episodes must be at least 1, got {self.max_episodes}")
+        if not 0 <= self.state_dropout <= 1:
+            raise ValueError(f"--data.state-dropout is a share of the samples in [0, 1], got {self.state_dropout}")
         if self.feature_cache and self.random_shift:
             raise ValueError(
                 "--data.feature-cache keeps features of the frames as recorded, but --data.random-shift "
                 f"{self.random_shift} would train on others: drop one of them"
             )
+
+    @property
+    def augmentation(self) -> dict[str, float]:
+        return {"random_shift": self.random_shift, "state_dropout": self.state_dropout}
 
 
 WARMUP_STEPS = 500  # where none are stated, and at most a tenth of the run

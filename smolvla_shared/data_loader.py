@@ -80,11 +80,13 @@ class SampleSpec:
 class SampleDataset(Dataset):
     """dataset[keys] is the batch of these samples; their frames are decoded together.
 
-    random_shift: share of their side that the policy's images are shifted by (preprocess.random_shift)
+    random_shift:  share of their side that the policy's images are shifted by (preprocess.random_shift)
+    state_dropout: share of the samples whose state is hidden
     """
 
-    def __init__(self, datasets: list[RobotDataset], spec: SampleSpec, seed: int, random_shift: float = 0.0):
-        self.datasets, self.spec, self.seed, self.random_shift = datasets, spec, seed, random_shift
+    def __init__(self, datasets: list[RobotDataset], spec: SampleSpec, seed: int, random_shift=0.0, state_dropout=0.0):
+        self.datasets, self.spec, self.seed = datasets, spec, seed
+        self.random_shift, self.state_dropout = random_shift, state_dropout
         # Decided for the run, so that a frame looks the same in every batch.
         label_cameras = (spec.label_camera,) if spec.label_camera else ()
         self.square_side = square_sides(datasets, (*spec.cameras, *label_cameras))
@@ -92,7 +94,7 @@ class SampleDataset(Dataset):
         self.cameras_to_read = tuple(dict.fromkeys((*from_video, *label_cameras)))
 
     def __getitem__(self, keys: list[SampleKey]) -> RawBatch:
-        # A sample's random numbers are drawn in this order: the shift of each camera, then noise and times.
+        # A sample's random numbers are drawn in this order: the shift of each camera, noise and times, state dropout.
         spec, rngs = self.spec, [np.random.default_rng([self.seed, key.step, key.slot]) for key in keys]
         frames = {camera: self.read_camera(camera, keys) for camera in self.cameras_to_read}
         images = [
@@ -105,12 +107,15 @@ class SampleDataset(Dataset):
             time_beta = spec.time_beta.get(name, (1.0, 1.0))
             draws = [flow.draw_noise_and_time(rng, spec.num_draws, shape, *time_beta) for rng in rngs]
             noise[name], time[name] = map(_stack, zip(*draws, strict=True))
+        state_mask = torch.tensor(state_valid)
+        if self.state_dropout:
+            state_mask &= torch.tensor([rng.random() >= self.state_dropout for rng in rngs])
         num_pairs = [self.num_pairs(key) for key in keys]
         return RawBatch(
             images=images,
             tasks=[self.datasets[key.dataset].task(key.row) for key in keys],
             state=_stack(states),
-            state_mask=torch.tensor(state_valid),
+            state_mask=state_mask,
             pairs=self.pairs(frames[spec.label_camera]) if spec.label_camera else None,
             pair_mask=torch.arange(spec.horizon) < torch.tensor(num_pairs)[:, None],
             actions=_stack(actions),
@@ -245,14 +250,15 @@ def make_loaders(
     config: RunConfig,
     accelerator: Accelerator,
     random_shift: float = 0.0,
+    state_dropout: float = 0.0,
 ) -> Loaders:
-    """Loaders of a run. Held-out batches are read in the training process and are never shifted (random_shift)."""
+    """Loaders of a run. Held-out batches are read in the training process, without random_shift and state_dropout."""
     process = accelerator.process_index, accelerator.num_processes
 
     def train(first_step: int) -> DataLoader:
         steps = first_step, config.steps
         sampler = StepSampler(training, config.seed, config.batch_size, *steps, *process, config.accumulation_steps)
-        samples = SampleDataset(datasets, spec, config.seed, random_shift)
+        samples = SampleDataset(datasets, spec, config.seed, random_shift, state_dropout)
         return make_loader(samples, sampler, config.data.num_workers)
 
     def validate() -> DataLoader:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from smolvla_shared import data, data_order, label_probe
+from smolvla_shared import data, data_split, label_probe
 from smolvla_shared.batch import RawBatch
 from smolvla_shared.cache import dataset_fingerprint
 from smolvla_shared.config import DataConfig
@@ -64,7 +64,7 @@ class Grounding:
             if label_probe.action_key(dataset) is None:
                 raise ValueError(f"--grounding: {dataset.name} has no actions, it has {sorted(dataset.features)}")
             end = dataset.episode_to[: config.episodes or None][-1]
-            rows, _ = data_order.split_episodes(dataset, val_fraction, seed)
+            rows, _ = data_split.split_episodes(dataset, val_fraction, seed)
             some = rows.end <= end
             rows = dataset.rows_with_pairs(Rows(rows.start[some], rows.end[some]))
             pairs = torch.from_numpy(rows.numpy())

@@ -14,7 +14,7 @@ import torch
 import tyro
 from torch import Tensor
 
-from smolvla_shared import data, data_loader, data_order
+from smolvla_shared import data, data_loader, data_order, data_split
 from smolvla_shared.batch import RawBatch
 from smolvla_shared.config import OptimConfig, RunConfig
 from smolvla_shared.evaluate import reconstruction_errors
@@ -129,18 +129,18 @@ def train_teacher(config: TeacherConfig) -> None:
     if accelerator.is_fsdp2:
         raise ValueError("a teacher fits every GPU and is not sharded: use configs/accelerate/ddp_8gpu.yaml")
     datasets, num_videos, label_camera = open_recordings(config)
-    training, held_out = data_order.split_datasets(datasets[:num_videos], config.val_fraction, config.seed)
+    training, held_out = data_split.split_datasets(datasets[:num_videos], config.val_fraction, config.seed)
     pair_share = data.valid_pair_share(datasets, training)
     training, held_out = (data.with_pairs(datasets, rows) for rows in (training, held_out))
     laq = LAQ(given.config if given else config.laq)
     if given:  # load_laq freezes; this copy trains
         laq.load_state_dict(given.state_dict())
     grounding = None
-    groups = data_order.group_rows(training)
+    groups = data_split.weighted(training, config.data.weights)
     if datasets[num_videos:]:
         grounding = Grounding(datasets[num_videos:], num_videos, config.grounding, config.val_fraction, config.seed)
         laq.ground(grounding.action_dim)
-        groups = data_order.mix(grounding.rows, training, video_share=1 - config.grounding.share)
+        groups = data_split.mix(grounding.rows, training, 1 - config.grounding.share, video_weights=config.data.weights)
     accelerator.print(
         f"{data.describe(datasets, with_pairs=True)}\n"
         f"LAQ {f'from {config.init_from}' if config.init_from else 'with fresh weights'}: "
@@ -156,7 +156,7 @@ def train_teacher(config: TeacherConfig) -> None:
     )
     if laq.config.predicts_change:
         laq._repeat_error.fill_(repeat_error(laq, data_loader.sample_pairs(datasets, training, spec, 512, config.seed)))
-    loaders = data_loader.make_loaders(datasets, groups, data_order.group_rows(held_out), spec, config, accelerator)
+    loaders = data_loader.make_loaders(datasets, groups, data_split.weighted(held_out), spec, config, accelerator)
     keeper = CodebookKeeper(laq, config)
     weight = {"reconstruction": 1.0, "grounding": config.grounding.weight}
 

@@ -23,7 +23,7 @@ from accelerate import Accelerator
 from lerobot.configs.video import RGBEncoderConfig
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
-from smolvla_shared import data, data_columns, data_loader, data_order
+from smolvla_shared import data, data_columns, data_loader, data_order, data_split
 from smolvla_shared.batch import RawBatch
 from smolvla_shared.config import DataConfig, ModelConfig, PolicyDataConfig, RunConfig
 from smolvla_shared.data import RobotDataset
@@ -254,16 +254,16 @@ def test_statistics_are_those_of_the_frames(video, labelled):
 
 
 def test_the_split_is_by_whole_episodes(video):
-    train, held_out = (rows.numpy() for rows in data_order.split_episodes(video, 0.25, seed=0))
+    train, held_out = (rows.numpy() for rows in data_split.split_episodes(video, 0.25, seed=0))
     episodes = [set(np.searchsorted(video.episode_to, frames, side="right")) for frames in (train, held_out)]
     assert (len(episodes[0]), len(episodes[1])) == (6, 2)
     assert sorted([*train, *held_out]) == list(range(video.num_frames))
     assert not episodes[0] & episodes[1]
-    again = data_order.split_episodes(video, 0.25, seed=0)
+    again = data_split.split_episodes(video, 0.25, seed=0)
     assert [x.numpy().tolist() for x in again] == [train.tolist(), held_out.tolist()]
-    assert len({tuple(data_order.split_episodes(video, 0.25, seed)[1].numpy()) for seed in range(5)}) > 1
-    assert len(data_order.split_episodes(video, 0.0, seed=0)[1]) == 0
-    assert len(data_order.split_episodes(video, 0.01, seed=0)[1]) > 0  # a share above 0 is at least an episode
+    assert len({tuple(data_split.split_episodes(video, 0.25, seed)[1].numpy()) for seed in range(5)}) > 1
+    assert len(data_split.split_episodes(video, 0.0, seed=0)[1]) == 0
+    assert len(data_split.split_episodes(video, 0.01, seed=0)[1]) > 0  # a share above 0 is at least an episode
 
 
 # --- order ------------------------------------------------------------------------------------------------------------
@@ -494,7 +494,7 @@ def test_held_out_batches_are_the_same_every_time(video, tmp_path):
     config = RunConfig(
         run_dir=tmp_path, data=DataConfig(roots=("x",), num_workers=0), steps=1, batch_size=4, eval_samples=8
     )
-    train, held_out = data_order.split_datasets([video], config.val_fraction, seed=0)
+    train, held_out = data_split.split_datasets([video], config.val_fraction, seed=0)
     groups = group_rows(train), group_rows(held_out)
     loaders = data_loader.make_loaders([video], *groups, SPEC, config, Accelerator(cpu=True), random_shift=0.3)
     first, second = list(loaders.held_out()), list(loaders.held_out())
@@ -600,22 +600,22 @@ def test_a_dataset_of_the_hub_is_downloaded_once(video_dataset, tmp_path, monkey
 
 
 def test_few_episodes_are_among_more_and_the_held_out_ones_stay(labelled, video, tmp_path):
-    (_, whole), episodes = data_order.split_episodes(labelled, 0.2, 0), {}
+    (_, whole), episodes = data_split.split_episodes(labelled, 0.2, 0), {}
     for number in (1, 3, 6):
-        rows, held_out = data_order.split_episodes(labelled, 0.2, 0, number)
+        rows, held_out = data_split.split_episodes(labelled, 0.2, 0, number)
         assert held_out.numpy().tolist() == whole.numpy().tolist()
         episodes[number] = set(labelled.episode_of(rows.numpy()).tolist())
         assert len(episodes[number]) == number
     assert episodes[1] < episodes[3] < episodes[6]
     assert episodes[6] | set(labelled.episode_of(held_out.start).tolist()) == set(range(8))
     with pytest.raises(ValueError, match=r"max-episodes 7: .* has 6 episode\(s\) to train on, and 2 held out"):
-        data_order.split_episodes(labelled, 0.2, 0, 7)
+        data_split.split_episodes(labelled, 0.2, 0, 7)
     with pytest.raises(ValueError, match="max-episodes must be at least 1, got 0"):
         PolicyDataConfig(roots=("x",), max_episodes=0)
     # Of the labelled datasets, not of video.
     options = PolicyDataConfig(roots=("x",), max_episodes=2)
     options = Stage3Config(run_dir=tmp_path, data=options, steps=1, val_fraction=0.2)
-    training, groups, _ = data_order.split_with_video([labelled, video], 1, options, 0.5)
+    training, groups, _ = data_split.split_with_video([labelled, video], 1, options, 0.5)
     assert [len(rows.start) for _, rows in training] == [2, 6]
     assert [len(group.rows.start) for group in groups] == [2, 6]
 
@@ -627,6 +627,36 @@ def test_statistics_of_few_episodes_are_those_of_their_frames(labelled, video):
     values = np.concatenate([vectors[0][20:41], vectors[1][:20]]).astype(np.float64)
     assert np.allclose(found.mean, values.mean(0)) and np.allclose(found.std, deviations(values))
     assert len(data.vector_statistics([labelled, video], "action", rows).mean) == 4
+
+
+def test_weights_share_out_every_batch(video, labelled):
+    """Whatever the datasets' sizes; without weights every frame counts the same."""
+    rows = [(0, video.rows(0, 20)), (1, labelled.rows())]
+    sampler = StepSampler(data_split.weighted(rows, (3.0, 1.0)), 0, 8, 0, 50)
+    taken = [[key.dataset for key in keys] for keys in sampler]
+    assert all(of_step.count(0) == 6 and of_step.count(1) == 2 for of_step in taken)
+    (group,) = data_split.weighted(rows)
+    assert len(group) == 20 + labelled.num_frames
+    mixed = data_split.mix(rows[:1], rows[1:], 0.25, weights=(2.0,))
+    assert [group.share for group in mixed] == [0.75, 0.25]
+    for weights in ((1.0,), (1.0, 0.0), (1.0, float("nan"))):
+        with pytest.raises(ValueError, match=r"--data.weights .*: pass a positive number for each of 2 dataset"):
+            PolicyDataConfig(roots=("x", "y"), weights=weights)
+
+
+def test_the_state_of_a_share_of_the_samples_is_hidden(labelled):
+    """Nothing else of a sample changes, and which samples these are follows from (seed, step, slot)."""
+    spec = replace(SPEC, cameras=(), label_camera=None, horizon=0)
+    keys = [SampleKey(step, slot, 0, slot) for step in range(10) for slot in range(16)]
+    whole = SampleDataset([labelled], spec, seed=0)[keys]
+    hidden = SampleDataset([labelled], spec, seed=0, state_dropout=0.25)[keys]
+    assert whole.state_mask.all() and 0.1 < (~hidden.state_mask).float().mean() < 0.4
+    assert torch.equal(
+        SampleDataset([labelled], spec, seed=0, state_dropout=0.25)[keys[7:9]].state_mask, hidden.state_mask[7:9]
+    )
+    assert_equal(replace(hidden, state_mask=whole.state_mask), whole)
+    with pytest.raises(ValueError, match=r"--data.state-dropout is a share of the samples in \[0, 1\], got 1.5"):
+        PolicyDataConfig(roots=("x",), state_dropout=1.5)
 
 
 # --- refused ----------------------------------------------------------------------------------------------------------
@@ -680,7 +710,7 @@ def test_different_widths_are_refused(video, labelled, images):
 
 def test_too_few_episodes_to_hold_one_out_are_refused(video):
     with pytest.raises(ValueError, match=r"has 8 episode\(s\), too few to hold out a share of 0.99"):
-        data_order.split_episodes(video, 0.99, seed=0)
+        data_split.split_episodes(video, 0.99, seed=0)
 
 
 def test_a_share_that_gets_no_sample_is_refused():

@@ -8,7 +8,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from smolvla_shared import data, data_loader, data_order
+from smolvla_shared import data, data_loader, data_order, data_rows
 from smolvla_shared import feature_cache as features_module
 from smolvla_shared.batch import Batch, RawBatch
 from smolvla_shared.cache import RowCache
@@ -91,7 +91,7 @@ def test_features_reach_the_workers_of_a_loader(tmp_path, core, accelerator, ima
     features = prepare_features(core, datasets, (CAMERA,), config, accelerator)
     spec = data_loader.SampleSpec((CAMERA,), features=features)
     dataset = data_loader.SampleDataset(datasets, spec, seed=0)
-    sampler = data_order.StepSampler(data_order.group_rows([(0, datasets[0].rows(0, 20))]), 0, 4, 0, 2)
+    sampler = data_order.StepSampler(data_rows.group_rows([(0, datasets[0].rows(0, 20))]), 0, 4, 0, 2)
     batches = [list(data_loader.make_loader(dataset, sampler, num_workers)) for num_workers in (0, 1)]
     for here, there in zip(*batches):
         assert torch.equal(here.images[0], there.images[0])

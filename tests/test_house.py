@@ -21,9 +21,8 @@ ORDER = """
     config batch preprocess flow losses refusals files cache run_signals
     video_source video_clips video_dataset video
     trunk trunk_files model model_parts laq_layers laq laq_codebook laq_files
-    data_columns data_rows data data_order label_probe data_loader data_blocks label_cache labels action_decoder
-    artifact
-    label_health label_pictures
+    data_columns data_rows data data_split data_order label_probe data_loader data_blocks label_cache labels
+    action_decoder artifact label_health label_pictures
     label_check feature_cache
     lerobot_config lerobot_processor lerobot_card lerobot_files lerobot_smolvla initial lerobot_policy
     evaluate run_sharding run_optimizer run_metrics run_checkpoint run grounding teacher

@@ -11,7 +11,7 @@ import torch
 from forked import ROOT, Forked, run_forked
 from safetensors.torch import load_file
 
-from smolvla_shared import data, data_blocks, data_loader, data_order, label_cache
+from smolvla_shared import data, data_blocks, data_loader, data_order, data_split, label_cache
 from smolvla_shared.batch import RawBatch
 from smolvla_shared.cache import MANIFEST, dataset_directories
 from smolvla_shared.config import LATENT, DataConfig, PolicyDataConfig, StageOptions
@@ -84,7 +84,7 @@ def test_cached_labels_are_the_online_ones_to_the_bit(cache, tmp_path, laq_check
             assert torch.equal(online(raw), cached(without_pairs))
             compared += len(block)
     assert compared > 150
-    frames = data_order.split_datasets(datasets, 0.05, 0)[0]
+    frames = data_split.split_datasets(datasets, 0.05, 0)[0]
     assert latent_statistics(cached, datasets, frames, 0).mean == pytest.approx(
         latent_statistics(online, datasets, frames, 0).mean, abs=1e-6
     )
@@ -106,7 +106,7 @@ def test_latent_actions_in_a_row_are_those_of_the_rows_a_gap_apart(cache, laq_ch
         expected = torch.cat([single, single.roll(-dataset.gap, 0)], dim=1)
         for found in (online(raw), cached(raw_batch(datasets, cached, places))):
             torch.testing.assert_close(found[valid], expected[valid], rtol=0, atol=1e-5)
-    frames = data_order.split_datasets(datasets, 0.05, 0)[0]
+    frames = data_split.split_datasets(datasets, 0.05, 0)[0]
     found, of_one = (latent_statistics(labels, datasets, frames, 0) for labels in (cached, one))
     assert len(found.mean) == 64 and found.mean[:32] == found.mean[32:] and found.std[:32] == found.std[32:]
     assert np.allclose(found.mean[:32], of_one.mean, atol=0.3 * max(of_one.std))  # over other pairs: those in a row

@@ -31,7 +31,7 @@ from helpers import (
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from smolvla_shared import data, data_loader, data_order, run
+from smolvla_shared import data, data_loader, data_rows, data_split, run
 from smolvla_shared.batch import Batch, FlowTarget, RawBatch
 from smolvla_shared.config import LATENT, DataConfig, OptimConfig, RunConfig
 from smolvla_shared.evaluate import held_out_errors
@@ -337,8 +337,7 @@ def train_core(
     accelerator = make_accelerator()
     datasets = data.open_datasets(config.data)
     groups = [
-        data_order.group_rows(frames)
-        for frames in data_order.split_datasets(datasets, config.val_fraction, config.seed)
+        data_rows.group_rows(frames) for frames in data_split.split_datasets(datasets, config.val_fraction, config.seed)
     ]
     camera = "observation.image"
     labels = OnlineLabels(load_laq(laq_checkpoint), "quantized", camera)

@@ -11,7 +11,7 @@ import torch
 import tyro
 from helpers import lerobot_dataset
 
-from smolvla_shared import data, data_loader, data_order
+from smolvla_shared import data, data_loader, data_order, data_rows, data_split
 from smolvla_shared.config import DataConfig
 from smolvla_shared.files import public_state
 from smolvla_shared.grounding import Grounding, GroundingConfig
@@ -106,7 +106,7 @@ def test_a_dimension_without_variance_gets_a_floor(laq, dataset):
     with torch.no_grad():
         laq.vq.codebooks[:, 3] = 0.25
     found = latent_statistics(
-        OnlineLabels(laq, "quantized", CAMERA), [dataset], [(0, np.arange(dataset.num_frames))], 0
+        OnlineLabels(laq, "quantized", CAMERA), [dataset], [(0, dataset.rows())], 0
     )
     constant = [3, 11, 19, 27]  # in each of the four slots
     assert [found.mean[i] for i in constant] == [0.25] * 4
@@ -117,7 +117,7 @@ def test_a_collapsed_teacher_is_refused(laq, dataset):
     with torch.no_grad():
         laq.vq.codebooks[:] = laq.vq.codebooks[0].clone()
     with pytest.raises(ValueError, match="same latent action: its codebook has collapsed, or the pairs do not move"):
-        latent_statistics(OnlineLabels(laq, "quantized", CAMERA), [dataset], [(0, np.arange(dataset.num_frames))], 0)
+        latent_statistics(OnlineLabels(laq, "quantized", CAMERA), [dataset], [(0, dataset.rows())], 0)
 
 
 @pytest.fixture(scope="module")
@@ -171,8 +171,8 @@ def test_held_out_errors_are_of_the_exported_teacher(run_dir, video_dataset):
     teacher = load_laq(run_dir / "checkpoints" / "last" / "pretrained_model" / "laq.safetensors")
     config = make_config(run_dir, video_dataset)
     datasets = data.open_datasets(config.data)
-    _, held_out = data_order.split_datasets(datasets, config.val_fraction, config.seed)
-    sampler = data_order.StepSampler(data_order.group_rows(data.with_pairs(datasets, held_out)), config.seed, 8, 0, 2)
+    _, held_out = data_split.split_datasets(datasets, config.val_fraction, config.seed)
+    sampler = data_order.StepSampler(data_rows.group_rows(data.with_pairs(datasets, held_out)), config.seed, 8, 0, 2)
     keys = [key for keys in sampler for key in keys]
     dataset, errors, copies = datasets[0], [], []
     recorded = lerobot_dataset(dataset)
@@ -256,7 +256,7 @@ def test_grounding_learns_the_actions_of_some_episodes(tmp_path, video_dataset, 
     assert "_grounding.weight" in state["model"]
     recorded = json.loads(path.with_suffix(".json").read_text())["source"]["grounding"]
     labelled = data.open_datasets(DataConfig(roots=(labelled_dataset,)))[0]
-    _, held_out = data_order.split_episodes(labelled, config.val_fraction, config.seed)
+    _, held_out = data_split.split_episodes(labelled, config.val_fraction, config.seed)
     unused = {labelled.episode_of(row) for row in held_out.numpy()} | set(range(5, len(labelled.episode_from)))
     (used,) = recorded["datasets"].values()
     assert set(used["episodes"]) == set(range(len(labelled.episode_from))) - unused

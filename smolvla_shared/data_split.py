@@ -1,0 +1,82 @@
+"""Which episodes are held out, and how the rest of the datasets is mixed."""
+
+import numpy as np
+
+from smolvla_shared.config import StageOptions
+from smolvla_shared.data import RobotDataset, with_pairs
+from smolvla_shared.data_rows import RowGroup, Rows, group_rows
+
+
+def split_episodes(
+    dataset: RobotDataset, val_fraction: float, seed: int, max_episodes: int | None = None
+) -> tuple[Rows, Rows]:
+    """Training and held-out rows of a dataset. Whole episodes are held out, drawn at random with the seed.
+
+    max_episodes: so many of the other episodes are for training, the first in the same random order; default: all
+
+    Raises ValueError if there are too few episodes.
+    """
+    num_episodes = len(dataset.episode_from)
+    num_val = max(1, round(val_fraction * num_episodes)) if val_fraction else 0
+    if num_val >= num_episodes:
+        raise ValueError(
+            f"{dataset.name} has {num_episodes} episode(s), too few to hold out a share of {val_fraction}: "
+            "record more, or pass --val-fraction 0"
+        )
+    if max_episodes and max_episodes > num_episodes - num_val:
+        raise ValueError(
+            f"--data.max-episodes {max_episodes}: {dataset.name} has {num_episodes - num_val} episode(s) to train on, "
+            f"and {num_val} held out (--val-fraction {val_fraction}): pass a smaller number, or leave it out"
+        )
+    order = np.random.default_rng([seed, num_episodes]).permutation(num_episodes)
+
+    def rows(episodes: np.ndarray) -> Rows:
+        episodes = np.sort(episodes)
+        return Rows(dataset.episode_from[episodes], dataset.episode_to[episodes])
+
+    return rows(order[num_val:][:max_episodes]), rows(order[:num_val])
+
+
+def split_datasets(
+    datasets: list[RobotDataset], val_fraction: float, seed: int, max_episodes: int | None = None
+) -> tuple[list[tuple[int, Rows]], list[tuple[int, Rows]]]:
+    """Training and held-out rows of all datasets (split_episodes), each as a list of (dataset index, rows)."""
+    splits = [split_episodes(dataset, val_fraction, seed, max_episodes) for dataset in datasets]
+    train = [(index, rows) for index, (rows, _) in enumerate(splits)]
+    held_out = [(index, rows) for index, (_, rows) in enumerate(splits) if len(rows)]
+    return train, held_out
+
+
+def weighted(rows_of: list[tuple[int, Rows]], weights: tuple[float, ...] = (), share: float = 1.0) -> list[RowGroup]:
+    """A list of (dataset index, rows) as groups that take this share of a batch together.
+
+    weights: of each dataset, by its index; (): one group, in which every frame counts the same
+    """
+    if not (weights and rows_of):
+        return group_rows(rows_of, share)
+    total = sum(weights[index] for index, _ in rows_of)
+    return [group for index, rows in rows_of for group in group_rows([(index, rows)], share * weights[index] / total)]
+
+
+def mix(
+    labelled: list, video: list, video_share: float, weights: tuple[float, ...] = (), video_weights=()
+) -> list[RowGroup]:
+    """Two lists of (dataset index, rows), labelled ones and video, as groups; each with weights as in `weighted`."""
+    return weighted(labelled, weights, 1 - video_share if video else 1) + weighted(video, video_weights, video_share)
+
+
+def split_with_video(
+    datasets: list[RobotDataset], num_labelled: int, config: StageOptions, video_share: float
+) -> tuple[list[tuple[int, Rows]], list[RowGroup], list[RowGroup]]:
+    """Training rows of all datasets; their mixture; held-out rows of the labelled datasets, which come first.
+
+    Raises ValueError for video of which no frame has a pair, and for fewer labelled episodes than --data.max-episodes.
+    """
+    labelled, held_out = split_datasets(
+        datasets[:num_labelled], config.val_fraction, config.seed, config.data.max_episodes
+    )
+    video, _ = split_datasets(datasets[num_labelled:], config.val_fraction, config.seed)
+    video = [(num_labelled + index, rows) for index, rows in video]
+    # A frame of video without a pair teaches nothing.
+    mixture = mix(labelled, with_pairs(datasets, video), video_share, config.data.weights)
+    return labelled + video, mixture, group_rows(held_out)
