@@ -286,7 +286,7 @@ class ExpertLayer(Layer):
         normed = self.input_layernorm(hidden)
         if self.is_cross:
             # A sample's draws share a prefix: they attend to it as one long sequence, without copies of the prefix.
-            (query,) = self.rotated(normed, rotation, attn.q_proj)
+            query = rotate(split_heads(attn.q_proj(normed), attn.head_dim), rotation)
             query = query.unflatten(0, (-1, num_draws)).transpose(1, 2)  # [B, heads, K, T, d]
             attended = attend(query.flatten(2, 3), context, bias).unflatten(1, (num_draws, -1)).flatten(0, 1)
         else:
