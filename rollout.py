@@ -60,12 +60,14 @@ def main(config: RolloutConfig) -> None:
     from smolvla_shared import rollouts
     from smolvla_shared.lerobot_policy import HLRPSmolVLASharedPolicy
     from smolvla_shared.run import versions
+    from smolvla_shared.run_processes import use_tf32
 
     rollouts.render_headless()
     seeds = range(config.seed, config.seed + config.episodes)
     rollouts.check_environment(config.env.type, config.env.task, seeds)
     policy = HLRPSmolVLASharedPolicy.from_pretrained(config.policy_path)
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    use_tf32(torch.device(device))
     policy.config.device = device
     policy.to(device)
     if config.n_action_steps is not None:

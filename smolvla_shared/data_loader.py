@@ -1,8 +1,12 @@
 """Samples as RawBatches: frames, frame pairs, action chunks, and the noise and times to train them at."""
 
+import math
 import multiprocessing
+import os
+import shutil
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from smolvla_shared import flow, preprocess
-from smolvla_shared.batch import Labels, RawBatch
+from smolvla_shared.batch import Labels, RawBatch, map_tensors
 from smolvla_shared.cache import RowCache
 from smolvla_shared.config import ACTION, LATENT, CoreConfig, RunConfig
 from smolvla_shared.data import ACTION_KEY, STATE_KEY, RobotDataset, common_size, merge, square_sides, with_pairs
@@ -213,6 +217,41 @@ def _stack(arrays: Iterable[np.ndarray]) -> Tensor:
     return torch.from_numpy(np.stack(list(arrays)))
 
 
+PREFETCHED = 4  # batches that wait for each worker
+MEASURED = 4  # samples of a batch that are read to learn its size
+SHARED_MEMORY = Path("/dev/shm")  # where workers put what they have read
+
+
+def num_bytes(batch: Any) -> int:
+    """What the tensors of a batch take in shared memory. Views of the same frames count once."""
+    storages: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    map_tensors(note, list(batch) if isinstance(batch, tuple) else batch)
+    return sum(storages.values())
+
+
+def check_shared_memory(batch_bytes: float, num_workers: int) -> None:
+    """Raise ValueError if the batches that the workers of this machine's processes read ahead do not fit into /dev/shm.
+
+    Call it before any process starts its workers.
+    """
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # each has num_workers
+    of_worker, free = PREFETCHED * batch_bytes * processes, shutil.disk_usage(SHARED_MEMORY).free
+    need = num_workers * of_worker + batch_bytes * processes  # and the batch that is in use
+    if need > free:
+        raise ValueError(
+            f"the {num_workers} loader processes of each of {processes} training process(es) read {PREFETCHED} batches "
+            f"of {batch_bytes / 1e6:,.1f} MB ahead, {need / 1e9:,.2f} GB of {SHARED_MEMORY} in all, which has "
+            f"{free / 1e9:,.2f} GB free; without room they die of a bus error. Pass --data.num-workers "
+            f"{max(0, int((free - batch_bytes * processes) // of_worker))}, or give a container more: docker run "
+            f"--shm-size={math.ceil(1.2 * need / 1e9)}g, or --ipc=host"
+        )
+
+
 def make_loader(dataset: SampleDataset, sampler: StepSampler, num_workers: int) -> DataLoader:
     """Batches in the sampler's order. The workers do not see the signals that stop a run."""
     return make_worker_loader(dataset, num_workers, sampler=sampler, worker_init_fn=hide_worker)
@@ -224,7 +263,7 @@ def make_worker_loader(dataset: Dataset, num_workers: int, **options: Any) -> Da
     """
     if num_workers:
         multiprocessing.set_forkserver_preload(["smolvla_shared.data_loader"])
-        options |= {"multiprocessing_context": "forkserver", "prefetch_factor": 4}
+        options |= {"multiprocessing_context": "forkserver", "prefetch_factor": PREFETCHED}
     return DataLoader(
         dataset, batch_size=None, num_workers=num_workers, pin_memory=torch.cuda.is_available(), **options
     )
@@ -247,7 +286,10 @@ def make_loaders(
     accelerator: Accelerator,
     random_shift: float = 0.0,
 ) -> Loaders:
-    """Loaders of a run. Held-out batches are read in the training process and are never shifted (random_shift)."""
+    """Loaders of a run. Held-out batches are read in the training process and are never shifted (random_shift).
+
+    Raises ValueError if /dev/shm has no room for the batches that the workers read ahead.
+    """
     process = accelerator.process_index, accelerator.num_processes
 
     def train(first_step: int) -> DataLoader:
@@ -255,6 +297,12 @@ def make_loaders(
         sampler = StepSampler(training, config.seed, config.batch_size, *steps, *process, config.accumulation_steps)
         samples = SampleDataset(datasets, spec, config.seed, random_shift)
         return make_loader(samples, sampler, config.data.num_workers)
+
+    if config.data.num_workers:
+        first = StepSampler(training, config.seed, config.batch_size, 0, 1, *process, config.accumulation_steps)
+        keys = next(iter(first))
+        some = SampleDataset(datasets, spec, config.seed, random_shift)[keys[:MEASURED]]
+        check_shared_memory(num_bytes(some) * len(keys) / len(some), config.data.num_workers)
 
     def validate() -> DataLoader:
         steps = 0, max(1, config.eval_samples // config.batch_size)

@@ -18,6 +18,7 @@ from smolvla_shared.labels import OnlineLabels
 from smolvla_shared.laq import LAQ, pixel_error
 from smolvla_shared.laq_files import load_laq, teachers_pairs, teachers_source
 from smolvla_shared.preprocess import unit_range
+from smolvla_shared.run_processes import use_tf32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,6 +225,7 @@ def check(config: CheckConfig) -> None:
     valid_share = data.valid_pair_share(datasets, all_frames)
     print(data.describe(datasets, with_pairs=True))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    use_tf32(device)
     teacher = OnlineLabels(laq.to(device), config.teacher_kind, camera)
 
     seen, triples, latents = observe(teacher, datasets, config)

@@ -18,17 +18,17 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "smolvla_shared"
 # A module imports only modules above it.
 ORDER = """
-    config batch preprocess flow losses refusals files cache run_signals
+    config batch preprocess flow losses refusals files cache run_processes run_signals
     trunk trunk_files model model_parts laq_layers laq laq_codebook laq_files
     data data_order label_probe data_loader data_blocks label_cache labels action_decoder artifact label_health
     label_pictures
     label_check feature_cache
     lerobot_config lerobot_processor lerobot_files lerobot_smolvla initial lerobot_policy
     evaluate run_sharding run_optimizer run_metrics run_checkpoint run grounding teacher rollouts
-    train_stage2 train_stage3 rollout
+    train_stage2 train_stage3 rollout gpu_check
 """.split()
-SCRIPTS = ORDER[-3:]
-USES_LEROBOT = {"data", "rollouts", *(name for name in ORDER if name.startswith("lerobot_")), *SCRIPTS}
+SCRIPTS = ["train_stage2", "train_stage3", "rollout"]
+USES_LEROBOT = {"data", "rollouts", "gpu_check", *(name for name in ORDER if name.startswith("lerobot_")), *SCRIPTS}
 
 SOURCES = {path.stem: path for path in PACKAGE.glob("*.py") if path.stem != "__init__"}
 SOURCES |= {name: ROOT / f"{name}.py" for name in SCRIPTS if (ROOT / f"{name}.py").exists()}
