@@ -20,7 +20,7 @@ demo: setup  ## run the whole pipeline on demonstrations it records itself, 9 mi
 test: setup lint  ## check the style and run all tests, 6 minutes on two idle cores
 	@PATH="$(CURDIR)/.venv/bin:$$PATH" pytest -m "" -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-gpu-check: setup  ## try training, sampling and speed on this machine's GPUs, ten minutes; writes gpu_check/
+gpu-check: setup  ## try training, sampling and speed on this machine's GPUs; writes gpu_check/
 	@.venv/bin/python -m smolvla_shared.gpu_check
 
 lint: setup  ## check style and format

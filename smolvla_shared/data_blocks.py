@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from smolvla_shared.cache import RowCache
 from smolvla_shared.data import RobotDataset
-from smolvla_shared.data_loader import check_shared_memory, make_worker_loader, num_bytes
+from smolvla_shared.run_processes import check_shared_memory, make_worker_loader
 
 
 class FrameBlocks(Dataset):
@@ -85,10 +85,11 @@ def fill_cache(
         plan.append((shard, episode_blocks(dataset, rows, rows_at_once)))
     offsets = (0, dataset.gap) if pairs else (0,)
     blocks = FrameBlocks(dataset, camera, [block for _, parts in plan for block in parts], offsets)
-    if blocks and num_workers:
-        check_shared_memory(num_bytes(blocks[0]), num_workers)
+    loader = make_worker_loader(blocks, num_workers)
+    if plan:
+        check_shared_memory(loader)
     accelerator.wait_for_everyone()  # no worker takes memory while a process still checks how much is free
-    batches = iter(make_worker_loader(blocks, num_workers))
+    batches = iter(loader)
     progress = tqdm(
         initial=dataset.num_frames - sum(map(len, missing)),
         total=dataset.num_frames,

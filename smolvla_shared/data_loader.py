@@ -1,13 +1,7 @@
 """Samples as RawBatches: frames, frame pairs, action chunks, and the noise and times to train them at."""
 
-import math
-import multiprocessing
-import os
-import shutil
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,11 +10,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from smolvla_shared import flow, preprocess
-from smolvla_shared.batch import Labels, RawBatch, map_tensors
+from smolvla_shared.batch import Labels, RawBatch
 from smolvla_shared.cache import RowCache
 from smolvla_shared.config import ACTION, LATENT, CoreConfig, RunConfig
 from smolvla_shared.data import ACTION_KEY, STATE_KEY, RobotDataset, common_size, merge, square_sides, with_pairs
 from smolvla_shared.data_order import RowGroup, SampleKey, StepSampler
+from smolvla_shared.run_processes import check_shared_memory, make_worker_loader
 from smolvla_shared.run_signals import hide_worker
 
 
@@ -217,56 +212,9 @@ def _stack(arrays: Iterable[np.ndarray]) -> Tensor:
     return torch.from_numpy(np.stack(list(arrays)))
 
 
-PREFETCHED = 4  # batches that wait for each worker
-MEASURED = 4  # samples of a batch that are read to learn its size
-SHARED_MEMORY = Path("/dev/shm")  # where workers put what they have read
-
-
-def num_bytes(batch: Any) -> int:
-    """What the tensors of a batch take in shared memory. Views of the same frames count once."""
-    storages: dict[int, int] = {}
-
-    def note(tensor: Tensor) -> Tensor:
-        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    map_tensors(note, list(batch) if isinstance(batch, tuple) else batch)
-    return sum(storages.values())
-
-
-def check_shared_memory(batch_bytes: float, num_workers: int) -> None:
-    """Raise ValueError if the batches that the workers of this machine's processes read ahead do not fit into /dev/shm.
-
-    Call it before any process starts its workers.
-    """
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # each has num_workers
-    of_worker, free = PREFETCHED * batch_bytes * processes, shutil.disk_usage(SHARED_MEMORY).free
-    need = num_workers * of_worker + batch_bytes * processes  # and the batch that is in use
-    if need > free:
-        raise ValueError(
-            f"the {num_workers} loader processes of each of {processes} training process(es) read {PREFETCHED} batches "
-            f"of {batch_bytes / 1e6:,.1f} MB ahead, {need / 1e9:,.2f} GB of {SHARED_MEMORY} in all, which has "
-            f"{free / 1e9:,.2f} GB free; without room they die of a bus error. Pass --data.num-workers "
-            f"{max(0, int((free - batch_bytes * processes) // of_worker))}, or give a container more: docker run "
-            f"--shm-size={math.ceil(1.2 * need / 1e9)}g, or --ipc=host"
-        )
-
-
 def make_loader(dataset: SampleDataset, sampler: StepSampler, num_workers: int) -> DataLoader:
     """Batches in the sampler's order. The workers do not see the signals that stop a run."""
     return make_worker_loader(dataset, num_workers, sampler=sampler, worker_init_fn=hide_worker)
-
-
-def make_worker_loader(dataset: Dataset, num_workers: int, **options: Any) -> DataLoader:
-    """Batches as the dataset makes them. Workers are forked from a clean server process that has imported this module
-    once: video decoders do not survive a fork of the training process.
-    """
-    if num_workers:
-        multiprocessing.set_forkserver_preload(["smolvla_shared.data_loader"])
-        options |= {"multiprocessing_context": "forkserver", "prefetch_factor": PREFETCHED}
-    return DataLoader(
-        dataset, batch_size=None, num_workers=num_workers, pin_memory=torch.cuda.is_available(), **options
-    )
 
 
 @dataclass(frozen=True)
@@ -288,7 +236,7 @@ def make_loaders(
 ) -> Loaders:
     """Loaders of a run. Held-out batches are read in the training process and are never shifted (random_shift).
 
-    Raises ValueError if /dev/shm has no room for the batches that the workers read ahead.
+    Raises ValueError for what check_shared_memory refuses.
     """
     process = accelerator.process_index, accelerator.num_processes
 
@@ -298,15 +246,10 @@ def make_loaders(
         samples = SampleDataset(datasets, spec, config.seed, random_shift)
         return make_loader(samples, sampler, config.data.num_workers)
 
-    if config.data.num_workers:
-        first = StepSampler(training, config.seed, config.batch_size, 0, 1, *process, config.accumulation_steps)
-        keys = next(iter(first))
-        some = SampleDataset(datasets, spec, config.seed, random_shift)[keys[:MEASURED]]
-        check_shared_memory(num_bytes(some) * len(keys) / len(some), config.data.num_workers)
-
     def validate() -> DataLoader:
         steps = 0, max(1, config.eval_samples // config.batch_size)
         sampler = StepSampler(held_out, config.seed, config.batch_size, *steps, *process)
         return make_loader(SampleDataset(datasets, spec, config.seed), sampler, num_workers=0)
 
+    check_shared_memory(train(0))
     return Loaders(train, validate if held_out else None)

@@ -1,17 +1,26 @@
-"""The processes of a command: the Accelerator, in which precision it computes, and how long processes wait."""
+"""The processes of a command: the Accelerator, its precision, how long processes wait, and the memory they share."""
 
+import math
+import multiprocessing
 import os
+import shutil
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from smolvla_shared.batch import map_tensors
 
 # How long processes wait for one that works alone, on a large checkpoint or on the last shard of a cache. After NCCL's
 # own 10 minutes the others would end the run.
 TIMEOUT = timedelta(hours=2)
 IN_WORDS = {"no": "float32", "bf16": "bfloat16"}
+SHARED_MEMORY = Path("/dev/shm")  # where a loader's workers put what they have read
 
 
 def make_accelerator(precision: str | None = None, **options: Any) -> Accelerator:
@@ -75,3 +84,47 @@ def use_tf32(device: torch.device) -> None:
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.allow_tf32 = True  # PyTorch's default
         torch.backends.cudnn.benchmark = True
+
+
+def make_worker_loader(dataset: Dataset, num_workers: int, **options: Any) -> DataLoader:
+    """Batches as the dataset makes them. Workers are forked from a clean server process that has imported
+    data_loader once: video decoders do not survive a fork of the training process.
+    """
+    if num_workers:
+        multiprocessing.set_forkserver_preload(["smolvla_shared.data_loader"])
+        options |= {"multiprocessing_context": "forkserver", "prefetch_factor": 4}
+    return DataLoader(
+        dataset, batch_size=None, num_workers=num_workers, pin_memory=torch.cuda.is_available(), **options
+    )
+
+
+def num_bytes(batch: Any) -> int:
+    """What the tensors of a batch take in shared memory. Views of the same frames count once."""
+    storages: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    map_tensors(note, list(batch) if isinstance(batch, tuple) else batch)
+    return sum(storages.values())
+
+
+def check_shared_memory(loader: DataLoader) -> None:
+    """Raise ValueError if the batches that such loaders read ahead, in all processes of this machine, do not fit
+    into /dev/shm. Call it before any process starts its workers.
+    """
+    if not loader.num_workers:
+        return
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # each has such a loader
+    size = num_bytes(loader.dataset[next(iter(loader.sampler))])
+    of_worker, free = loader.prefetch_factor * size * processes, shutil.disk_usage(SHARED_MEMORY).free
+    need = loader.num_workers * of_worker + size * processes  # and the batch that is in use
+    if need > free:
+        raise ValueError(
+            f"the {loader.num_workers} loader processes of each of {processes} training process(es) read "
+            f"{loader.prefetch_factor} batches of {size / 1e6:,.3g} MB ahead: {need / 1e9:,.3g} GB of {SHARED_MEMORY}, "
+            f"which has {free / 1e9:,.3g} GB free. Without room they die of a bus error. Pass --data.num-workers "
+            f"{max(0, int((free - size * processes) // of_worker))}, or give a container more: docker run "
+            f"--shm-size={math.ceil(1.2 * need / 1e9)}g, or --ipc=host"
+        )

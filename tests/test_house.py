@@ -28,7 +28,7 @@ ORDER = """
     train_stage2 train_stage3 rollout gpu_check
 """.split()
 SCRIPTS = ["train_stage2", "train_stage3", "rollout"]
-USES_LEROBOT = {"data", "rollouts", "gpu_check", *(name for name in ORDER if name.startswith("lerobot_")), *SCRIPTS}
+USES_LEROBOT = {"data", "rollouts", *(name for name in ORDER if name.startswith("lerobot_")), *SCRIPTS}
 
 SOURCES = {path.stem: path for path in PACKAGE.glob("*.py") if path.stem != "__init__"}
 SOURCES |= {name: ROOT / f"{name}.py" for name in SCRIPTS if (ROOT / f"{name}.py").exists()}

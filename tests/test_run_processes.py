@@ -5,7 +5,9 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -14,7 +16,7 @@ from accelerate.state import AcceleratorState
 from forked import run_forked
 from helpers import Regression, make_accelerator, make_config, passes
 
-from smolvla_shared import data, data_blocks, run, run_processes
+from smolvla_shared import data, data_blocks, data_loader, data_order, run, run_processes
 from smolvla_shared.cache import RowCache
 from smolvla_shared.config import DataConfig
 from smolvla_shared.run_processes import TIMEOUT, describe_precision, stated_precision
@@ -107,6 +109,37 @@ def test_a_resumed_run_keeps_its_precision(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="--precision: was no, now bf16"):
         run.start_run(resumed)
     AcceleratorState._reset_state(reset_partial_state=True)
+
+
+# --- shared memory ----------------------------------------------------------------------------------------------------
+
+
+def test_workers_that_would_fill_the_shared_memory_are_refused(monkeypatch, video_dataset, tmp_path):
+    [dataset] = data.open_datasets(DataConfig(roots=(video_dataset,)))
+    blocks = data_blocks.FrameBlocks(dataset, "observation.image", [np.arange(10)] * 3, (0,))
+    loader = run_processes.make_worker_loader(blocks, num_workers=4)
+    of_batch = 10 * (3 * 96 * 96 + 8 + 1)  # frames, their places, and whether they exist
+    need = 2 * (4 * 4 + 1) * of_batch  # two processes: four batches for each of four workers, and the one in use
+    free = need
+    monkeypatch.setattr(run_processes.shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    run_processes.check_shared_memory(loader)
+    free = need - 1
+    fix = r"0\.0094 GB of /dev/shm, .*Pass --data\.num-workers 3, .*docker run --shm-size=1g, or --ipc=host"
+    with pytest.raises(ValueError, match=fix):
+        run_processes.check_shared_memory(loader)
+    free = 0
+    run_processes.check_shared_memory(run_processes.make_worker_loader(blocks, num_workers=0))
+    groups = data_order.group_rows([(0, np.arange(20))])
+    spec = data_loader.SampleSpec(("observation.image",))
+    config = make_config(tmp_path / "run", data=DataConfig(roots=("x",), num_workers=1))
+    with pytest.raises(ValueError, match=r"--data\.num-workers 0"):
+        data_loader.make_loaders([dataset], groups, [], spec, config, make_accelerator())
+
+
+def test_views_of_the_same_frames_count_once():
+    frames = torch.zeros(4, 10)
+    assert run_processes.num_bytes([frames[:2], {"a": frames[1:]}, torch.zeros(3)]) == 160 + 12
 
 
 # --- several processes ------------------------------------------------------------------------------------------------
