@@ -1,7 +1,7 @@
 # `make demo` and `make test` set everything up first; a second run finds it done.
 
 .DEFAULT_GOAL := help
-.PHONY: setup demo test lint format clean help
+.PHONY: setup demo test gpu-check lint format clean help
 
 # pip's work is done once, and again when what it reads has changed.
 STAMP := .venv/installed
@@ -20,6 +20,9 @@ demo: setup  ## run the whole pipeline on demonstrations it records itself, 9 mi
 test: setup lint  ## check the style and run all tests, 6 minutes on two idle cores
 	@PATH="$(CURDIR)/.venv/bin:$$PATH" pytest -m "" -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
+gpu-check: setup  ## try training, sampling and speed on this machine's GPUs; writes gpu_check/
+	@.venv/bin/python -m smolvla_shared.gpu_check
+
 lint: setup  ## check style and format
 	@.venv/bin/ruff check .
 	@.venv/bin/ruff format --check .
@@ -33,4 +36,4 @@ clean:  ## remove the environment and the caches; runs/ and data/ stay
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 help:  ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)

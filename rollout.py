@@ -150,6 +150,7 @@ def main(config: RolloutConfig) -> None:
     from smolvla_shared import comparison, environments, rollout_results
     from smolvla_shared.files import policy_sha256
     from smolvla_shared.lerobot_files import load_config
+    from smolvla_shared.run_processes import use_tf32
 
     environments.render_headless()
     tasks = config.env.task or environments.TASKS.get(config.env.type, ())[:1]
@@ -158,6 +159,7 @@ def main(config: RolloutConfig) -> None:
     environments.check_seeds(seeds)
     saved = load_config(config.policy_path)
     saved.device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    use_tf32(torch.device(saved.device))
     # The environment renders the size of the images that the policy was trained on.
     image_size = next(f.shape[-1] for f in saved.input_features.values() if len(f.shape) == 3)
     settings = {

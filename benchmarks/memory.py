@@ -5,8 +5,8 @@ python benchmarks/memory.py --samples 32 --cameras 3         # another forward p
 
 Nothing is allocated: the models live on the meta device and in FakeTensorMode, which knows shapes, types and lifetimes.
 Counted on each GPU: weights, in float32 but for a frozen trunk; gradients and AdamW's two moments of trained weights;
-the peak of the tensors in a forward and backward pass of --samples samples in bfloat16; DDP's buckets; FSDP2's gathered
-units. Not counted: CUDA's context and libraries (about 1 GB), fragmentation, and an online teacher (1.4 GB for LAPA's).
+the peak of the tensors in a forward and backward pass of --samples samples in bfloat16; FSDP2's gathered units. Not
+counted: CUDA's context and libraries (about 1 GB), fragmentation, and an online teacher (1.4 GB for LAPA's).
 """
 
 import weakref
@@ -73,12 +73,12 @@ TRUNKS: dict[str, dict[str, Any]] = {
 }
 VISION = ["vision tower", "connector"]
 TRUNK = [*VISION, "language layers"]
-# (name, processes, sharded) of each file in configs/accelerate.
+# (names, processes that share the model, sharded) of the files in configs/accelerate. DDP takes what one GPU takes: its
+# gradients live in its buckets (run_processes.py).
 CONFIGURATIONS = (
-    ("gpu_bf16", 1, False),
-    ("ddp_8gpu", 8, False),
+    ("gpu_bf16, ddp_8gpu", 1, False),
     ("fsdp2_8gpu", 8, True),
-    ("multinode, 16 GPUs", 16, True),
+    ("fsdp2_multinode, 16 GPUs", 16, True),
 )
 
 
@@ -222,7 +222,7 @@ def unit_bytes(core: SmolVLASharedCore) -> int:
 def main(options: Options) -> None:
     print(f"GB a GPU; {options.samples} samples in a forward pass, {options.cameras} images each\n")
     print("| trunk | trains | configuration | weights | gradients | optimizer ", end="")
-    print("| activations; with checkpointing | buckets, units | total; with checkpointing |")
+    print("| activations; with checkpointing | units | total; with checkpointing |")
     print("|---|---|---|---|---|---|---|---|---|")
     for trunk in TRUNKS:
         config = trunk_core_config(trunk, options.cameras)
@@ -236,9 +236,8 @@ def main(options: Options) -> None:
                 for sharded in (False, True)
             }
             for name, number, sharded in CONFIGURATIONS:
-                state = state_bytes(core, number if sharded else 1)
-                # DDP copies the gradients into buckets; a single GPU does not.
-                extra = units if sharded else state["gradients"] * (number > 1)
+                state = state_bytes(core, number)
+                extra = units if sharded else 0
                 activations = "; ".join(f"{peak / 1e9:.1f}" for peak in peaks[sharded])
                 totals = "; ".join(f"{(sum(state.values()) + peak + extra) / 1e9:.1f}" for peak in peaks[sharded])
                 cells = [f"{value / 1e9:.1f}" for value in state.values()] + [activations, f"{extra / 1e9:.1f}", totals]

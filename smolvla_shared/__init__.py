@@ -45,10 +45,11 @@ What surrounds it:
 Machinery, which the method can be understood without:
 
     run             keeps a run alive around a script's loop
-    run_checkpoint, run_metrics, run_optimizer, run_sharding, run_signals     its parts
+    run_checkpoint, run_metrics, run_optimizer, run_processes, run_sharding, run_signals     its parts
     label_cache                                             labels kept in files
     label_check, label_health, label_probe, label_pictures     whether labels are worth learning
     cache, feature_cache                       rows computed once; the frozen vision tower's output
+    gpu_check       what nobody can test without a GPU, tried on yours
     trunk_files, laq_files, files, refusals    trunks and teachers in files; weights and texts in files; refusals
 
 Importing this package imports none of its modules.

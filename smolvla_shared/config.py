@@ -272,7 +272,8 @@ class RunConfig:
     # 0: no EMA, the last weights are evaluated and exported.
     ema_decay: float = 0.0
     # bf16: trunk and expert compute in bfloat16, in which a frozen trunk is stored. Other weights are always float32.
-    precision: Literal["no", "bf16"] = "no"
+    # Default: mixed_precision of the Accelerate configuration, else no (float32).
+    precision: Literal["no", "bf16"] | None = None
     # AdamW with linear warm-up and a cosine schedule.
     optim: OptimConfig = field(default_factory=OptimConfig)
 

@@ -5,13 +5,14 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from smolvla_shared.cache import RowCache
 from smolvla_shared.data import RobotDataset
-from smolvla_shared.data_loader import make_worker_loader
+from smolvla_shared.run_processes import check_shared_memory, make_worker_loader
 
 
 class FrameBlocks(Dataset):
@@ -47,6 +48,18 @@ def episode_blocks(dataset: RobotDataset, rows: np.ndarray, size: int) -> list[n
     return [block[start : start + size] for block in by_episode for start in range(0, len(block), size)]
 
 
+def deal_missing(store: RowCache, accelerator: Accelerator) -> list[range]:
+    """Claim a cache; the shards that are missing from it, in the same list on every process.
+
+    The list is the main process's: others may look when somebody has written a shard already.
+    """
+    found = [None]
+    if accelerator.is_main_process:
+        store.claim()
+        found = [store.missing()]
+    return broadcast_object_list(found)[0]
+
+
 def fill_cache(
     store: RowCache,
     dataset: RobotDataset,
@@ -59,27 +72,27 @@ def fill_cache(
     num_workers: int,
     accelerator: Accelerator,
 ) -> None:
-    """Fill a dataset's cache from a camera's frames. Every process fills its share of the missing shards.
+    """Fill a dataset's cache from a camera's frames. Every process fills an equal share of the missing shards.
 
     pairs:   True: a row is computed from its frame and the frame a gap later, and is 0 if the episode ends before that.
              False: a row is computed from its frame alone
     compute: (frames, indices) of up to `rows_at_once` rows (FrameBlocks), on the device -> values of these rows
     """
-    if accelerator.is_main_process:
-        store.claim()
-    accelerator.wait_for_everyone()
-    missing = {rows.start for rows in store.missing()}
+    missing = deal_missing(store, accelerator)
     plan = []
-    for shard in store.shards()[accelerator.process_index :: accelerator.num_processes]:
-        if shard.start in missing:
-            rows = dataset.rows(shard.start, shard.stop)
-            rows = dataset.rows_with_pairs(rows) if pairs else rows
-            plan.append((shard, episode_blocks(dataset, rows.numpy(), rows_at_once)))
+    for shard in missing[accelerator.process_index :: accelerator.num_processes]:
+        rows = dataset.rows(shard.start, shard.stop)
+        rows = dataset.rows_with_pairs(rows) if pairs else rows
+        plan.append((shard, episode_blocks(dataset, rows.numpy(), rows_at_once)))
     offsets = (0, dataset.gap) if pairs else (0,)
     blocks = FrameBlocks(dataset, camera, [block for _, parts in plan for block in parts], offsets)
-    batches = iter(make_worker_loader(blocks, num_workers))
+    loader = make_worker_loader(blocks, num_workers)
+    if plan:
+        check_shared_memory(loader)
+    accelerator.wait_for_everyone()  # no worker takes memory while a process still checks how much is free
+    batches = iter(loader)
     progress = tqdm(
-        initial=dataset.num_frames - sum(len(shard) for shard, _ in plan) * accelerator.num_processes,
+        initial=dataset.num_frames - sum(map(len, missing)),
         total=dataset.num_frames,
         desc=f"{store.directory.parent.name}/{store.directory.name}",
         unit="frame",

@@ -1,9 +1,7 @@
 """Samples as RawBatches: frames, frame pairs, action chunks, and the noise and times to train them at."""
 
-import multiprocessing
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +16,7 @@ from smolvla_shared.config import ACTION, LATENT, CoreConfig, RunConfig
 from smolvla_shared.data import ACTION_KEY, STATE_KEY, RobotDataset, common_size, merge, square_sides, with_pairs
 from smolvla_shared.data_order import SampleKey, StepSampler
 from smolvla_shared.data_rows import RowGroup, Rows, group_rows, shuffled
+from smolvla_shared.run_processes import check_shared_memory, make_worker_loader
 from smolvla_shared.run_signals import hide_worker
 
 
@@ -222,18 +221,6 @@ def make_loader(dataset: SampleDataset, sampler: StepSampler, num_workers: int) 
     return make_worker_loader(dataset, num_workers, sampler=sampler, worker_init_fn=hide_worker)
 
 
-def make_worker_loader(dataset: Dataset, num_workers: int, **options: Any) -> DataLoader:
-    """Batches as the dataset makes them. Workers are forked from a clean server process that has imported this module
-    once: video decoders do not survive a fork of the training process.
-    """
-    if num_workers:
-        multiprocessing.set_forkserver_preload(["smolvla_shared.data_loader"])
-        options |= {"multiprocessing_context": "forkserver", "prefetch_factor": 4}
-    return DataLoader(
-        dataset, batch_size=None, num_workers=num_workers, pin_memory=torch.cuda.is_available(), **options
-    )
-
-
 @dataclass(frozen=True)
 class Loaders:
     """The loaders of one process."""
@@ -252,7 +239,10 @@ def make_loaders(
     random_shift: float = 0.0,
     state_dropout: float = 0.0,
 ) -> Loaders:
-    """Loaders of a run. Held-out batches are read in the training process, without random_shift and state_dropout."""
+    """Loaders of a run. Held-out batches are read in the training process, without random_shift and state_dropout.
+
+    Raises ValueError for what check_shared_memory refuses.
+    """
     process = accelerator.process_index, accelerator.num_processes
 
     def train(first_step: int) -> DataLoader:
@@ -266,4 +256,5 @@ def make_loaders(
         sampler = StepSampler(held_out, config.seed, config.batch_size, *steps, *process)
         return make_loader(SampleDataset(datasets, spec, config.seed), sampler, num_workers=0)
 
+    check_shared_memory(train(0))
     return Loaders(train, validate if held_out else None)

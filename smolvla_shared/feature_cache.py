@@ -81,7 +81,7 @@ def prepare_features(
         for camera in cameras:
             key = FeatureKey(
                 tower=tower,
-                computed_in=f"{core.config.torch_dtype} weights, precision {config.precision}",
+                computed_in=f"{core.config.torch_dtype} weights, precision {accelerator.mixed_precision}",
                 stored_in=options.feature_cache_dtype,
                 image_size=core.config.image_size,
                 square_side=square_side.get(camera),

@@ -32,6 +32,7 @@ from smolvla_shared.laq import LAQ
 from smolvla_shared.laq_files import load_laq, teacher_id, teachers_pairs
 from smolvla_shared.preprocess import unit_range
 from smolvla_shared.refusals import decode
+from smolvla_shared.run_processes import make_accelerator
 
 # How a recorded frame becomes the teacher's input (LAQ.resize). Raise the number when that changes.
 PREPROCESSING = "1: uint8 / 255, antialiased bilinear to the teacher's square"
@@ -138,7 +139,7 @@ class LabelConfig(TeacherOptions):
 
 
 def label(config: LabelConfig) -> None:
-    accelerator = Accelerator()
+    accelerator = make_accelerator()
     laq = load_laq(config.laq_ckpt, config.laq_code_seq_len, config.laq_image_size)
     options = teachers_pairs(config.laq_ckpt, config.data, config.accept_other_pairs)
     datasets = data.open_datasets(options)

@@ -13,12 +13,12 @@ from tqdm import tqdm
 from smolvla_shared import data, data_blocks, label_health, label_pictures, label_probe
 from smolvla_shared.cache import dataset_fingerprint
 from smolvla_shared.config import DataConfig, TeacherOptions
-from smolvla_shared.data_loader import make_worker_loader
 from smolvla_shared.data_rows import Rows
 from smolvla_shared.labels import OnlineLabels
 from smolvla_shared.laq import LAQ, pixel_error
 from smolvla_shared.laq_files import load_laq, teachers_pairs, teachers_source
 from smolvla_shared.preprocess import unit_range
+from smolvla_shared.run_processes import check_shared_memory, make_worker_loader, use_tf32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +119,9 @@ def teacher_frames(
     frames = data_blocks.FrameBlocks(dataset, teacher.camera, blocks, (-dataset.gap, 0, dataset.gap))
     device = teacher.laq.vq.codebooks.device
     progress = tqdm(total=len(rows), desc=Path(dataset.name).name, unit="pair")
-    for block, (images, places, has) in zip(blocks, make_worker_loader(frames, num_workers)):
+    loader = make_worker_loader(frames, num_workers)
+    check_shared_memory(loader)
+    for block, (images, places, has) in zip(blocks, loader):
         yield block, teacher.laq.resize(unit_range(images.to(device)))[places.to(device)], has
         progress.update(len(block))
     progress.close()
@@ -226,6 +228,7 @@ def check(config: CheckConfig) -> None:
     valid_share = data.valid_pair_share(datasets, all_frames)
     print(data.describe(datasets, with_pairs=True))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    use_tf32(device)
     teacher = OnlineLabels(laq.to(device), config.teacher_kind, camera)
 
     seen, triples, latents = observe(teacher, datasets, config)

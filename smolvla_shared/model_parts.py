@@ -2,8 +2,11 @@
 
 import os
 import shutil
+import sys
+import sysconfig
 from collections.abc import Collection
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -34,7 +37,7 @@ def layers(core: SmolVLASharedCore) -> list[GradientCheckpointingLayer]:
 def configure_layers(core: SmolVLASharedCore, model: ModelConfig) -> None:
     """Checkpoint and compile every layer as the --model options say; parameters keep their names and values.
 
-    Raises ValueError if --model.compile finds no C++ compiler.
+    Raises ValueError for what check_compilers misses.
     """
     if model.activation_checkpointing:
         for layer in layers(core):
@@ -42,17 +45,29 @@ def configure_layers(core: SmolVLASharedCore, model: ModelConfig) -> None:
             # Without dropout there is no random state to keep.
             layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
     if model.compile:
-        compiler = os.environ.get("CXX", "g++")
-        if not shutil.which(compiler):
-            raise ValueError(
-                f"--model.compile needs a C++ compiler, there is no {compiler}: install one (apt-get install g++), "
-                "name yours in the environment variable CXX, or leave --model.compile out"
-            )
+        check_compilers()
         # Layers of one class share their compiled variants: one per head, in training and in sampling. These are more
         # than the 8 variants after which PyTorch runs uncompiled.
         torch._dynamo.config.recompile_limit = 64
         for layer in layers(core):
             layer.compile()
+
+
+def check_compilers() -> None:
+    """Raise ValueError, with the fix, if torch.compile would miss something at the first step."""
+    headers = Path(sysconfig.get_path("include"))
+    missing = []
+    if not shutil.which(cxx := os.environ.get("CXX", "g++")):
+        missing.append(f"a C++ compiler, there is no {cxx} (apt-get install g++, or name yours in CXX)")
+    if not (headers / "Python.h").is_file():
+        package = f"python{sys.version_info.major}.{sys.version_info.minor}-dev"
+        missing.append(f"Python's headers, there is no {headers / 'Python.h'} (apt-get install {package})")
+    # On a GPU Triton compiles the functions that start its kernels.
+    names = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
+    if torch.cuda.is_available() and not any(map(shutil.which, names)):
+        missing.append("a C compiler (apt-get install gcc, or name yours in CC)")
+    if missing:
+        raise ValueError(f"--model.compile needs {' and '.join(missing)}; or leave --model.compile out")
 
 
 def parameters_by_part(core: SmolVLASharedCore) -> dict[str, dict[str, nn.Parameter]]:

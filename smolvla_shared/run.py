@@ -12,7 +12,8 @@
                 run.backward(loss)
             run.update()
 
-The parts of a run are in files of their own: run_checkpoint, run_metrics, run_optimizer, run_sharding, run_signals.
+The parts of a run are in files of their own: run_checkpoint, run_metrics, run_optimizer, run_processes, run_sharding,
+run_signals.
 """
 
 import shlex
@@ -49,6 +50,7 @@ from smolvla_shared.run_checkpoint import (
 )
 from smolvla_shared.run_metrics import OTHER, Recorder
 from smolvla_shared.run_optimizer import FiniteGradients, clip_gradients, learning_rate, make_optimizer
+from smolvla_shared.run_processes import describe_precision, make_accelerator
 from smolvla_shared.run_sharding import check_plugin, distribute, gather
 from smolvla_shared.run_signals import StopSignals
 
@@ -57,16 +59,18 @@ def start_run(config: RunConfig) -> tuple[Accelerator, Path | None]:
     """The Accelerator of a run, and the checkpoint that --resume goes on from (None: step 0).
 
     Seeds the initial weights; does not make the run directory yet. Raises ValueError for trackers that are not
-    installed, an Accelerate configuration that would be ignored, and what run_checkpoint.check_run refuses.
+    installed, an Accelerate configuration that would be ignored, and what run_checkpoint.check_run and
+    run_processes.stated_precision refuse.
     """
     if missing := [name for name in config.trackers if not find_spec(name)]:
         raise ValueError(f"--trackers {' '.join(missing)}: not installed here: pip install {' '.join(missing)}")
-    accelerator = Accelerator(
-        mixed_precision=config.precision,
+    accelerator = make_accelerator(
+        config.precision,
         step_scheduler_with_optimizer=False,
         log_with=list(config.trackers) or None,
         project_config=ProjectConfiguration(str(config.run_dir), logging_dir=str(config.run_dir / "tensorboard")),
     )
+    accelerator.print(describe_precision(config.precision, accelerator.device))
     check_plugin(accelerator)
     resume_from = check_run(config, accelerator)
     set_seed(config.seed)
@@ -153,12 +157,14 @@ class Run:
             self._finish_step()
 
     def passes[B](self, batches: Sequence[B]) -> Iterator[B]:
-        """The batches of a step, one forward and backward pass each. Gradients are summed over the processes in the
-        last pass only.
+        """The batches of a step, one forward and backward pass each.
+
+        DDP sums the gradients over the processes in the last pass only. FSDP2 does in every pass: until it has, each
+        process holds the full gradients, and accumulation is asked for where memory is short.
         """
         for index, batch in enumerate(batches):
-            is_last = index == len(batches) - 1
-            with nullcontext() if is_last else self.accelerator.no_sync(self.core):
+            sums = index == len(batches) - 1 or self.accelerator.is_fsdp2
+            with nullcontext() if sums else self.accelerator.no_sync(self.core):
                 yield batch
 
     def backward(self, loss: Tensor) -> None:
@@ -234,7 +240,8 @@ class Run:
         """Save what reproduces a step whose loss or gradients are not finite. Returns the error to raise.
 
         Each process writes <run_dir>/not_finite/process<rank>.pt: the step, the fields of its raw batches, and the
-        weights before the step. The batches are read again: what a step reads is a function of the step.
+        weights before the step; of a sharded model only the first process's file has weights. The batches are read
+        again: what a step reads is a function of the step.
         """
         again = iter(self.make_batches(step - 1))
         raws = [next(again) for _ in range(self.config.accumulation_steps)]

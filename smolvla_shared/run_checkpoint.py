@@ -97,8 +97,9 @@ def flat(config: Any, prefix: str = "") -> dict[str, Any]:
     return items
 
 
-def config_json(config: RunConfig) -> dict[str, Any]:
-    return json.loads(json.dumps(asdict(config), default=str))
+def config_json(config: RunConfig, accelerator: Accelerator) -> dict[str, Any]:
+    """All options as JSON values, with the precision that they and the Accelerate configuration amount to."""
+    return json.loads(json.dumps(asdict(config), default=str)) | {"precision": accelerator.mixed_precision}
 
 
 def flag(key: str) -> str:
@@ -124,7 +125,7 @@ def check_run(config: RunConfig, accelerator: Accelerator) -> Path | None:
         return None
     if not (run_dir / "config.json").is_file():
         raise ValueError(f"--resume: there is no run at {run_dir} (no config.json); start without --resume")
-    before, now = flat(read_json(run_dir / "config.json")), flat(config_json(config))
+    before, now = flat(read_json(run_dir / "config.json")), flat(config_json(config, accelerator))
     changed = {key for key in before.keys() | now.keys() if before.get(key) != now.get(key)}
     if changed - FREE_ON_RESUME:
         raise ValueError(
@@ -142,7 +143,7 @@ def claim_run(config: RunConfig, accelerator: Accelerator) -> None:
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         config.run_dir.mkdir(parents=True, exist_ok=True)
-        write_text(config.run_dir / "config.json", json.dumps(config_json(config), indent=2) + "\n")
+        write_text(config.run_dir / "config.json", json.dumps(config_json(config, accelerator), indent=2) + "\n")
         (config.run_dir / STOPPED_FILE).unlink(missing_ok=True)
         for left in (config.run_dir / "checkpoints").glob(".*.tmp"):
             left.unlink() if left.is_symlink() else shutil.rmtree(left)

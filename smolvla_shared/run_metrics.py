@@ -161,7 +161,8 @@ def start_trackers(config: RunConfig, accelerator: Accelerator, step: int) -> No
         "wandb": {"name": name, "id": wandb_id, "resume": "allow", "dir": str(config.run_dir)},
         "trackio": {"name": name, "resume": "allow"},
     }
-    settings = {key: str(value) for key, value in asdict(config).items()}
+    settings = asdict(config) | {"precision": accelerator.mixed_precision}
+    settings = {key: str(value) for key, value in settings.items()}
     accelerator.init_trackers("smolvla_shared", settings, options)
 
 

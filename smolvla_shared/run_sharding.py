@@ -31,7 +31,7 @@ def check_plugin(accelerator: Accelerator) -> None:
     if any(refused.values()):
         raise ValueError(
             f"the Accelerate configuration asks for {', '.join(name for name, found in refused.items() if found)}; "
-            "the model is sharded in one way only: take configs/accelerate/fsdp2_8gpu.yaml or multinode.yaml"
+            "the model is sharded in one way only: take configs/accelerate/fsdp2_8gpu.yaml or fsdp2_multinode.yaml"
         )
 
 
@@ -50,7 +50,7 @@ def shard(core: SmolVLASharedCore, accelerator: Accelerator) -> None:
     A unit's full parameters exist only while the unit computes. Units are the layers of vision tower, language model
     and expert, the token embedding, and the core with the rest: heads, projections, norms; frozen ones are included.
 
-    With --precision bf16 the layers are gathered and compute in bfloat16; the optimizer's shards and the sum of the
+    In bfloat16 (--precision) the layers are gathered and compute in bfloat16; the optimizer's shards and the sum of the
     gradients are float32. The other units are always float32.
     """
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))

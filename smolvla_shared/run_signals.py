@@ -16,6 +16,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 
 from smolvla_shared.files import write_text
+from smolvla_shared.run_processes import TIMEOUT
 
 # What schedulers send before they take the machine away (SIGUSR1 with `#SBATCH --signal=USR1@120`), and Ctrl-C.
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -41,7 +42,7 @@ class StopSignals:
     def __enter__(self) -> "StopSignals":
         self.before = {number: signal.signal(number, self._receive) for number in SIGNALS}
         if self.num_processes > 1:
-            self.group = dist.new_group(backend="gloo")
+            self.group = dist.new_group(backend="gloo", timeout=TIMEOUT)
             self.flag, self.pending = torch.zeros(1), None
         return self
 

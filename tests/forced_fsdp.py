@@ -3,7 +3,8 @@
     torchrun --nproc-per-node 2 tests/forced_fsdp.py CONFIG NOTES JOBS
 
 CONFIG is one of configs/accelerate, and counts as if `accelerate launch` had read it. JOBS is a JSON file,
-{name: [script, arguments...]}; NOTES/<name><process>.json is what a process found.
+{name: [script, arguments...]}; NOTES/<name><process>.json is what a process found. What a job compiles is traced and
+sharded as ever, but run by PyTorch ("eager"), because compiling takes minutes.
 """
 
 import functools
@@ -35,6 +36,7 @@ def use_config(path: str) -> None:
     """Put into the environment what `accelerate launch` puts there."""
     args = launch_command_parser().parse_args(["--config-file", path, "script.py"])
     os.environ.update(prepare_multi_gpu_env(_validate_launch_command(args)[0]))
+    del os.environ["ACCELERATE_MIXED_PRECISION"]  # each job says its own
 
 
 def force_fsdp() -> None:
@@ -138,6 +140,7 @@ def main(config: str, notes_dir: Path, jobs: dict[str, list[str]]) -> None:
     use_config(config)
     force_fsdp()
     autocast_layer_norm()
+    nn.Module.compile = functools.partialmethod(nn.Module.compile, backend="eager")
     notes = Notes()
     for name, (script, *arguments) in jobs.items():
         module = importlib.import_module(script)

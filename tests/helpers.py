@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from smolvla_shared import run_processes
 from smolvla_shared.config import DataConfig, ModelConfig, OptimConfig, RunConfig
 from smolvla_shared.losses import masked_mean, valid_tokens
 from smolvla_shared.model import SmolVLASharedCore
@@ -39,7 +40,7 @@ def make_config(run_dir: Path, **options) -> RunConfig:
 
 
 def make_accelerator() -> Accelerator:
-    return Accelerator(cpu=True, step_scheduler_with_optimizer=False)
+    return run_processes.make_accelerator(cpu=True, step_scheduler_with_optimizer=False)
 
 
 def metrics_of(run_dir: Path) -> list[dict[str, float]]:

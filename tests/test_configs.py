@@ -23,16 +23,18 @@ ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "configs" / "accelerate"
 
 
-@pytest.mark.parametrize("name", ["cpu", "gpu_bf16", "ddp_8gpu", "fsdp2_8gpu", "multinode"])
+@pytest.mark.parametrize("name", ["cpu", "gpu_bf16", "ddp_8gpu", "fsdp2_8gpu", "multinode", "fsdp2_multinode"])
 def test_accelerate_accepts_our_configurations(name):
     path = str(CONFIGS / f"{name}.yaml")
     args = launch_command_parser().parse_args(["--config-file", path, "train_stage2.py"])
     config, args = load_config_from_file(path), _validate_launch_command(args)[0]
     assert args.num_processes == config.num_processes
-    assert args.use_fsdp == (name in ("fsdp2_8gpu", "multinode"))
+    assert args.use_fsdp == name.startswith("fsdp2")
+    assert args.mixed_precision == ("no" if name == "cpu" else "bf16")
+    assert name == "cpu" or args.gpu_ids == "all"  # a number would override CUDA_VISIBLE_DEVICES
 
 
-@pytest.mark.parametrize("name", ["fsdp2_8gpu", "multinode"])
+@pytest.mark.parametrize("name", ["fsdp2_8gpu", "fsdp2_multinode"])
 def test_fsdp_settings_are_those_that_we_follow(name, monkeypatch):
     for setting, value in load_config_from_file(str(CONFIGS / f"{name}.yaml")).fsdp_config.items():
         monkeypatch.setenv(setting.upper(), str(value))
@@ -143,7 +145,8 @@ def test_a_job_starts_resumes_and_requeues_its_run(stage, slurm, tmp_path):
         assert asked_command[: len(command)] == command
         config = tyro.cli(config_class, args=asked_command[len(command) :])
         assert (config.run_dir, config.data.repo_ids, config.resume) == (run_dir, ("my/data",), False)
-        assert config.precision == ("no" if stage == "teacher" else "bf16")
+        assert config.precision is None  # it stands in one place
+        assert load_config_from_file(launch.config_file).mixed_precision == "bf16"
 
     run_dir.mkdir(parents=True)
     (run_dir / "config.json").write_text("{}")

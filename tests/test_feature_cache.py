@@ -1,7 +1,6 @@
 """feature_cache.py: training from cached image tokens is training from the frames, and other towers are refused."""
 
 import re
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -123,7 +122,7 @@ def test_a_filling_that_was_killed_goes_on(tmp_path, core, accelerator, image_da
     assert prepare_features(core, datasets, (CAMERA,), config, accelerator) == features
 
 
-def test_another_tower_precision_or_storage_is_refused(tmp_path, core, accelerator, image_dataset):
+def test_another_tower_precision_or_storage_is_refused(tmp_path, core, accelerator, image_dataset, monkeypatch):
     config = run_config(tmp_path, image_dataset)
     datasets = data.open_datasets(config.data)
     prepare_features(core, datasets, (CAMERA,), config, accelerator)
@@ -137,8 +136,10 @@ def test_another_tower_precision_or_storage_is_refused(tmp_path, core, accelerat
     other.trunk.vlm.connector.modality_projection.proj.weight.data[0, 0] += 1
     with pytest.raises(ValueError, match=r"made for something else.*\n  tower: asked for .*, found"):
         prepare_features(other, datasets, (CAMERA,), config, accelerator)
-    with pytest.raises(ValueError, match=r"\n  computed_in: asked for .*precision bf16, found .*precision no"):
-        prepare_features(core, datasets, (CAMERA,), replace(config, precision="bf16"), accelerator)
+    with monkeypatch.context() as changed:
+        changed.setattr(Accelerator, "mixed_precision", "bf16")
+        with pytest.raises(ValueError, match=r"\n  computed_in: asked for .*precision bf16, found .*precision no"):
+            prepare_features(core, datasets, (CAMERA,), config, accelerator)
     in_float32 = run_config(tmp_path, image_dataset, feature_cache_dtype="float32")
     with pytest.raises(ValueError, match=r"\n  stored_in: asked for float32, found bfloat16"):
         prepare_features(core, datasets, (CAMERA,), in_float32, accelerator)

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "smolvla_shared"
 # A module imports only modules above it.
 ORDER = """
-    config batch preprocess flow losses refusals files cache run_signals
+    config batch preprocess flow losses refusals files cache run_processes run_signals
     video_source video_clips video_dataset video
     trunk trunk_files model model_parts laq_layers laq laq_codebook laq_files
     data_columns data_rows data data_split data_order label_probe data_loader data_blocks label_cache labels
@@ -27,9 +27,9 @@ ORDER = """
     lerobot_config lerobot_processor lerobot_card lerobot_files lerobot_smolvla initial lerobot_policy
     evaluate run_sharding run_optimizer run_metrics run_checkpoint run grounding teacher
     comparison environments rollouts rollout_results hub serve
-    train_stage2 train_stage3 rollout
+    train_stage2 train_stage3 rollout gpu_check
 """.split()
-SCRIPTS = ORDER[-3:]
+SCRIPTS = ["train_stage2", "train_stage3", "rollout"]
 USES_LEROBOT = {*"data environments rollouts rollout_results serve video_dataset".split(), *SCRIPTS}
 USES_LEROBOT |= {name for name in ORDER if name.startswith("lerobot_")}
 

@@ -1,6 +1,7 @@
 """The whole core: equal to LeRobot's SmolVLA, and what its docstrings promise."""
 
 import json
+import sysconfig
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -671,6 +672,17 @@ def test_compiled_layers_equal_plain_ones(frozen):
 def test_compiling_without_a_compiler_is_refused(core, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(ValueError, match=r"--model\.compile.*no-such-compiler.*apt-get install g\+\+"):
+        configure_layers(core, ModelConfig(compile=True))
+    monkeypatch.undo()
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: "/no/headers")
+    with pytest.raises(
+        ValueError, match=r"--model\.compile needs Python's headers.*/no/headers/Python\.h.*python3\.12-dev"
+    ):
+        configure_layers(core, ModelConfig(compile=True))
+    monkeypatch.undo()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("CC", "no-such-compiler")
+    with pytest.raises(ValueError, match=r"--model\.compile needs a C compiler \(apt-get install gcc"):
         configure_layers(core, ModelConfig(compile=True))
 
 

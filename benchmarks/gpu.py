@@ -1,0 +1,121 @@
+"""A GPU at the 500M shape: attention kernels, samples a second beside LeRobot's SmolVLA, memory beside the table.
+
+What `python -m smolvla_shared.gpu_check` measures. Weights are random, and nothing is downloaded.
+"""
+
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+import torch
+from compare_smolvla import (
+    Trainer,
+    make_lerobot,
+    make_ours,
+    medians,
+    observe,
+    our_batch,
+    our_loss,
+    write_trunk,
+)
+from memory import TRUNK, activation_bytes, make_batch, make_core, state_bytes, trunk_core_config
+from memory import Options as MemoryOptions
+from torch import Tensor
+
+from smolvla_shared.batch import Batch, to_device
+from smolvla_shared.config import ACTION, OptimConfig
+from smolvla_shared.losses import masked_mean
+from smolvla_shared.model import SmolVLASharedCore
+from smolvla_shared.model_parts import freeze
+from smolvla_shared.run_optimizer import clip_gradients, make_optimizer
+
+
+def bfloat16(device: torch.device, enabled: bool = True) -> torch.autocast:
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
+
+
+def big_core(device: torch.device, trains: str) -> tuple[SmolVLASharedCore, Batch]:
+    """The 500M core with random weights, and the batch of the table in docs/scaling.md. trains: expert or all"""
+    config = trunk_core_config("SmolVLM2-500M", cameras=2)
+    with device:
+        core = SmolVLASharedCore(config)
+    freeze(core, TRUNK if trains == "expert" else [])
+    return core, to_device(make_batch(config, MemoryOptions()), device)
+
+
+def attention_kernels(core: SmolVLASharedCore, batch: Batch) -> dict[str, dict[str, int]]:
+    """Which implementations of attention a forward pass calls, and how often, by precision."""
+    found, prefix = {}, "aten::_scaled_dot_product_"
+    for name, low in (("float32", False), ("bfloat16", True)):
+        with torch.no_grad(), bfloat16(batch.text.device, low), torch.profiler.profile() as profiler:
+            core(batch)
+        called = [event.name for event in profiler.events() if event.name.startswith(prefix)]
+        found[name] = dict(Counter(name.removeprefix(prefix) for name in called))
+    return found
+
+
+def sample(core: SmolVLASharedCore, device: torch.device, low: bool) -> Tensor:  # [B, T, A]
+    """Action chunks of ten Euler steps from a fixed observation and noise, on the CPU. low: in bfloat16"""
+    config, head, generator = core.config, core.head(ACTION), torch.Generator().manual_seed(0)
+    shapes = (1, 3, config.image_size, config.image_size), (config.max_state_dim,), (head.num_tokens, head.token_dim)
+    images, state, noise = (torch.randn(2, *shape, generator=generator) for shape in shapes)
+    text, present = torch.arange(12).view(2, 6), torch.ones(2, 1, dtype=torch.bool)
+    batch = Batch(images, present, text, text < 11, state, present[:, 0], targets={})
+    with bfloat16(device, low):
+        return core.to(device).sample(to_device(batch, device), ACTION, noise.to(device), 10).float().cpu()
+
+
+def samples_a_second(device: torch.device, sizes: tuple[int, ...], quick: bool = False) -> dict[str, float]:
+    """Training steps of both models with a frozen trunk and one camera, each as its own command computes in bfloat16:
+    ours by autocast, LeRobot's with its VLM stored in bfloat16. quick: a tiny shape, whose figures say nothing
+    """
+    torch.manual_seed(0)
+    with tempfile.TemporaryDirectory() as directory:
+        write_trunk(Path(directory), quick)
+        policy, core = make_lerobot(Path(directory)), make_ours(Path(directory))
+    policy.model.vlm_with_expert.vlm.to(torch.bfloat16)
+    policy.to(device), core.to(device)
+    theirs, ours = Trainer(policy, "lerobot"), Trainer(core, "ours")
+    found = {}
+    for size in sizes:
+        observation = observe(size, core.config.image_size)
+        batch, there = to_device(our_batch(core, observation), device), to_device(observation, device)
+
+        def wait() -> None:
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+
+        def train_theirs(there=there) -> None:
+            theirs.step(policy(there)[0])
+            wait()
+
+        def train_ours(batch=batch) -> None:
+            with bfloat16(device):
+                loss = our_loss(core, batch)
+            ours.step(loss)
+            wait()
+
+        seconds = medians({"LeRobot": train_theirs, "ours": train_ours}, repeats=2 if quick else 10)
+        found |= {f"{name}, B = {size}": size / value for name, value in seconds.items()}
+    return found
+
+
+def step_gb(device: torch.device, trains: str) -> dict[str, float]:
+    """The peak memory of a training step in bfloat16, and what docs/scaling.md says of it (benchmarks/memory.py)."""
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    core, batch = big_core(device, trains)
+    trained = [parameter for parameter in core.parameters() if parameter.requires_grad]
+    optimizer = make_optimizer(trained, OptimConfig())
+    before = batch.images.nbytes
+    for _ in range(2):
+        with bfloat16(device):
+            loss = masked_mean(core(batch)[ACTION], batch.masks[ACTION])
+        loss.backward()
+        clip_gradients(optimizer, trained, OptimConfig.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+    measured = torch.cuda.max_memory_allocated() - before
+    shape = make_core(core.config, TRUNK if trains == "expert" else [])
+    counted = sum(state_bytes(shape).values()) + activation_bytes(shape, MemoryOptions(), sharded=False)
+    return {f"{trains}, measured": measured / 1e9, f"{trains}, in docs/scaling.md": counted / 1e9}

@@ -1,0 +1,130 @@
+"""The processes of a command: the Accelerator, its precision, how long processes wait, and the memory they share."""
+
+import math
+import multiprocessing
+import os
+import shutil
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from smolvla_shared.batch import map_tensors
+
+# How long processes wait for one that works alone, on a large checkpoint or on the last shard of a cache. After NCCL's
+# own 10 minutes the others would end the run.
+TIMEOUT = timedelta(hours=2)
+IN_WORDS = {"no": "float32", "bf16": "bfloat16"}
+SHARED_MEMORY = Path("/dev/shm")  # where a loader's workers put what they have read
+
+
+def make_accelerator(precision: str | None = None, **options: Any) -> Accelerator:
+    """The Accelerator of a command, in the precision that `stated_precision` finds; options: the Accelerator's own.
+
+    Raises ValueError for what `stated_precision` refuses.
+    """
+    ddp = DistributedDataParallelKwargs(
+        # Buffers are constants, or equal on all processes (NSVQ.note).
+        broadcast_buffers=False,
+        # Gradients live in the buckets in which they are summed. Otherwise each would exist twice.
+        gradient_as_bucket_view=True,
+    )
+    accelerator = Accelerator(
+        mixed_precision=stated_precision(precision)[0],
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=TIMEOUT), ddp],
+        **options,
+    )
+    use_tf32(accelerator.device)
+    return accelerator
+
+
+def stated_precision(option: str | None) -> tuple[str, str]:
+    """The precision of a run, "no" (float32) or "bf16", and who stated it.
+
+    option: --precision; None: not given
+
+    Raises ValueError if the Accelerate configuration asks for bf16 and --precision for float32, or if the former asks
+    for anything else. Its "no" is no contradiction: `accelerate launch` also says "no" where nobody has said anything.
+    """
+    configured = os.environ.get("ACCELERATE_MIXED_PRECISION")
+    if configured not in (None, *IN_WORDS):
+        raise ValueError(
+            f"the Accelerate configuration asks for mixed_precision {configured}, but runs compute in float32 (no) or "
+            "bf16: change it there, or pass --mixed_precision bf16 to accelerate launch"
+        )
+    if (option, configured) == ("no", "bf16"):
+        raise ValueError(
+            "--precision no, but the Accelerate configuration asks for mixed_precision bf16: leave --precision out, or "
+            "pass --mixed_precision no to accelerate launch"
+        )
+    if option:
+        return option, "--precision"
+    return (configured, "the Accelerate configuration") if configured else ("no", "the default")
+
+
+def describe_precision(option: str | None, device: torch.device) -> str:
+    """The precision of a run, in words."""
+    precision, source = stated_precision(option)
+    line = f"precision: {IN_WORDS[precision]}, from {source}"
+    if precision == "no" and device.type == "cuda":
+        line += ". A GPU computes faster in bfloat16: --precision bf16, or configs/accelerate/gpu_bf16.yaml"
+    return line
+
+
+def use_tf32(device: torch.device) -> None:
+    """Let a GPU multiply float32 matrices in TF32, which keeps 11 significant bits, and choose among its convolutions
+    by trying them. lerobot-train and lerobot-eval do the same.
+    """
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.allow_tf32 = True  # PyTorch's default
+        torch.backends.cudnn.benchmark = True
+
+
+def make_worker_loader(dataset: Dataset, num_workers: int, **options: Any) -> DataLoader:
+    """Batches as the dataset makes them. Workers are forked from a clean server process that has imported
+    data_loader once: video decoders do not survive a fork of the training process.
+    """
+    if num_workers:
+        multiprocessing.set_forkserver_preload(["smolvla_shared.data_loader"])
+        options |= {"multiprocessing_context": "forkserver", "prefetch_factor": 4}
+    return DataLoader(
+        dataset, batch_size=None, num_workers=num_workers, pin_memory=torch.cuda.is_available(), **options
+    )
+
+
+def num_bytes(batch: Any) -> int:
+    """What the tensors of a batch take in shared memory. Views of the same frames count once."""
+    storages: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    map_tensors(note, list(batch) if isinstance(batch, tuple) else batch)
+    return sum(storages.values())
+
+
+def check_shared_memory(loader: DataLoader) -> None:
+    """Raise ValueError if the batches that such loaders read ahead, in all processes of this machine, do not fit
+    into /dev/shm. Call it before any process starts its workers.
+    """
+    if not loader.num_workers:
+        return
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # each has such a loader
+    size = num_bytes(loader.dataset[next(iter(loader.sampler))])
+    of_worker, free = loader.prefetch_factor * size * processes, shutil.disk_usage(SHARED_MEMORY).free
+    need = loader.num_workers * of_worker + size * processes  # and the batch that is in use
+    if need > free:
+        raise ValueError(
+            f"the {loader.num_workers} loader processes of each of {processes} training process(es) read "
+            f"{loader.prefetch_factor} batches of {size / 1e6:,.3g} MB ahead: {need / 1e9:,.3g} GB of {SHARED_MEMORY}, "
+            f"which has {free / 1e9:,.3g} GB free. Without room they die of a bus error. Pass --data.num-workers "
+            f"{max(0, int((free - size * processes) // of_worker))}, or give a container more: docker run "
+            f"--shm-size={math.ceil(1.2 * need / 1e9)}g, or --ipc=host"
+        )
