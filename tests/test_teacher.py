@@ -105,9 +105,7 @@ def test_statistics_are_those_of_the_valid_pairs(laq, dataset):
 def test_a_dimension_without_variance_gets_a_floor(laq, dataset):
     with torch.no_grad():
         laq.vq.codebooks[:, 3] = 0.25
-    found = latent_statistics(
-        OnlineLabels(laq, "quantized", CAMERA), [dataset], [(0, np.arange(dataset.num_frames))], 0
-    )
+    found = latent_statistics(OnlineLabels(laq, "quantized", CAMERA), [dataset], [(0, dataset.rows())], 0)
     constant = [3, 11, 19, 27]  # in each of the four slots
     assert [found.mean[i] for i in constant] == [0.25] * 4
     assert [found.std[i] for i in constant] == [0.1 * max(found.std)] * 4
@@ -117,7 +115,7 @@ def test_a_collapsed_teacher_is_refused(laq, dataset):
     with torch.no_grad():
         laq.vq.codebooks[:] = laq.vq.codebooks[0].clone()
     with pytest.raises(ValueError, match="same latent action: its codebook has collapsed, or the pairs do not move"):
-        latent_statistics(OnlineLabels(laq, "quantized", CAMERA), [dataset], [(0, np.arange(dataset.num_frames))], 0)
+        latent_statistics(OnlineLabels(laq, "quantized", CAMERA), [dataset], [(0, dataset.rows())], 0)
 
 
 @pytest.fixture(scope="module")
