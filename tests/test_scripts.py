@@ -1,6 +1,7 @@
 """The real commands, tiny: teacher, Stage 2, Stage 3, as examples/quickstart.sh chains them, and what they refuse."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict
@@ -180,9 +181,11 @@ def test_stage_2_classifies_codes_and_stage_3_goes_on_with_them(
     command = ["train_stage3.py", *SIZES, "--data.roots", labelled_dataset, "--data.num-workers", "0"]
     command += ["--chunk-size", "6", "--n-action-steps", "3", "--stage2-artifact", runs / "codes" / ARTIFACT]
     command += ["--latent-loss-weight", "0.1", "--laq-ckpt", runs / "laq" / TEACHER, "--video-roots", video_dataset]
-    run_well(*command, "--run-dir", tmp_path / "s3")
+    printed = run_well(*command, "--run-dir", tmp_path / "s3", "--data.max-episodes", "1")
     policy = load_file(tmp_path / "s3" / POLICY / "model.safetensors")
     assert torch.equal(policy["model.latent_head.codebook"], codebook)
+    (frames,) = re.findall(r" x (\d+) training frames \+ ", printed)
+    assert int(frames) in range(20, 28)  # of one episode; beside it the video's
 
 
 @pytest.mark.slow
@@ -358,6 +361,7 @@ STAGES = {
             "--data.frame-gap-s 5",
             "no episode is longer than --data.frame-gap-s",
         ),
+        ("3", "--data.roots {labelled} --data.max-episodes 8", "max-episodes 8: .* has 7 episode.* and 1 held out"),
         ("3", "--data.roots {labelled} --normalization artifact", "starts from a trunk, which has no statistics"),
         (
             "3",
