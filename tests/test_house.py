@@ -168,12 +168,14 @@ def test_this_machine_may_talk_to_itself():
 
 
 @pytest.mark.slow
-def test_lerobot_finds_the_policy():
+def test_lerobot_finds_policy_and_environment():
     """LeRobot's commands import every distribution lerobot_policy_*, as a module of the name in its metadata."""
     assert distribution("lerobot_policy_hlrp_smolvla_shared").metadata["Name"] == "lerobot_policy_hlrp_smolvla_shared"
     done = run_python(
         "from lerobot.utils.import_utils import register_third_party_plugins as register; register()\n"
         "from lerobot.configs.policies import PreTrainedConfig\n"
-        "PreTrainedConfig.get_choice_class('hlrp_smolvla_shared')"
+        "PreTrainedConfig.get_choice_class('hlrp_smolvla_shared')\n"
+        "from lerobot.envs.configs import EnvConfig\n"
+        "EnvConfig.get_choice_class('metaworld_plain')"
     )
     assert done.returncode == 0, done.stderr

@@ -1,56 +1,57 @@
-"""rollouts.py: intervals against published values, rollouts in the real environment, results that do not depend on
-how many environments run side by side."""
+"""rollouts.py and rollout.py in real environments: episodes that depend on nothing but their seed, results that survive
+a kill, LeRobot's own evaluation with the same outcome."""
 
 import json
+import os
+from dataclasses import asdict, replace
 from pathlib import Path
 
+import gymnasium
 import numpy as np
 import pytest
 import torch
-from forked import run_forked
+from forked import Forked, run_forked
+from lerobot.envs.configs import EnvConfig
 from lerobot.policies.factory import make_pre_post_processors
+from lerobot.processor import PolicyProcessorPipeline
+from lerobot.scripts.lerobot_eval import eval_policy
 from PIL import Image
 
-from smolvla_shared import rollouts
+from smolvla_shared import rollout_results
+from smolvla_shared.comparison import wilson_interval
 from smolvla_shared.config import ModelConfig
+from smolvla_shared.environments import make_environment, make_environments
 from smolvla_shared.lerobot_policy import HLRPSmolVLASharedPolicy, save_policy
 from smolvla_shared.model import SmolVLASharedCore
 from smolvla_shared.preprocess import Statistics
-from smolvla_shared.rollouts import Episode, wilson_interval
+from smolvla_shared.rollout_results import contact_sheet, finish, on_sheet, open_directory, record
+from smolvla_shared.rollouts import Episode, run_episodes
 from smolvla_shared.trunk_files import load_trunk_tokenizer, make_core_config
 
 TASK = "plate-slide-v3"
 
 
-@pytest.mark.parametrize(
-    ("successes", "trials", "low", "high"),
-    # Newcombe, Statistics in Medicine 17 (1998), table I, method 3; and the two ends.
-    [
-        (81, 263, 0.2553, 0.3662),
-        (15, 148, 0.0624, 0.1605),
-        (0, 20, 0.0, 0.1611),
-        (1, 29, 0.0061, 0.1718),
-        (10, 10, 0.7225, 1.0),
-    ],
-)
-def test_wilson_interval(successes, trials, low, high):
-    assert wilson_interval(successes, trials) == pytest.approx((low, high), abs=1e-4)
-
-
-def write_policy(path: Path, cameras: tuple[str, ...], optional_cameras: tuple[str, ...] = ()) -> Path:
-    """An untrained policy for 64-pixel pictures of Meta-World."""
-    core_config = make_core_config(ModelConfig(preset="tiny"), cameras, state_dim=4, action_dim=4, chunk_size=4)
+def write_policy(
+    path: Path,
+    cameras: tuple[str, ...] = ("observation.image",),
+    optional_cameras: tuple[str, ...] = (),
+    size: int = 64,
+    action: Statistics | None = None,
+) -> Path:
+    """An untrained policy; its actions are noise around the mean of `action`. Default: of Meta-World, around 0."""
+    action = action or Statistics((0.0,) * 4, (1.0,) * 4)
+    dim = len(action.mean)
+    core_config = make_core_config(ModelConfig(preset="tiny"), cameras, state_dim=dim, action_dim=dim, chunk_size=4)
     torch.manual_seed(0)
-    ones = Statistics((0.0,) * 4, (1.0,) * 4)
     save_policy(
         path,
         core_config,
         SmolVLASharedCore(core_config).state_dict(),
         load_trunk_tokenizer("tiny", None),
-        {"state": ones, "action": ones},
+        {"state": Statistics((0.0,) * dim, (1.0,) * dim), "action": action},
         n_action_steps=4,
         source={},
-        image_shapes={"observation.image": (3, 64, 64)},
+        image_shapes={"observation.image": (3, size, size)},
         optional_cameras=optional_cameras,
     )
     return path
@@ -58,16 +59,27 @@ def write_policy(path: Path, cameras: tuple[str, ...], optional_cameras: tuple[s
 
 @pytest.fixture(scope="module")
 def policy_path(tmp_path_factory) -> Path:
-    return write_policy(tmp_path_factory.mktemp("policy") / "pretrained_model", ("observation.image",))
+    return write_policy(tmp_path_factory.mktemp("policy") / "pretrained_model")
+
+
+@pytest.fixture(scope="module")
+def pusht_path(tmp_path_factory) -> Path:
+    """A policy for PushT, whose environment needs no renderer and is fast."""
+    action = Statistics((256.0,) * 2, (100.0,) * 2)
+    return write_policy(tmp_path_factory.mktemp("pusht") / "pretrained_model", size=96, action=action)
+
+
+def load(path: Path, **changes) -> tuple:
+    """A policy with changes to its config, and its processors."""
+    policy = HLRPSmolVLASharedPolicy.from_pretrained(path)
+    policy.config = replace(policy.config, **changes)
+    return policy, *make_pre_post_processors(policy.config, pretrained_path=str(path))
 
 
 def run(policy_path: Path, num_envs: int, **options) -> list[tuple[Episode, list[np.ndarray]]]:
-    policy = HLRPSmolVLASharedPolicy.from_pretrained(policy_path)
-    processors = make_pre_post_processors(policy.config, pretrained_path=str(policy_path))
-    environments = rollouts.make_environments("metaworld", TASK, 64, num_envs)
-    episodes = list(
-        rollouts.run_episodes(policy, *processors, environments, "slide", range(7, 10), max_steps=9, **options)
-    )
+    environments = make_environments("metaworld", TASK, 64, 9, num_envs)
+    arguments = (*load(policy_path), environments, TASK, "slide", range(7, 10))
+    episodes = list(run_episodes(*arguments, max_steps=9, **options))
     environments.close()
     return episodes
 
@@ -76,12 +88,14 @@ def test_episodes_do_not_depend_on_the_number_of_environments(policy_path):
     one, two = run(policy_path, num_envs=1), run(policy_path, num_envs=2)
     assert [episode.seed for episode, _ in one] == [7, 8, 9]
     for (a, a_frames), (b, b_frames) in zip(one, two, strict=True):
-        assert (a.seed, a.success, a.steps) == (b.seed, b.success, b.steps)
+        assert (a.seed, a.start, a.success, a.steps) == (b.seed, b.start, b.success, b.steps)
         # Batches of one and of two take different paths through the matrix library.
-        assert a.reward == pytest.approx(b.reward, rel=1e-3)
+        assert a.sum_reward == pytest.approx(b.sum_reward, rel=1e-3)
         assert len(a_frames) == len(b_frames) == 10  # the start, and what each of 9 actions led to
         np.testing.assert_array_equal(a_frames[0], b_frames[0])  # the same object positions, rendered the same
-    assert len({round(episode.reward, 6) for episode, _ in one}) == 3  # seeds do matter
+        assert min(a.policy_s, a.environment_s, b.policy_s, b.environment_s) > 0
+    assert len({episode.start for episode, _ in one}) == 3  # seeds do matter
+    assert len({round(episode.sum_reward, 6) for episode, _ in one}) == 3
 
 
 def test_a_camera_under_another_name_is_refused(policy_path):
@@ -97,96 +111,233 @@ def test_an_environment_may_lack_an_optional_camera(tmp_path):
         run(write_policy(tmp_path / "needed", cameras), num_envs=1)
 
 
-def test_the_expert_succeeds_and_doing_nothing_fails():
-    """The environment itself: seeds fix the object positions, success is reported, pictures have the size asked for."""
-    env = rollouts.make_metaworld(TASK, 64)
+@pytest.mark.slow
+@pytest.mark.parametrize("num_envs", [1, 2])
+def test_lerobots_evaluation_has_the_same_episodes(num_envs, tmp_path):
+    """Success, length and return of lerobot_eval.eval_policy in metaworld_plain, as a second task of one policy."""
+    drifts = Statistics((0.0, 1.0, 0.0, 0.0), (0.5, 0.5, 0.5, 1.0))  # forward, where some of the goals are
+    path = write_policy(tmp_path / "pretrained_model", action=drifts)
+    policy, *processors = load(path)
+    environments = make_environments("metaworld", "reach-v3", 64, 32, num_envs=1)
+    text = environments.call("task_description")[0]
+    arguments = policy, *processors, environments, "reach-v3", text, range(7, 10)
+    ours = [episode for episode, _ in run_episodes(*arguments, max_steps=32)]
+    environments.close()
+    assert [episode.success for episode in ours] == [True, True, False]
+    assert 32 > ours[1].steps > ours[0].steps
 
-    def episode(act) -> tuple[bool, np.ndarray]:
-        observation, _ = env.reset(seed=3)
-        first = observation["pixels"]
-        for _ in range(100):
-            _, _, terminated, _, info = env.step(act())
-            if terminated:
-                return info["is_success"], first
-        return False, first
-
-    def expert_action() -> np.ndarray:
-        return np.clip(env.expert_policy.get_action(env._env.unwrapped._get_obs()), -1, 1).astype(np.float32)
-
-    success, picture = episode(expert_action)
-    nothing, same_picture = episode(lambda: np.zeros(4, np.float32))
-    assert success
-    assert not nothing
-    assert picture.shape == (64, 64, 3)
-    np.testing.assert_array_equal(picture, same_picture)
-    env.close()
+    policy, *processors = load(path, noise_seed=7)
+    policy.select_action(processors[0]({"observation.image": torch.zeros(1, 3, 64, 64), **state(1)}))  # an earlier task
+    config = EnvConfig.get_choice_class("metaworld_plain")(task="reach-v3", image_size=64, episode_length=32)
+    environments = config.create_envs(num_envs)["reach-v3"][0]
+    identity = PolicyProcessorPipeline(steps=[])
+    theirs = eval_policy(
+        environments, policy, identity, identity, *processors, n_episodes=3, start_seed=7, return_episode_data=True
+    )
+    environments.close()
+    lengths = torch.bincount(theirs["episodes"]["episode_index"]) - 1  # it counts the last observation, too
+    for episode, row, length in zip(ours, theirs["per_episode"], lengths[:3].tolist(), strict=True):
+        assert (episode.seed, episode.success, episode.steps) == (row["seed"], row["success"], length)
+        assert episode.sum_reward == pytest.approx(row["sum_reward"], rel=1e-6 if num_envs == 1 else 1e-3)
 
 
-@pytest.mark.parametrize(
-    ("env_type", "task", "seeds", "message"),
-    [
-        ("metaword", TASK, range(5), "metaworld"),
-        ("metaworld", "slide-the-plate", range(5), "plate-slide-v3"),
-        ("metaworld", TASK, range(999_999, 1_000_001), "the seeds of recordings"),
-    ],
-)
-def test_unknown_environments_and_training_seeds_are_refused(env_type, task, seeds, message):
-    with pytest.raises(ValueError, match=message):
-        rollouts.check_environment(env_type, task, seeds)
+def state(batch_size: int) -> dict:
+    return {"observation.state": torch.zeros(batch_size, 4), "task": ["slide"] * batch_size}
+
+
+def test_seeded_noise_counts_episodes_since_eval(policy_path):
+    """Three episodes in batches of one and of three; a new count after eval(); drawn noise without a seed."""
+
+    def actions(policy, preprocess, batch_size: int) -> torch.Tensor:
+        policy.reset()
+        batch = preprocess({"observation.image": torch.zeros(batch_size, 3, 64, 64), **state(batch_size)})
+        return torch.stack([policy.select_action(batch) for _ in range(5)], dim=1)  # [B, 5, A], of two chunks
+
+    policy, preprocess, _ = load(policy_path, noise_seed=4)
+    together = actions(policy, preprocess, 3)
+    policy.eval()
+    alone = torch.cat([actions(policy, preprocess, 1) for _ in range(3)])
+    torch.testing.assert_close(alone, together, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(together[0], together[1], atol=0.1)
+    assert not torch.allclose(actions(policy, preprocess, 1)[0], alone[0], atol=0.1)  # the fourth
+    policy, preprocess, _ = load(policy_path)
+    assert not torch.allclose(actions(policy, preprocess, 1), actions(policy.eval(), preprocess, 1), atol=0.1)
+
+
+# --- results ----------------------------------------------------------------------------------------------------------
 
 
 def test_results_and_pictures(tmp_path):
     def frames(grey: int) -> list[np.ndarray]:
         return [np.full((64, 64, 3), grey, np.uint8)] * 12
 
-    episodes = [(Episode(5, True, 12, 3.0), frames(80)), (Episode(6, False, 12, 0.5), frames(160))]
-    rollouts.write_results(iter(episodes), tmp_path / "out", fps=20, with_videos=True, provenance={"seed": 5})
+    episodes = [
+        (Episode("b", 5, "x", True, 12, 3.0, 0.5, 1.0), frames(80)),
+        (Episode("b", 6, "y", False, 12, 0.5), frames(160)),
+        (Episode("a", 5, "z", False, 12, 0.5), frames(160)),
+    ]
+    recorded = open_directory(tmp_path / "out", {"seed": 5})
+    record(tmp_path / "out", recorded, iter(episodes), fps=20, videos="failures")
+    finish(tmp_path / "out", recorded, {"environment": {"tasks": ["b", "a"]}})
     results = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert results["success_rate"] == 0.5
-    assert results["wilson_95"] == pytest.approx(wilson_interval(1, 2))
-    assert results["per_episode"][1] == {"seed": 6, "success": False, "steps": 12, "reward": 0.5}
+    assert results["success_rate"] == 1 / 3
+    assert results["wilson_95"] == pytest.approx(wilson_interval(1, 3))
+    assert {task: row["successes"] for task, row in results["by_task"].items()} == {"b": 1, "a": 0}
+    assert results["per_episode"] == [asdict(episode) for episode, _ in episodes]
     sheet = np.asarray(Image.open(tmp_path / "out" / "contact_sheet.png"))
-    assert tuple(sheet[1, -1]) == rollouts.SUCCESS_COLOR
-    assert tuple(sheet[-1, -1]) == rollouts.FAILURE_COLOR
-    videos = sorted(path.name for path in (tmp_path / "out").glob("*.mp4"))
-    assert videos == ["episode_00005_success.mp4", "episode_00006_failure.mp4"]
+    assert [tuple(row) for row in sheet[[30, -1], -1]] == [rollout_results.SUCCESS_COLOR, rollout_results.FAILURE_COLOR]
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.mp4")) == [
+        "a_00005_failure.mp4",
+        "b_00006_failure.mp4",
+    ]
+    table = rollout_results.results_table(results).splitlines()
+    assert [line.split("  ")[0] for line in table] == ["task", "b", "a", "all 2 tasks"]
+    assert table[-1].split()[3:10] == ["1", "of", "3", "33%", "6%", "to", "79%"]
+
+
+def test_a_contact_sheet_of_many_episodes_shows_both_outcomes_of_every_task(tmp_path):
+    outcomes = {"a": [False] * 45 + [True] * 5, "b": [True] * 50}
+    episodes = [
+        Episode(task, seed, f"{seed}", success) for task in outcomes for seed, success in enumerate(outcomes[task])
+    ]
+    recorded = open_directory(tmp_path / "out", {})
+    record(tmp_path / "out", recorded, ((e, [np.zeros((8, 8, 3), np.uint8)]) for e in episodes), 20, "none")
+    shown = on_sheet(episodes)
+    counts = {(task, success): 0 for task in "ab" for success in (True, False)}
+    for episode in shown:
+        counts[episode.task, episode.success] += 1
+    assert counts == {("a", False): 10, ("a", True): 5, ("b", True): 9, ("b", False): 0}
+    assert contact_sheet(tmp_path / "out", episodes).height == 24 + 24 * 102
+
+
+class Crashing(gymnasium.Wrapper):
+    """PushT, which raises, or whose process dies, in the episode of seed 3."""
+
+    def __init__(self, how: str):
+        super().__init__(make_environment("pusht", "PushT-v0", 96, 9))
+        self.how = how
+
+    def reset(self, **options):
+        self.seed = options["seed"]
+        return super().reset(**options)
+
+    def step(self, action):
+        if self.seed == 3 and self.how == "dies":
+            os._exit(1)
+        if self.seed == 3:
+            raise RuntimeError("the simulator is broken")
+        return super().step(action)
+
+
+@pytest.mark.parametrize(("how", "num_envs"), [("raises", 1), ("raises", 2), ("dies", 2)])
+def test_a_crash_in_an_environment_stops_the_run_and_is_no_failure(how, num_envs, pusht_path, tmp_path):
+    factories = [lambda: Crashing(how)] * num_envs
+    if num_envs == 1:
+        environments = gymnasium.vector.SyncVectorEnv(factories)
+    else:
+        environments = gymnasium.vector.AsyncVectorEnv(factories, context="fork")
+    episodes = run_episodes(*load(pusht_path), environments, "PushT-v0", "", range(6), max_steps=9)
+    recorded = open_directory(tmp_path / "out", {})
+    with pytest.raises((RuntimeError, EOFError, ConnectionError)):
+        record(tmp_path / "out", recorded, episodes, fps=10, videos="none")
+    there = [episode.seed for episode in open_directory(tmp_path / "out", {})]
+    assert there == ([0, 1, 2] if num_envs == 1 else [0, 1])
+    assert not (tmp_path / "out" / "results.json").exists()
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def pusht_command(policy: Path, out: Path, *options) -> list:
+    command = ["rollout.py", "--policy-path", policy, "--env.type", "pusht", "--num-envs", "1", "--max-steps", "12"]
+    return [*command, "--out", out, *options]
+
+
+def strips(directory: Path) -> dict[str, bytes]:
+    """What the camera saw of each episode, in the contact sheet: PushT has no return before something is pushed."""
+    return {path.name: path.read_bytes() for path in (directory / "strips").iterdir()}
+
+
+def outcomes(directory: Path) -> list[dict]:
+    """The episodes of results.json without what the machine's load changes."""
+    episodes = json.loads((directory / "results.json").read_text())["per_episode"]
+    return [{k: v for k, v in episode.items() if k not in ("policy_s", "environment_s")} for episode in episodes]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("num_envs", [1, 2])
-def test_an_environment_without_task_text(num_envs, tmp_path):
-    """PushT: another state and action width, no task in words, rewards instead of an early end."""
-    core_config = make_core_config(
-        ModelConfig(preset="tiny"), ("observation.image",), state_dim=2, action_dim=2, chunk_size=4
-    )
-    torch.manual_seed(0)
-    pixels = Statistics((256.0,) * 2, (100.0,) * 2)
-    tokenizer, shapes = load_trunk_tokenizer("tiny", None), {"observation.image": (3, 96, 96)}
-    statistics = {"state": pixels, "action": pixels}
-    weights = SmolVLASharedCore(core_config).state_dict()
-    save_policy(tmp_path, core_config, weights, tokenizer, statistics, n_action_steps=4, source={}, image_shapes=shapes)
-    policy = HLRPSmolVLASharedPolicy.from_pretrained(tmp_path)
-    processors = make_pre_post_processors(policy.config, pretrained_path=str(tmp_path))
-    environments = rollouts.make_environments("pusht", "", 96, num_envs)
-    episodes = list(rollouts.run_episodes(policy, *processors, environments, "", range(2), max_steps=5))
-    environments.close()
-    assert [(episode.steps, episode.success) for episode, _ in episodes] == [(5, False)] * 2
-    assert episodes[0][1][0].shape == (96, 96, 3)
+def test_a_killed_rollout_goes_on_where_it_was(server, pusht_path, tmp_path):
+    """No episode twice, none lost, and equal to a rollout that never stopped; other settings are refused."""
+    printed, log = tmp_path / "printed.txt", tmp_path / "killed" / "episodes.jsonl"
+    command = pusht_command(pusht_path, tmp_path / "killed", "--episodes", "8")
+    process = Forked(server, command, printed)
+    process.wait_for(lambda: log.exists() and log.read_bytes().count(b"\n") >= 2)
+    process.kill()
+    process.wait()
+    there = log.read_bytes().count(b"\n")
+    assert 2 <= there < 8 and not (tmp_path / "killed" / "results.json").exists()
+    with log.open("a") as file:
+        file.write('{"task": "PushT-v0", "seed": ')  # as if it had been killed while it wrote
+
+    assert run_forked(server, command, printed)[0] == 1  # the directory is there
+    code, message = run_forked(server, [*command, "--resume", "--n-action-steps", "2"], printed)
+    assert code == 1 and "n_action_steps: command line 2, there 4" in message
+    code, message = run_forked(server, [*command, "--resume"], printed)
+    assert code == 0, message
+    assert f"/{8 - there} " in message  # the progress bar counts what was missing
+    code, message = run_forked(server, pusht_command(pusht_path, tmp_path / "whole", "--episodes", "8"), printed)
+    assert code == 0, message
+    assert outcomes(tmp_path / "killed") == outcomes(tmp_path / "whole")
+    assert strips(tmp_path / "killed") == strips(tmp_path / "whole")
+    assert [episode["seed"] for episode in outcomes(tmp_path / "killed")] == list(range(8))
+
+
+@pytest.mark.slow
+def test_a_sweep_is_compared_with_another_rollout(server, pusht_path, tmp_path):
+    printed = tmp_path / "printed.txt"
+    code, message = run_forked(server, pusht_command(pusht_path, tmp_path / "a", "--episodes", "3"), printed)
+    assert code == 0, message
+    options = ["--sweep", "flow_steps=1,3", "--compare", tmp_path / "a" / "results.json", "--seed", "1"]
+    code, message = run_forked(server, pusht_command(pusht_path, tmp_path / "b", "--episodes", "3", *options), printed)
+    assert code == 0, message
+    for value in (1, 3):
+        results = json.loads((tmp_path / "b" / f"flow_steps={value}" / "results.json").read_text())
+        assert results["flow_steps"] == value
+    assert message.count("of 2 equal starts") == 2
+    assert (tmp_path / "b" / "sweep.png").is_file()
+    assert strips(tmp_path / "b" / "flow_steps=1") != strips(tmp_path / "b" / "flow_steps=3")
+    for wrong, said in {
+        ("--sweep", "flow_steps=0,1"): "expected n_action_steps or flow_steps",
+        ("--sweep", "n_action_steps=1,5"): "n_action_steps 5 must be between 1 and the chunk_size",
+        ("--compare", tmp_path / "a" / "results.json", "--seed", "9"): "has seeds 0 to 2, this rollout 9 to 58",
+        ("--resume",): "there is no rollout at",
+    }.items():
+        code, message = run_forked(server, pusht_command(pusht_path, tmp_path / "c", *wrong), printed)
+        assert code == 1 and said in message, message
+        assert not (tmp_path / "c").exists()
 
 
 @pytest.mark.slow
 def test_the_command(server, policy_path, tmp_path):
-    command = ["rollout.py", "--policy-path", policy_path, "--env.task", TASK, "--max-steps", "6", "--episodes", "2"]
-    command += ["--num-envs", "2", "--n-action-steps", "2", "--videos", "--out", tmp_path / "out"]
+    command = ["rollout.py", "--policy-path", policy_path, "--env.task", TASK, "reach-v3", "--max-steps", "6"]
+    command += [
+        "--episodes",
+        "2",
+        "--num-envs",
+        "2",
+        "--n-action-steps",
+        "2",
+        "--videos",
+        "all",
+        "--out",
+        tmp_path / "out",
+    ]
     code, printed = run_forked(server, command, tmp_path / "printed.txt")
     assert code == 0, printed
-    assert printed.splitlines()[-1].startswith(f"{TASK}: 0 of 2 episodes succeeded, 0% (95% interval 0% to 66%)")
+    assert printed.splitlines()[-3].startswith(f"{TASK}  0 of 2   0%    0% to 66%")
+    assert printed.splitlines()[-1].startswith("all 2 tasks     0 of 4   0%    0% to 49%")
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["n_action_steps"] == 2
-    assert len(list((tmp_path / "out").glob("*.mp4"))) == 2
-    code, printed = run_forked(server, command, tmp_path / "printed.txt")
-    assert code == 1
-    assert "exists: name another directory" in printed
+    assert len(list((tmp_path / "out").glob("*.mp4"))) == 4
 
 
 def test_a_directory_without_a_policy_is_refused(server, tmp_path):

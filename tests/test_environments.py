@@ -1,0 +1,129 @@
+"""environments.py: real environments, where their episodes begin, what is refused."""
+
+from importlib.util import find_spec
+
+import numpy as np
+import pytest
+from lerobot.envs.configs import EnvConfig
+
+from smolvla_shared.environments import (
+    check_environment,
+    check_seeds,
+    make_environment,
+    make_environments,
+    make_metaworld,
+    render_headless,
+)
+
+TASK = "plate-slide-v3"
+
+
+def test_the_expert_succeeds_and_doing_nothing_fails():
+    """The environment itself: seeds fix the object positions, success is reported, pictures have the size asked for."""
+    env = make_metaworld(TASK, 64)
+
+    def episode(act) -> tuple[bool, np.ndarray]:
+        observation, _ = env.reset(seed=3)
+        first = observation["pixels"]
+        for _ in range(100):
+            _, _, terminated, _, info = env.step(act())
+            if terminated:
+                return info["is_success"], first
+        return False, first
+
+    def expert_action() -> np.ndarray:
+        return np.clip(env.expert_policy.get_action(env._env.unwrapped._get_obs()), -1, 1).astype(np.float32)
+
+    success, picture = episode(expert_action)
+    nothing, same_picture = episode(lambda: np.zeros(4, np.float32))
+    assert success
+    assert not nothing
+    assert picture.shape == (64, 64, 3)
+    np.testing.assert_array_equal(picture, same_picture)
+    env.close()
+
+
+def test_a_start_is_the_state_of_the_physics():
+    """Equal for a seed whatever came before and however it is rendered; other for another place of the object."""
+
+    def start(env, seed: int) -> str:
+        return env.reset(seed=seed, options={"lerobot_new_rollout": True})[1]["start"]
+
+    env = make_environment("metaworld", TASK, image_size=64, max_steps=10)
+    first, second = start(env, 3), start(env, 4)
+    for _ in range(3):
+        env.step(np.full(4, 0.5, np.float32))
+    assert start(env, 3) == first != second
+    model = env.unwrapped._env.unwrapped.model
+    reset = env.unwrapped.reset
+
+    def moved(**options):
+        outcome = reset(**options)
+        model.body_pos[-1] += 0.001
+        return outcome
+
+    env.unwrapped.reset = moved
+    assert start(env, 3) not in (first, second)
+    env.close()
+    env = make_environment("metaworld", TASK, image_size=32, max_steps=10)
+    assert start(env, 3) == first
+    env.close()
+
+
+def test_a_simulation_that_mujoco_begins_anew_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # MuJoCo writes MUJOCO_LOG.TXT where it runs
+    env = make_environment("metaworld", TASK, image_size=32, max_steps=10)
+    env.reset(seed=0)
+    env.step(np.zeros(4, np.float32))
+    env.unwrapped._env.unwrapped.data.qvel[0] = np.nan
+    with pytest.raises(RuntimeError, match="the simulation became unstable"):
+        env.step(np.zeros(4, np.float32))
+    env.close()
+
+
+@pytest.mark.parametrize(
+    ("env_type", "tasks", "max_steps", "message"),
+    [
+        ("metaword", (TASK,), 9, "--env.type metaword is not one of metaworld, pusht, aloha"),
+        ("metaworld", (TASK, "slide-the-plate"), 9, "--env.task slide-the-plate: not of metaworld.*plate-slide-v3"),
+        ("metaworld", (TASK, TASK), 9, "names a task twice"),
+        ("metaworld", (TASK,), 501, "501 steps: Meta-World ends every episode after 500"),
+        ("pusht", (TASK,), 9, "not of pusht, which has PushT-v0"),
+    ],
+)
+def test_unknown_environments_are_refused(env_type, tasks, max_steps, message):
+    with pytest.raises(ValueError, match=message):
+        check_environment(env_type, tasks, max_steps)
+
+
+def test_seeds_of_recordings_are_refused():
+    check_seeds(range(999_998, 1_000_000))
+    with pytest.raises(ValueError, match="the seeds of recordings"):
+        check_seeds(range(999_999, 1_000_001))
+
+
+@pytest.mark.skipif(find_spec("gym_aloha") is not None, reason="gym-aloha is installed")
+def test_an_environment_that_is_not_installed_is_refused():
+    with pytest.raises(ValueError, match=r"module gym_aloha, which is not installed: pip install gym-aloha==0\.1\.5"):
+        check_environment("aloha", ("AlohaInsertion-v0",), 9)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("gym_aloha") is None, reason="needs gym-aloha, which requirements.txt leaves out")
+def test_aloha():
+    render_headless()
+    environments = make_environments("aloha", "AlohaInsertion-v0", 64, 2, num_envs=1)
+    starts = [environments.reset(seed=[seed])[1]["start"][0] for seed in (1, 2, 1)]
+    observation, _, _, _, info = environments.step(np.zeros((1, 14), np.float32))
+    assert starts[0] == starts[2] != starts[1]
+    assert observation["pixels"]["top"].shape == (1, 480, 640, 3)
+    assert not info["is_success"][0]
+    environments.close()
+
+
+def test_lerobots_commands_must_name_the_image_size_and_known_tasks():
+    config = EnvConfig.get_choice_class("metaworld_plain")
+    with pytest.raises(ValueError, match=r"--env\.image_size is missing"):
+        config().create_envs(1)
+    with pytest.raises(ValueError, match=r"--env\.task sweep-v4: not of metaworld"):
+        config(image_size=64, task="reach-v3,sweep-v4").create_envs(1)
