@@ -70,7 +70,8 @@ def test_a_start_is_the_state_of_the_physics():
     env.close()
 
 
-def test_a_simulation_that_mujoco_begins_anew_is_an_error():
+def test_a_simulation_that_mujoco_begins_anew_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # MuJoCo writes MUJOCO_LOG.TXT where it runs
     env = make_environment("metaworld", TASK, image_size=32, max_steps=10)
     env.reset(seed=0)
     env.step(np.zeros(4, np.float32))
