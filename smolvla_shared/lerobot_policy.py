@@ -126,6 +126,8 @@ class HLRPSmolVLASharedPolicy(DescribedPolicy, PreTrainedPolicy):
         self.source = initial.provenance
         config.stage2_artifact = config.init_from = config.vlm_model_name = config.chunk_size = config.num_steps = None
         config.core = core.config
+        shapes = {key: feature.shape for key, feature in config.image_features.items()}
+        config.input_features = input_features(core.config, shapes)  # without those that it does not read
         config._tokenizer = initial.tokenizer  # for the processors, which LeRobot makes from the config alone
         return core
 

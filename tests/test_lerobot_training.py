@@ -136,6 +136,17 @@ def test_a_fresh_policy_freezes_what_stage_3_freezes(artifact, labelled_dataset,
     ]
 
 
+def test_a_fresh_policy_reads_the_cameras_of_its_artifact(artifact, image_dataset, tmp_path):
+    """Of the dataset's two it takes the one that Stage 2 has seen; without one of that name, the dataset's in order."""
+    policy = make_policy(fresh_config(stage2_artifact=str(artifact), use_state=False), ds_meta=metadata(image_dataset))
+    assert policy.config.core.cameras == ("observation.image",)
+    policy.save_pretrained(tmp_path / "saved")
+    again = HLRPSmolVLASharedPolicy.from_pretrained(tmp_path / "saved")
+    assert list(again.config.input_features) == ["observation.image"]
+    fresh = make_policy(fresh_config(vlm_model_name="tiny"), ds_meta=metadata(image_dataset))
+    assert fresh.config.core.cameras == ("observation.image", "observation.images.wrist")
+
+
 def test_a_fresh_policy_needs_cameras_and_actions(video_dataset):
     with pytest.raises(ValueError, match="needs the cameras and the actions of a dataset, got the features"):
         make_policy(fresh_config(vlm_model_name="tiny"), ds_meta=metadata(video_dataset))
