@@ -6,6 +6,8 @@ The options are LeRobot's, and so is the client, on the robot's machine. LeRobot
 policy types. As there, whoever reaches the port can run code on the server: pass a --host that only robots reach.
 """
 
+from smolvla_shared.command import run_command
+
 
 def main() -> None:
     # Says what to install where gRPC is missing; makes a directory `logs` where it runs.
@@ -18,4 +20,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)
