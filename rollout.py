@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import tyro
+from smolvla_shared.command import run_command
 
 if TYPE_CHECKING:
     from smolvla_shared.lerobot_policy import HLRPSmolVLASharedConfig
@@ -186,4 +186,4 @@ def main(config: RolloutConfig) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(RolloutConfig))
+    run_command(main, RolloutConfig)

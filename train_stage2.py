@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import tyro
-
+from smolvla_shared.command import run_command
 from smolvla_shared.config import LATENT, RunConfig, StageOptions
 
 if TYPE_CHECKING:
@@ -127,4 +126,4 @@ def main(config: Stage2Config) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Stage2Config))
+    run_command(main, Stage2Config)

@@ -9,8 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-import tyro
-
+from smolvla_shared import ranges
+from smolvla_shared.command import run_command
 from smolvla_shared.config import ACTION, LATENT, RunConfig, StageOptions
 
 if TYPE_CHECKING:
@@ -31,21 +31,21 @@ class Stage3Config(StageOptions, RunConfig):
     # starts from the trunk's own weights: the scratch arm.
     stage2_artifact: Path | None = None
     # Actions in a chunk, which the policy predicts at once.
-    chunk_size: int = 50
+    chunk_size: ranges.Few = 50
     # Actions executed of each chunk before the next chunk is predicted; saved with the policy.
-    n_action_steps: int = 10
+    n_action_steps: ranges.Few = 10
     # Statistics that normalise state and action. data: those of the labelled datasets. artifact: those of the artifact
     # or policy to start from.
     normalization: Literal["data", "artifact"] = "data"
     # Weight of the latent loss, added to the action loss; 0: the latent head is not trained.
-    latent_loss_weight: float = 0.0
+    latent_loss_weight: ranges.NotNegative = 0.0
     # Local directories of datasets whose actions, if there are any, are not read. They train the latent head
     # (--latent-loss-weight), the action head (--decode-actions), or both.
     video_roots: tuple[Path, ...] = ()
     # Hub ids of such datasets.
     video_repo_ids: tuple[str, ...] = ()
     # Share of each batch that is read from them.
-    video_share: float = 0.5
+    video_share: ranges.ShareOfSome = 0.5
     # Train the action head on video, too: its latent actions are decoded into actions by a linear map that is fitted to
     # the demonstrations. Of a chunk, --latent-horizon x --data.frame-gap-s seconds are decoded.
     decode_actions: bool = False
@@ -77,8 +77,10 @@ class Stage3Config(StageOptions, RunConfig):
             raise ValueError("--video-roots and --video-repo-ids need --latent-loss-weight, --decode-actions, or both")
         if self.decode_actions and not self.has_video:
             raise ValueError("--decode-actions decodes the actions of video: pass --video-roots or --video-repo-ids")
-        if not 0 < self.video_share < 1:
-            raise ValueError(f"--video-share is a share of the batch in (0, 1), got {self.video_share}")
+        ranges.refuse_without(self, self.has_video, "--video-roots or --video-repo-ids", "video_share")
+        needed = self.needs_labels, "--latent-loss-weight or --decode-actions"
+        ranges.refuse_without(self, *needed, "teacher_kind laq_code_seq_len laq_image_size accept_other_pairs")
+        ranges.refuse_without(self.data, *needed, "label_camera", "--data.")
 
     @property
     def has_video(self) -> bool:
@@ -195,4 +197,4 @@ def main(config: Stage3Config) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Stage3Config))
+    run_command(main, Stage3Config)

@@ -61,9 +61,7 @@ def executed_latents(executed: np.ndarray, rows: np.ndarray, gap: int, slots: in
 
 def main(config: RelabelConfig) -> None:
     from smolvla_shared import data
-    from smolvla_shared.cache import read_mapped
-    from smolvla_shared.files import write_weights
-    from smolvla_shared.label_cache import CODEBOOK, label_stores
+    from smolvla_shared.label_cache import label_stores, read_codebook, write_codebook
 
     datasets = data.open_datasets(config.data)
     _, camera = data.choose_cameras(datasets, config.data)
@@ -87,9 +85,9 @@ def main(config: RelabelConfig) -> None:
         else:
             labels = torch.stack([source[row] for row in range(dataset.num_frames)])
             labels[rows] = labels[np.random.default_rng(config.seed).permutation(rows)]
-            codebook = read_mapped(f"{source.directory}/{CODEBOOK}")["codebook"]
+            codebook = read_codebook(source)
         store.claim()
-        write_weights(store.directory / CODEBOOK, {"codebook": codebook})
+        write_codebook(store, codebook)
         for shard in store.missing():
             store.write(shard, labels[shard.start : shard.stop].clone())
         print(f"{store.directory}: {len(rows):,} of {dataset.num_frames:,} frames, {config.kind}")

@@ -50,7 +50,8 @@ Machinery, which the method can be understood without:
     label_check, label_health, label_probe, label_pictures     whether labels are worth learning
     cache, feature_cache                       rows computed once; the frozen vision tower's output
     gpu_check       what nobody can test without a GPU, tried on yours
-    trunk_files, laq_files, files, refusals    trunks and teachers in files; weights and texts in files; refusals
+    trunk_files, laq_files, files     trunks and teachers in files; weights and texts in files
+    ranges, refusals, command         the range of every number; what is refused, and how a command says it
 
 Importing this package imports none of its modules.
 """

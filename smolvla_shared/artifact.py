@@ -6,19 +6,17 @@ the field, what was expected, what was found, and the fix.
 """
 
 import hashlib
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from smolvla_shared import files, ranges
 from smolvla_shared.config import CoreConfig, TeacherKind
-from smolvla_shared.files import file_sha256, json_sha256, public_state, state_sha256, write_text, write_weights
 from smolvla_shared.model_parts import PARTS
 from smolvla_shared.preprocess import Statistics
-from smolvla_shared.refusals import decode, read_json, refuse_schema
 from smolvla_shared.trunk_files import pack_tokenizer, unpack_tokenizer
 
 SCHEMA = "smolvla_shared.v1"
@@ -31,14 +29,14 @@ class Latents:
 
     teacher_id: str  # sha256 of the teacher's configuration and weights (laq_files.teacher_id)
     teacher_kind: TeacherKind
-    frame_gap_s: float
+    frame_gap_s: ranges.Positive
     label_camera: str
     # Share of the sampled pairs that did not cross an episode's end.
-    valid_pair_share: float
+    valid_pair_share: ranges.Share
     # Latent actions in a row that the latent head predicts.
-    horizon: int = 1
+    horizon: ranges.Count = 1
     # Verdict of `teacher check` on the labels (label_health.py), and its reasons where it is "fail" and was accepted.
-    health: str = "not measured"
+    health: Literal["pass", "fail", "not measured"] = "not measured"
     health_reasons: tuple[str, ...] = ()
 
     def __str__(self) -> str:
@@ -93,23 +91,12 @@ class Artifact:
 
 def to_json(manifest: Manifest) -> str:
     """The manifest with a hash of itself, so that an edit by hand does not go unnoticed."""
-    body = asdict(manifest)
-    return json.dumps(body | {"manifest_sha256": json_sha256(body)}, indent=2) + "\n"
+    return files.sealed(asdict(manifest))
 
 
 def read_manifest(path: Path) -> Manifest:
     """A manifest, read strictly. Raises ValueError for another schema, wrong fields, and an edit by hand."""
-    body = read_json(path)
-    refuse_schema(path, body, SCHEMA)
-    written_sha256 = body.pop("manifest_sha256", None)
-    manifest = decode(Manifest, body, f"artifact manifest {path}")
-    # After the fields, which tell more.
-    if written_sha256 != json_sha256(body):
-        raise ValueError(
-            f"{path}: the manifest does not match its own manifest_sha256 ({written_sha256}): a field was edited "
-            "after it was written. Export the artifact again from its run"
-        )
-    return manifest
+    return files.read_sealed(Manifest, path, SCHEMA, "artifact manifest")
 
 
 def save_artifact(
@@ -124,17 +111,17 @@ def save_artifact(
     """Write the three files into `directory`, the manifest last; returns the path of the weights."""
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / f"{ARTIFACT_NAME}.safetensors"
-    tensors, packed_tokenizer = public_state(weights), pack_tokenizer(tokenizer)
+    tensors, packed_tokenizer = files.public_state(weights), pack_tokenizer(tokenizer)
     manifest = Manifest(
         core=core,
         normalization=normalization,
         latents=latents,
         source=source,
-        weights=Weights(write_weights(path, tensors), len(tensors), sum(t.numel() for t in tensors.values())),
+        weights=Weights(files.write_weights(path, tensors), len(tensors), sum(t.numel() for t in tensors.values())),
         tokenizer_sha256=hashlib.sha256(packed_tokenizer.encode()).hexdigest(),
     )
-    write_text(path.with_suffix(".tokenizer.json"), packed_tokenizer)
-    write_text(path.with_suffix(".json"), to_json(manifest))
+    files.write_text(path.with_suffix(".tokenizer.json"), packed_tokenizer)
+    files.write_text(path.with_suffix(".json"), to_json(manifest))
     return path
 
 
@@ -154,18 +141,18 @@ def load_artifact(path: Path) -> Artifact:
             )
     manifest = read_manifest(manifest_path)
     for file, expected in ((path, manifest.weights.sha256), (tokenizer_path, manifest.tokenizer_sha256)):
-        if (found := file_sha256(file)) != expected:
+        if (found := files.file_sha256(file)) != expected:
             raise ValueError(
                 f"{file}: sha256 is {found}, the manifest expects {expected}: the file is damaged or belongs to "
                 "another artifact. Copy all three files again"
             )
-    return Artifact(manifest, load_file(path), unpack_tokenizer(tokenizer_path.read_text()))
+    return Artifact(manifest, files.read_weights(path), unpack_tokenizer(tokenizer_path.read_text()))
 
 
 def fingerprints(weights: dict[str, Tensor]) -> dict[str, str]:
     """A hash of the weights of each part (model.PARTS), to tell afterwards which parts a run has changed."""
     return {
-        part: state_sha256({name: tensor for name, tensor in weights.items() if name.startswith(prefix)})
+        part: files.state_sha256({name: tensor for name, tensor in weights.items() if name.startswith(prefix)})
         for part, prefix in PARTS.items()
     }
 

@@ -4,7 +4,8 @@
     <directory>/shards/000012.safetensors   row i is row i % shard_rows of shard i // shard_rows
 
 A shard exists whole or not at all, and a cache is complete when all its shards exist. A key that differs from the one
-asked for is refused, with both sides of every difference.
+asked for is refused, with both sides of every difference. A shard records the key and the rows that it was made for and
+the sha256 of its values: opening a cache checks the former always, and the latter in caches of up to HASHED_BYTES.
 """
 
 import hashlib
@@ -15,11 +16,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+import torch
+from safetensors import safe_open
 from torch import Tensor
 
-from smolvla_shared.files import write_text, write_weights
+from smolvla_shared.files import json_sha256, read_weights, write_text, write_weights
 from smolvla_shared.refusals import read_json, refuse_differences
 
 MANIFEST = "cache.json"
@@ -28,6 +29,10 @@ ROW_FIELDS = "rows", "shard_rows"  # what a RowCache adds to its key
 FINGERPRINT_EDGE = 1 << 16
 # Files that a process keeps mapped at a time. A mapping takes addresses, not memory; Linux allows 65,530 of them.
 MAPPED_FILES = 4096
+# Larger caches are features of many hours of video. To hash 100 GB takes minutes before every run, and a damaged value
+# there is one of the 10^5 of one frame; where it is not finite, the run stops at its loss.
+HASHED_BYTES = 10**9
+FILL_AGAIN = "remove it and run the command that filled the cache again, which makes it again"
 
 
 def dataset_fingerprint(root: Path) -> str:
@@ -70,17 +75,43 @@ def read_key(directory: Path) -> dict[str, Any]:
 
 @lru_cache(maxsize=MAPPED_FILES)
 def read_mapped(path: str) -> dict[str, Tensor]:
-    """The tensors of a .safetensors file of a cache, memory-mapped: reading a row reads that row only.
+    """The tensors of a .safetensors file of a cache, memory-mapped: reading a row reads that row only."""
+    return read_weights(path, fix=FILL_AGAIN)
 
-    Raises ValueError for a file that is missing or cut short.
+
+def write_sealed(path: Path, name: str, values: Tensor, about: Any) -> None:
+    """Write a tensor to a .safetensors file of a cache, with hashes of it and of `about`: JSON, what it is for."""
+    values = values.detach().cpu().contiguous()
+    hashed = hashlib.sha256(values.flatten().view(torch.uint8).numpy()).hexdigest()
+    write_weights(path, {name: values}, {"about": _about(about, name, values), "sha256": hashed})
+
+
+def read_sealed(path: str, name: str, about: Any, with_values: bool = True) -> Tensor:
+    """The memory-mapped tensor of a file that `write_sealed` wrote for the same `about`.
+
+    with_values: compare the values, too, which reads the file once. Raises ValueError for what was not written so.
     """
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(
-            f"{path} is damaged ({error}): remove it and run the command that filled the cache again, which makes it "
-            "again"
-        ) from error
+    tensors = read_mapped(path)
+    with safe_open(path, "pt") as file:
+        written = file.metadata() or {}
+    if [*tensors] != [name]:
+        raise ValueError(f"{path} holds {sorted(tensors)[:8]}, expected only {name!r}: {FILL_AGAIN}")
+    if written.get("about") != _about(about, name, tensors[name]):
+        raise ValueError(f"{path} was made for another teacher, dataset, place or shape than the cache: {FILL_AGAIN}")
+    if with_values and written.get("sha256") != _values_sha256(path):
+        raise ValueError(f"{path} is damaged (its values are not those that were written): {FILL_AGAIN}")
+    return tensors[name]
+
+
+def _about(about: Any, name: str, values: Tensor) -> str:
+    return json_sha256([about, name, str(values.dtype), list(values.shape)])
+
+
+def _values_sha256(path: str) -> str:
+    """sha256 of what stands behind a .safetensors file's header. Reading it as mapped would keep it in memory."""
+    with open(path, "rb") as file:
+        file.seek(8 + int.from_bytes(file.read(8), "little"))
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @dataclass(frozen=True)
@@ -118,6 +149,9 @@ class RowCache:
             write_text(self.directory / MANIFEST, self._manifest())
             (self.directory / "shards").mkdir(exist_ok=True)
 
+    def _about(self, rows: range) -> list[Any]:
+        return [self.key, rows.start, rows.stop]
+
     def _manifest(self) -> str:
         key = self.key | dict(zip(ROW_FIELDS, (self.num_rows, self.shard_rows)))
         return json.dumps({"key": key}, indent=2) + "\n"
@@ -139,7 +173,7 @@ class RowCache:
         """Write a shard. A process that is killed meanwhile leaves nothing under the shard's name."""
         path = Path(self._shard(rows.start))
         own = path.with_suffix(f".{os.getpid()}.part")  # another run may be filling the same cache
-        write_weights(own, {"rows": values})
+        write_sealed(own, "rows", values, self._about(rows))
         own.replace(path)
 
     def open(self) -> None:
@@ -153,8 +187,12 @@ class RowCache:
                 f"{self.directory} is not complete ({shards - len(self.missing())} of {shards} shards): run the "
                 "command that fills it again, it goes on where it stopped"
             )
-        for rows in self.shards():
-            read_mapped(self._shard(rows.start))
+        paths = [self._shard(rows.start) for rows in self.shards()]
+        with_values = sum(map(os.path.getsize, paths)) <= HASHED_BYTES
+        for rows, path in zip(self.shards(), paths, strict=True):
+            values = read_sealed(path, "rows", self._about(rows), with_values)
+            if len(values) != len(rows):
+                raise ValueError(f"{path} has {len(values)} rows, expected {len(rows)}: {FILL_AGAIN}")
 
     def __getitem__(self, row: int) -> Tensor:
         """A row, as a view of the mapped file. Copy the row before another process gets it."""

@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from smolvla_shared import ranges
+
 TeacherKind = Literal["quantized", "continuous"]
 LATENT, ACTION = "latent", "action"  # the names of the two flow-matching targets, wherever they are dictionary keys
 
@@ -28,49 +30,52 @@ class CoreConfig:
     # Camera keys in the order in which their tokens enter the prefix.
     cameras: tuple[str, ...]
     # Side of the square that every image is padded to, pixels.
-    image_size: int
+    image_size: ranges.Size
     # Language layers of the trunk that are kept, from the first; SmolVLA keeps half of SmolVLM2-500M's 32.
-    num_trunk_layers: int = 16
+    num_trunk_layers: ranges.Layers = 16
     # dtype of the trunk's weights in memory and in files; bfloat16 if it does not train. All else is always float32.
     torch_dtype: Literal["float32", "bfloat16"] = "float32"
     # Longer texts are truncated to this many tokens; shorter ones are padded to the longest of their batch, rounded up.
-    max_text_tokens: int = 48
+    max_text_tokens: ranges.Few = 48
     # Token ids (fake_image, global_image) put around each camera's tokens; () = none, as in the released SmolVLA.
     image_special_tokens: tuple[int, ...] = ()
     # Width of the proprioceptive state (0: no state), and the width it is zero-padded to.
-    state_dim: int = 0
-    max_state_dim: int = 32
+    state_dim: ranges.SizeOrNone = 0
+    max_state_dim: ranges.Size = 32
     # Flattened width of M latent actions in a row, M * S * D (0: no latent head), and their number of tokens M * S.
-    latent_vector_dim: int = 0
-    code_seq_len: int = 0
+    latent_vector_dim: ranges.Width = 0
+    code_seq_len: ranges.SizeOrNone = 0
     # Rows C of the teacher's codebook, if the latent head classifies its codes; 0: it is a flow-matching head.
-    codebook_size: int = 0
+    codebook_size: ranges.SizeOrNone = 0
     # Width of an action (0: no action head), the width it is zero-padded to, and the number of actions in a chunk.
-    action_dim: int = 0
-    max_action_dim: int = 32
-    chunk_size: int = 50
+    action_dim: ranges.SizeOrNone = 0
+    max_action_dim: ranges.Size = 32
+    chunk_size: ranges.Few = 50
     # Whether the padded dimensions of noisy actions carry noise, as in LeRobot's SmolVLA, which learns to remove it;
     # else they are zeros. The loss does not count them: their noise would drift in sampling.
     noisy_padding: bool = False
     # Width of the expert as a share of the trunk's. Layers 0, n, 2n, ... of the expert are self-attention, the others
     # cross-attention.
-    expert_width_multiplier: float = 0.75
-    self_attn_every_n_layers: int = 2
+    expert_width_multiplier: ranges.Positive = 0.75
+    self_attn_every_n_layers: ranges.Count = 2
     # Euler steps of a sample; shortest and longest period of the time embedding; Beta distribution of the action head's
     # training times.
-    flow_steps: int = 10
-    min_period: float = 4e-3
-    max_period: float = 4.0
-    time_beta_alpha: float = 1.5
-    time_beta_beta: float = 1.0
+    flow_steps: ranges.Few = 10
+    min_period: ranges.Positive = 4e-3
+    max_period: ranges.Positive = 4.0
+    time_beta_alpha: ranges.Positive = 1.5
+    time_beta_beta: ranges.Positive = 1.0
     # Beta distribution of the latent head's training times, near 1, pure noise. Codes are many noise deviations apart:
     # at smaller times the noisy latent itself tells its code, and nothing is learned from the image.
-    latent_time_beta_alpha: float = 6.0
-    latent_time_beta_beta: float = 1.0
+    latent_time_beta_alpha: ranges.Positive = 6.0
+    latent_time_beta_beta: ranges.Positive = 1.0
 
     def __post_init__(self):
         object.__setattr__(self, "cameras", tuple(self.cameras))  # JSON has lists
         object.__setattr__(self, "image_special_tokens", tuple(self.image_special_tokens))
+        ranges.check(self)
+        ranges.check_sizes("vlm", self.vlm)
+        ranges.refuse_twice("cameras", self.cameras)
         if self.code_seq_len and self.latent_vector_dim % self.code_seq_len:
             raise ValueError(
                 f"latent_vector_dim {self.latent_vector_dim} is not a multiple of code_seq_len {self.code_seq_len}"
@@ -152,24 +157,24 @@ class DataConfig:
     # Local directories of LeRobotDatasets (v3); may be combined with --data.repo-ids.
     roots: tuple[Path, ...] = ()
     # How much of a batch each dataset is, hub ids first, relative to the others. Default: every frame counts the same.
-    weights: tuple[float, ...] = ()
+    weights: tuple[ranges.Positive, ...] = ()
     # Camera keys to use, in this order. Default: every camera that all datasets have, in the first dataset's order.
     cameras: tuple[str, ...] = ()
     # Camera whose frame pairs the LAQ teacher sees. Default: the teacher's own, else the first of the cameras.
     label_camera: str | None = None
     # Time between the two frames of a pair, seconds. Default: the teacher's own, else 0.5 (LAPA's files do not say).
-    frame_gap_s: float | None = None
+    frame_gap_s: ranges.Positive | None = None
     # Loader processes of each training process; 0: the training process loads the data itself.
-    num_workers: int = 4
+    num_workers: ranges.CountOrNone = 4
 
     def __post_init__(self):
         if not self.repo_ids and not self.roots:
             raise ValueError("no dataset given: pass --data.repo-ids (hub ids) or --data.roots (local directories)")
-        number = len(self.repo_ids) + len(self.roots)
-        if self.weights and (len(self.weights) != number or not all(weight > 0 for weight in self.weights)):
-            raise ValueError(f"--data.weights {self.weights}: pass a positive number for each of {number} dataset(s)")
-        if self.frame_gap_s is not None and self.frame_gap_s <= 0:
-            raise ValueError(f"--data.frame-gap-s must be a positive number of seconds, got {self.frame_gap_s}")
+        ranges.check(self, "--data.")
+        ranges.refuse_twice("--data.cameras", self.cameras)
+        ranges.refuse_twice("--data.repo-ids and --data.roots", self.repo_ids + self.roots)
+        if self.weights and len(self.weights) != (number := len(self.repo_ids) + len(self.roots)):
+            raise ValueError(f"--data.weights {self.weights}: pass a number for each of {number} dataset(s)")
 
     @property
     def gap_s(self) -> float:
@@ -183,25 +188,23 @@ class PolicyDataConfig(DataConfig):
 
     # Train on so many episodes of each dataset, drawn with --seed (not of --video-roots). Those of a smaller number are
     # among those of a larger one, and the held-out episodes are the same for all. Default: all.
-    max_episodes: int | None = None
+    max_episodes: ranges.Count | None = None
     # In training, shift the policy's images (not the teacher's) at random by up to this share of their side.
-    random_shift: float = 0.0
+    random_shift: ranges.ShareBelowOne = 0.0
     # In training, hide the state of this share of the samples: a state may give the motion away without the image.
-    state_dropout: float = 0.0
+    state_dropout: ranges.Share = 0.0
     # Directory of the feature cache: the frozen vision tower's output for every frame, computed once before training.
     # Every run with the same tower and data can use the same directory.
     feature_cache: Path | None = None
     # Type of the cached features. bfloat16 takes half the space and keeps 8 significant bits.
     feature_cache_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     # Largest size of the feature cache on disk, GB (10^9 bytes).
-    feature_cache_gb: float = 100.0
+    feature_cache_gb: ranges.Positive = 100.0
 
     def __post_init__(self):
         super().__post_init__()
-        if self.max_episodes is not None and self.max_episodes < 1:
-            raise ValueError(f"--data.max-episodes must be at least 1, got {self.max_episodes}")
-        if not 0 <= self.state_dropout <= 1:
-            raise ValueError(f"--data.state-dropout is a share of the samples in [0, 1], got {self.state_dropout}")
+        unused = "feature_cache_dtype feature_cache_gb"
+        ranges.refuse_without(self, self.feature_cache is not None, "--data.feature-cache", unused, "--data.")
         if self.feature_cache and self.random_shift:
             raise ValueError(
                 "--data.feature-cache keeps features of the frames as recorded, but --data.random-shift "
@@ -219,21 +222,20 @@ WARMUP_STEPS = 500  # where none are stated, and at most a tenth of the run
 @dataclass(frozen=True)
 class OptimConfig:
     # Peak learning rate of AdamW.
-    lr: float = 1e-4
+    lr: ranges.Positive = 1e-4
     # Steps of linear warm-up from 0. Default: 500, or a tenth of the run if that is less.
-    warmup_steps: int | None = None
+    warmup_steps: ranges.CountOrNone | None = None
     # The cosine schedule ends at this share of the peak learning rate.
-    final_lr_share: float = 0.025
+    final_lr_share: ranges.Share = 0.025
     # Decay rates of AdamW's two moments: of the gradient and of its square.
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[ranges.ShareBelowOne, ranges.ShareBelowOne] = (0.9, 0.95)
     # Weight decay of AdamW.
-    weight_decay: float = 1e-10
+    weight_decay: ranges.NotNegative = 1e-10
     # Gradients with a larger norm are scaled down to this norm; inf: no limit.
-    max_grad_norm: float = 10.0
+    max_grad_norm: ranges.Norm = 10.0
 
     def __post_init__(self):
-        if self.max_grad_norm <= 0:
-            raise ValueError(f"--optim.max-grad-norm must be above 0 (inf: no limit), got {self.max_grad_norm}")
+        ranges.check(self, "--optim.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,32 +247,32 @@ class RunConfig:
     # Which recordings, and how they are read.
     data: DataConfig
     # Share of each dataset's episodes held out for evaluation, at least one episode; 0: train on all.
-    val_fraction: float = 0.05
+    val_fraction: ranges.ShareBelowOne = 0.05
     # Optimizer steps of the run. May be raised with --resume: the learning rate then follows the longer cosine.
-    steps: int = 20_000
+    steps: ranges.Count = 20_000
     # Samples in a step, summed over all processes and accumulation steps.
-    batch_size: int = 64
+    batch_size: ranges.Count = 64
     # Forward passes that each process's share of a batch is split into. More passes take less memory.
-    accumulation_steps: int = 1
+    accumulation_steps: ranges.Count = 1
     # Seed of the data order, augmentation, noise and initial weights.
-    seed: int = 0
+    seed: ranges.Seed = 0
     # Steps between checkpoints.
-    save_every: int = 2_000
+    save_every: ranges.Count = 2_000
     # Keep this many of the newest checkpoints; 0: all.
-    keep: int = 0
+    keep: ranges.CountOrNone = 0
     # Steps between lines of metrics.jsonl.
-    log_every: int = 50
+    log_every: ranges.Count = 50
     # Send the metrics to these as well; `pip install` them first. A resumed run continues its records.
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
     # Steps between evaluations on the held-out episodes.
-    eval_every: int = 1_000
+    eval_every: ranges.Count = 1_000
     # Held-out samples of an evaluation, summed over all processes.
-    eval_samples: int = 256
+    eval_samples: ranges.Count = 256
     # Continue the run in --run-dir from its last checkpoint, or from step 0 if it has none yet.
     resume: bool = False
     # Keep an exponential moving average (EMA) of the trained weights with this decay; evaluate and export the EMA.
     # 0: no EMA, the last weights are evaluated and exported.
-    ema_decay: float = 0.0
+    ema_decay: ranges.ShareBelowOne = 0.0
     # bf16: trunk and expert compute in bfloat16, in which a frozen trunk is stored. Other weights are always float32.
     # Default: mixed_precision of the Accelerate configuration, else no (float32).
     precision: Literal["no", "bf16"] | None = None
@@ -283,13 +285,7 @@ class RunConfig:
         return f"EMA, decay {self.ema_decay}" if self.ema_decay else "last step"
 
     def __post_init__(self):
-        for name in ("steps", "batch_size", "accumulation_steps", "save_every", "log_every", "eval_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
-        if not 0 <= self.val_fraction < 1:
-            raise ValueError(f"--val-fraction is a share of the episodes in [0, 1), got {self.val_fraction}")
-        if self.keep < 0:
-            raise ValueError(f"--keep must be 0 (all) or a number of checkpoints, got {self.keep}")
+        ranges.check(self, "--")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -297,9 +293,9 @@ class TeacherOptions:
     """How a teacher is read, and which of its latents are the labels."""
 
     # Codes in a latent action, for a LAPA file that does not record it (default 4).
-    laq_code_seq_len: int | None = None
+    laq_code_seq_len: ranges.Count | None = None
     # Side of the teacher's images in pixels, for a LAPA file that does not record it (default 256).
-    laq_image_size: int | None = None
+    laq_image_size: ranges.Count | None = None
     # Which latents are the labels. quantized: the codebook's entries. continuous: the latents before quantisation.
     teacher_kind: TeacherKind = "quantized"
     # Pairs at another --data.frame-gap-s or of another --data.label-camera than those the teacher was trained on.
@@ -315,7 +311,7 @@ class StageOptions(TeacherOptions):
     # The trunk, and which of its parts train.
     model: ModelConfig = field(default_factory=ModelConfig)
     # (noise, time) draws of each sample that share one prefix pass. More draws cost less than more samples.
-    flow_draws: int = 1
+    flow_draws: ranges.Count = 1
     # The teacher: a .safetensors file of `python -m smolvla_shared.teacher train`, or LAPA's .pt file. Not needed with
     # --labels cache, which records its teacher.
     laq_ckpt: Path | None = None
@@ -329,11 +325,9 @@ class StageOptions(TeacherOptions):
     latent_head: Literal["flow", "codes"] | None = None
     # Latent actions in a row that the latent head predicts, each over --data.frame-gap-s: 4 of 0.05 s look as far ahead
     # as a chunk of 0.2 s. Default: those of the latent head to start from, else 1.
-    latent_horizon: int | None = None
+    latent_horizon: ranges.Count | None = None
 
     def __post_init__(self):
-        if self.latent_horizon is not None and self.latent_horizon < 1:
-            raise ValueError(f"--latent-horizon is a number of latent actions, at least 1, got {self.latent_horizon}")
         if (self.labels == "cache") != (self.label_cache is not None):
             raise ValueError(
                 f"--labels cache and --label-cache <directory> belong together, got --labels {self.labels} and "

@@ -4,15 +4,21 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from smolvla_shared.refusals import decode, read_json, refuse_schema
+
+MANIFEST_NAME = "manifest.json"  # of a policy: the sha256 of its other files, but for its card
+MANIFEST_SCHEMA = "smolvla_shared.files.v1"
 SOURCE_NAME = "source.json"  # of a policy: where its weights are from
 PROCESSORS = "policy_*processor*"  # of a policy: the files that LeRobot writes for its two processors
 
@@ -26,7 +32,7 @@ def public_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def check_weights(where: str, expected: dict[str, Tensor], found: dict[str, Tensor]) -> None:
-    """Raise ValueError, listing every missing key, unknown key and wrong shape."""
+    """Raise ValueError, listing every missing key, unknown key, wrong shape or type, and what is not finite."""
     problems = [f"missing: {key} {list(expected[key].shape)}" for key in expected.keys() - found.keys()]
     problems += [f"unknown: {key} {list(found[key].shape)}" for key in found.keys() - expected.keys()]
     problems += [
@@ -34,6 +40,12 @@ def check_weights(where: str, expected: dict[str, Tensor], found: dict[str, Tens
         for key in expected.keys() & found.keys()
         if expected[key].shape != found[key].shape
     ]
+    problems += [
+        f"wrong type: {key} {found[key].dtype}, expected {expected[key].dtype}"
+        for key in expected.keys() & found.keys()
+        if expected[key].is_floating_point() != found[key].is_floating_point()
+    ]
+    problems += [f"not finite: {key}" for key, tensor in found.items() if not tensor.isfinite().all()]
     if problems:
         raise ValueError(f"{where} does not hold the model that it describes:\n  " + "\n  ".join(sorted(problems)))
 
@@ -67,10 +79,89 @@ def policy_sha256(directory: Path) -> str:
     return json_sha256({path.name: file_sha256(path) for path in files})
 
 
-def write_weights(path: Path, tensors: dict[str, Tensor]) -> str:
-    """Write a .safetensors file under a temporary name, sync and rename it; returns its sha256."""
+def sealed(body: dict[str, Any]) -> str:
+    """A JSON object as text, with a hash of itself."""
+    return json.dumps(body | {"manifest_sha256": json_sha256(body)}, indent=2) + "\n"
+
+
+def unseal(path: Path, body: dict[str, Any]) -> dict[str, Any]:
+    """The object that was sealed. Raises ValueError if it is not the one that was written."""
+    body = dict(body)
+    if (written := body.pop("manifest_sha256", None)) != json_sha256(body):
+        raise ValueError(
+            f"{path} does not match its own manifest_sha256 ({written}): a field was edited after it was written. "
+            "Copy the file again, or have the command that wrote it write it again"
+        )
+    return body
+
+
+def read_sealed[T](cls: type[T], path: Path, schema: str, what: str = "") -> T:
+    """The dataclass that was written as sealed JSON, read strictly.
+
+    Raises ValueError for another schema, for wrong fields and values, and for an edit by hand.
+    """
+    body = read_json(path)
+    refuse_schema(path, body, schema)
+    fields = {name: value for name, value in body.items() if name != "manifest_sha256"}
+    decoded = decode(cls, fields, f"{what} {path}".strip())  # first: the fields tell more than the hash
+    unseal(path, body)
+    return decoded
+
+
+@dataclass(frozen=True)
+class FilesManifest:
+    """manifest.json of a policy: its files are those that were written."""
+
+    files: dict[str, str]  # sha256 by name
+    schema_version: str = MANIFEST_SCHEMA
+
+
+def write_manifest(directory: Path, names: Iterable[str]) -> None:
+    """Record the hashes of these files of a directory, in place of an earlier record."""
+    files = {name: file_sha256(directory / name) for name in sorted(names)}
+    write_text(directory / MANIFEST_NAME, sealed(asdict(FilesManifest(files))))
+
+
+def check_manifest(directory: Path) -> set[str]:
+    """The names of the files that are what was written; none where nothing was recorded.
+
+    Raises ValueError if a recorded file is missing or is another one.
+    """
+    path = directory / MANIFEST_NAME
+    if not path.is_file():
+        return set()
+    recorded = read_sealed(FilesManifest, path, MANIFEST_SCHEMA).files
+    problems = [f"{name} is missing" for name in recorded if not (directory / name).is_file()]
+    problems = problems or [
+        f"{name} was changed" for name in recorded if file_sha256(directory / name) != recorded[name]
+    ]
+    if problems:
+        raise ValueError(
+            f"{directory} is not what was written: {', '.join(problems)}. Copy the directory again; to load what you "
+            f"have edited yourself, remove {MANIFEST_NAME}"
+        )
+    return set(recorded)
+
+
+def read_weights(path: str | Path, fix: str = "copy or write it again") -> dict[str, Tensor]:
+    """The tensors of a .safetensors file, memory-mapped. Raises ValueError if it is missing or damaged."""
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path} is damaged ({error}): {fix}") from error
+
+
+def write_weights(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> str:
+    """Write a .safetensors file under a temporary name, sync and rename it; returns its sha256.
+
+    Raises OSError, and leaves nothing, if it cannot be written.
+    """
     temporary = path.with_suffix(".safetensors.tmp")
-    save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, temporary)
+    try:
+        save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, temporary, metadata)
+    except SafetensorError as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"{path} cannot be written: {error}") from error
     share(temporary)
     sha256 = file_sha256(temporary)
     sync(temporary)
@@ -93,7 +184,7 @@ def find_directory(
 
     what:     the contents, such as "policy", for messages
     needed:   files that must be in the directory
-    optional: others to fetch from the hub; processors and source.json always are
+    optional: others to fetch from the hub; processors, source.json and manifest.json always are
     hub:      snapshot_download's options (revision, token, cache_dir, ...)
 
     Raises ValueError if there is neither, or a needed file is missing.
@@ -102,7 +193,7 @@ def find_directory(
     if not directory.is_dir():
         try:
             # A repository may also hold checkpoints with their optimizers, and videos.
-            wanted = [*needed, *optional, PROCESSORS, SOURCE_NAME]
+            wanted = [*needed, *optional, PROCESSORS, SOURCE_NAME, MANIFEST_NAME]
             directory = Path(snapshot_download(str(name), allow_patterns=wanted, **hub))
         except (OSError, ValueError) as error:
             raise ValueError(f"no {what} {name}: there is no such directory, and the hub says: {error}") from error

@@ -26,6 +26,7 @@ import torch
 import tyro
 from accelerate.state import AcceleratorState
 
+from smolvla_shared.command import run_command
 from smolvla_shared.lerobot_policy import HLRPSmolVLASharedPolicy
 from smolvla_shared.run import versions
 from smolvla_shared.run_processes import IN_WORDS, use_tf32
@@ -296,4 +297,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options))
+    run_command(main, Options)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from smolvla_shared import data, data_split, label_probe
+from smolvla_shared import data, data_split, label_probe, ranges
 from smolvla_shared.batch import RawBatch
 from smolvla_shared.cache import dataset_fingerprint
 from smolvla_shared.config import DataConfig
@@ -28,19 +28,16 @@ class GroundingConfig:
     # Local directories of labelled LeRobotDatasets (v3).
     roots: tuple[Path, ...] = ()
     # Use the first this many episodes of each dataset; 0: all. Episodes that --val-fraction holds out are not used.
-    episodes: int = 0
+    episodes: ranges.CountOrNone = 0
     # Weight of the standardised actions' squared error in the loss. The reconstruction has weight 1.
-    weight: float = 0.1
+    weight: ranges.Positive = 0.1
     # Share of labelled pairs in a batch.
-    share: float = 0.25
+    share: ranges.ShareOfSome = 0.25
 
     def __post_init__(self):
-        if not 0 < self.share < 1:
-            raise ValueError(f"--grounding.share is a share of the batch in (0, 1), got {self.share}")
-        if self.weight <= 0:
-            raise ValueError(
-                f"--grounding.weight must be above 0, got {self.weight}: to ground nothing, name no dataset"
-            )
+        ranges.check(self, "--grounding.")
+        is_there, unused = bool(self.repo_ids or self.roots), "episodes weight share"
+        ranges.refuse_without(self, is_there, "--grounding.repo-ids or --grounding.roots", unused, "--grounding.")
 
     def data_options(self, data: DataConfig) -> DataConfig | None:
         """The video's data options, but with the labelled datasets; None if there are none."""

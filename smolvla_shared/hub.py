@@ -15,7 +15,8 @@ from huggingface_hub.utils import validate_repo_id
 
 from smolvla_shared.artifact import ARTIFACT_NAME, load_artifact
 from smolvla_shared.artifact import SCHEMA as ARTIFACT_SCHEMA
-from smolvla_shared.files import PROCESSORS, SOURCE_NAME, file_sha256, policy_sha256, write_text
+from smolvla_shared.command import parse, run_command
+from smolvla_shared.files import MANIFEST_NAME, PROCESSORS, SOURCE_NAME, policy_sha256, write_text
 from smolvla_shared.laq_files import load_laq, read_manifest
 from smolvla_shared.lerobot_card import (
     CARD_NAME,
@@ -83,13 +84,8 @@ def open_upload(path: Path) -> Upload:
 
 def open_policy(directory: Path) -> Upload:
     config = load_saved(str(directory)).config
-    source, sha256 = read_source(directory), file_sha256(directory / WEIGHTS_NAME)
-    if sha256 != (written := source.get("weights_sha256", sha256)):
-        raise ValueError(
-            f"{directory / WEIGHTS_NAME} has sha256 {sha256}, {SOURCE_NAME} beside it is about {written}: the file is "
-            "damaged or belongs to another policy"
-        )
-    names = ["config.json", WEIGHTS_NAME, SOURCE_NAME, "train_config.json"]
+    source = read_source(directory)
+    names = ["config.json", WEIGHTS_NAME, SOURCE_NAME, MANIFEST_NAME, "train_config.json"]
     files = [directory / name for name in names] + [*directory.glob(PROCESSORS)]
     card = directory / CARD_NAME
     return Upload(
@@ -222,7 +218,7 @@ def card(config: CardConfig) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    config = tyro.cli(
+    config = parse(
         Annotated[PushConfig, tyro.conf.subcommand("push")] | Annotated[CardConfig, tyro.conf.subcommand("card")],
         prog="python -m smolvla_shared.hub",
         args=arguments,
@@ -231,4 +227,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -15,7 +15,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from smolvla_shared import data, data_blocks
+from smolvla_shared import data, data_blocks, ranges
 from smolvla_shared.batch import RawBatch
 from smolvla_shared.cache import (
     MANIFEST,
@@ -24,10 +24,10 @@ from smolvla_shared.cache import (
     dataset_directories,
     dataset_fingerprint,
     read_key,
-    read_mapped,
+    read_sealed,
+    write_sealed,
 )
 from smolvla_shared.config import DataConfig, TeacherKind, TeacherOptions
-from smolvla_shared.files import write_weights
 from smolvla_shared.laq import LAQ
 from smolvla_shared.laq_files import load_laq, teacher_id, teachers_pairs
 from smolvla_shared.preprocess import unit_range
@@ -46,7 +46,7 @@ class LabelKey:
 
     teacher_id: str  # sha256 of the teacher's configuration and weights
     teacher_kind: TeacherKind
-    frame_gap_s: float
+    frame_gap_s: ranges.Positive
     camera: str
     dataset: str  # cache.dataset_fingerprint
     versions: dict[str, str]  # of the libraries that decode and compute
@@ -89,6 +89,15 @@ def cached_key(directory: Path) -> LabelKey:
     return decode(LabelKey, key, f"{directory / MANIFEST}")
 
 
+def write_codebook(store: RowCache, codebook: Tensor) -> None:  # [C, D]
+    write_sealed(store.directory / CODEBOOK, "codebook", codebook, store.key)
+
+
+def read_codebook(store: RowCache) -> Tensor:  # [C, D]
+    """Raises ValueError where the codebook is not the one that was written with these labels."""
+    return read_sealed(f"{store.directory}/{CODEBOOK}", "codebook", store.key)
+
+
 class CachedLabels:
     """Labels from complete caches. Neither the teacher nor frame pairs are read."""
 
@@ -106,7 +115,7 @@ class CachedLabels:
         self.teacher_id: str = stores[0].key["teacher_id"]
         self.kind: TeacherKind = stores[0].key["teacher_kind"]
         # [C, D], of the first dataset: all have the same teacher.
-        self.codebook = read_mapped(f"{stores[0].directory}/{CODEBOOK}")["codebook"]
+        self.codebook = read_codebook(stores[0])
         self.shape = horizon * len(stores[0][0]), self.codebook.shape[1]
 
     def to(self, device: torch.device) -> None:
@@ -135,7 +144,10 @@ class LabelConfig(TeacherOptions):
     # Which recordings, and which pairs of their frames.
     data: DataConfig
     # Pairs in a forward pass of the teacher.
-    batch_size: int = 64
+    batch_size: ranges.Count = 64
+
+    def __post_init__(self):
+        ranges.check(self, "--")
 
 
 def label(config: LabelConfig) -> None:
@@ -166,7 +178,7 @@ def label_dataset(
 
     if accelerator.is_main_process and not (store.directory / CODEBOOK).exists():
         store.claim()
-        write_weights(store.directory / CODEBOOK, {"codebook": laq.vq.codebooks})
+        write_codebook(store, laq.vq.codebooks)
     data_blocks.fill_cache(
         store,
         dataset,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from smolvla_shared import data, data_blocks, label_health, label_pictures, label_probe
+from smolvla_shared import data, data_blocks, label_health, label_pictures, label_probe, ranges
 from smolvla_shared.cache import dataset_fingerprint
 from smolvla_shared.config import DataConfig, TeacherOptions
 from smolvla_shared.data_rows import Rows
@@ -33,20 +33,17 @@ class CheckConfig(TeacherOptions):
     # Datasets to measure on. With actions or a state, a probe measures how much of the motion is in the latents.
     data: DataConfig
     # Frame pairs to measure, drawn from all datasets.
-    pairs: int = 5000
+    pairs: ranges.Pairs = 5000
     # How many of these also get the costlier measurements: still pairs, past and future, reconstruction.
-    detailed_pairs: int = 500
+    detailed_pairs: ranges.Pairs = 500
     # sum: actions are velocities or deltas, added up over the gap. change: actions are absolute positions. Default:
     # decided from the data, and printed.
     actions: label_probe.ActionMode | None = None
     # Seed of the drawn pairs and of the random teacher's weights.
-    seed: int = 0
+    seed: ranges.Seed = 0
 
     def __post_init__(self):
-        if min(self.pairs, self.detailed_pairs) < 2:
-            raise ValueError(
-                f"--pairs and --detailed-pairs must be at least 2, got {self.pairs} and {self.detailed_pairs}"
-            )
+        ranges.check(self, "--")
 
 
 def random_teacher(laq: LAQ, seed: int) -> LAQ:

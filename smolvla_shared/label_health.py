@@ -3,7 +3,6 @@
 `Thresholds` lists what can go wrong and what shows it. label_check.py reads the frames and runs the teacher.
 """
 
-import json
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -13,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from smolvla_shared import ranges
 from smolvla_shared.artifact import Latents
 from smolvla_shared.config import TeacherKind
-from smolvla_shared.files import write_text
+from smolvla_shared.files import sealed, unseal, write_text
 from smolvla_shared.label_probe import DISPLACEMENT, out_of_fold, probe
 from smolvla_shared.laq_codebook import code_usage
 from smolvla_shared.refusals import decode, read_json, refuse_differences, refuse_schema
@@ -297,7 +297,7 @@ class Verdict:
     # Which labels were checked.
     teacher_id: str
     teacher_kind: TeacherKind
-    frame_gap_s: float
+    frame_gap_s: ranges.Positive
     camera: str
 
 
@@ -305,7 +305,7 @@ def write_report(path: Path, verdict: Verdict, found: dict[str, Any], warnings: 
     """Write label_health.json: the verdict, and the measurements and thresholds it is based on."""
     report = {"schema_version": SCHEMA} | asdict(verdict)
     report |= {"warnings": warnings, "measured": found, "thresholds": asdict(THRESHOLDS)}
-    write_text(path, json.dumps(report, indent=2) + "\n")
+    write_text(path, sealed(report))
 
 
 def read_verdict(path: Path) -> Verdict:
@@ -315,7 +315,9 @@ def read_verdict(path: Path) -> Verdict:
     report = read_json(path)
     refuse_schema(path, report, SCHEMA)
     names = {field.name for field in fields(Verdict)}
-    return decode(Verdict, {name: value for name, value in report.items() if name in names}, str(path))
+    verdict = decode(Verdict, {name: value for name, value in report.items() if name in names}, str(path))
+    unseal(path, report)
+    return verdict
 
 
 def with_health(latents: Latents, report: Path | None, accept: bool) -> Latents:

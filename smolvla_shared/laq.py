@@ -18,6 +18,7 @@ import torch.distributed
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from smolvla_shared import ranges
 from smolvla_shared.laq_layers import Patchify, RelativePositionBias, Transformer, Unpatchify
 from smolvla_shared.preprocess import stretch, unit_range
 
@@ -53,23 +54,23 @@ class LAQConfig:
     """The shape of a LAQ. The defaults are those of LAPA's released Open-X weights."""
 
     # Width of the tokens.
-    dim: int = 1024
+    dim: ranges.Size = 1024
     # D, width of a code and of one latent token.
-    quant_dim: int = 32
+    quant_dim: ranges.Size = 32
     # C, codes in the codebook, which all slots share.
-    codebook_size: int = 8
+    codebook_size: ranges.Codes = 8
     # Side of the square that both frames are resized to (aspect ratio not kept), pixels.
-    image_size: int = 256
+    image_size: ranges.Size = 256
     # Side of a square patch, pixels.
-    patch_size: int = 32
+    patch_size: ranges.Size = 32
     # Layers of the spatial transformers, encoder and decoder each.
-    spatial_depth: int = 8
+    spatial_depth: ranges.LayersSome = 8
     # Layers of the encoder's temporal transformer.
-    temporal_depth: int = 8
+    temporal_depth: ranges.Layers = 8
     # Width of an attention head.
-    dim_head: int = 64
+    dim_head: ranges.Size = 64
     # Attention heads.
-    heads: int = 16
+    heads: ranges.Few = 16
     # S, codes of a latent action: 1, 2, 4, 16, 64 or 256. The latent vector has S * quant_dim dimensions.
     code_seq_len: int = 4
     # Decode the change from the first frame instead of the second frame, and take the mean error of repeating the first
@@ -81,6 +82,7 @@ class LAQConfig:
     sees_change: bool = False
 
     def __post_init__(self):
+        ranges.check(self)
         if self.moves_pixels and not self.predicts_change:
             raise ValueError("moves_pixels moves the first frame's pixels: it needs predicts_change")
         if self.code_seq_len not in SECOND_CONV:

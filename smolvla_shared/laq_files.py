@@ -1,13 +1,11 @@
 """A LAQ in files: ours (.safetensors with a .json beside it) and LAPA's .pt, read strictly."""
 
-import json
 import re
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from smolvla_shared.config import DataConfig
@@ -16,12 +14,15 @@ from smolvla_shared.files import (
     file_sha256,
     json_sha256,
     public_state,
+    read_sealed,
+    read_weights,
+    sealed,
     state_sha256,
     write_text,
     write_weights,
 )
 from smolvla_shared.laq import LAQ, SECOND_CONV, LAQConfig, slots_of_grid
-from smolvla_shared.refusals import decode, read_json, refuse_differences, refuse_schema
+from smolvla_shared.refusals import refuse_differences
 
 SCHEMA = "smolvla_shared.laq.v1"
 
@@ -59,7 +60,7 @@ def save_laq(laq: LAQ, path: Path, extra: dict[str, Any] | None = None) -> None:
     tensors = public_state(laq.state_dict())
     weights = Weights(write_weights(path, tensors), len(tensors), sum(tensor.numel() for tensor in tensors.values()))
     manifest = Manifest(laq.config, weights, teacher_id(laq), extra or {})
-    write_text(path.with_suffix(".json"), json.dumps(asdict(manifest), indent=2) + "\n")
+    write_text(path.with_suffix(".json"), sealed(asdict(manifest)))
 
 
 def teachers_source(path: Path) -> dict[str, Any]:
@@ -109,7 +110,10 @@ def load_laq(path: Path, code_seq_len: int | None = None, image_size: int | None
     """
     check_path(path)
     if path.suffix == ".pt":
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # of torch's, by what the file holds: code in it does not run
+            raise ValueError(f"{path} is no weights file of LAPA ({type(error).__name__}): copy it again") from error
         state = {key.removeprefix("module."): tensor for key, tensor in state.items()}  # DDP's prefix
         config = infer_config(path, state, code_seq_len, image_size)
     else:
@@ -128,7 +132,7 @@ def load_laq(path: Path, code_seq_len: int | None = None, image_size: int | None
                 f"{path} has sha256 {sha256}, but {path.with_suffix('.json').name} says {manifest.weights.sha256}: "
                 "the file was changed or cut short, copy both again"
             )
-        state = load_file(path)
+        state = read_weights(path)
     with torch.device("meta"):
         laq = LAQ(config)
     check_weights(str(path), expected=public_state(laq.state_dict()), found=state)
@@ -153,9 +157,7 @@ def read_manifest(path: Path) -> Manifest:
     manifest = path.with_suffix(".json")
     if not manifest.is_file():
         raise ValueError(f"--laq-ckpt {path}: {manifest.name} is missing beside it; the two belong together")
-    body = read_json(manifest)
-    refuse_schema(manifest, body, SCHEMA)
-    return decode(Manifest, body, str(manifest))
+    return read_sealed(Manifest, manifest, SCHEMA)
 
 
 def infer_config(path: Path, state: dict[str, Tensor], code_seq_len: int | None, image_size: int | None) -> LAQConfig:

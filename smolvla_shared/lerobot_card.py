@@ -14,14 +14,14 @@ from huggingface_hub import ModelCard, ModelCardData
 from torch import Tensor
 
 from smolvla_shared.config import CoreConfig
-from smolvla_shared.files import PROCESSORS, SOURCE_NAME, share, write_text, write_weights
+from smolvla_shared.files import PROCESSORS, SOURCE_NAME, share, write_manifest, write_text, write_weights
 from smolvla_shared.refusals import read_json
 
 if TYPE_CHECKING:
     from smolvla_shared.lerobot_config import HLRPSmolVLASharedConfig
 
 CARD_NAME = "README.md"
-WEIGHTS_NAME = "model.safetensors"
+CONFIG_NAME, WEIGHTS_NAME = "config.json", "model.safetensors"
 REPO_ID = "<repo id>"  # in a card that is not on the hub yet
 TABLE_BEGIN, TABLE_END = "<!-- evaluation: begin -->", "<!-- evaluation: end -->"
 NOT_EVALUATED = "Not evaluated yet."
@@ -228,7 +228,7 @@ def read_source(directory: Path) -> dict[str, Any]:
 
 
 def write_about(directory: Path, config: "HLRPSmolVLASharedConfig", source: dict[str, Any]) -> None:
-    """Write source.json and the card into a policy's directory, the last files of it.
+    """Write source.json and the card into a policy's directory.
 
     LeRobot writes processors that only their owner can read; from here on the umask decides.
     """
@@ -255,6 +255,7 @@ class DescribedPolicy:
         self.config._save_pretrained(save_directory)
         weights = self.state_dict() if state_dict is None else state_dict
         write_about(save_directory, self.config, self.source_of(write_weights(save_directory / WEIGHTS_NAME, weights)))
+        write_manifest(save_directory, (CONFIG_NAME, WEIGHTS_NAME, SOURCE_NAME))  # LeRobot writes processors later
 
     def source_of(self, weights_sha256: str) -> dict[str, Any]:
         """What source.json says of weights: as at loading if they are the same, else that LeRobot has trained them."""

@@ -2,7 +2,7 @@
 config is in config.json, the tokenizer in the preprocessor's state.
 """
 
-import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,20 +13,28 @@ from lerobot.configs.policies import PreTrainedConfig
 from lerobot.processor import PolicyProcessorPipeline
 from lerobot.utils import constants as keys
 from lerobot.utils.device_utils import auto_select_torch_device
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
 from smolvla_shared.config import CoreConfig
-from smolvla_shared.files import check_weights, find_directory, write_weights
-from smolvla_shared.lerobot_card import WEIGHTS_NAME, read_source, write_about
+from smolvla_shared.files import (
+    PROCESSORS,
+    SOURCE_NAME,
+    check_manifest,
+    check_weights,
+    find_directory,
+    read_weights,
+    write_manifest,
+    write_weights,
+)
+from smolvla_shared.lerobot_card import CONFIG_NAME, WEIGHTS_NAME, read_source, write_about
 from smolvla_shared.lerobot_config import FEATURES, HLRPSmolVLASharedConfig, input_features
-from smolvla_shared.lerobot_processor import make_hlrp_smolvla_shared_pre_post_processors
+from smolvla_shared.lerobot_processor import check_processors, make_hlrp_smolvla_shared_pre_post_processors
 from smolvla_shared.model import SmolVLASharedCore
 from smolvla_shared.preprocess import Statistics
+from smolvla_shared.refusals import read_json
 
 POLICY_TYPE = "hlrp_smolvla_shared"
-CONFIG_NAME = "config.json"
 ADAPTER_NAME, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # PEFT's
 CORE_PREFIX = "model."  # of the core's weights in WEIGHTS_NAME: the policy holds the core as `self.model`
 
@@ -45,7 +53,8 @@ def save_policy(
     optional_cameras: tuple[str, ...] = (),
     rename_map: dict[str, str] | None = None,
 ) -> None:
-    """Write a core as a LeRobot policy: config, weights and processors; and source.json and README.md, its card.
+    """Write a core as a LeRobot policy: config, weights and processors; source.json and README.md, its card; and
+    manifest.json, the hashes of all but the card.
 
     weights:          the core's state_dict
     statistics:       of "action" and, if the core has a state, "state"
@@ -73,6 +82,8 @@ def save_policy(
     for processor in make_hlrp_smolvla_shared_pre_post_processors(config, stats, tokenizer, rename_map):
         processor.save_pretrained(directory)
     write_about(directory, config, source | {"weights_sha256": sha256})
+    processors = [path.name for path in directory.glob(PROCESSORS)]
+    write_manifest(directory, (CONFIG_NAME, WEIGHTS_NAME, SOURCE_NAME, *processors))  # the card is there to be edited
 
 
 def lerobot_stats(statistics: dict[str, Statistics]) -> dict[str, dict[str, Tensor]]:
@@ -87,17 +98,31 @@ def lerobot_stats(statistics: dict[str, Statistics]) -> dict[str, dict[str, Tens
 def find_policy(name: str | Path, **hub: Any) -> Path:
     """The directory of a policy, or of a PEFT adapter of one; from the hub, if there is none of this name.
 
-    hub: LeRobot's options of a download (revision, token, cache_dir, ...). Raises ValueError for anything else.
+    hub: LeRobot's options of a download (revision, token, cache_dir, ...). Raises ValueError for anything else, where
+    the files are not those that were written, and for processors that are not this policy's.
     """
     weights = WEIGHTS_NAME, ADAPTER_NAME, ADAPTER_WEIGHTS
     directory = find_directory("policy", name, (CONFIG_NAME,), optional=weights, **hub)
     if not (directory / ADAPTER_NAME).is_file():
         find_directory("policy", directory, (WEIGHTS_NAME,))
+    read = [directory / name for name in (CONFIG_NAME, *weights)] + [*directory.glob(PROCESSORS)]
+    if unknown := sorted({path.name for path in read if path.is_file()} - check_manifest(directory)):
+        logging.warning(
+            f"{directory} has no hash of {', '.join(unknown)} (LeRobot's commands write none): checked are names, "
+            "shapes and finite numbers, not that the files are what was written"
+        )
+    check_processors(directory)
     return directory
 
 
 def load_config(directory: Path, cli_overrides: list[str] | None = None) -> HLRPSmolVLASharedConfig:
-    config = PreTrainedConfig.from_pretrained(directory, cli_overrides=cli_overrides or [])
+    path = directory / CONFIG_NAME
+    if not isinstance(kind := read_json(path).get("type"), str):
+        raise ValueError(f"{path} names no type of a policy, it has type {kind!r}")
+    try:
+        config = PreTrainedConfig.from_pretrained(directory, cli_overrides=cli_overrides or [])
+    except Exception as error:  # of many kinds: a field is unknown, or has a value of another type
+        raise ValueError(f"{path} does not describe a policy: {error.__cause__ or error}") from error
     if not isinstance(config, HLRPSmolVLASharedConfig):
         raise ValueError(f"{directory} holds a policy of type {config.type}, expected {POLICY_TYPE}")
     return config
@@ -110,9 +135,14 @@ def load_weights(directory: Path, core: CoreConfig) -> dict[str, Tensor]:
     """
     if (directory / ADAPTER_NAME).is_file():
         return _merge_adapter(directory, core)
-    found = load_file(directory / WEIGHTS_NAME)
-    with torch.device("meta"):
-        expected = SmolVLASharedCore(core).state_dict()
+    found = read_weights(directory / WEIGHTS_NAME)
+    if core is None:
+        raise ValueError(f"{directory / CONFIG_NAME} has no core, which describes the model: copy the directory again")
+    try:
+        with torch.device("meta"):
+            expected = SmolVLASharedCore(core).state_dict()
+    except Exception as error:  # of torch's and transformers' many kinds
+        raise ValueError(f"{directory / CONFIG_NAME} describes a model that cannot be built: {error}") from error
     check_weights(str(directory), {CORE_PREFIX + name: tensor for name, tensor in expected.items()}, found)
     return {name.removeprefix(CORE_PREFIX): tensor for name, tensor in found.items()}
 
@@ -122,7 +152,9 @@ def _merge_adapter(directory: Path, config: CoreConfig) -> dict[str, Tensor]:
         from peft import PeftModel
     except ImportError as error:
         raise ValueError(f"{directory} holds a PEFT adapter: pip install 'lerobot[peft]'") from error
-    base = json.loads((directory / ADAPTER_NAME).read_text())["base_model_name_or_path"]
+    base = read_json(directory / ADAPTER_NAME).get("base_model_name_or_path")
+    if not isinstance(base, str):
+        raise ValueError(f"{directory / ADAPTER_NAME} names no base: base_model_name_or_path is {base!r}")
     core = SmolVLASharedCore(config)
     core.load_state_dict(load_weights(find_policy(base), config))
     holder = nn.ModuleDict({CORE_PREFIX.rstrip("."): core})  # the adapter's names are those in the policy
@@ -161,7 +193,11 @@ def load_saved(name: str) -> SavedPolicy:
     directory = find_policy(name)
     config = load_config(directory)
     file = f"{keys.POLICY_PREPROCESSOR_DEFAULT_NAME}.json"
-    pipeline = PolicyProcessorPipeline.from_pretrained(directory, config_filename=file)
+    find_directory("policy", directory, (file,))
+    try:
+        pipeline = PolicyProcessorPipeline.from_pretrained(directory, config_filename=file)
+    except Exception as error:  # of many kinds: a step does not take its config
+        raise ValueError(f"{directory / file} cannot be built: {error}") from error
     rename, _, tokenize, _, normalize = pipeline.steps
     about = tokenize.tokenizer, normalize.stats, rename.rename_map, read_source(directory)
     return SavedPolicy(config, load_weights(directory, config.core), *about)

@@ -159,9 +159,14 @@ class HLRPSmolVLASharedPolicy(DescribedPolicy, PreTrainedPolicy):
         hub = {"force_download": force_download, "token": token, "cache_dir": cache_dir, "revision": revision}
         directory = find_policy(pretrained_name_or_path, **hub, local_files_only=local_files_only)
         config = config or load_config(directory, cli_overrides)
+        if config.use_peft and config.pretrained_path not in (None, Path(pretrained_name_or_path)):
+            # LeRobot loads an adapter's base, and builds the adapter's processors next.
+            hub["revision"] = config.pretrained_revision
+            find_policy(config.pretrained_path, **hub, local_files_only=local_files_only)
+        weights = load_weights(directory, config.core)  # before a model of the size that a file states takes memory
         kwargs = {name: value for name, value in kwargs.items() if name not in ("resume_download", "proxies")}
         policy = cls(config, **kwargs)
-        policy.model.load_state_dict(load_weights(directory, config.core))
+        policy.model.load_state_dict(weights)
         policy.source = read_source(directory)
         return policy.to(config.device).eval()
 

@@ -1,5 +1,6 @@
 """The processors around the LeRobot policy: names, tokens, device, normalisation; and back to the robot's units."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +18,9 @@ from lerobot.utils import constants as keys
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from smolvla_shared.files import read_weights
 from smolvla_shared.preprocess import TextTokenizer
+from smolvla_shared.refusals import read_json, shown
 from smolvla_shared.trunk_files import load_trunk_tokenizer, pack_tokenizer, unpack_tokenizer
 
 if TYPE_CHECKING:
@@ -31,9 +34,21 @@ STATISTICS = {
     NormalizationMode.QUANTILES: ("q01", "q99"),
     NormalizationMode.QUANTILE10: ("q10", "q90"),
 }
+TOKENIZER_STEP = "hlrp_smolvla_shared_tokenizer"
+# The registered names of a saved policy's steps; True: the step has a state, in a file.
+STEPS = {
+    keys.POLICY_PREPROCESSOR_DEFAULT_NAME: {
+        "rename_observations_processor": False,
+        "to_batch_processor": False,
+        TOKENIZER_STEP: True,
+        "device_processor": False,
+        "normalizer_processor": True,
+    },
+    keys.POLICY_POSTPROCESSOR_DEFAULT_NAME: {"unnormalizer_processor": True, "device_processor": False},
+}
 
 
-@ProcessorStepRegistry.register("hlrp_smolvla_shared_tokenizer")
+@ProcessorStepRegistry.register(TOKENIZER_STEP)
 class TokenizeTask(ObservationProcessorStep):
     """Task texts -> token ids and mask, as in training. The tokenizer is in the step's state: a saved policy loads
     offline.
@@ -108,3 +123,80 @@ def make_hlrp_smolvla_shared_pre_post_processors(
         ],
         output_steps=[steps.unnormalize, steps.to_cpu],
     )
+
+
+def read_steps(path: Path) -> list[dict[str, Any]]:
+    """The steps of a saved processor, {"registry_name", "config", "state_file" if it has one}; nothing of it is run.
+
+    LeRobot imports and calls what a step's `class` entry names, and reads a state file wherever it is. Raises
+    ValueError for a step that is not named in LeRobot's registry, and for a state outside of the directory.
+    """
+    steps = read_json(path).get("steps")
+    if not isinstance(steps, list) or not all(isinstance(step, dict) for step in steps):
+        raise ValueError(f"{path}: steps should be a list of objects, it is {shown(steps)}")
+    for step in steps:
+        if step.keys() - {"registry_name", "config", "state_file"} or not isinstance(step.get("registry_name"), str):
+            raise ValueError(f"{path}: a step should have a registry_name, config and state_file, it is {shown(step)}")
+        if not isinstance(step.get("config"), dict):
+            raise ValueError(f"{path}: the config of {step['registry_name']} should be an object, step {shown(step)}")
+        file = step.get("state_file")
+        if file is not None and (not isinstance(file, str) or Path(file).name != file):
+            raise ValueError(
+                f"{path}: the state file of {step['registry_name']} is {shown(file)}, not a file beside it"
+            )
+    return steps
+
+
+def check_processors(directory: Path) -> None:
+    """Check the processors of a policy's directory before LeRobot builds them. A directory may have none.
+
+    Raises ValueError for other steps than `make_hlrp_smolvla_shared_pre_post_processors` makes, in another order, for
+    a state that is missing, and for statistics that are missing, not finite or negative.
+    """
+    for name, expected in STEPS.items():
+        path = directory / f"{name}.json"
+        if not path.exists():
+            continue
+        steps = read_steps(path)
+        found = [(step["registry_name"], bool(step.get("state_file"))) for step in steps]
+        if found != [*expected.items()]:
+            raise ValueError(
+                f"{path} has the steps {found} (name, whether it has a state), expected {[*expected.items()]}: copy "
+                "the directory again"
+            )
+        for step in steps:
+            if file := step.get("state_file"):
+                _check_state(directory / file, step)
+
+
+def _check_state(path: Path, step: dict[str, Any]) -> None:
+    state = read_weights(path)
+    if step["registry_name"] == TOKENIZER_STEP:
+        if [*state] != ["tokenizer"] or state["tokenizer"].dtype != torch.uint8 or state["tokenizer"].ndim != 1:
+            raise ValueError(f"{path} should hold the bytes of a tokenizer, it holds {sorted(state)}")
+        try:
+            unpack_tokenizer(bytes(state["tokenizer"].numpy()).decode("utf-8"))
+        except Exception as error:  # of tokenizers' own kinds
+            raise ValueError(f"{path} holds no tokenizer ({error}): copy the file again") from error
+        return
+    norm_map, problems = step["config"].get("norm_map"), []
+    for kind, feature in (("STATE", keys.OBS_STATE), ("ACTION", keys.ACTION)):
+        mode = norm_map.get(kind) if isinstance(norm_map, dict) else None
+        if mode not in [known.value for known in STATISTICS]:
+            problems.append(f"norm_map gives {kind} {mode!r}")
+            continue
+        needed = {f"{feature}.{of}" for of in STATISTICS[NormalizationMode(mode)]}
+        if feature == keys.ACTION or any(name.startswith(f"{feature}.") for name in state):  # or there is no state
+            problems += [f"{name} is missing" for name in sorted(needed - state.keys())]
+        read = {name: state[name] for name in sorted(needed & state.keys())}
+        if len({values.shape for values in read.values()}) > 1 or any(values.ndim != 1 for values in read.values()):
+            problems.append(
+                f"{', '.join(f'{name} {[*values.shape]}' for name, values in read.items())} differ in width"
+            )
+        for name, values in read.items():  # LeRobot's also hold statistics that nothing reads, such as of images
+            if not (values.is_floating_point() and values.isfinite().all()):
+                problems.append(f"{name} is not finite numbers: {values.flatten()[:8].tolist()} {values.dtype}")
+            elif name.endswith(".std") and (values < 0).any():
+                problems.append(f"{name} is negative: {values.tolist()}")
+    if problems:
+        raise ValueError(f"{path} cannot normalise: {'; '.join(problems)}. Copy the file again")

@@ -7,7 +7,6 @@ Left out is what no action depends on: the trunk's final norm and output layer, 
 training and execution, and the masked padding of text and prefix (pad_language_to, prefix_length).
 """
 
-import json
 import re
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,14 +17,15 @@ import tyro
 from draccus.utils import DecodingError
 from lerobot.configs.policies import PreTrainedConfig
 from lerobot.utils import constants as keys
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from smolvla_shared.command import parse, run_command
 from smolvla_shared.config import CoreConfig
-from smolvla_shared.files import check_weights, find_directory, new_directory, public_state, write_weights
+from smolvla_shared.files import check_weights, find_directory, new_directory, public_state, read_weights, write_weights
 from smolvla_shared.lerobot_config import FEATURES, input_features, output_features
 from smolvla_shared.lerobot_files import CONFIG_NAME, WEIGHTS_NAME, SavedPolicy, load_saved, save_policy
+from smolvla_shared.lerobot_processor import read_steps
 from smolvla_shared.model import SmolVLASharedCore
 from smolvla_shared.preprocess import Statistics
 from smolvla_shared.trunk_files import load_trunk_config, load_trunk_tokenizer, pack_tokenizer, trunk_location
@@ -164,7 +164,7 @@ def load_checkpoint(name: str) -> Checkpoint:
         raise ValueError(f"{name} is a SmolVLA that has no counterpart here:\n  " + "\n  ".join(problems))
 
     # torch.compile puts _orig_mod into names.
-    tensors = {key.replace("._orig_mod", ""): t for key, t in load_file(directory / WEIGHTS_NAME).items()}
+    tensors = {key.replace("._orig_mod", ""): t for key, t in read_weights(directory / WEIGHTS_NAME).items()}
     buffers = {key for key in tensors if NORMALIZATION_BUFFER.match(key)}
     statistics |= {f"{WEIGHTS_NAME}: {key}": tensors[key] for key in buffers}
     try:
@@ -201,10 +201,10 @@ def _read_processors(directory: Path) -> tuple[dict[str, dict[str, Any]], dict[s
         path = directory / f"{processor}.json"
         if not path.is_file():
             continue
-        for step in json.loads(path.read_text())["steps"]:
+        for step in read_steps(path):
             steps[step["registry_name"]] = step["config"]
             if file := step.get("state_file"):
-                statistics |= {f"{file}: {key}": tensor for key, tensor in load_file(directory / file).items()}
+                statistics |= {f"{file}: {key}": tensor for key, tensor in read_weights(directory / file).items()}
     return steps, statistics
 
 
@@ -387,7 +387,7 @@ def export_smolvla(config: ExportConfig) -> None:
 
 
 def main() -> None:
-    config = tyro.cli(
+    config = parse(
         Annotated[ImportConfig, tyro.conf.subcommand("import")]
         | Annotated[ExportConfig, tyro.conf.subcommand("export")],
         prog="python -m smolvla_shared.lerobot_smolvla",
@@ -396,4 +396,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -1,11 +1,14 @@
 """Refusing what does not fit: both sides in the same words everywhere, and JSON read strictly into dataclasses."""
 
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import is_dataclass
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from smolvla_shared import ranges
 
 
 def refuse_differences(
@@ -46,7 +49,10 @@ def decode[T](cls: type[T], values: Any, where: str) -> T:
     ValueError that lists everything wrong, each with its place, or that the dataclass itself raises.
     """
     problems: list[str] = []
-    decoded = _decode(cls, values, "", problems)
+    try:
+        decoded = _decode(cls, values, "", problems)
+    except ValueError as error:  # of the dataclass itself
+        raise ValueError(f"{where}: {error}") from error
     if problems:
         raise ValueError(f"{where} does not hold what it should:\n  " + "\n  ".join(problems))
     return decoded
@@ -54,6 +60,11 @@ def decode[T](cls: type[T], values: Any, where: str) -> T:
 
 def _decode(kind: Any, value: Any, at: str, problems: list[str]) -> Any:
     origin, arguments = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        decoded, before = _decode(arguments[0], value, at, problems), len(problems)
+        if len(problems) == before and isinstance(decoded, int | float):
+            problems += [f"{at}: expected {text}" for text in ranges.out_of_range(kind, decoded)]
+        return decoded
     if is_dataclass(kind):
         return _decode_fields(kind, value, at, problems)
     if origin in (Union, UnionType):  # X | None
@@ -61,6 +72,8 @@ def _decode(kind: Any, value: Any, at: str, problems: list[str]) -> Any:
             return None
         (kind,) = (argument for argument in arguments if argument is not type(None))
         return _decode(kind, value, at, problems)
+    if kind is float and isinstance(value, float) and not math.isfinite(value):
+        problems.append(f"{at}: expected a number, found {value}")
     if origin is tuple and isinstance(value, list) and arguments[-1] is ...:
         return tuple(_decode(arguments[0], item, f"{at}[{index}]", problems) for index, item in enumerate(value))
     if origin is dict and isinstance(value, dict):
@@ -78,7 +91,7 @@ def _decode_fields(cls: Any, value: Any, at: str, problems: list[str]) -> Any:
     if not isinstance(value, dict):
         problems.append(f"{at or 'the whole'}: expected an object, found {shown(value)}")
         return None
-    hints, prefix, before = get_type_hints(cls), f"{at}." if at else "", len(problems)
+    hints, prefix, before = get_type_hints(cls, include_extras=True), f"{at}." if at else "", len(problems)
     problems += [f"{prefix}{name}: missing" for name in hints if name not in value]
     problems += [f"{prefix}{name}: unknown; there are {', '.join(hints)}" for name in value if name not in hints]
     fields = {

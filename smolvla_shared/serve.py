@@ -8,6 +8,7 @@ policy types. As there, whoever reaches the port can run code on the server: pas
 
 from typing import Any
 
+from smolvla_shared.command import run_command
 from smolvla_shared.lerobot_config import HLRPSmolVLASharedConfig, feature_names
 from smolvla_shared.refusals import refuse_differences
 
@@ -48,4 +49,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -14,8 +14,9 @@ import torch
 import tyro
 from torch import Tensor
 
-from smolvla_shared import data, data_loader, data_order, data_split
+from smolvla_shared import data, data_loader, data_order, data_split, ranges
 from smolvla_shared.batch import RawBatch
+from smolvla_shared.command import parse, run_command
 from smolvla_shared.config import OptimConfig, RunConfig
 from smolvla_shared.evaluate import reconstruction_errors
 from smolvla_shared.grounding import Grounding, GroundingConfig
@@ -49,9 +50,9 @@ FRESH = LAQConfig(
 @dataclass(frozen=True)
 class TeacherOptim(OptimConfig):
     # Peak learning rate of AdamW. Default: 3e-3 * 64 / --laq.dim, which is about 2e-4 at LAPA's width of 1024.
-    lr: float | None = None
+    lr: ranges.Positive | None = None
     # Steps of linear warm-up from 0.
-    warmup_steps: int | None = 50
+    warmup_steps: ranges.CountOrNone | None = 50
 
     def of_width(self, dim: int) -> "TeacherOptim":
         """These options, with the default learning rate if none is stated."""
@@ -72,13 +73,13 @@ class TeacherConfig(RunConfig):
     # A few labelled episodes to learn from beside the video.
     grounding: GroundingConfig = field(default_factory=GroundingConfig)
     # Steps between replacements of dead codes.
-    replace_every: int = 20
+    replace_every: ranges.Count = 20
     # A code is dead if it was used less than this share of the average code.
-    dead_below: float = 0.1
+    dead_below: ranges.Share = 0.1
     # No replacements in this last share of the run, so that the codes settle.
-    settle_share: float = 0.2
+    settle_share: ranges.Share = 0.2
     # Warn if a slot effectively uses fewer codes than this, mean over slots, three times in a row.
-    collapse_below: float = 1.5
+    collapse_below: ranges.NotNegative = 1.5
 
 
 def given_laq(config: TeacherConfig) -> LAQ | None:
@@ -187,7 +188,7 @@ def train_teacher(config: TeacherConfig) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    config = tyro.cli(
+    config = parse(
         Annotated[TeacherConfig, tyro.conf.subcommand("train")]
         | Annotated[LabelConfig, tyro.conf.subcommand("label")]
         | Annotated[CheckConfig, tyro.conf.subcommand("check")],
@@ -198,4 +199,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

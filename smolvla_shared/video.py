@@ -25,6 +25,7 @@ import av
 import tyro
 from tqdm import tqdm
 
+from smolvla_shared.command import parse, run_command
 from smolvla_shared.refusals import decode, read_json, refuse_differences
 from smolvla_shared.video_clips import ClipOptions, Part, attempt, convert, start_worker
 from smolvla_shared.video_source import IMAGES, VIDEOS, Look, fitted, look, stamp
@@ -310,7 +311,7 @@ def assemble(
 
 
 def main(arguments: list[str] | None = None) -> int:
-    config = tyro.cli(VideoConfig, prog="python -m smolvla_shared.video", args=arguments)
+    config = parse(VideoConfig, prog="python -m smolvla_shared.video", args=arguments)
     if config.root.exists():
         raise ValueError(f"--root {config.root} exists: remove it, or name another directory")
     tasks = task_texts(find_clips(config.clips), config)
@@ -330,4 +331,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(lambda: sys.exit(main()))

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "smolvla_shared"
 # A module imports only modules above it.
 ORDER = """
-    config batch preprocess flow losses refusals files cache run_processes run_signals
+    ranges refusals command config batch preprocess flow losses files cache run_processes run_signals
     video_source video_clips video_dataset video
     trunk trunk_files model model_parts laq_layers laq laq_codebook laq_files
     data_columns data_rows data data_split data_order label_probe data_loader data_blocks label_cache labels

@@ -32,7 +32,7 @@ from smolvla_shared.lerobot_files import save_policy
 from smolvla_shared.lerobot_policy import HLRPSmolVLASharedConfig, HLRPSmolVLASharedPolicy
 from smolvla_shared.trunk_files import load_trunk_tokenizer
 
-FILES = ["README.md", "config.json", "model.safetensors", "policy_postprocessor.json"]
+FILES = ["README.md", "config.json", "manifest.json", "model.safetensors", "policy_postprocessor.json"]
 FILES += ["policy_postprocessor_step_0_unnormalizer_processor.safetensors", "policy_preprocessor.json"]
 FILES += ["policy_preprocessor_step_2_hlrp_smolvla_shared_tokenizer.safetensors"]
 FILES += ["policy_preprocessor_step_4_normalizer_processor.safetensors", "source.json"]
@@ -304,7 +304,7 @@ def test_what_is_not_whole_is_not_uploaded(policy, artifact, tmp_path, fake_hub)
         run_hub("push", policy, "not/a/repository")
     weights = load_file(policy / "model.safetensors")
     save_file(weights | {"model.state_proj.bias": weights["model.state_proj.bias"] + 1}, policy / "model.safetensors")
-    with pytest.raises(ValueError, match=r"model.safetensors has sha256 .*, source.json beside it is about"):
+    with pytest.raises(ValueError, match=r"is not what was written: model.safetensors was changed"):
         run_hub("push", policy, "me/my_policy")
     shutil.copy(artifact, tmp_path / artifact.name)
     with pytest.raises(ValueError, match=r"json is missing beside it"):

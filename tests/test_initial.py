@@ -38,6 +38,7 @@ import train_stage3
 from smolvla_shared.artifact import ARTIFACT_NAME, load_artifact
 from smolvla_shared.batch import Batch, FlowTarget
 from smolvla_shared.config import DataConfig, ModelConfig, PolicyDataConfig
+from smolvla_shared.files import write_manifest
 from smolvla_shared.initial import InitialWeights, open_initial
 from smolvla_shared.labels import OnlineLabels
 from smolvla_shared.laq_files import load_laq
@@ -357,6 +358,7 @@ def test_cameras_that_observations_may_lack_are_not_asked_for(smolvla, tmp_path)
     save_ours(tmp_path / "ours")
     path = tmp_path / "ours" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"optional_cameras": [TOP]}))
+    write_manifest(path.parent, ["config.json"])
     assert open_from(tmp_path / "ours").data_options(DataConfig(repo_ids=("a",)), True).cameras == (WRIST,)
 
 

@@ -400,7 +400,7 @@ def test_what_a_user_can_get_wrong(laq_checkpoint, video_dataset, tmp_path, caps
             main([command, "--data.roots", "x", directory, "y"])
         assert exit_.value.code == 2
         assert "--laq-ckpt" in capsys.readouterr().err
-    with pytest.raises(ValueError, match="must be at least 2, got 1 and 500"):
+    with pytest.raises(ValueError, match="--pairs must be at least 2, got 1"):
         replace(config, pairs=1)
     with pytest.raises(ValueError, match=r"no such file; `python -m smolvla_shared.teacher check` writes it"):
         label_health.read_verdict(tmp_path / "label_health.json")

@@ -25,6 +25,7 @@ import train_stage3
 from smolvla_shared import lerobot_policy as ours
 from smolvla_shared.artifact import ARTIFACT_NAME, load_artifact
 from smolvla_shared.config import ModelConfig
+from smolvla_shared.files import write_manifest
 from smolvla_shared.lerobot_files import save_policy
 from smolvla_shared.lerobot_smolvla import (
     ExportConfig,
@@ -336,6 +337,7 @@ def copy(checkpoint: Path, directory: Path, weights: dict | None = None, config:
     save_file({key: tensor for key, tensor in tensors.items() if tensor is not None}, directory / "model.safetensors")
     fields = json.loads((directory / "config.json").read_text()) | (config or {})
     (directory / "config.json").write_text(json.dumps(fields))
+    (directory / "manifest.json").unlink(missing_ok=True)  # of a policy of ours
     return directory
 
 
@@ -549,6 +551,7 @@ def test_what_lerobot_cannot_express_is_not_exported(tmp_path, dims, message):
 def test_optional_cameras_are_exported_by_lerobots_names_only(imported, tmp_path):
     config = json.loads((copy_tree(imported, tmp_path / "ours") / "config.json").read_text())
     (tmp_path / "ours" / "config.json").write_text(json.dumps(config | {"optional_cameras": [WRIST]}))
+    write_manifest(tmp_path / "ours", ["config.json"])
     with pytest.raises(ValueError, match=rf"optional cameras of other names than .*: {WRIST}"):
         export_smolvla(ExportConfig(str(tmp_path / "ours"), tmp_path / "lerobot"))
 
@@ -559,6 +562,7 @@ def test_cameras_are_exported_in_the_models_order(imported, exported, tmp_path):
     config = json.loads(path.read_text())
     config["input_features"] = dict(reversed(config["input_features"].items()))
     path.write_text(json.dumps(config))
+    write_manifest(path.parent, ["config.json"])
     export_smolvla(ExportConfig(str(path.parent), tmp_path / "lerobot"))
     expected, found = (json.loads((d / "config.json").read_text()) for d in (exported, tmp_path / "lerobot"))
     assert list(found["input_features"].items()) == list(expected["input_features"].items())

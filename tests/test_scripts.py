@@ -437,8 +437,8 @@ def test_what_contradicts_the_artifact_is_refused(runs, tmp_path, labelled_datas
 @pytest.mark.slow
 def test_a_refused_command_fails_and_says_why_last(run, tmp_path, video_dataset):
     code, printed = run("train_stage3.py", "--data.roots", video_dataset, "--run-dir", tmp_path / "run")
-    assert code == 1
-    assert printed.splitlines()[-1].startswith("ValueError: ")
+    assert code == 2
+    assert printed.splitlines()[-1].startswith("error: ")
     assert "has no 'action' column" in printed.splitlines()[-1]
     assert not (tmp_path / "run").exists()
 

@@ -13,7 +13,7 @@ from helpers import lerobot_dataset
 
 from smolvla_shared import data, data_loader, data_order, data_rows, data_split
 from smolvla_shared.config import DataConfig
-from smolvla_shared.files import public_state
+from smolvla_shared.files import public_state, sealed
 from smolvla_shared.grounding import Grounding, GroundingConfig
 from smolvla_shared.label_check import unseen_rows
 from smolvla_shared.labels import OnlineLabels, latent_statistics
@@ -287,9 +287,10 @@ def test_the_teachers_own_pairs_are_the_default(run_dir, video_dataset, tmp_path
     """Frame gap and camera of its training; others only where they are asked for. LAPA's files have none."""
     path = run_dir / "checkpoints" / "last" / "pretrained_model" / "laq.safetensors"
     manifest = json.loads(path.with_suffix(".json").read_text())
+    manifest.pop("manifest_sha256")
     manifest["source"] |= {"frame_gap_s": 0.2, "label_camera": CAMERA}
     other = tmp_path / "laq.safetensors"
-    other.with_suffix(".json").write_text(json.dumps(manifest))
+    other.with_suffix(".json").write_text(sealed(manifest))
     other.touch()
     lapas = tmp_path / "laq_openx.pt"
     lapas.touch()

@@ -1,0 +1,249 @@
+"""Options that no command can mean are refused when they are parsed; docs/mistakes.md is the list of what is said.
+
+PYTHONPATH=. python tests/test_mistakes.py > docs/mistakes.md
+"""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import train_stage2
+import train_stage3
+from smolvla_shared.command import EXIT_MISTAKE, in_few_lines, is_mistake, parse
+from smolvla_shared.label_cache import LabelConfig
+from smolvla_shared.label_check import CheckConfig
+from smolvla_shared.teacher import TeacherConfig
+
+ROOT = Path(__file__).parent.parent
+DOCUMENT = ROOT / "docs" / "mistakes.md"
+TEACHER = "python -m smolvla_shared.teacher"
+DATA = "--data.roots video"
+# {command: (its options, what it needs, the mistakes)}
+COMMANDS: dict[str, tuple[Any, str, str]] = {
+    "train_stage2.py": (
+        train_stage2.Stage2Config,
+        f"--laq-ckpt laq.safetensors {DATA} --run-dir run",
+        """--steps 0
+        --batch-size 0
+        --accumulation-steps 0
+        --flow-draws 0
+        --seed -1
+        --save-every 0
+        --log-every 0
+        --eval-every 0
+        --eval-samples 0
+        --eval-samples -5
+        --keep -1
+        --val-fraction 1
+        --val-fraction -0.1
+        --val-fraction nan
+        --ema-decay nan
+        --ema-decay 1.0
+        --ema-decay 1.5
+        --ema-decay -0.5
+        --optim.lr 0
+        --optim.lr -1e-3
+        --optim.lr nan
+        --optim.lr inf
+        --optim.warmup-steps -1
+        --optim.final-lr-share -1
+        --optim.final-lr-share 2
+        --optim.betas 0.9 1
+        --optim.betas -0.1 0.95
+        --optim.weight-decay -1
+        --optim.max-grad-norm 1e-30
+        --optim.max-grad-norm nan
+        --data.num-workers -1
+        --data.frame-gap-s 0
+        --data.frame-gap-s -0.5
+        --data.frame-gap-s nan
+        --data.frame-gap-s inf
+        --data.random-shift 3
+        --data.random-shift -0.1
+        --data.feature-cache-gb -1
+        --data.feature-cache-gb 5
+        --data.feature-cache-dtype float32
+        --data.feature-cache features --data.random-shift 0.1
+        --data.cameras top top
+        --data.roots video video
+        --latent-horizon 0
+        --laq-code-seq-len 0
+        --laq-image-size -1
+        --labels cache
+        --label-cache labels
+        --latent-head codes --teacher-kind continuous
+        --accept-label-health
+        --model.preset tiny --model.name my/trunk""",
+    ),
+    "train_stage3.py": (
+        train_stage3.Stage3Config,
+        "--data.roots demos --run-dir run",
+        """--chunk-size 0
+        --chunk-size 5000 --n-action-steps 10
+        --n-action-steps 0
+        --n-action-steps 60
+        --latent-loss-weight -1
+        --latent-loss-weight nan
+        --latent-loss-weight 0.1
+        --video-share 0
+        --video-share 1
+        --video-share 0.3
+        --teacher-kind continuous
+        --laq-image-size 128
+        --accept-other-pairs
+        --data.label-camera top
+        --latent-head codes
+        --latent-horizon 2
+        --laq-ckpt laq.safetensors
+        --video-roots video
+        --decode-actions --laq-ckpt laq.safetensors
+        --stage2-artifact x.safetensors --init-from y""",
+    ),
+    f"{TEACHER} train": (
+        TeacherConfig,
+        f"{DATA} --run-dir run",
+        """--laq.dim 0
+        --laq.dim 1000000000
+        --laq.quant-dim 0
+        --laq.codebook-size 1
+        --laq.codebook-size 1000000000
+        --laq.spatial-depth -1
+        --laq.spatial-depth 0
+        --laq.spatial-depth 1000000000
+        --laq.temporal-depth -1
+        --laq.patch-size 0
+        --laq.image-size 60
+        --laq.heads 0
+        --laq.code-seq-len 5
+        --replace-every 0
+        --dead-below -1
+        --dead-below 50
+        --settle-share 5
+        --collapse-below nan
+        --collapse-below -1
+        --optim.warmup-steps -1
+        --grounding.share 0.5
+        --grounding.episodes 3
+        --grounding.roots demos --grounding.share 1
+        --grounding.roots demos --grounding.weight 0
+        --grounding.roots demos --grounding.episodes -1""",
+    ),
+    f"{TEACHER} label": (
+        LabelConfig,
+        f"--laq-ckpt laq.safetensors {DATA} --label-cache labels",
+        """--batch-size 0
+        --batch-size -3""",
+    ),
+    f"{TEACHER} check": (
+        CheckConfig,
+        f"--laq-ckpt laq.safetensors {DATA} --out check",
+        """--pairs 1
+        --detailed-pairs 0
+        --seed -1""",
+    ),
+}
+MISTAKES = [(command, mistake.strip()) for command, (_, _, of) in COMMANDS.items() for mistake in of.splitlines()]
+HEAD = """# Options that are refused
+
+What a command says, and does not run with, before it loads anything. Every line ends the command with exit code 2. The
+list is written by `tests/test_mistakes.py`, which tries every line. What is wrong with files and data is in
+[errors.md](errors.md).
+
+| command | options | message |
+|---|---|---|
+"""
+
+
+@lru_cache
+def message(command: str, mistake: str) -> str:
+    options, needed, _ = COMMANDS[command]
+    # What the mistake states takes the place of what is needed.
+    stated = {word for word in mistake.split() if word.startswith("--")}
+    groups = [f"--{group}" for group in needed.split("--") if group]
+    given = " ".join(group for group in groups if group.split()[0] not in stated)
+    with pytest.raises(ValueError) as refused:
+        parse(options, args=f"{given} {mistake}".split())
+    assert is_mistake(refused.value)
+    return in_few_lines(refused.value)
+
+
+def rows() -> Iterator[str]:
+    for command, mistake in MISTAKES:
+        said = message(command, mistake).removeprefix("error: ").replace("\n", " ").replace("|", "\\|")
+        yield f"| `{command}` | `{mistake}` | {said} |\n"
+
+
+def test_the_document_says_what_the_commands_say():
+    assert DOCUMENT.read_text().splitlines() == (HEAD + "".join(rows())).splitlines()
+    assert len(MISTAKES) >= 60
+
+
+@pytest.mark.parametrize(("command", "mistake"), MISTAKES)
+def test_a_message_names_the_option_and_fits_four_lines(command, mistake):
+    said = message(command, mistake)
+    names = [word.removeprefix("--").removeprefix("laq.") for word in mistake.split() if word.startswith("--")]
+    assert any(name in said or name.replace("-", "_") in said for name in names), said
+    assert said.startswith("error: ") and len(said.splitlines()) <= 4
+
+
+def test_what_is_no_number_or_no_option_is_tyros_to_say(capsys):
+    for words, expected in (["--steps", "many"], "invalid literal"), (["--stps", "3"], "Perhaps you meant"):
+        with pytest.raises(SystemExit) as stopped:
+            parse(train_stage2.Stage2Config, args=[*"--data.roots x --run-dir y --laq-ckpt z".split(), *words])
+        assert stopped.value.code == EXIT_MISTAKE and expected in capsys.readouterr().err
+
+
+SCRIPT = """
+import sys
+from smolvla_shared.command import run_command
+
+def deep():
+    {body}
+
+def main():
+    deep()
+
+run_command(main)
+"""
+
+
+@pytest.mark.parametrize(
+    ("body", "code", "last"),
+    [
+        ("raise ValueError('the file x is missing: copy it')", 2, "error: the file x is missing: copy it"),
+        ("raise ValueError('\\n'.join(map(str, range(9))))", 2, "8"),
+        ("int('many')", 1, "ValueError: invalid literal for int() with base 10: 'many'"),
+        ("[].index(3)", 1, "ValueError: 3 is not in list"),
+        ("raise KeyError('a bug')", 1, "KeyError: 'a bug'"),
+        ("raise OSError(28, 'No space left on device', 'run/x')", 2, None),
+        ("raise KeyboardInterrupt", 130, "stopped by Ctrl-C"),
+    ],
+)
+def test_a_mistake_ends_in_few_lines_and_a_bug_in_its_traceback(tmp_path, body, code, last):
+    (tmp_path / "script.py").write_text(SCRIPT.format(body=body))
+    done = subprocess.run(
+        [sys.executable, tmp_path / "script.py"], capture_output=True, text=True, env={"PYTHONPATH": str(ROOT)}
+    )
+    lines = done.stderr.splitlines()
+    assert (done.returncode, lines[-1]) == (code, last or "error: [Errno 28] No space left on device: 'run/x'")
+    assert ("Traceback" in done.stderr) == (code == 1) and (code == 1 or len(lines) <= 4)
+
+
+def test_options_are_refused_before_torch_is_imported():
+    code = "import sys, train_stage2\ntry: train_stage2.run_command(train_stage2.main, train_stage2.Stage2Config)\n"
+    code += "except SystemExit as stop: sys.exit(10 * stop.code + ('torch' in sys.modules))"
+    words = "--data.roots x --run-dir y --laq-ckpt z --ema-decay nan".split()
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words], capture_output=True, text=True, cwd=ROOT, env={"PYTHONPATH": str(ROOT)}
+    )
+    said = "error: --ema-decay must be at least 0 and below 1 and finite, got nan\n"
+    assert (done.returncode, done.stderr) == (20, said)
+
+
+if __name__ == "__main__":
+    print(HEAD + "".join(rows()), end="")
