@@ -83,7 +83,8 @@ def write_sealed(path: Path, name: str, values: Tensor, about: Any) -> None:
     """Write a tensor to a .safetensors file of a cache, with hashes of it and of `about`: JSON, what it is for."""
     values = values.detach().cpu().contiguous()
     hashed = hashlib.sha256(values.flatten().view(torch.uint8).numpy()).hexdigest()
-    write_weights(path, {name: values}, {"about": _about(about, name, values), "sha256": hashed})
+    # One entry: safetensors writes several in any order, and equal contents should be equal files.
+    write_weights(path, {name: values}, {"sealed": f"{_about(about, name, values)} {hashed}"})
 
 
 def read_sealed(path: str, name: str, about: Any, with_values: bool = True) -> Tensor:
@@ -93,12 +94,12 @@ def read_sealed(path: str, name: str, about: Any, with_values: bool = True) -> T
     """
     tensors = read_mapped(path)
     with safe_open(path, "pt") as file:
-        written = file.metadata() or {}
+        about_written, _, values_written = (file.metadata() or {}).get("sealed", "").partition(" ")
     if [*tensors] != [name]:
         raise ValueError(f"{path} holds {sorted(tensors)[:8]}, expected only {name!r}: {FILL_AGAIN}")
-    if written.get("about") != _about(about, name, tensors[name]):
+    if about_written != _about(about, name, tensors[name]):
         raise ValueError(f"{path} was made for another teacher, dataset, place or shape than the cache: {FILL_AGAIN}")
-    if with_values and written.get("sha256") != _values_sha256(path):
+    if with_values and values_written != _values_sha256(path):
         raise ValueError(f"{path} is damaged (its values are not those that were written): {FILL_AGAIN}")
     return tensors[name]
 

@@ -155,8 +155,12 @@ def last_checkpoint(run_dir: Path) -> Path | None:
     If that checkpoint is damaged, raises ValueError with the name of the newest whole one.
     """
     last = run_dir / "checkpoints" / "last"
-    if not last.is_symlink() and not numbered(run_dir):
-        return None
+    if not last.is_symlink():
+        match numbered(run_dir):
+            case []:
+                return None
+            case [first] if not damage(first):  # the process was killed before it could name its first checkpoint
+                return first.resolve()
     found = last.parent / last.readlink() if last.is_symlink() else last
     problems = damage(found)
     if not problems:

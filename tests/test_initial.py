@@ -38,7 +38,7 @@ import train_stage3
 from smolvla_shared.artifact import ARTIFACT_NAME, load_artifact
 from smolvla_shared.batch import Batch, FlowTarget
 from smolvla_shared.config import DataConfig, ModelConfig, PolicyDataConfig
-from smolvla_shared.files import write_manifest
+from smolvla_shared.files import MANIFEST_NAME, write_manifest
 from smolvla_shared.initial import InitialWeights, open_initial
 from smolvla_shared.labels import OnlineLabels
 from smolvla_shared.laq_files import load_laq
@@ -707,6 +707,7 @@ def test_stages_start_from_a_policy_of_ours(tmp_path, video_dataset, labelled_da
     assert len(normalizers) == 2
     for name in normalizers:  # other statistics than those of the same data
         save_file({key: tensor * 2 for key, tensor in load_file(policy / name).items()}, policy / name)
+    (policy / MANIFEST_NAME).unlink()  # it says that they were edited
 
     run_stage(train_stage3, tmp_path / "s3", *labelled, "--init-from", policy, "--normalization", "artifact")
     run_stage(

@@ -194,6 +194,17 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_it_offered(tmp_path, wh
     assert [line["step"] for line in metrics_of(config.run_dir)] == [1, 2, 3, 4, 5, 6]
 
 
+def test_a_kill_before_the_first_checkpoint_is_named_loses_nothing(tmp_path):
+    """SIGKILL between the renames of save_checkpoint: the checkpoint is whole, `last` is not there yet."""
+    config = make_config(tmp_path / "run", steps=2, save_every=2)
+    train_points(config)
+    (config.run_dir / "checkpoints" / "last").unlink()
+    assert last_checkpoint(config.run_dir) == config.run_dir / "checkpoints" / "000002"
+    os.truncate(config.run_dir / "checkpoints" / "000002" / "training_state" / "state.pt", 10)
+    with pytest.raises(ValueError, match="is damaged"):
+        last_checkpoint(config.run_dir)
+
+
 def test_where_no_checkpoint_is_whole_nothing_is_offered(tmp_path):
     config = make_config(tmp_path / "run", steps=2, save_every=2)
     train_points(config)
