@@ -275,12 +275,12 @@ def test_stage_2_heeds_the_verdict(server, tmp_path, laq_checkpoint, video_datas
     train = ["train_stage2.py", "--steps", "1", "--batch-size", "2", "--data.num-workers", "0", "--eval-samples", "2"]
     train += ["--model.preset", "tiny", "--laq-ckpt", laq_checkpoint, "--data.roots", video_dataset]
     train += ["--run-dir", tmp_path / "run", "--label-health", report]
-    assert Forked(server, train, tmp_path / "refused.txt").wait() == 1
+    assert Forked(server, train, tmp_path / "refused.txt").wait() == 2
     refused = (tmp_path / "refused.txt").read_text()
     assert "these labels failed the check" in refused
     assert "the latents tell nothing about the second frame" in refused
     assert not (tmp_path / "run").exists()
-    assert Forked(server, [*train, "--data.frame-gap-s", "0.25"], tmp_path / "other.txt").wait() == 1
+    assert Forked(server, [*train, "--data.frame-gap-s", "0.25"], tmp_path / "other.txt").wait() == 2
     assert "--data.frame-gap-s: this run 0.25, label_health.json 0.5" in (tmp_path / "other.txt").read_text()
     accepted = Forked(server, [*train, "--accept-label-health"], tmp_path / "accepted.txt")
     assert accepted.wait() == 0, accepted.output.read_text()

@@ -153,10 +153,10 @@ def test_a_full_disk_stops_the_command_and_leaves_the_last_checkpoint(server, co
         child.wait_for((disk / "teacher" / "checkpoints" / "last").exists)
         room = shutil.disk_usage(disk).free - 100_000
         (disk / "other").write_bytes(bytes(room))
-        assert child.wait() == 1, output.read_text()
+        assert child.wait() == 2, output.read_text()
         last = (disk / "teacher" / "checkpoints" / "last").readlink().name
         error = output.read_text().splitlines()[-1]
-        assert re.search(rf"^OSError: the checkpoint of step \d+ could not be .* {last} is still the last one", error)
+        assert re.search(rf"^error: the checkpoint of step \d+ could not be .* {last} is still the last one", error)
         assert {p.name for p in (disk / "teacher" / "checkpoints").iterdir() if not p.name.isdigit()} == {"last"}
         (disk / "other").unlink()
         assert Forked(server, [*command, "--resume"], output).wait() == 0

@@ -279,9 +279,9 @@ def test_a_killed_rollout_goes_on_where_it_was(server, pusht_path, tmp_path):
     with log.open("a") as file:
         file.write('{"task": "PushT-v0", "seed": ')  # as if it had been killed while it wrote
 
-    assert run_forked(server, command, printed)[0] == 1  # the directory is there
+    assert run_forked(server, command, printed)[0] == 2  # the directory is there
     code, message = run_forked(server, [*command, "--resume", "--n-action-steps", "2"], printed)
-    assert code == 1 and "n_action_steps: command line 2, there 4" in message
+    assert code == 2 and "n_action_steps: command line 2, there 4" in message
     code, message = run_forked(server, [*command, "--resume"], printed)
     assert code == 0, message
     assert f"/{8 - there} " in message  # the progress bar counts what was missing
@@ -313,7 +313,7 @@ def test_a_sweep_is_compared_with_another_rollout(server, pusht_path, tmp_path):
         ("--resume",): "there is no rollout at",
     }.items():
         code, message = run_forked(server, pusht_command(pusht_path, tmp_path / "c", *wrong), printed)
-        assert code == 1 and said in message, message
+        assert code == 2 and said in message, message
         assert not (tmp_path / "c").exists()
 
 
@@ -345,5 +345,5 @@ def test_a_directory_without_a_policy_is_refused(server, tmp_path):
     empty = tmp_path / "empty"
     empty.mkdir()
     code, printed = run_forked(server, ["rollout.py", "--policy-path", empty], tmp_path / "printed.txt")
-    assert code == 1
+    assert code == 2
     assert f"{empty} holds no policy: config.json is missing (found: [])" in printed
