@@ -79,11 +79,9 @@ class Stage3Config(StageOptions, RunConfig):
             raise ValueError("--decode-actions decodes the actions of video: pass --video-roots or --video-repo-ids")
 
         ranges.refuse_without(self, self.has_video, "--video-roots or --video-repo-ids", "video_share")
-        unread = "teacher_kind laq_code_seq_len laq_image_size accept_other_pairs"
-        ranges.refuse_without(self, self.needs_labels, "--latent-loss-weight or --decode-actions", unread)
-        ranges.refuse_without(
-            self.data, self.needs_labels, "--latent-loss-weight or --decode-actions", "label_camera", "--data."
-        )
+        reads, teacher = "--latent-loss-weight or --decode-actions", "teacher_kind laq_code_seq_len laq_image_size"
+        ranges.refuse_without(self, self.needs_labels, reads, f"{teacher} accept_other_pairs")
+        ranges.refuse_without(self.data, self.needs_labels, reads, "label_camera", "--data.")
 
     @property
     def has_video(self) -> bool:

@@ -72,7 +72,8 @@ def read_policy(directory: Path) -> Any:
     saved = load_saved(str(directory))
     config = asdict(replace(saved.config, pretrained_path=None))
     about = config, pack_tokenizer(saved.tokenizer), saved.rename_map, saved.source
-    return *map(str, about), saved.weights, {key: dict(value) for key, value in saved.stats.items()}
+    stats = {key: {of: torch.as_tensor(value) for of, value in stats.items()} for key, stats in saved.stats.items()}
+    return *map(str, about), saved.weights, stats
 
 
 def write_labels(directory: Path) -> None:
