@@ -22,7 +22,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from smolvla_shared import cache, run_checkpoint
-from smolvla_shared.artifact import Latents, Origin, load_artifact, save_artifact
+from smolvla_shared.artifact import ARTIFACT_NAME, Latents, Origin, load_artifact, save_artifact
 from smolvla_shared.cache import RowCache
 from smolvla_shared.files import MANIFEST_NAME, sealed
 from smolvla_shared.label_cache import CachedLabels, LabelKey, cached_key, write_codebook
@@ -57,8 +57,7 @@ def write_artifact(directory: Path) -> None:
 
 
 def read_artifact(directory: Path) -> Any:
-    (path,) = directory.glob("*.safetensors")
-    artifact = load_artifact(path)
+    artifact = load_artifact(directory / f"{ARTIFACT_NAME}.safetensors")
     return asdict(artifact.manifest), artifact.state_dict, pack_tokenizer(artifact.tokenizer)
 
 
