@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from smolvla_shared import ranges
 from smolvla_shared.command import run_command
 
 if TYPE_CHECKING:
@@ -34,17 +35,17 @@ class RolloutConfig:
     # The environment.
     env: EnvironmentConfig = field(default_factory=EnvironmentConfig)
     # Episodes to run of each task; with 50 the 95% interval is at most 27 points wide.
-    episodes: int = 50
+    episodes: ranges.Count = 50
     # Environments that run side by side, in a process each; the results do not depend on it.
-    num_envs: int = 2
+    num_envs: ranges.Count = 2
     # Seed of the first episode; episode i uses seed + i for object positions and the policy's noise.
-    seed: int = 0
+    seed: ranges.Seed = 0
     # Environment steps after which an episode counts as failed.
-    max_steps: int = 500
+    max_steps: ranges.Count = 500
     # Actions executed of each chunk before the next chunk is predicted. Default: the value saved with the policy.
-    n_action_steps: int | None = None
+    n_action_steps: ranges.Count | None = None
     # Euler steps that generate a chunk. Default: the value saved with the policy.
-    flow_steps: int | None = None
+    flow_steps: ranges.Count | None = None
     # Roll out once for each value of one of the two: n_action_steps=1,5,10 or flow_steps=1,2,5,10.
     sweep: str | None = None
     # results.json of another rollout, to compare with on equal initial states.
@@ -58,15 +59,15 @@ class RolloutConfig:
     # Device that the policy runs on. Default: cuda if there is a GPU, else cpu.
     device: str | None = None
 
+    def __post_init__(self):
+        ranges.check(self, "--")
+
 
 def check_options(config: RolloutConfig) -> Path:
     """The directory to write. Raises ValueError for what can be told before anything is loaded."""
     if not (config.policy_path / "config.json").is_file():
         found = sorted(p.name for p in config.policy_path.iterdir()) if config.policy_path.is_dir() else "no directory"
         raise ValueError(f"--policy-path {config.policy_path} holds no policy: config.json is missing (found: {found})")
-    for option in ("episodes", "num_envs", "max_steps"):
-        if getattr(config, option) < 1:
-            raise ValueError(f"--{option.replace('_', '-')} {getattr(config, option)}: must be at least 1")
     more = f"_and_{len(config.env.task) - 1}_more" if len(config.env.task) > 1 else ""
     name = f"rollout_{config.env.task[0] if config.env.task else config.env.type}{more}_seed{config.seed}"
     out = config.out or config.policy_path.parent / name

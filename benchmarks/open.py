@@ -26,7 +26,7 @@ import tyro
 from lerobot.configs.video import RGBEncoderConfig
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
-from smolvla_shared import data, data_order
+from smolvla_shared import data, data_order, data_rows, data_split
 from smolvla_shared.config import DataConfig
 
 CAMERAS = ("observation.images.top", "observation.images.wrist")
@@ -111,8 +111,8 @@ def multiply(one: Path, root: Path, episodes: int) -> None:
 def open_ours(root: Path) -> int:
     """As a run opens it: the dataset and the samples of a step. Returns the bytes that a loader worker gets."""
     datasets = data.open_datasets(DataConfig(roots=(root,)))
-    training, _ = data_order.split_datasets(datasets, 0.05, seed=0)
-    (keys,) = data_order.StepSampler(data_order.group_rows(training), 0, STEP_SAMPLES, 10**5, 10**5 + 1)
+    training, _ = data_split.split_datasets(datasets, 0.05, seed=0)
+    (keys,) = data_order.StepSampler(data_rows.group_rows(training), 0, STEP_SAMPLES, 10**5, 10**5 + 1)
     for key in keys:
         datasets[0].task(key.row), datasets[0].frames[data.ACTION_KEY][key.row]
     return len(pickle.dumps(datasets))

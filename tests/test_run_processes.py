@@ -16,7 +16,7 @@ from accelerate.state import AcceleratorState
 from forked import run_forked
 from helpers import Regression, make_accelerator, make_config, passes
 
-from smolvla_shared import data, data_blocks, data_loader, data_order, run, run_processes
+from smolvla_shared import data, data_blocks, data_loader, data_rows, run, run_processes
 from smolvla_shared.cache import RowCache
 from smolvla_shared.config import DataConfig
 from smolvla_shared.run_processes import TIMEOUT, describe_precision, stated_precision
@@ -130,7 +130,7 @@ def test_workers_that_would_fill_the_shared_memory_are_refused(monkeypatch, vide
         run_processes.check_shared_memory(loader)
     free = 0
     run_processes.check_shared_memory(run_processes.make_worker_loader(blocks, num_workers=0))
-    groups = data_order.group_rows([(0, np.arange(20))])
+    groups = data_rows.group_rows([(0, dataset.rows(0, 20))])
     spec = data_loader.SampleSpec(("observation.image",))
     config = make_config(tmp_path / "run", data=DataConfig(roots=("x",), num_workers=1))
     with pytest.raises(ValueError, match=r"--data\.num-workers 0"):

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from forked import Forked, run_forked
 from helpers import names_in
+from lerobot.datasets.dataset_metadata import LeRobotDatasetMetadata
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from PIL import Image
 from tqdm import tqdm
@@ -180,7 +181,7 @@ def test_the_dataset_is_one_without_actions(converted):
     rows = [int(dataset.episode_to[4]) - 1, 0, int(dataset.episode_from[7])]
     for frame, expected in zip(dataset.read_frames(CAMERA, rows), [pictures(converted)[row] for row in rows]):
         assert np.abs(frame.permute(1, 2, 0).numpy().astype(int) - expected).max() <= 1
-    stats = dataset.meta.stats[CAMERA]
+    stats = LeRobotDatasetMetadata(converted.name, root=converted).stats[CAMERA]
     assert stats["mean"].shape == (3, 1, 1)
     every = np.concatenate([picture.reshape(-1, 3) for picture in pictures(converted)]) / 255
     assert np.abs(stats["mean"].ravel() - every.mean(axis=0)).max() < 0.05

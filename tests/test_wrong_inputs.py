@@ -22,7 +22,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from smolvla_shared import cache, run_checkpoint
-from smolvla_shared.artifact import Latents, Origin, load_artifact, save_artifact
+from smolvla_shared.artifact import ARTIFACT_NAME, Latents, Origin, load_artifact, save_artifact
 from smolvla_shared.cache import RowCache
 from smolvla_shared.files import MANIFEST_NAME, sealed
 from smolvla_shared.label_cache import CachedLabels, LabelKey, cached_key, write_codebook
@@ -30,8 +30,8 @@ from smolvla_shared.label_health import Verdict, read_verdict, write_report
 from smolvla_shared.laq_files import load_laq, teachers_source
 from smolvla_shared.lerobot_files import load_saved, save_policy
 from smolvla_shared.lerobot_policy import HLRPSmolVLASharedPolicy
-from smolvla_shared.preprocess import Statistics, pack_tokenizer
-from smolvla_shared.trunk_files import load_trunk_tokenizer
+from smolvla_shared.preprocess import Statistics
+from smolvla_shared.trunk_files import load_trunk_tokenizer, pack_tokenizer
 
 MUTATIONS = int(os.environ.get("MUTATIONS", 500))
 ROWS = 50
@@ -57,8 +57,7 @@ def write_artifact(directory: Path) -> None:
 
 
 def read_artifact(directory: Path) -> Any:
-    (path,) = directory.glob("*.safetensors")
-    artifact = load_artifact(path)
+    artifact = load_artifact(directory / f"{ARTIFACT_NAME}.safetensors")
     return asdict(artifact.manifest), artifact.state_dict, pack_tokenizer(artifact.tokenizer)
 
 
@@ -72,7 +71,8 @@ def read_policy(directory: Path) -> Any:
     saved = load_saved(str(directory))
     config = asdict(replace(saved.config, pretrained_path=None))
     about = config, pack_tokenizer(saved.tokenizer), saved.rename_map, saved.source
-    return *map(str, about), saved.weights, {key: dict(value) for key, value in saved.stats.items()}
+    stats = {key: {of: torch.as_tensor(value) for of, value in stats.items()} for key, stats in saved.stats.items()}
+    return *map(str, about), saved.weights, stats
 
 
 def write_labels(directory: Path) -> None:
