@@ -40,7 +40,7 @@ class Prefix:
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The type of matrix products with x: autocast's where it is on."""
     device = x.device.type
-    is_on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    is_on = not x.is_meta and torch.is_autocast_enabled(device)  # which knows no meta device
     return torch.get_autocast_dtype(device) if is_on else x.dtype
 
 
