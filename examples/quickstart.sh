@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The whole way once, on a CPU: record video and a few demonstrations in Meta-World, train a teacher on the video,
 # train the core on the teacher's latent actions, fine-tune on the demonstrations, and let the policy act.
-# These are the commands for your own data, too, with smaller sizes. 9 minutes on two idle cores.
+# These are the commands for your own data, too, with smaller sizes. 11 minutes on two idle cores.
 #
 #   examples/quickstart.sh              # runs/quickstart, seed 0
 #   SEED=1 RUN=runs/seed1 examples/quickstart.sh
