@@ -87,7 +87,7 @@ def fill_cache(
     offsets = (0, dataset.gap) if pairs else (0,)
     blocks = FrameBlocks(dataset, camera, [block for _, parts in plan for block in parts], offsets)
     loader = make_worker_loader(blocks, num_workers)
-    if plan:
+    if any(parts for _, parts in plan):  # shards may be missing that have no pair at all
         check_shared_memory(loader)
     accelerator.wait_for_everyone()  # no worker takes memory while a process still checks how much is free
     batches = iter(loader)
