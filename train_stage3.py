@@ -47,7 +47,7 @@ class Stage3Config(StageOptions, RunConfig):
     # Share of each batch that is read from them.
     video_share: ranges.ShareOfSome = 0.5
     # Train the action head on video, too: its latent actions are decoded into actions by a linear map that is fitted to
-    # the demonstrations. Of a chunk, --latent-horizon x --data.frame-gap-s seconds are decoded.
+    # the demonstrations. Of a chunk, (--latent-horizon - 1) x --data.frame-gap-s seconds are decoded.
     decode_actions: bool = False
 
     def __post_init__(self):

@@ -128,16 +128,16 @@ def load_config(directory: Path, cli_overrides: list[str] | None = None) -> HLRP
     return config
 
 
-def load_weights(directory: Path, core: CoreConfig) -> dict[str, Tensor]:
+def load_weights(directory: Path, core: CoreConfig | None) -> dict[str, Tensor]:
     """The weights of a saved policy, for a core of this config; an adapter is merged into its base.
 
     Raises ValueError unless they are exactly that core's.
     """
+    if core is None:
+        raise ValueError(f"{directory / CONFIG_NAME} has no core, which describes the model: copy the directory again")
     if (directory / ADAPTER_NAME).is_file():
         return _merge_adapter(directory, core)
     found = read_weights(directory / WEIGHTS_NAME)
-    if core is None:
-        raise ValueError(f"{directory / CONFIG_NAME} has no core, which describes the model: copy the directory again")
     try:
         with torch.device("meta"):
             expected = SmolVLASharedCore(core).state_dict()
