@@ -190,6 +190,17 @@ class RobotDataset:
         return (third, first, second) if channels_last else (first, second, third)
 
 
+def vector_names(feature: dict[str, Any]) -> tuple[str, ...] | None:
+    """The names of a vector feature's dimensions. A dataset gives a list, lists in groups, or indices by name; None: it
+    has none, or not one for each.
+    """
+    names = feature.get("names") or []
+    if isinstance(names, dict):
+        groups = [group if isinstance(group, list) else [name] for name, group in names.items()]
+        names = [name for group in groups for name in group]
+    return tuple(names) if len(names) == feature["shape"][0] else None
+
+
 def video_decoder() -> str:
     """The distribution that LeRobot decodes videos with on this machine."""
     return {"torchcodec": "torchcodec", "pyav": "av"}[get_safe_default_video_backend()]

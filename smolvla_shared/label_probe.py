@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from smolvla_shared.data import ACTION_KEY, EXECUTED_ACTION_KEY, STATE_KEY, RobotDataset
+from smolvla_shared.data import ACTION_KEY, EXECUTED_ACTION_KEY, STATE_KEY, RobotDataset, vector_names
 
 # How the actions over a gap become one vector. sum: of velocities or deltas. change: of absolute positions.
 ActionMode = Literal["sum", "change"]
@@ -39,9 +39,7 @@ def column(dataset: RobotDataset, key: str) -> Tensor:
 
 def dimension_names(dataset: RobotDataset, key: str) -> tuple[str, ...]:
     """Names of a vector feature's dimensions; their numbers if the dataset has no names."""
-    names = dataset.features[key].get("names")
-    names = next(iter(names.values())) if isinstance(names, dict) else names
-    return tuple(names) if names else tuple(map(str, range(dataset.vector_dim(key))))
+    return vector_names(dataset.features[key]) or tuple(map(str, range(dataset.vector_dim(key))))
 
 
 def over_gap(values: Tensor, rows: Tensor, gap: int, mode: ActionMode) -> Tensor:  # [N, A], [n] -> [n, A]

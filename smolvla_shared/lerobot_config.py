@@ -12,6 +12,7 @@ from lerobot.utils import constants as keys
 from lerobot.utils.feature_utils import dataset_to_policy_features
 
 from smolvla_shared.config import ACTION, PRESETS, WARMUP_STEPS, CoreConfig, ModelConfig, OptimConfig, RunConfig
+from smolvla_shared.data import vector_names
 
 FEATURES = {"state": keys.OBS_STATE, ACTION: keys.ACTION}  # LeRobot's feature of each statistics' name
 OPTIM = OptimConfig()
@@ -32,16 +33,7 @@ def output_features(core: CoreConfig) -> dict[str, PolicyFeature]:
 
 def feature_names(features: dict[str, dict[str, Any]]) -> dict[str, tuple[str, ...] | None]:
     """The names of the dimensions of "state" and "action" in a dataset with these features; None: it has none."""
-    return {name: _names(features[key]) for name, key in FEATURES.items() if key in features}
-
-
-def _names(feature: dict[str, Any]) -> tuple[str, ...] | None:
-    """A dataset names dimensions by a list, by lists in groups, or by their indices."""
-    names = feature.get("names") or []
-    if isinstance(names, dict):
-        groups = [group if isinstance(group, list) else [name] for name, group in names.items()]
-        names = [name for group in groups for name in group]
-    return tuple(names) if len(names) == feature["shape"][0] else None
+    return {name: vector_names(features[key]) for name, key in FEATURES.items() if key in features}
 
 
 @PreTrainedConfig.register_subclass("hlrp_smolvla_shared")
