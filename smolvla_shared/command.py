@@ -28,6 +28,7 @@ def run_command(main: Callable[..., None], options: Any = None) -> None:
     """
     try:
         main(parse(options)) if options else main()
+        leave_processes()
     except KeyboardInterrupt:
         print("stopped by Ctrl-C", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)
@@ -36,6 +37,15 @@ def run_command(main: Callable[..., None], options: Any = None) -> None:
             raise
         print(in_few_lines(error), file=sys.stderr)
         sys.exit(EXIT_MISTAKE)
+
+
+def leave_processes() -> None:
+    """Leave the other processes of the run, if there are any: a process that ends while the threads of its process
+    group still run is aborted, now and then, and the launcher takes its finished run for a failed one.
+    """
+    distributed = sys.modules.get("torch.distributed")  # importing it here would cost every command a second
+    if distributed and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def parse(options: Any, **more: Any) -> Any:

@@ -49,12 +49,13 @@ def test_two_nodes_find_each_other(tmp_path):
     """multinode.yaml as its comment says, each launcher for a node of this machine."""
     script = tmp_path / "script.py"
     script.write_text(
-        "import torch\nfrom accelerate import Accelerator\na = Accelerator(mixed_precision='no')\n"
-        "print('found', a.num_processes, a.process_index, a.reduce(torch.ones(1), 'sum').item())\n"
+        "import torch\nfrom smolvla_shared.command import run_command\n"
+        "from smolvla_shared.run_processes import make_accelerator\ndef main():\n    a = make_accelerator()\n"
+        "    print('found', a.num_processes, a.process_index, a.reduce(torch.ones(1), 'sum').item())\nrun_command(main)\n"
     )
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--config-file", str(CONFIGS / "multinode.yaml")]
     launch += ["--num_processes", "2", "--main_process_ip", "127.0.0.1", "--main_process_port", "29637"]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
     nodes = [
         subprocess.Popen(
             [*launch, "--machine_rank", str(rank), script], stdout=subprocess.PIPE, text=True, env=environment
@@ -63,6 +64,7 @@ def test_two_nodes_find_each_other(tmp_path):
     ]
     found = [node.communicate(timeout=120)[0] for node in nodes]
     assert found == [f"found 2 {rank} 2.0\n" for rank in range(2)]
+    assert [node.wait() for node in nodes] == [0, 0]
 
 
 # --- SLURM ------------------------------------------------------------------------------------------------------------
