@@ -27,6 +27,7 @@ from torch.distributed.tensor import DTensor
 
 from smolvla_shared import run
 from smolvla_shared.batch import Batch
+from smolvla_shared.command import leave_processes
 from smolvla_shared.model import SmolVLASharedCore
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -150,6 +151,7 @@ def main(config: str, notes_dir: Path, jobs: dict[str, list[str]]) -> None:
         (notes_dir / f"{name}{rank}.json").write_text(json.dumps(notes.take()))
         torch.distributed.barrier()  # the next job reads what the first process has written
         AcceleratorState._reset_state()
+    leave_processes()
 
 
 if __name__ == "__main__":
