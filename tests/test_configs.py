@@ -51,7 +51,8 @@ def test_two_nodes_find_each_other(tmp_path):
     script.write_text(
         "import torch\nfrom smolvla_shared.command import run_command\n"
         "from smolvla_shared.run_processes import make_accelerator\ndef main():\n    a = make_accelerator()\n"
-        "    print('found', a.num_processes, a.process_index, a.reduce(torch.ones(1), 'sum').item())\nrun_command(main)\n"
+        "    print('found', a.num_processes, a.process_index, a.reduce(torch.ones(1), 'sum').item())\n"
+        "run_command(main)\n"
     )
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--config-file", str(CONFIGS / "multinode.yaml")]
     launch += ["--num_processes", "2", "--main_process_ip", "127.0.0.1", "--main_process_port", "29637"]
