@@ -16,7 +16,7 @@ import av
 import numpy as np
 import pytest
 from forked import Forked, run_forked
-from helpers import names_in
+from helpers import bars, names_in, read_bars
 from lerobot.datasets.dataset_metadata import LeRobotDatasetMetadata
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from PIL import Image
@@ -27,26 +27,7 @@ from smolvla_shared.config import DataConfig
 from smolvla_shared.video_clips import ClipOptions, attempt, convert, cut_episodes
 from smolvla_shared.video_source import stamp
 
-BITS = 8
 CAMERA = "observation.image"
-
-
-def bars(number: int, width: int, height: int) -> np.ndarray:
-    """A picture that tells a number: a bar for each bit, the lowest at the left. The lower third is red."""
-    columns = np.arange(width) * BITS // width
-    picture = np.zeros((height, width, 3), np.uint8)
-    picture[:] = np.where(number >> columns & 1, 255, 0)[None, :, None]
-    picture[2 * height // 3 :] = (250, 20, 20)
-    return picture
-
-
-def read_bars(picture: np.ndarray) -> int:
-    """The number of a picture [h, w, 3]; it must stand upright."""
-    height, width = picture.shape[:2]
-    assert np.abs(picture[5 * height // 6, width // 2].astype(int) - (250, 20, 20)).max() < 30
-    return sum(
-        int(picture[height // 3, (2 * bit + 1) * width // (2 * BITS)].mean() > 128) << bit for bit in range(BITS)
-    )
 
 
 def write_clip(
