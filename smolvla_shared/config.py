@@ -189,8 +189,19 @@ class PolicyDataConfig(DataConfig):
     # Train on so many episodes of each dataset, drawn with --seed (not of --video-roots). Those of a smaller number are
     # among those of a larger one, and the held-out episodes are the same for all. Default: all.
     max_episodes: ranges.Count | None = None
-    # In training, shift the policy's images (not the teacher's) at random by up to this share of their side.
+    # In training, shift the policy's images (not the teacher's) at random by up to this share of their side. All images
+    # of a sample change alike: by this option, and by the next five, which are LeRobot's image transforms.
     random_shift: ranges.ShareBelowOne = 0.0
+    # Multiply the brightness of the images by a random factor between 1 - x and 1 + x.
+    random_brightness: ranges.ShareBelowOne = 0.0
+    # The same for their contrast.
+    random_contrast: ranges.ShareBelowOne = 0.0
+    # The same for their saturation. A factor of 0 makes them grey.
+    random_saturation: ranges.Share = 0.0
+    # Turn the hue by up to this share of the circle of colours, either way.
+    random_hue: ranges.ShareOfHalf = 0.0
+    # Multiply the sharpness by a random factor between 1 - x and 1 + x. A factor of 0 blurs.
+    random_sharpness: ranges.Share = 0.0
     # In training, hide the state of this share of the samples: a state may give the motion away without the image.
     state_dropout: ranges.Share = 0.0
     # Directory of the feature cache: the frozen vision tower's output for every frame, computed once before training.
@@ -205,15 +216,21 @@ class PolicyDataConfig(DataConfig):
         super().__post_init__()
         unused = "feature_cache_dtype feature_cache_gb"
         ranges.refuse_without(self, self.feature_cache is not None, "--data.feature-cache", unused, "--data.")
-        if self.feature_cache and self.random_shift:
+        if self.feature_cache and self.image_augmentation:
+            stated = [f"--data.{name.replace('_', '-')} {x}" for name, x in self.image_augmentation.items()]
             raise ValueError(
-                "--data.feature-cache keeps features of the frames as recorded, but --data.random-shift "
-                f"{self.random_shift} would train on others: drop one of them"
+                f"--data.feature-cache keeps features of the frames as recorded, but {', '.join(stated)} would train "
+                "on others: drop one of them"
             )
 
     @property
+    def image_augmentation(self) -> dict[str, float]:
+        """Those of the options random_* that change something, in LeRobot's order."""
+        return {name: x for name, x in vars(self).items() if name.startswith("random_") and x}
+
+    @property
     def augmentation(self) -> dict[str, float]:
-        return {"random_shift": self.random_shift, "state_dropout": self.state_dropout}
+        return self.image_augmentation | {"state_dropout": self.state_dropout}
 
 
 WARMUP_STEPS = 500  # where none are stated, and at most a tenth of the run

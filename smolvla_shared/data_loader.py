@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from smolvla_shared import flow, preprocess
+from smolvla_shared.augmentation import Augmentation
 from smolvla_shared.batch import Labels, RawBatch
 from smolvla_shared.cache import RowCache
 from smolvla_shared.config import ACTION, LATENT, CoreConfig, RunConfig
@@ -79,13 +80,15 @@ class SampleSpec:
 class SampleDataset(Dataset):
     """dataset[keys] is the batch of these samples; their frames are decoded together.
 
-    random_shift:  share of their side that the policy's images are shifted by (preprocess.random_shift)
     state_dropout: share of the samples whose state is hidden
+    augmentation:  of the policy's images, the options of Augmentation
     """
 
-    def __init__(self, datasets: list[RobotDataset], spec: SampleSpec, seed: int, random_shift=0.0, state_dropout=0.0):
+    def __init__(
+        self, datasets: list[RobotDataset], spec: SampleSpec, seed: int, state_dropout=0.0, **augmentation: float
+    ):
         self.datasets, self.spec, self.seed = datasets, spec, seed
-        self.random_shift, self.state_dropout = random_shift, state_dropout
+        self.state_dropout, self.augment = state_dropout, Augmentation(**augmentation)
         # Decided for the run, so that a frame looks the same in every batch.
         label_cameras = (spec.label_camera,) if spec.label_camera else ()
         self.square_side = square_sides(datasets, (*spec.cameras, *label_cameras))
@@ -93,11 +96,11 @@ class SampleDataset(Dataset):
         self.cameras_to_read = tuple(dict.fromkeys((*from_video, *label_cameras)))
 
     def __getitem__(self, keys: list[SampleKey]) -> RawBatch:
-        # A sample's random numbers are drawn in this order: the shift of each camera, noise and times, state dropout.
+        # A sample's random numbers are drawn in this order: noise and times, state dropout. Augmentation has its own.
         spec, rngs = self.spec, [np.random.default_rng([self.seed, key.step, key.slot]) for key in keys]
         frames = {camera: self.read_camera(camera, keys) for camera in self.cameras_to_read}
         images = [
-            self.features(camera, keys) if camera in spec.features else self.images(camera, frames[camera], rngs)
+            self.features(camera, keys) if camera in spec.features else self.images(camera, frames[camera], keys)
             for camera in spec.cameras
         ]
         states, state_valid, actions, action_valid = zip(*map(self.read_vectors, keys), strict=True)
@@ -156,18 +159,18 @@ class SampleDataset(Dataset):
         return [(np.arange(len(merged)), merged)]
 
     def images(
-        self, camera: str, parts: list[tuple[np.ndarray, Tensor]], rngs: list[np.random.Generator]
+        self, camera: str, parts: list[tuple[np.ndarray, Tensor]], keys: list[SampleKey]
     ) -> Tensor:  # [B, 3, h, w]
-        """The policy's images. Unless they are shifted or padded, images and pairs are views of the same frames, and a
-        frame that both have is sent to the training process once.
+        """The policy's images. Unless they are augmented or padded, images and pairs are views of the same frames, and
+        a frame that both have is sent to the training process once.
         """
         images = []
         for places, frames in parts:
-            first = places[places < len(rngs)]
+            first = places[places < len(keys)]
             own = frames[: len(first)]
-            if self.random_shift:
-                shifts = zip(own, first, strict=True)
-                own = torch.stack([preprocess.random_shift(i, self.random_shift, rngs[place]) for i, place in shifts])
+            if self.augment:
+                samples = [(self.seed, keys[place].step, keys[place].slot) for place in first]
+                own = torch.stack([self.augment(i, sample) for i, sample in zip(own, samples, strict=True)])
             images.append((first, common_size(own, self.square_side.get(camera))))
         return merge(images)
 
@@ -236,10 +239,10 @@ def make_loaders(
     spec: SampleSpec,
     config: RunConfig,
     accelerator: Accelerator,
-    random_shift: float = 0.0,
     state_dropout: float = 0.0,
+    **augmentation: float,
 ) -> Loaders:
-    """Loaders of a run. Held-out batches are read in the training process, without random_shift and state_dropout.
+    """Loaders of a run. Held-out batches are read in the training process, without augmentation and state_dropout.
 
     Raises ValueError for what check_shared_memory refuses.
     """
@@ -248,7 +251,7 @@ def make_loaders(
     def train(first_step: int) -> DataLoader:
         steps = first_step, config.steps
         sampler = StepSampler(training, config.seed, config.batch_size, *steps, *process, config.accumulation_steps)
-        samples = SampleDataset(datasets, spec, config.seed, random_shift, state_dropout)
+        samples = SampleDataset(datasets, spec, config.seed, state_dropout, **augmentation)
         return make_loader(samples, sampler, config.data.num_workers)
 
     def validate() -> DataLoader:

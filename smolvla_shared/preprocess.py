@@ -6,7 +6,6 @@ Images -> [-1, 1] padded squares, text -> tokens, vectors -> normalised and zero
 from dataclasses import dataclass
 from functools import lru_cache
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -186,12 +185,3 @@ class Preprocessor:
             masks[ACTION] = raw.action_mask
         targets = {name: FlowTarget(values[name], masks[name], raw.noise[name], raw.time[name]) for name in values}
         return Batch(images, image_mask, text, text_mask, state, state_mask, targets)
-
-
-def random_shift(image: Tensor, share: float, rng: np.random.Generator) -> Tensor:
-    """Move an image [3, h, w] by up to `share` of its sides, repeating the border (DrQ, arXiv 2004.13649)."""
-    height, width = image.shape[-2:]
-    pad_y, pad_x = round(share * height), round(share * width)
-    top, left = rng.integers(0, 2 * pad_y + 1), rng.integers(0, 2 * pad_x + 1)
-    padded = F.pad(image[None].float(), (pad_x, pad_x, pad_y, pad_y), mode="replicate")[0]
-    return padded[:, top : top + height, left : left + width].to(image.dtype)

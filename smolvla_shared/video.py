@@ -49,8 +49,8 @@ class VideoConfig:
     fps: int = 10
     # Longer side of every clip in the dataset, pixels. Clips of another shape than most get black margins.
     size: int = 256
-    # Frames a second of folders of images; 0: --fps.
-    image_fps: int = 0
+    # Images a second of folders of images. They do not tell it themselves, so it must be stated for them.
+    image_fps: int | None = None
     # Where a clip is cut into episodes: nowhere, where it is too long, or at scene changes, too.
     cut: Literal["none", "length", "scenes"] = "scenes"
     # FFmpeg's scene score that is a scene change, of 100.
@@ -79,8 +79,8 @@ class VideoConfig:
     def __post_init__(self) -> None:
         if self.size < 32 or self.size % 2:
             raise ValueError(f"--size {self.size}: the longer side must be even and at least 32 pixels")
-        for name in ("fps", "max_episode_s", "num_workers"):
-            if getattr(self, name) <= 0:
+        for name in ("fps", "image_fps", "max_episode_s", "num_workers"):
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)} must be more than 0")
         if self.max_episode_s < self.min_episode_s:
             raise ValueError(f"--max-episode-s {self.max_episode_s} is less than --min-episode-s {self.min_episode_s}")
@@ -314,7 +314,10 @@ def main(arguments: list[str] | None = None) -> int:
     config = parse(VideoConfig, prog="python -m smolvla_shared.video", args=arguments)
     if config.root.exists():
         raise ValueError(f"--root {config.root} exists: remove it, or name another directory")
-    tasks = task_texts(find_clips(config.clips), config)
+    clips = find_clips(config.clips)
+    if config.image_fps is None and (folder := next((clip for clip in clips if clip.is_dir()), None)):
+        raise ValueError(f"{folder} is a folder of images: pass --image-fps, the images a second they were taken at")
+    tasks = task_texts(clips, config)
     looks, broken = look_at(list(tasks), config)
     if not looks:
         clip, reason = next(iter(broken.items()))

@@ -34,16 +34,27 @@ class Look:
     seconds: float  # 0: not known
 
 
-def stamp(path: Path) -> tuple[int, int]:
-    """Size and time of the last change: a clip with another stamp is another clip."""
-    stat = path.stat()
-    return stat.st_size, stat.st_mtime_ns
-
-
 def images_in(folder: Path) -> list[Path]:
     """Images in the order of the numbers in their names: frame_9.png before frame_10.png."""
     files = [file for file in folder.iterdir() if file.suffix.lower() in IMAGES and not file.name.startswith(".")]
     return sorted(files, key=lambda file: re.sub("[0-9]+", lambda number: number.group().zfill(20), file.name))
+
+
+def stamp(path: Path) -> tuple[int, int]:
+    """Size and time of the last change: a clip with another stamp is another clip."""
+    stats = [file.stat() for file in (images_in(path) if path.is_dir() else [path])]
+    return sum(stat.st_size for stat in stats), max(stat.st_mtime_ns for stat in stats)
+
+
+def read_image(file: Path) -> Image.Image:
+    """Upright, in RGB. Raises ValueError for a file that is no image, is cut short, or has 16 bits a pixel."""
+    try:
+        with Image.open(file) as image:
+            if image.mode.startswith(("I", "F")):  # in 8 bits, nearly all would be white
+                raise ValueError("it has more than 8 bits a channel, as pictures of depth have")
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # PIL has errors of many kinds
+        raise ValueError(f"{file.name}: {error}") from error
 
 
 @contextmanager
@@ -73,10 +84,14 @@ def source_frames(path: Path, image_fps: int) -> Iterator[tuple[Fraction, Fracti
     Raises ValueError or FFmpeg's own errors, some of which are OSErrors, for a clip that is damaged or cut short.
     """
     if path.is_dir():
-        for index, file in enumerate(images_in(path)):
-            with Image.open(file) as image:
-                frame = av.VideoFrame.from_image(ImageOps.exif_transpose(image).convert("RGB"))
-            yield Fraction(index, image_fps), Fraction(1, image_fps), frame
+        files, size = images_in(path), None
+        for index, file in enumerate(files):
+            image = read_image(file)
+            size = size or image.size
+            if image.size != size:
+                sizes = "{} is {} x {} pixels, {} {} x {}".format(files[0].name, *size, file.name, *image.size)
+                raise ValueError(f"{sizes}: a folder of images is one video, of one size")
+            yield Fraction(index, image_fps), Fraction(1, image_fps), av.VideoFrame.from_image(image)
         return
     with open_stream(path) as (container, stream):
         first, last, end = None, Fraction(-1), Fraction(0)
@@ -114,9 +129,7 @@ def look(path: Path, image_fps: int) -> Look:
     """Raises what source_frames does if there is no first frame."""
     if path.is_dir():
         images = images_in(path)
-        with Image.open(images[0]) as image:
-            width, height = ImageOps.exif_transpose(image).size
-        return Look(width, height, len(images) / image_fps)
+        return Look(*read_image(images[0]).size, len(images) / image_fps)
     with open_stream(path) as (container, stream):
         if (frame := next(container.decode(stream), None)) is None:
             raise ValueError("there are no frames in it")

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
@@ -188,6 +189,26 @@ def equal(one, other) -> bool:
 
 
 # --- pictures ---------------------------------------------------------------------------------------------------------
+
+BITS = 8
+
+
+def bars(number: int, width: int, height: int) -> np.ndarray:
+    """A picture that tells a number: a bar for each bit, the lowest at the left. The lower third is red."""
+    columns = np.arange(width) * BITS // width
+    picture = np.zeros((height, width, 3), np.uint8)
+    picture[:] = np.where(number >> columns & 1, 255, 0)[None, :, None]
+    picture[2 * height // 3 :] = (250, 20, 20)
+    return picture
+
+
+def read_bars(picture: np.ndarray) -> int:
+    """The number of a picture [h, w, 3]; it must stand upright."""
+    height, width = picture.shape[:2]
+    assert np.abs(picture[5 * height // 6, width // 2].astype(int) - (250, 20, 20)).max() < 30
+    return sum(
+        int(picture[height // 3, (2 * bit + 1) * width // (2 * BITS)].mean() > 128) << bit for bit in range(BITS)
+    )
 
 
 def drawn_figures(monkeypatch) -> dict[str, Any]:

@@ -36,6 +36,7 @@ from smolvla_shared.trunk_files import make_core_config
 from train_stage3 import Stage3Config
 
 CAMERA, WRIST = "observation.image", "observation.images.wrist"
+AUGMENTED = {"random_shift": 0.1, "random_contrast": 0.2, "random_hue": 0.05}
 SPEC = SampleSpec(cameras=(CAMERA,), state_dim=4, label_camera=CAMERA, draws={"latent": (4, 8)}, num_draws=2)
 
 
@@ -412,8 +413,8 @@ def test_each_target_has_its_own_distribution_of_times(video):
 
 
 def test_draws_are_a_function_of_seed_step_and_slot(video):
-    def draw(seed: int, step: int, slot: int, frame: int = 9, shift: float = 0.2):
-        return SampleDataset([video], SPEC, seed, random_shift=shift)[[SampleKey(step, slot, 0, frame)]]
+    def draw(seed: int, step: int, slot: int, frame: int = 9, augmentation: dict[str, float] = AUGMENTED):
+        return SampleDataset([video], SPEC, seed, **augmentation)[[SampleKey(step, slot, 0, frame)]]
 
     base = draw(0, 4, 2)
     assert base.noise["latent"].shape == (1, 2, 4, 8)
@@ -423,14 +424,16 @@ def test_draws_are_a_function_of_seed_step_and_slot(video):
     for other in (draw(1, 4, 2), draw(0, 5, 2), draw(0, 4, 3)):
         assert not torch.equal(base.noise["latent"], other.noise["latent"])
         assert not torch.equal(base.time["latent"], other.time["latent"])
-        assert not torch.equal(base.images[0], other.images[0])  # shifted otherwise
+        assert not torch.equal(base.images[0], other.images[0])  # augmented otherwise
         assert torch.equal(base.pairs, other.pairs)  # the teacher's frames are as recorded
-    assert torch.equal(draw(0, 4, 2, shift=0).images[0], base.pairs[:, 0])
+    plain = draw(0, 4, 2, augmentation={})
+    assert torch.equal(plain.images[0], base.pairs[:, 0])
+    assert torch.equal(plain.noise["latent"], base.noise["latent"])  # augmentation has random numbers of its own
 
 
 def test_a_batch_decoded_together_is_its_samples(video, images):
     """Frames of several episodes, out of order and repeated, of two datasets."""
-    dataset = SampleDataset([video, images], replace(SPEC, pair_size=40), seed=0, random_shift=0.1)
+    dataset = SampleDataset([video, images], replace(SPEC, pair_size=40), seed=0, **AUGMENTED)
     places = [(0, 150), (1, 60), (0, 3), (0, 150), (1, 0), (0, 19), (0, 20)]
     keys = [data_order.SampleKey(0, slot, *place) for slot, place in enumerate(places)]
     together = dataset[keys]
@@ -467,7 +470,7 @@ def test_a_video_that_is_not_of_its_data_is_refused(tmp_path):
 @pytest.mark.slow
 def test_worker_processes_change_nothing(video, images):
     groups = groups_of(60, 60, shares=(0.5, 0.5))
-    dataset = SampleDataset([video, images], replace(SPEC, pair_size=40), seed=0, random_shift=0.1)
+    dataset = SampleDataset([video, images], replace(SPEC, pair_size=40), seed=0, **AUGMENTED)
     here, there = (
         list(data_loader.make_loader(dataset, StepSampler(groups, 0, 4, 0, 3), num_workers=workers))
         for workers in (0, 2)
@@ -479,7 +482,7 @@ def test_worker_processes_change_nothing(video, images):
 
 def test_two_processes_read_what_one_reads(video, images):
     """Batches of one sample, so that each holds frames of a single size."""
-    dataset = SampleDataset([video, images], replace(SPEC, pair_size=40), seed=0, random_shift=0.1)
+    dataset = SampleDataset([video, images], replace(SPEC, pair_size=40), seed=0, **AUGMENTED)
     groups = groups_of(60, 60, shares=(0.5, 0.5))
     whole = list(data_loader.make_loader(dataset, StepSampler(groups, 0, 4, 0, 2), num_workers=0))
     shards = [
@@ -496,7 +499,7 @@ def test_held_out_batches_are_the_same_every_time(video, tmp_path):
     )
     train, held_out = data_split.split_datasets([video], config.val_fraction, seed=0)
     groups = group_rows(train), group_rows(held_out)
-    loaders = data_loader.make_loaders([video], *groups, SPEC, config, Accelerator(cpu=True), random_shift=0.3)
+    loaders = data_loader.make_loaders([video], *groups, SPEC, config, Accelerator(cpu=True), **AUGMENTED)
     first, second = list(loaders.held_out()), list(loaders.held_out())
     assert len(first) == 2
     for one, other in zip(first, second):

@@ -148,6 +148,8 @@ def test_another_tower_precision_or_storage_is_refused(tmp_path, core, accelerat
 def test_what_would_make_the_features_wrong_is_refused(tmp_path, core, accelerator, image_dataset):
     with pytest.raises(ValueError, match=r"--data\.feature-cache.*--data\.random-shift 0\.1.*drop one"):
         run_config(tmp_path, image_dataset, random_shift=0.1)
+    with pytest.raises(ValueError, match=r"but --data\.random-brightness 0\.2, --data\.random-hue 0\.1 would train"):
+        run_config(tmp_path, image_dataset, random_hue=0.1, random_brightness=0.2)
     config = run_config(tmp_path, image_dataset)
     trained = SmolVLASharedCore(core.config)
     freeze(trained, ["vision tower"])

@@ -65,10 +65,16 @@ COMMANDS: dict[str, tuple[Any, str, str]] = {
         --data.frame-gap-s inf
         --data.random-shift 3
         --data.random-shift -0.1
+        --data.random-brightness 1
+        --data.random-contrast -0.2
+        --data.random-saturation 1.5
+        --data.random-hue 0.6
+        --data.random-sharpness nan
         --data.feature-cache-gb -1
         --data.feature-cache-gb 5
         --data.feature-cache-dtype float32
         --data.feature-cache features --data.random-shift 0.1
+        --data.feature-cache features --data.random-hue 0.05
         --data.cameras top top
         --data.roots video video
         --latent-horizon 0

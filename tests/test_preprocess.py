@@ -63,25 +63,6 @@ def test_a_missing_camera_is_black_and_masked():
     assert mask.tolist() == [[False, True, False]] * 2
 
 
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
-def test_random_shift_moves_the_image_and_repeats_its_border(dtype):
-    image = torch.arange(3 * 20 * 10).view(3, 20, 10).remainder(251).to(dtype)
-    padded = np.pad(image.numpy(), [(0, 0), (2, 2), (1, 1)], mode="edge")  # a tenth of the sides
-    shifts = {(y, x): padded[:, y : y + 20, x : x + 10] for y in range(5) for x in range(3)}
-    seen = set()
-    for seed in range(200):
-        shifted = preprocess.random_shift(image, 0.1, np.random.default_rng(seed))
-        assert (shifted.shape, shifted.dtype) == (image.shape, dtype)
-        seen |= {offset for offset, expected in shifts.items() if np.array_equal(shifted.numpy(), expected)}
-        assert torch.equal(shifted, preprocess.random_shift(image, 0.1, np.random.default_rng(seed)))
-    assert seen == set(shifts)
-
-
-def test_random_shift_by_nothing_changes_nothing():
-    image = torch.randint(0, 256, (3, 20, 10), dtype=torch.uint8)
-    assert torch.equal(preprocess.random_shift(image, 0.0, np.random.default_rng(0)), image)
-
-
 # --- text -------------------------------------------------------------------------------------------------------------
 
 

@@ -16,7 +16,7 @@ import av
 import numpy as np
 import pytest
 from forked import Forked, run_forked
-from helpers import names_in
+from helpers import bars, names_in, read_bars
 from lerobot.datasets.dataset_metadata import LeRobotDatasetMetadata
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from PIL import Image
@@ -25,27 +25,9 @@ from tqdm import tqdm
 from smolvla_shared import data, video, video_dataset
 from smolvla_shared.config import DataConfig
 from smolvla_shared.video_clips import ClipOptions, attempt, convert, cut_episodes
+from smolvla_shared.video_source import stamp
 
-BITS = 8
 CAMERA = "observation.image"
-
-
-def bars(number: int, width: int, height: int) -> np.ndarray:
-    """A picture that tells a number: a bar for each bit, the lowest at the left. The lower third is red."""
-    columns = np.arange(width) * BITS // width
-    picture = np.zeros((height, width, 3), np.uint8)
-    picture[:] = np.where(number >> columns & 1, 255, 0)[None, :, None]
-    picture[2 * height // 3 :] = (250, 20, 20)
-    return picture
-
-
-def read_bars(picture: np.ndarray) -> int:
-    """The number of a picture [h, w, 3]; it must stand upright."""
-    height, width = picture.shape[:2]
-    assert np.abs(picture[5 * height // 6, width // 2].astype(int) - (250, 20, 20)).max() < 30
-    return sum(
-        int(picture[height // 3, (2 * bit + 1) * width // (2 * BITS)].mean() > 128) << bit for bit in range(BITS)
-    )
 
 
 def write_clip(
@@ -214,6 +196,75 @@ def test_colours_survive(tmp_path, colorspace, color_range):
     assert np.abs(found.astype(int) - color).max() <= 4
 
 
+# --- folders of images ------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_of_images_is_a_clip(tmp_path):
+    """Every image, in the order of the numbers; PNG with alpha and turned JPEG; each as often as its time says."""
+    for name, ending, count in ("one", "JPG", 25), ("two", "png", 12):
+        (tmp_path / "frames" / name).mkdir(parents=True)
+        for index in range(count):
+            image, exif = Image.fromarray(bars(index, 96, 48)), Image.Exif()
+            if name == "one":
+                image, exif[0x0112] = image.transpose(Image.Transpose.ROTATE_90), 6  # to be turned clockwise
+            elif index % 2:
+                image.putalpha(255)
+            image.save(tmp_path / "frames" / name / f"take 2 - {index}.{ending}", exif=exif)
+    options = ["--image-fps", 5, "--fps", 10, "--size", 96, "--cut", "none", "--task", "{stem}"]
+    assert run(tmp_path / "frames", "--root", tmp_path / "out", *options) == 0
+    dataset = LeRobotDataset("out", root=tmp_path / "out")
+    assert [read_bars(picture) for picture in pictures(tmp_path / "out")] == [i // 2 for i in [*range(50), *range(24)]]
+    assert [dataset[row]["task"] for row in (0, 49, 50, 73)] == ["one", "one", "two", "two"]
+
+
+def test_images_have_no_rate_of_their_own(tmp_path):
+    (tmp_path / "frames").mkdir()
+    Image.fromarray(bars(0, 96, 48)).save(tmp_path / "frames" / "0.png")
+    with pytest.raises(ValueError, match=r"frames is a folder of images: pass --image-fps"):
+        run(tmp_path, "--root", tmp_path / "out")
+    assert names_in(tmp_path) == ["frames"]
+
+
+def test_folders_with_other_sizes_or_unreadable_images_are_skipped_and_listed(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+
+    def save(folder: str, index: int, ending: str = "png") -> Path:
+        (tmp_path / "frames" / folder).mkdir(parents=True, exist_ok=True)
+        path = tmp_path / "frames" / folder / f"{index}.{ending}"
+        Image.fromarray(rng.integers(0, 256, (48, 96, 3), np.uint8)).save(path)
+        return path
+
+    for index in range(20):
+        for folder, ending in {"whole": "png", "sizes": "png", "cut": "jpg", "damaged": "png", "depth": "png"}.items():
+            save(folder, index, ending)
+    frames = tmp_path / "frames"
+    Image.new("RGB", (96, 50)).save(frames / "sizes" / "10.png")
+    for name in ("cut/3.jpg", "damaged/0.png"):
+        content = (frames / name).read_bytes()
+        half = len(content) // 2
+        (frames / name).write_bytes(content[:half] + (b"" if name == "cut/3.jpg" else bytes(8) + content[half + 8 :]))
+    Image.fromarray(np.full((48, 96), 1000, np.uint16)).save(frames / "depth" / "19.png")
+    assert run(frames, "--root", tmp_path / "out", "--image-fps", 10) == video.SKIPPED
+    broken = {name: line["broken"] for name, line in report(tmp_path / "out").items() if "broken" in line}
+    assert broken.keys() == {"sizes", "cut", "damaged", "depth"}
+    assert broken["sizes"].startswith("0.png is 96 x 48 pixels, 10.png 96 x 50: ")
+    assert broken["cut"].startswith("3.jpg: image file is truncated")
+    assert broken["damaged"].startswith("0.png: ")
+    assert broken["depth"] == "19.png: it has more than 8 bits a channel, as pictures of depth have"
+    printed = capsys.readouterr().out
+    assert "4 of 5 clips are broken" in printed and all(reason in printed for reason in broken.values())
+
+
+def test_a_folder_whose_image_changed_is_another_clip(tmp_path):
+    for index in range(3):
+        (tmp_path / f"{index}.png").write_bytes(b"an image")
+    before = stamp(tmp_path)
+    (tmp_path / "notes.txt").touch()
+    assert stamp(tmp_path) == before
+    (tmp_path / "1.png").write_bytes(b"another image")
+    assert stamp(tmp_path) != before
+
+
 # --- episodes ---------------------------------------------------------------------------------------------------------
 
 
@@ -351,7 +402,7 @@ def test_broken_clips_are_skipped_and_listed(tmp_path, capsys):
     for index in range(3):
         (folder / "images" / f"{index}.png").write_bytes(b"no image")
     write_clip(folder / "short.mp4", regular(6, 30), draw)
-    assert run(folder, "--root", tmp_path / "out") == video.SKIPPED
+    assert run(folder, "--root", tmp_path / "out", "--image-fps", 10) == video.SKIPPED
     broken = {"cut.mp4", "cut.mkv", "cut.avi", "text.mp4", "images"}
     told = report(tmp_path / "out")
     assert {name for name, line in told.items() if "broken" in line} == broken
@@ -481,6 +532,7 @@ def test_an_unknown_pattern_is_refused(tmp_path, pattern, message):
         ({"size": 16}, "--size 16: .* at least 32"),
         ({"size": 101}, "must be even"),
         ({"fps": 0}, "--fps 0 must be more than 0"),
+        ({"image_fps": 0}, "--image-fps 0 must be more than 0"),
         ({"max_episode_s": 0.5}, "less than --min-episode-s"),
     ],
 )
