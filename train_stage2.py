@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from smolvla_shared import paths
 from smolvla_shared.command import run_command
 from smolvla_shared.config import LATENT, RunConfig, StageOptions
 
@@ -26,7 +27,7 @@ class Stage2Config(StageOptions, RunConfig):
     """Train the SmolVLM trunk and the shared expert on the latent actions of a frozen LAQ teacher."""
 
     # Report of `python -m smolvla_shared.teacher check` on these labels; the artifact records its verdict.
-    label_health: Path | None = None
+    label_health: paths.File | None = None
     # Train on labels although --label-health says that they failed, for example as a control arm.
     accept_label_health: bool = False
 

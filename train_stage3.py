@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from smolvla_shared import ranges
+from smolvla_shared import paths, ranges
 from smolvla_shared.command import run_command
 from smolvla_shared.config import ACTION, LATENT, RunConfig, StageOptions
 
@@ -29,7 +29,7 @@ class Stage3Config(StageOptions, RunConfig):
 
     # Weights file (.safetensors) of the Stage 2 artifact to start from. Without it and without --init-from, training
     # starts from the trunk's own weights: the scratch arm.
-    stage2_artifact: Path | None = None
+    stage2_artifact: paths.Artifact | None = None
     # Actions in a chunk, which the policy predicts at once.
     chunk_size: ranges.Few = 50
     # Actions executed of each chunk before the next chunk is predicted; saved with the policy.
@@ -41,9 +41,9 @@ class Stage3Config(StageOptions, RunConfig):
     latent_loss_weight: ranges.NotNegative = 0.0
     # Local directories of datasets whose actions, if there are any, are not read. They train the latent head
     # (--latent-loss-weight), the action head (--decode-actions), or both.
-    video_roots: tuple[Path, ...] = ()
+    video_roots: tuple[paths.Dataset, ...] = ()
     # Hub ids of such datasets.
-    video_repo_ids: tuple[str, ...] = ()
+    video_repo_ids: tuple[paths.HubDataset, ...] = ()
     # Share of each batch that is read from them.
     video_share: ranges.ShareOfSome = 0.5
     # Train the action head on video, too: its latent actions are decoded into actions by a linear map that is fitted to

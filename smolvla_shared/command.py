@@ -14,6 +14,8 @@ from typing import Any
 
 import tyro
 
+from smolvla_shared import paths
+
 EXIT_MISTAKE = 2  # as tyro's and argparse's
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 MOST_LINES, MOST_CHARACTERS = 4, 1000
@@ -39,11 +41,13 @@ def run_command(main: Callable[..., None], options: Any = None) -> None:
 
 
 def parse(options: Any, **more: Any) -> Any:
-    """tyro.cli(options, **more), but a refusal of the options' own comes back as it was raised, not in tyro's frame."""
+    """tyro.cli(options, **more), with paths that hold what they should; a refusal of the options' own comes back as it
+    was raised, not in tyro's frame.
+    """
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            return tyro.cli(options, **more)
+            config = tyro.cli(options, **more)
     except SystemExit as stop:
         error = stop.__context__
         while error and not is_mistake(error):
@@ -52,6 +56,8 @@ def parse(options: Any, **more: Any) -> Any:
             raise error from None
         sys.stderr.write(said.getvalue())
         raise
+    paths.check(config)
+    return config
 
 
 def is_mistake(error: BaseException) -> bool:

@@ -18,7 +18,7 @@ from lerobot.utils.constants import HF_LEROBOT_HOME
 from lerobot.utils.import_utils import get_safe_default_video_backend
 from torch import Tensor
 
-from smolvla_shared import preprocess
+from smolvla_shared import paths, preprocess
 from smolvla_shared.config import ACTION, CoreConfig, DataConfig
 from smolvla_shared.data_columns import ROWS_AT_ONCE, Columns
 from smolvla_shared.data_rows import Rows
@@ -43,9 +43,8 @@ class RobotDataset:
     def __init__(self, repo_id: str, root: Path, config: DataConfig):
         self.name, self.root, self.frame_gap_s = repo_id, root, config.gap_s
         is_local = repo_id == str(root) or os.environ.get("HF_HUB_OFFLINE") == "1"
-        if is_local and not (root / "meta" / "info.json").is_file():
-            found = sorted(path.name for path in root.iterdir()) if root.is_dir() else "no such directory"
-            raise ValueError(f"no LeRobotDataset at {root}: meta/info.json is missing (found: {found})")
+        if is_local:
+            paths.check_dataset(root)
         try:
             self._open()
         except FileNotFoundError as error:

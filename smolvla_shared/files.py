@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from smolvla_shared.paths import check_hub_id
 from smolvla_shared.refusals import decode, read_json, refuse_schema
 
 MANIFEST_NAME = "manifest.json"  # of a policy: the sha256 of its other files, but for its card
@@ -191,6 +192,7 @@ def find_directory(
     """
     directory = Path(name)
     if not directory.is_dir():
+        check_hub_id(what, str(name))
         try:
             # A repository may also hold checkpoints with their optimizers, and videos.
             wanted = [*needed, *optional, PROCESSORS, SOURCE_NAME, MANIFEST_NAME]

@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimi
 
 from smolvla_shared.config import RunConfig
 from smolvla_shared.files import file_sha256, sync, write_text
+from smolvla_shared.paths import check_run_dir
 from smolvla_shared.refusals import decode, read_json
 from smolvla_shared.run_sharding import gather, scatter_
 from smolvla_shared.run_signals import STOPPED_FILE
@@ -119,12 +120,9 @@ def check_run(config: RunConfig, accelerator: Accelerator) -> Path | None:
             f"--batch-size {config.batch_size} (all processes together) is not divisible by "
             f"{accelerator.num_processes} process(es) x {config.accumulation_steps} accumulation step(s)"
         )
+    check_run_dir(run_dir, config.resume)
     if not config.resume:
-        if run_dir.exists():
-            raise ValueError(f"--run-dir {run_dir} exists: pass --resume to go on with it, or another directory")
         return None
-    if not (run_dir / "config.json").is_file():
-        raise ValueError(f"--resume: there is no run at {run_dir} (no config.json); start without --resume")
     before, now = flat(read_json(run_dir / "config.json")), flat(config_json(config, accelerator))
     changed = {key for key in before.keys() | now.keys() if before.get(key) != now.get(key)}
     if changed - FREE_ON_RESUME:
