@@ -64,23 +64,19 @@ class Stage3Config(StageOptions, RunConfig):
                 f"--latent-loss-weight > 0 (got {self.latent_loss_weight}) or --decode-actions goes with labels: "
                 f"--laq-ckpt (got {self.laq_ckpt}) or --labels cache (got {self.labels})"
             )
-        if self.latent_head and not self.latent_loss_weight:
-            raise ValueError(
-                f"--latent-head {self.latent_head} trains nothing: pass --latent-loss-weight, or leave it out"
-            )
-        if self.latent_horizon and not self.needs_labels:
-            raise ValueError(
-                f"--latent-horizon {self.latent_horizon} without latent actions: pass --latent-loss-weight or "
-                "--decode-actions, or leave it out"
-            )
         if self.has_video and not self.needs_labels:
             raise ValueError("--video-roots and --video-repo-ids need --latent-loss-weight, --decode-actions, or both")
         if self.decode_actions and not self.has_video:
             raise ValueError("--decode-actions decodes the actions of video: pass --video-roots or --video-repo-ids")
+        own_horizon = self.stage2_artifact or self.model.init_from  # where the option leaves it out; else it is 1
+        if self.decode_actions and (self.latent_horizon == 1 or not (self.latent_horizon or own_horizon)):
+            raise ValueError("--decode-actions reads latent actions in a row: pass --latent-horizon of 2 or more")
         ranges.refuse_without(self, self.has_video, "--video-roots or --video-repo-ids", "video_share")
         needed = self.needs_labels, "--latent-loss-weight or --decode-actions"
         ranges.refuse_without(self, *needed, "teacher_kind laq_code_seq_len laq_image_size accept_other_pairs")
-        ranges.refuse_without(self.data, *needed, "label_camera", "--data.")
+        ranges.refuse_without(self, *needed, "latent_horizon")
+        ranges.refuse_without(self, self.latent_loss_weight > 0, "--latent-loss-weight", "latent_head")
+        ranges.refuse_without(self.data, *needed, "label_camera frame_gap_s", "--data.")
 
     @property
     def has_video(self) -> bool:
@@ -155,6 +151,7 @@ def main(config: Stage3Config) -> None:
     dims = {"action_dim": data.common_dim(labelled, data.ACTION_KEY), "chunk_size": config.chunk_size}
     dims |= data.state_dims(datasets, config.model.use_state)
     recorded = initial.recorded_statistics(dims) if config.normalization == "artifact" else {}
+    action_decoder.check_horizon(config.decode_actions, config.latent_horizon or initial.latent_horizon)
     labels = open_labels(config, datasets, label_camera, initial.latent_horizon) if config.needs_labels else None
     dims |= initial.latent_dims(labels, options, label_camera, config.latent_head) if LATENT in weight else {}
     training, groups, held_out = data_split.split_with_video(datasets, len(labelled), config, config.video_share)

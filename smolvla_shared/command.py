@@ -8,6 +8,7 @@ import contextlib
 import errno
 import io
 import linecache
+import re
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -54,10 +55,29 @@ def parse(options: Any, **more: Any) -> Any:
             error = error.__context__
         if error:
             raise error from None
-        sys.stderr.write(said.getvalue())
-        raise
+        if stop.code != EXIT_MISTAKE:  # --help
+            raise
+        raise ValueError(of_tyro(said.getvalue())) from None
     paths.check(config)
     return config
+
+
+def of_tyro(panel: str) -> str:
+    """What tyro says in a box about options that it cannot read, without the help texts: a line for each section."""
+    said = []
+    # The box is drawn in Unicode or, where standard output is ASCII, by dashes and spaces. Its title comes first.
+    panel = re.sub(r"^[╭╰].*$", "─────", panel, flags=re.M).replace("│", " ")
+    for section in re.split(r"^ *(?:─{5,}|-{5,}) *$", panel, flags=re.M)[1:]:
+        lines = [line[2:].rstrip() for line in section.splitlines() if line.strip()]
+        if not lines or lines[0].startswith("Argument helptext"):
+            continue
+        # An option stands behind up to four spaces, its help text behind more.
+        options = [line.strip() for line in lines if line.startswith("  ") and not line.startswith(5 * " ")]
+        text = [line for line in lines if not line.startswith("  ")]
+        said.append(f"{' '.join(text)} {', '.join(options)}".strip())
+    text = re.sub(r" \(applied to [^)]*\)| +Arguments are applied to .* matter\.", "", "\n".join(said))
+    text = re.sub(r"invalid literal for int\(\) with base 10: (.*)", r"expected a whole number, got \1", text)
+    return re.sub(r"could not convert string to float: (.*)", r"expected a number, got \1", text)
 
 
 def is_mistake(error: BaseException) -> bool:

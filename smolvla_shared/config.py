@@ -285,6 +285,7 @@ class RunConfig:
 
     def __post_init__(self):
         ranges.check(self, "--")
+        ranges.refuse_without(self, self.val_fraction > 0, "--val-fraction above 0", "eval_every eval_samples")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,6 +19,7 @@ from smolvla_shared.label_cache import CODEBOOK, label
 from smolvla_shared.labels import OnlineLabels, latent_statistics, open_labels
 from smolvla_shared.laq import LAQ
 from smolvla_shared.laq_files import load_laq, save_laq
+from smolvla_shared.teacher_config import LabelConfig
 
 CAMERA = "observation.image"
 
