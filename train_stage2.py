@@ -75,7 +75,7 @@ def main(config: Stage2Config) -> None:
     from smolvla_shared.labels import latent_statistics, open_labels
     from smolvla_shared.losses import masked_mean, valid_tokens
     from smolvla_shared.preprocess import Preprocessor
-    from smolvla_shared.run import Run, start_run
+    from smolvla_shared.run import Run, inputs, start_run
 
     # What a user can get wrong is refused here, before Run makes the run directory.
     datasets = data.open_datasets(config.data)
@@ -87,7 +87,7 @@ def main(config: Stage2Config) -> None:
     dims |= data.state_dims(datasets, config.model.use_state)
     about = labels.teacher_id, labels.kind, options.gap_s, label_camera, data.valid_pair_share(datasets, training)
     latents = with_health(artifact.Latents(*about, labels.horizon), config.label_health, config.accept_label_health)
-    accelerator, resume_from = start_run(config)
+    accelerator, resume_from = start_run(config, config.run_dir / "artifacts" / f"{paths.ARTIFACT_NAME}.json")
 
     core = initial.build(config.model, cameras, [LATENT], accelerator.mixed_precision, **dims)
     statistics = data.statistics(datasets, core.config, [LATENT], training)
@@ -103,7 +103,7 @@ def main(config: Stage2Config) -> None:
     preprocessor = Preprocessor(core.config, initial.tokenizer, statistics)
     export = export_artifact(config, core, initial.tokenizer, statistics, latents, datasets)
 
-    with Run(config, accelerator, core, resume_from, export) as run:
+    with Run(config, accelerator, core, resume_from, export, inputs(datasets, initial.provenance, labels)) as run:
         for raws in run.steps(loaders.train):
             targets = [labels(raw) for raw in raws]  # latent actions [B, M*S, D]: what happened between two frames
             run.mark("teacher")

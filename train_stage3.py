@@ -141,7 +141,7 @@ def main(config: Stage3Config) -> None:
     from smolvla_shared.labels import latent_statistics, open_labels
     from smolvla_shared.losses import masked_mean, valid_tokens
     from smolvla_shared.preprocess import Preprocessor
-    from smolvla_shared.run import Run, start_run
+    from smolvla_shared.run import Run, inputs, start_run
 
     # What a user can get wrong is refused here, before Run makes the run directory.
     weight = {ACTION: 1.0} | ({LATENT: config.latent_loss_weight} if config.latent_loss_weight else {})
@@ -174,7 +174,7 @@ def main(config: Stage3Config) -> None:
     preprocessor = Preprocessor(core.config, initial.tokenizer, statistics)
     export = partial(export_policy, config, core.config, initial, statistics, datasets, decode)
 
-    with Run(config, accelerator, core, resume_from, export) as run:
+    with Run(config, accelerator, core, resume_from, export, inputs(datasets, initial.provenance, labels)) as run:
         for raws in run.steps(loaders.train):
             targets = [labels(raw) if labels else None for raw in raws]  # latent actions [B, M*S, D], if any
             run.mark("teacher")

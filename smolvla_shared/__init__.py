@@ -53,6 +53,7 @@ Machinery, which the method can be understood without:
     gpu_check       what nobody can test without a GPU, tried on yours
     trunk_files, laq_files, files     trunks and teachers in files; weights and texts in files
     ranges, paths, refusals, command     the range of every number, what must be at a path; how a refusal is said
+    locks           a directory that one process at a time may write in
 
 Importing this package imports none of its modules.
 """

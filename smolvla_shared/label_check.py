@@ -12,6 +12,7 @@ from tqdm import tqdm
 from smolvla_shared import data, data_blocks, label_health, label_pictures, label_probe, paths
 from smolvla_shared.cache import dataset_fingerprint
 from smolvla_shared.data_rows import Rows
+from smolvla_shared.files import new_directory
 from smolvla_shared.labels import OnlineLabels
 from smolvla_shared.laq import LAQ, pixel_error
 from smolvla_shared.laq_files import load_laq, teachers_pairs, teachers_source
@@ -213,12 +214,12 @@ def check(config: CheckConfig) -> None:
         camera=camera,
     )
 
-    config.out.mkdir(parents=True)
-    label_pictures.draw_usage(config.out / "codes.png", found["codes"]["counts"])
-    draw_transfer(config.out / "transfer.png", laq, triples, latents)
-    if found["probe"]:
-        label_pictures.draw_probe(config.out / "probe.png", found["probe"])
-    label_health.write_report(config.out / "label_health.json", verdict, found, warnings)
+    with new_directory(config.out) as out:
+        label_pictures.draw_usage(out / "codes.png", found["codes"]["counts"])
+        draw_transfer(out / "transfer.png", laq, triples, latents)
+        if found["probe"]:
+            label_pictures.draw_probe(out / "probe.png", found["probe"])
+        label_health.write_report(out / "label_health.json", verdict, found, warnings)
     print(label_health.summary(found, verdict, warnings))
     print(f"report and pictures: {config.out}")
     raise SystemExit(int(verdict.verdict == "fail"))

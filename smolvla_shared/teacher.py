@@ -80,9 +80,9 @@ def train_teacher(config: TeacherConfig) -> None:
     from smolvla_shared.grounding import Grounding
     from smolvla_shared.laq import LAQ, PairBatch
     from smolvla_shared.laq_codebook import CodebookKeeper
-    from smolvla_shared.laq_files import assemble_laq, save_laq
+    from smolvla_shared.laq_files import assemble_laq, save_laq, teacher_id
     from smolvla_shared.losses import masked_mean, valid_tokens
-    from smolvla_shared.run import Run, origin, start_run
+    from smolvla_shared.run import Run, inputs, origin, start_run
 
     # What a user can get wrong is refused here, before Run makes the run directory.
     given = given_laq(config)
@@ -95,6 +95,7 @@ def train_teacher(config: TeacherConfig) -> None:
     pair_share = data.valid_pair_share(datasets, training)
     training, held_out = (data.with_pairs(datasets, rows) for rows in (training, held_out))
     laq = LAQ(given.config if given else config.laq)
+    started_from = {"teacher": teacher_id(given)} if given else {}
     if given:  # load_laq freezes; this copy trains
         laq.load_state_dict(given.state_dict())
     grounding = None
@@ -129,7 +130,7 @@ def train_teacher(config: TeacherConfig) -> None:
         source |= {"grounding": grounding.source if grounding else None}
         save_laq(assemble_laq(laq.config, weights), directory / TEACHER_FILE, extra=source)
 
-    with Run(config, accelerator, laq, resume_from, export) as run:
+    with Run(config, accelerator, laq, resume_from, export, inputs(datasets, started_from)) as run:
         for raws in run.steps(loaders.train):
             actions = [grounding(raw) if grounding else None for raw in raws]  # [B, A] of the labelled pairs
             batches = [PairBatch(r.pairs, r.pair_mask[:, 0], r.noise[NOISE][:, 0], a) for r, a in zip(raws, actions)]

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "smolvla_shared"
 # A module imports only modules above it.
 ORDER = """
-    ranges paths refusals command config laq_config teacher_config
+    ranges paths locks refusals command config laq_config teacher_config
     batch preprocess flow losses files cache run_processes run_signals
     video_source video_clips video_dataset video
     trunk trunk_files model model_parts laq_layers laq laq_codebook laq_files
