@@ -117,7 +117,7 @@ class ModelConfig:
     # for CPUs, tests and the demo). Default: smolvlm2-500m, or the trunk of the artifact or policy to start from.
     preset: Literal["smolvlm2-500m", "tiny"] | None = None
     # Hub id or local directory of a SmolVLM to use as the trunk, instead of --model.preset.
-    name: str | None = None
+    name: paths.Trunk | None = None
     # Hub revision (branch, tag or commit) of the trunk; recorded in the manifest.
     revision: str | None = None
     # Weights to start from, instead of a fresh expert on the trunk's own: a directory or hub id of a LeRobot SmolVLA

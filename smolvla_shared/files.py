@@ -174,9 +174,10 @@ def replacing(path: Path, size: int | None = None) -> Iterator[Path]:
         if not isinstance(error, OSError | SafetensorError):
             raise
         takes = f"it takes {size:,} bytes, " if size is not None else ""
-        free = shutil.disk_usage(path.parent).free
+        place = next(place for place in path.absolute().parents if place.exists())
+        free = shutil.disk_usage(place).free
         raise OSError(
-            f"{path} cannot be written: {error}\n{takes}{path.parent} has {free:,} bytes free: make room, or name "
+            f"{path} cannot be written: {error}\n{takes}{place} has {free:,} bytes free: make room, or name "
             "another directory, and run the command again"
         ) from error
 

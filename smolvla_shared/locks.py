@@ -7,6 +7,7 @@ ends. Forked processes do not inherit it, so that the workers of a killed run do
 import fcntl
 import os
 import socket
+import sys
 from pathlib import Path
 
 LOCK_FILE = ".lock"
@@ -28,6 +29,10 @@ def lock(directory: Path, what: str, fix: str) -> None:
         holder = os.read(descriptor, 200).decode()
         os.close(descriptor)
         raise ValueError(f"{what}: {holder or 'another process'} is writing there now; {fix}") from None
+    except OSError as error:  # a file system that has no locks
+        os.close(descriptor)
+        print(f"{directory} cannot be locked ({error}): let no other process write there", file=sys.stderr)
+        return
     os.ftruncate(descriptor, 0)
     os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
     HELD[path] = descriptor

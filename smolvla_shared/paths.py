@@ -66,10 +66,15 @@ def check_hub_id(what: str, name: str) -> None:
 def check_initial(name: str) -> None:
     if name.endswith(".safetensors"):
         check_artifact(Path(name))
-    elif not Path(name).is_dir():
-        check_hub_id("policy", name)
+    else:
+        check_model("policy", name)
+
+
+def check_model(what: str, name: str) -> None:
+    if not Path(name).is_dir():
+        check_hub_id(what, name)
     elif not (Path(name) / "config.json").is_file():
-        raise ValueError(f"no policy in {name}: config.json is missing, found {found_in(Path(name))}")
+        raise ValueError(f"no {what} in {name}: config.json is missing, found {found_in(Path(name))}")
 
 
 def check_labels(directory: Path) -> None:
@@ -153,6 +158,7 @@ HubDataset = Annotated[str, Place(lambda name, option, options: check_hub_datase
 Teacher = Annotated[Path, Place(lambda path, option, options: check_teacher(path, option))]
 Artifact = Annotated[Path, Place(lambda path, option, options: check_artifact(path))]
 Initial = Annotated[str, Place(lambda name, option, options: check_initial(name))]
+Trunk = Annotated[str, Place(lambda name, option, options: check_model("trunk", name))]
 Labels = Annotated[Path, Place(lambda path, option, options: check_labels(path))]
 File = Annotated[Path, Place(lambda path, option, options: check_file(path, option))]
 Upload = Annotated[Path, Place(lambda path, option, options: check_upload(path))]

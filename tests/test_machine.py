@@ -19,6 +19,7 @@ from smolvla_shared.cache import RowCache
 from smolvla_shared.command import EXIT_MISTAKE
 from smolvla_shared.locks import lock
 from smolvla_shared.run_checkpoint import claim_run, damage
+from smolvla_shared.teacher import main
 
 SIZES = "--save-every 1 --log-every 1 --eval-samples 4 --data.num-workers 0 --val-fraction 0.2 --model.preset tiny"
 
@@ -83,6 +84,12 @@ def test_a_report_on_a_full_disk_is_not_there(server, small_disk, video_dataset,
     said = said_of(output)
     assert code == EXIT_MISTAKE and len(said) <= 4 and "No space left on device" in said[0], said
     assert names_in(small_disk) == []
+
+
+def test_a_directory_that_cannot_be_written_is_refused_at_once(small_disk, video_dataset):
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    with pytest.raises(ValueError, match=rf"--run-dir .* cannot be written: no permission in {small_disk}; name"):
+        main(["train", "--data.roots", str(video_dataset), "--run-dir", str(small_disk / "run")])
 
 
 def test_a_checkpoint_that_does_not_fit_is_gone_and_resume_goes_on(server, stage2, tmp_path):
