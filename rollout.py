@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from smolvla_shared import ranges
+from smolvla_shared import paths, ranges
 from smolvla_shared.command import run_command
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ class RolloutConfig:
     """Success rates with their 95% Wilson intervals, a contact sheet, and (by option) videos."""
 
     # The policy: a pretrained_model directory of train_stage3.py.
-    policy_path: Path
+    policy_path: paths.Policy
     # New directory for results.json, contact_sheet.png and videos. Default: beside the policy.
     out: Path | None = None
     # The environment.
@@ -49,7 +49,7 @@ class RolloutConfig:
     # Roll out once for each value of one of the two: n_action_steps=1,5,10 or flow_steps=1,2,5,10.
     sweep: str | None = None
     # results.json of another rollout, to compare with on equal initial states.
-    compare: Path | None = None
+    compare: paths.File | None = None
     # Pairs of environment key and policy key, for observations whose names differ.
     rename: dict[str, str] = field(default_factory=dict)
     # Which episodes to write a video of.
@@ -65,9 +65,6 @@ class RolloutConfig:
 
 def check_options(config: RolloutConfig) -> Path:
     """The directory to write. Raises ValueError for what can be told before anything is loaded."""
-    if not (config.policy_path / "config.json").is_file():
-        found = sorted(p.name for p in config.policy_path.iterdir()) if config.policy_path.is_dir() else "no directory"
-        raise ValueError(f"--policy-path {config.policy_path} holds no policy: config.json is missing (found: {found})")
     more = f"_and_{len(config.env.task) - 1}_more" if len(config.env.task) > 1 else ""
     name = f"rollout_{config.env.task[0] if config.env.task else config.env.type}{more}_seed{config.seed}"
     out = config.out or config.policy_path.parent / name

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from smolvla_shared import paths
 from smolvla_shared.command import run_command
 from smolvla_shared.config import LATENT, RunConfig, StageOptions
 
@@ -26,7 +27,7 @@ class Stage2Config(StageOptions, RunConfig):
     """Train the SmolVLM trunk and the shared expert on the latent actions of a frozen LAQ teacher."""
 
     # Report of `python -m smolvla_shared.teacher check` on these labels; the artifact records its verdict.
-    label_health: Path | None = None
+    label_health: paths.File | None = None
     # Train on labels although --label-health says that they failed, for example as a control arm.
     accept_label_health: bool = False
 
@@ -74,7 +75,7 @@ def main(config: Stage2Config) -> None:
     from smolvla_shared.labels import latent_statistics, open_labels
     from smolvla_shared.losses import masked_mean, valid_tokens
     from smolvla_shared.preprocess import Preprocessor
-    from smolvla_shared.run import Run, start_run
+    from smolvla_shared.run import Run, inputs, start_run
 
     # What a user can get wrong is refused here, before Run makes the run directory.
     datasets = data.open_datasets(config.data)
@@ -86,7 +87,7 @@ def main(config: Stage2Config) -> None:
     dims |= data.state_dims(datasets, config.model.use_state)
     about = labels.teacher_id, labels.kind, options.gap_s, label_camera, data.valid_pair_share(datasets, training)
     latents = with_health(artifact.Latents(*about, labels.horizon), config.label_health, config.accept_label_health)
-    accelerator, resume_from = start_run(config)
+    accelerator, resume_from = start_run(config, config.run_dir / "artifacts" / f"{paths.ARTIFACT_NAME}.json")
 
     core = initial.build(config.model, cameras, [LATENT], accelerator.mixed_precision, **dims)
     statistics = data.statistics(datasets, core.config, [LATENT], training)
@@ -102,7 +103,7 @@ def main(config: Stage2Config) -> None:
     preprocessor = Preprocessor(core.config, initial.tokenizer, statistics)
     export = export_artifact(config, core, initial.tokenizer, statistics, latents, datasets)
 
-    with Run(config, accelerator, core, resume_from, export) as run:
+    with Run(config, accelerator, core, resume_from, export, inputs(datasets, initial.provenance, labels)) as run:
         for raws in run.steps(loaders.train):
             targets = [labels(raw) for raw in raws]  # latent actions [B, M*S, D]: what happened between two frames
             run.mark("teacher")

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from smolvla_shared import ranges
+from smolvla_shared import paths, ranges
 from smolvla_shared.command import run_command
 from smolvla_shared.config import ACTION, LATENT, RunConfig, StageOptions
 
@@ -29,7 +29,7 @@ class Stage3Config(StageOptions, RunConfig):
 
     # Weights file (.safetensors) of the Stage 2 artifact to start from. Without it and without --init-from, training
     # starts from the trunk's own weights: the scratch arm.
-    stage2_artifact: Path | None = None
+    stage2_artifact: paths.Artifact | None = None
     # Actions in a chunk, which the policy predicts at once.
     chunk_size: ranges.Few = 50
     # Actions executed of each chunk before the next chunk is predicted; saved with the policy.
@@ -41,9 +41,9 @@ class Stage3Config(StageOptions, RunConfig):
     latent_loss_weight: ranges.NotNegative = 0.0
     # Local directories of datasets whose actions, if there are any, are not read. They train the latent head
     # (--latent-loss-weight), the action head (--decode-actions), or both.
-    video_roots: tuple[Path, ...] = ()
+    video_roots: tuple[paths.Dataset, ...] = ()
     # Hub ids of such datasets.
-    video_repo_ids: tuple[str, ...] = ()
+    video_repo_ids: tuple[paths.HubDataset, ...] = ()
     # Share of each batch that is read from them.
     video_share: ranges.ShareOfSome = 0.5
     # Train the action head on video, too: its latent actions are decoded into actions by a linear map that is fitted to
@@ -64,23 +64,19 @@ class Stage3Config(StageOptions, RunConfig):
                 f"--latent-loss-weight > 0 (got {self.latent_loss_weight}) or --decode-actions goes with labels: "
                 f"--laq-ckpt (got {self.laq_ckpt}) or --labels cache (got {self.labels})"
             )
-        if self.latent_head and not self.latent_loss_weight:
-            raise ValueError(
-                f"--latent-head {self.latent_head} trains nothing: pass --latent-loss-weight, or leave it out"
-            )
-        if self.latent_horizon and not self.needs_labels:
-            raise ValueError(
-                f"--latent-horizon {self.latent_horizon} without latent actions: pass --latent-loss-weight or "
-                "--decode-actions, or leave it out"
-            )
         if self.has_video and not self.needs_labels:
             raise ValueError("--video-roots and --video-repo-ids need --latent-loss-weight, --decode-actions, or both")
         if self.decode_actions and not self.has_video:
             raise ValueError("--decode-actions decodes the actions of video: pass --video-roots or --video-repo-ids")
+        own_horizon = self.stage2_artifact or self.model.init_from  # where the option leaves it out; else it is 1
+        if self.decode_actions and (self.latent_horizon == 1 or not (self.latent_horizon or own_horizon)):
+            raise ValueError("--decode-actions reads latent actions in a row: pass --latent-horizon of 2 or more")
         ranges.refuse_without(self, self.has_video, "--video-roots or --video-repo-ids", "video_share")
         needed = self.needs_labels, "--latent-loss-weight or --decode-actions"
         ranges.refuse_without(self, *needed, "teacher_kind laq_code_seq_len laq_image_size accept_other_pairs")
-        ranges.refuse_without(self.data, *needed, "label_camera", "--data.")
+        ranges.refuse_without(self, *needed, "latent_horizon")
+        ranges.refuse_without(self, self.latent_loss_weight > 0, "--latent-loss-weight", "latent_head")
+        ranges.refuse_without(self.data, *needed, "label_camera frame_gap_s", "--data.")
 
     @property
     def has_video(self) -> bool:
@@ -145,7 +141,7 @@ def main(config: Stage3Config) -> None:
     from smolvla_shared.labels import latent_statistics, open_labels
     from smolvla_shared.losses import masked_mean, valid_tokens
     from smolvla_shared.preprocess import Preprocessor
-    from smolvla_shared.run import Run, start_run
+    from smolvla_shared.run import Run, inputs, start_run
 
     # What a user can get wrong is refused here, before Run makes the run directory.
     weight = {ACTION: 1.0} | ({LATENT: config.latent_loss_weight} if config.latent_loss_weight else {})
@@ -155,6 +151,7 @@ def main(config: Stage3Config) -> None:
     dims = {"action_dim": data.common_dim(labelled, data.ACTION_KEY), "chunk_size": config.chunk_size}
     dims |= data.state_dims(datasets, config.model.use_state)
     recorded = initial.recorded_statistics(dims) if config.normalization == "artifact" else {}
+    action_decoder.check_horizon(config.decode_actions, config.latent_horizon or initial.latent_horizon)
     labels = open_labels(config, datasets, label_camera, initial.latent_horizon) if config.needs_labels else None
     dims |= initial.latent_dims(labels, options, label_camera, config.latent_head) if LATENT in weight else {}
     training, groups, held_out = data_split.split_with_video(datasets, len(labelled), config, config.video_share)
@@ -177,7 +174,7 @@ def main(config: Stage3Config) -> None:
     preprocessor = Preprocessor(core.config, initial.tokenizer, statistics)
     export = partial(export_policy, config, core.config, initial, statistics, datasets, decode)
 
-    with Run(config, accelerator, core, resume_from, export) as run:
+    with Run(config, accelerator, core, resume_from, export, inputs(datasets, initial.provenance, labels)) as run:
         for raws in run.steps(loaders.train):
             targets = [labels(raw) if labels else None for raw in raws]  # latent actions [B, M*S, D], if any
             run.mark("teacher")

@@ -21,7 +21,7 @@ from smolvla_shared import data
 from smolvla_shared.config import DataConfig
 from smolvla_shared.laq import LAQ
 from smolvla_shared.laq_files import load_laq, save_laq, teachers_source
-from smolvla_shared.teacher import FRESH
+from smolvla_shared.teacher_config import FRESH
 
 GAP_S = 0.05
 SHAKE = 6  # pixels that a shaken frame is shifted by, at most

@@ -25,8 +25,9 @@ from fnmatch import fnmatch
 from functools import cached_property
 from pathlib import Path
 
-import tyro
 from evidence_table import Measured, compare, markdown, plot
+
+from smolvla_shared.command import run_command
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -172,13 +173,14 @@ class Cell:
     def labelled(self) -> Part:
         return self.record("demonstrations", self.demonstrations, self.seed, self.where.noise)
 
-    def training(self, steps: int) -> str:
+    def training(self, steps: int, holds_out: bool = True) -> str:
         options = f"--run-dir @out --seed {self.seed} --steps {steps} --batch-size {self.sizes.batch_size}"
-        return f"{options} --optim.warmup-steps {max(1, min(50, steps // 6))} --eval-every {steps} --data.num-workers 1"
+        options += f" --eval-every {steps}" if holds_out else " --val-fraction 0"
+        return f"{options} --optim.warmup-steps {max(1, min(50, steps // 6))} --data.num-workers 1"
 
-    def stage(self, steps: int) -> str:
+    def stage(self, steps: int, holds_out: bool = True) -> str:
         """Options of Stage 2 and Stage 3."""
-        return f"{self.training(steps)} --flow-draws {self.sizes.flow_draws} {STAGES} {self.where.options}"
+        return f"{self.training(steps, holds_out)} --flow-draws {self.sizes.flow_draws} {STAGES} {self.where.options}"
 
     def teacher(self, learns: bool) -> Part:
         """A teacher of the video; or one that keeps its random weights."""
@@ -221,7 +223,7 @@ class Cell:
         steps = sizes.stage3_steps + (sizes.stage2_steps if self.arm == "scratch, all compute" else 0)
         data = (self.labelled(), *(self.video() if self.arm == "all labels" else ()))
         # Too few demonstrations to hold one out.
-        command = f"train_stage3.py {self.stage(steps)} {STAGE3} --save-every {max(1, steps // 3)} --val-fraction 0"
+        command = f"train_stage3.py {self.stage(steps, holds_out=False)} {STAGE3} --save-every {max(1, steps // 3)}"
         command += f" --data.roots {places(0, len(data))}"
         if not kind:
             return Part("stage3", f"{command} --model.preset tiny", data)
@@ -365,4 +367,4 @@ def main(config: EvidenceConfig) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(EvidenceConfig))
+    run_command(main, EvidenceConfig)

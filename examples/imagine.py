@@ -12,8 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import tyro
-
+from smolvla_shared.command import run_command
 from smolvla_shared.config import LATENT, PolicyDataConfig
 
 if TYPE_CHECKING:
@@ -106,4 +105,4 @@ def main(config: ImagineConfig) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(ImagineConfig))
+    run_command(main, ImagineConfig)

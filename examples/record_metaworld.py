@@ -17,9 +17,9 @@ from typing import Any, Literal
 
 import gymnasium
 import numpy as np
-import tyro
 from tqdm import tqdm
 
+from smolvla_shared.command import run_command
 from smolvla_shared.data import ACTION_KEY, EXECUTED_ACTION_KEY
 from smolvla_shared.environments import FIRST_RECORDING_SEED, make_metaworld, metaworld_tasks, render_headless
 
@@ -164,4 +164,4 @@ def main(config: RecordConfig) -> None:
 
 if __name__ == "__main__":
     render_headless()  # before any process imports mujoco
-    main(tyro.cli(RecordConfig))
+    run_command(main, RecordConfig)

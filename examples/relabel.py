@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
-import tyro
 
+from smolvla_shared.command import run_command
 from smolvla_shared.config import DataConfig, TeacherKind
 
 if TYPE_CHECKING:
@@ -103,4 +103,4 @@ def executed_actions(dataset: "RobotDataset") -> np.ndarray:  # [frames, A]
 
 
 if __name__ == "__main__":
-    main(tyro.cli(RelabelConfig))
+    run_command(main, RelabelConfig)

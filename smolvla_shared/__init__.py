@@ -12,7 +12,7 @@ The method, in reading order (with train_stage2.py and train_stage3.py, where th
     losses          unreduced errors, masked means
     trunk           SmolVLM as a prefix encoder, the attention masks, the expert
     model           SmolVLASharedCore: one prefix pass, then the expert for each head
-    laq, laq_layers     the teacher: an inverse-dynamics VQ model, LAPA's
+    laq, laq_config, laq_layers     the teacher: an inverse-dynamics VQ model, LAPA's
     teacher         its training step, and the commands train, label, check
     labels          where latent targets come from: the teacher, or a cache
     data_order      which sample a slot of a step is
@@ -31,6 +31,7 @@ What surrounds it:
     model_parts     which parts of a core train, and how its layers run
     initial         what training starts from: a trunk, an artifact, a SmolVLA policy, a policy of this project
     evaluate        errors on held-out samples
+    teacher_config  the options of the teacher's commands
     laq_codebook    the teacher's codes in training: their use, and where they are placed
     action_decoder  actions for video, from its latent actions and a few demonstrations
     grounding       a teacher that also learns from a few labelled demonstrations
@@ -39,7 +40,7 @@ What surrounds it:
     comparison      success rates: Wilson's interval, McNemar's test
     lerobot_config, lerobot_policy, lerobot_processor     the policy as LeRobot sees it
     lerobot_files, lerobot_card           policies in files; a policy's card, and where its weights are from
-    hub             policies, artifacts and teachers to the hub
+    hub, hub_upload     policies, artifacts and teachers to the hub
     serve           LeRobot's asynchronous policy server
     lerobot_smolvla                       LeRobot's SmolVLA checkpoints, in and out
 
@@ -52,7 +53,8 @@ Machinery, which the method can be understood without:
     cache, feature_cache                       rows computed once; the frozen vision tower's output
     gpu_check       what nobody can test without a GPU, tried on yours
     trunk_files, laq_files, files     trunks and teachers in files; weights and texts in files
-    ranges, refusals, command         the range of every number; what is refused, and how a command says it
+    ranges, paths, refusals, command     the range of every number, what must be at a path; how a refusal is said
+    locks           a directory that one process at a time may write in
 
 Importing this package imports none of its modules.
 """

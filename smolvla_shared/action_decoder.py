@@ -92,6 +92,15 @@ def in_windows(latents: Tensor, pair_mask: Tensor) -> tuple[Tensor, Tensor]:
     return windows, pair_mask.unfold(1, WINDOW, 1).all(-1)
 
 
+def check_horizon(decode_actions: bool, horizon: int) -> None:
+    """Raise ValueError if there are fewer latent actions in a row than a decoder reads."""
+    if decode_actions and horizon < WINDOW:
+        raise ValueError(
+            f"--decode-actions reads {WINDOW} latent actions in a row, --latent-horizon is {horizon}: pass one more "
+            "than covers the chunk"
+        )
+
+
 def fit(
     labels: Labels,
     num_labelled: int,
@@ -109,11 +118,7 @@ def fit(
     absolute positions: an image pair tells how far something moved, not where to. Raises it, too, if there are fewer
     than WINDOW latent actions in a row, or if they tell no dimension.
     """
-    if labels.horizon < WINDOW:
-        raise ValueError(
-            f"--decode-actions reads {WINDOW} latent actions in a row, --latent-horizon is {labels.horizon}: pass one "
-            "more than covers the chunk"
-        )
+    check_horizon(True, labels.horizon)
     labelled = datasets[:num_labelled]
     gaps = {dataset.name: dataset.gap for dataset in labelled}
     if len(set(gaps.values())) > 1:

@@ -16,11 +16,11 @@ from transformers import PreTrainedTokenizerFast
 from smolvla_shared import files, ranges
 from smolvla_shared.config import CoreConfig, TeacherKind
 from smolvla_shared.model_parts import PARTS
+from smolvla_shared.paths import ARTIFACT_NAME, check_artifact
 from smolvla_shared.preprocess import Statistics
 from smolvla_shared.trunk_files import pack_tokenizer, unpack_tokenizer
 
 SCHEMA = "smolvla_shared.v1"
-ARTIFACT_NAME = "smolvla_shared_stage2_artifact"
 
 
 @dataclass(frozen=True)
@@ -131,14 +131,8 @@ def load_artifact(path: Path) -> Artifact:
     Raises ValueError for a missing file, another schema, an unknown, missing or edited manifest field, and weights or
     a tokenizer that are not the ones the manifest was written for.
     """
-    if path.suffix != ".safetensors":
-        raise ValueError(f"a Stage 2 artifact is named by its weights, a .safetensors file, not {path}")
+    check_artifact(path)
     manifest_path, tokenizer_path = path.with_suffix(".json"), path.with_suffix(".tokenizer.json")
-    for needed in (path, manifest_path, tokenizer_path):
-        if not needed.is_file():
-            raise ValueError(
-                f"no Stage 2 artifact {path}: there is no {needed.name} of its three files; copy all of them"
-            )
     manifest = read_manifest(manifest_path)
     for file, expected in ((path, manifest.weights.sha256), (tokenizer_path, manifest.tokenizer_sha256)):
         if (found := files.file_sha256(file)) != expected:

@@ -21,6 +21,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from smolvla_shared.files import json_sha256, read_weights, write_text, write_weights
+from smolvla_shared.locks import LOCK_FILE, lock, unlock
 from smolvla_shared.refusals import read_json, refuse_differences
 
 MANIFEST = "cache.json"
@@ -132,7 +133,10 @@ class RowCache:
         """
         manifest = self.directory / MANIFEST
         if not manifest.is_file():
-            if {path.name for path in self.directory.glob("*")} - {f"{MANIFEST}.tmp"}:  # a kill may leave .tmp
+            if {path.name for path in self.directory.glob("*")} - {
+                f"{MANIFEST}.tmp",
+                LOCK_FILE,
+            }:  # a kill may leave them
                 raise ValueError(f"{self.directory} holds something that is no cache: name another directory")
             return False
         asked, found = json.loads(self._manifest())["key"], read_key(self.directory)
@@ -144,11 +148,19 @@ class RowCache:
         return not self.missing()
 
     def claim(self) -> None:
-        """Prepare the directory for writing. One process calls this before any process writes."""
+        """Prepare the directory for writing, and keep it to this process until `release`, unless it is complete.
+
+        One process calls this before any process writes. Raises ValueError while another process fills the cache.
+        """
         if not self.is_complete():
             self.directory.mkdir(parents=True, exist_ok=True)
+            lock(self.directory, f"the cache {self.directory}", "wait for it, then run this command again")
             write_text(self.directory / MANIFEST, self._manifest())
             (self.directory / "shards").mkdir(exist_ok=True)
+
+    def release(self) -> None:
+        """Let other processes fill the cache."""
+        unlock(self.directory)
 
     def _about(self, rows: range) -> list[Any]:
         return [self.key, rows.start, rows.stop]

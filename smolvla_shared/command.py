@@ -8,17 +8,22 @@ import contextlib
 import errno
 import io
 import linecache
+import os
+import re
 import sys
 from collections.abc import Callable
 from typing import Any
 
 import tyro
 
+from smolvla_shared import paths
+
 EXIT_MISTAKE = 2  # as tyro's and argparse's
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 MOST_LINES, MOST_CHARACTERS = 4, 1000
-# The machine's refusals: the disk is full, or not the user's.
-MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
+# The machine's refusals: the disk or the quota is full, or the directory is not the user's.
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+FORBIDDEN = {errno.EROFS, errno.EACCES, errno.EPERM}
 
 
 def run_command(main: Callable[..., None], options: Any = None) -> None:
@@ -33,9 +38,11 @@ def run_command(main: Callable[..., None], options: Any = None) -> None:
         print("stopped by Ctrl-C", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)
     except Exception as error:
-        if not is_mistake(error):
+        if is_mistake(error):
+            said = in_few_lines(error)
+        elif not (said := of_machine(error)):
             raise
-        print(in_few_lines(error), file=sys.stderr)
+        print(said, file=sys.stderr)
         sys.exit(EXIT_MISTAKE)
 
 
@@ -49,24 +56,45 @@ def leave_processes() -> None:
 
 
 def parse(options: Any, **more: Any) -> Any:
-    """tyro.cli(options, **more), but a refusal of the options' own comes back as it was raised, not in tyro's frame."""
+    """tyro.cli(options, **more), with paths that hold what they should; a refusal of the options' own comes back as it
+    was raised, not in tyro's frame.
+    """
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            return tyro.cli(options, **more)
+            config = tyro.cli(options, **more)
     except SystemExit as stop:
         error = stop.__context__
         while error and not is_mistake(error):
             error = error.__context__
         if error:
             raise error from None
-        sys.stderr.write(said.getvalue())
-        raise
+        if stop.code != EXIT_MISTAKE:  # --help
+            raise
+        raise ValueError(of_tyro(said.getvalue())) from None
+    paths.check(config)
+    return config
+
+
+def of_tyro(panel: str) -> str:
+    """What tyro says in a box about options that it cannot read, without the help texts: a line for each section."""
+    said = []
+    # The box is drawn in Unicode or, where standard output is ASCII, by dashes and spaces. Its title comes first.
+    panel = re.sub(r"^[╭╰].*$", "─────", panel, flags=re.M).replace("│", " ")
+    for section in re.split(r"^ *(?:─{5,}|-{5,}) *$", panel, flags=re.M)[1:]:
+        lines = [line[2:].rstrip() for line in section.splitlines() if line.strip()]
+        if not lines or lines[0].startswith("Argument helptext"):
+            continue
+        # An option stands behind up to four spaces, its help text behind more.
+        options = [line.strip() for line in lines if line.startswith("  ") and not line.startswith(5 * " ")]
+        text = [line for line in lines if not line.startswith("  ")]
+        said.append(f"{' '.join(text)} {', '.join(options)}".strip())
+    text = re.sub(r" \(applied to [^)]*\)| +Arguments are applied to .* matter\.", "", "\n".join(said))
+    text = re.sub(r"invalid literal for int\(\) with base 10: (.*)", r"expected a whole number, got \1", text)
+    return re.sub(r"could not convert string to float: (.*)", r"expected a number, got \1", text)
 
 
 def is_mistake(error: BaseException) -> bool:
-    if isinstance(error, OSError) and error.errno in MACHINE:
-        return True
     if not isinstance(error, ValueError | OSError | ImportError) or error.__traceback__ is None:
         return False
     last = error.__traceback__
@@ -76,6 +104,25 @@ def is_mistake(error: BaseException) -> bool:
     line = linecache.getline(last.tb_frame.f_code.co_filename, last.tb_lineno)
     is_ours = module == "__main__" or module.split(".")[0] in ("smolvla_shared", "train_stage2", "train_stage3")
     return is_ours and line.lstrip().startswith("raise ")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device or this machine has no memory left. torch is not imported here to ask for its class."""
+    is_ram = isinstance(error, MemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)
+    return is_ram or type(error).__name__ == "OutOfMemoryError"
+
+
+def of_machine(error: BaseException) -> str:
+    """What the machine refuses, and what to do; "": the error is another one."""
+    text, number = str(error).partition("\n")[0], getattr(error, "errno", None)
+    if is_out_of_memory(error):
+        return f"error: out of memory: {text}\nLess is held at once with a smaller --batch-size or fewer processes"
+    # Libraries in other languages have errors of their own, known by their words.
+    if number in FULL or os.strerror(errno.ENOSPC) in text:
+        return f"error: the disk is full: {text}\nMake room, or name a directory on another disk, and run this again"
+    if number in FORBIDDEN:
+        return f"error: no permission: {text}\nName a directory that is yours, or change its permissions"
+    return ""
 
 
 def in_few_lines(error: BaseException) -> str:

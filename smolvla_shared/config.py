@@ -6,12 +6,11 @@ artifact's manifest or a policy's config.json. The other classes are the option 
 
 import math
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 
-from smolvla_shared import ranges
+from smolvla_shared import paths, ranges
 
 TeacherKind = Literal["quantized", "continuous"]
 LATENT, ACTION = "latent", "action"  # the names of the two flow-matching targets, wherever they are dictionary keys
@@ -118,13 +117,13 @@ class ModelConfig:
     # for CPUs, tests and the demo). Default: smolvlm2-500m, or the trunk of the artifact or policy to start from.
     preset: Literal["smolvlm2-500m", "tiny"] | None = None
     # Hub id or local directory of a SmolVLM to use as the trunk, instead of --model.preset.
-    name: str | None = None
+    name: paths.Trunk | None = None
     # Hub revision (branch, tag or commit) of the trunk; recorded in the manifest.
     revision: str | None = None
     # Weights to start from, instead of a fresh expert on the trunk's own: a directory or hub id of a LeRobot SmolVLA
     # policy (lerobot/smolvla_base) or of this project's policy, or a Stage 2 artifact (.safetensors). --data.cameras
     # replace its cameras in order; without --data.cameras your data must have cameras of the same names.
-    init_from: Annotated[str | None, tyro.conf.arg(prefix_name=False)] = None
+    init_from: Annotated[paths.Initial | None, tyro.conf.arg(prefix_name=False)] = None
     # Do not train the vision tower and connector. Default: frozen if the trunk has pretrained weights.
     freeze_vision: bool | None = None
     # Do not train the trunk: vision tower, connector and language layers. Default: frozen if it has pretrained weights.
@@ -153,9 +152,9 @@ class DataConfig:
     """Which recordings, and which pairs of their frames."""
 
     # Hub ids of LeRobotDatasets (v3). A copy in the local LeRobot cache is used, else the dataset is downloaded.
-    repo_ids: tuple[str, ...] = ()
+    repo_ids: tuple[paths.HubDataset, ...] = ()
     # Local directories of LeRobotDatasets (v3); may be combined with --data.repo-ids.
-    roots: tuple[Path, ...] = ()
+    roots: tuple[paths.Dataset, ...] = ()
     # How much of a batch each dataset is, hub ids first, relative to the others. Default: every frame counts the same.
     weights: tuple[ranges.Positive, ...] = ()
     # Camera keys to use, in this order. Default: every camera that all datasets have, in the first dataset's order.
@@ -206,7 +205,7 @@ class PolicyDataConfig(DataConfig):
     state_dropout: ranges.Share = 0.0
     # Directory of the feature cache: the frozen vision tower's output for every frame, computed once before training.
     # Every run with the same tower and data can use the same directory.
-    feature_cache: Path | None = None
+    feature_cache: paths.Directory | None = None
     # Type of the cached features. bfloat16 takes half the space and keeps 8 significant bits.
     feature_cache_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     # Largest size of the feature cache on disk, GB (10^9 bytes).
@@ -260,7 +259,7 @@ class RunConfig:
     """The options that mean the same in every training command."""
 
     # Directory of the run: config.json, metrics.jsonl, curves.png, checkpoints/. Must be new unless --resume is given.
-    run_dir: Path
+    run_dir: paths.RunDirectory
     # Which recordings, and how they are read.
     data: DataConfig
     # Share of each dataset's episodes held out for evaluation, at least one episode; 0: train on all.
@@ -303,6 +302,7 @@ class RunConfig:
 
     def __post_init__(self):
         ranges.check(self, "--")
+        ranges.refuse_without(self, self.val_fraction > 0, "--val-fraction above 0", "eval_every eval_samples")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -331,11 +331,11 @@ class StageOptions(TeacherOptions):
     flow_draws: ranges.Count = 1
     # The teacher: a .safetensors file of `python -m smolvla_shared.teacher train`, or LAPA's .pt file. Not needed with
     # --labels cache, which records its teacher.
-    laq_ckpt: Path | None = None
+    laq_ckpt: paths.Teacher | None = None
     # online: run the teacher in every step. cache: read the labels that `python -m smolvla_shared.teacher label` wrote.
     labels: Literal["online", "cache"] = "online"
     # Directory of the label cache, for --labels cache.
-    label_cache: Path | None = None
+    label_cache: paths.Labels | None = None
     # flow: the latent head generates latent actions by flow matching, as the action head does actions. codes: it
     # classifies the teacher's codes (cross-entropy); needs --teacher-kind quantized. Default: that of the latent head
     # to start from, else flow.

@@ -6,6 +6,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import torch
 from huggingface_hub import snapshot_download
@@ -18,10 +19,11 @@ from lerobot.utils.constants import HF_LEROBOT_HOME
 from lerobot.utils.import_utils import get_safe_default_video_backend
 from torch import Tensor
 
-from smolvla_shared import preprocess
+from smolvla_shared import paths, preprocess
 from smolvla_shared.config import ACTION, CoreConfig, DataConfig
 from smolvla_shared.data_columns import ROWS_AT_ONCE, Columns
 from smolvla_shared.data_rows import Rows
+from smolvla_shared.files import ask_hub
 from smolvla_shared.preprocess import Statistics
 
 STATE_KEY, ACTION_KEY = "observation.state", "action"
@@ -43,18 +45,27 @@ class RobotDataset:
     def __init__(self, repo_id: str, root: Path, config: DataConfig):
         self.name, self.root, self.frame_gap_s = repo_id, root, config.gap_s
         is_local = repo_id == str(root) or os.environ.get("HF_HUB_OFFLINE") == "1"
-        if is_local and not (root / "meta" / "info.json").is_file():
-            found = sorted(path.name for path in root.iterdir()) if root.is_dir() else "no such directory"
-            raise ValueError(f"no LeRobotDataset at {root}: meta/info.json is missing (found: {found})")
+        if is_local:
+            paths.check_dataset(root)
         try:
             self._open()
         except FileNotFoundError as error:
             if is_local:
                 raise ValueError(f"the LeRobotDataset at {root} is not complete, missing: {error}") from error
-            # As LeRobotDataset does, which would then read all of it.
-            revision = get_safe_version(repo_id, CODEBASE_VERSION)
-            snapshot_download(repo_id, repo_type="dataset", revision=revision, local_dir=root)
+            self._download()
             self._open()
+
+    def _download(self) -> None:
+        """As LeRobotDataset does, which would then read all of it. Raises ValueError if the hub does not give it."""
+        problem = ask_hub()
+        try:
+            revision = get_safe_version(self.name, CODEBASE_VERSION)
+            snapshot_download(self.name, repo_type="dataset", revision=revision, local_dir=self.root)
+        except (OSError, httpx.HTTPError) as error:
+            raise ValueError(
+                f"no LeRobotDataset {self.name}: it is not, or not whole, in {self.root}, and the hub says: "
+                f"{problem or error}"
+            ) from error
 
     def _open(self) -> None:
         """Raises FileNotFoundError if a file is missing."""

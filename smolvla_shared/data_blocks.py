@@ -108,3 +108,4 @@ def fill_cache(
         progress.update(len(shard) * accelerator.num_processes)
     progress.close()
     accelerator.wait_for_everyone()
+    store.release()

@@ -3,22 +3,29 @@
 import hashlib
 import json
 import os
+import shutil
+import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
+import httpx
+from huggingface_hub import constants, snapshot_download
+from huggingface_hub.utils import get_session
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from smolvla_shared.paths import check_hub_id
 from smolvla_shared.refusals import decode, read_json, refuse_schema
 
 MANIFEST_NAME = "manifest.json"  # of a policy: the sha256 of its other files, but for its card
 MANIFEST_SCHEMA = "smolvla_shared.files.v1"
+HUB_TIMEOUT_S = 5
 SOURCE_NAME = "source.json"  # of a policy: where its weights are from
 PROCESSORS = "policy_*processor*"  # of a policy: the files that LeRobot writes for its two processors
 
@@ -151,30 +158,61 @@ def read_weights(path: str | Path, fix: str = "copy or write it again") -> dict[
         raise ValueError(f"{path} is damaged ({error}): {fix}") from error
 
 
-def write_weights(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> str:
-    """Write a .safetensors file under a temporary name, sync and rename it; returns its sha256.
+@contextmanager
+def replacing(path: Path, size: int | None = None) -> Iterator[Path]:
+    """A temporary file to write, synced and renamed to `path` once the context ends without error.
 
-    Raises OSError, and leaves nothing, if it cannot be written.
+    size: bytes to be written, where they are known. Raises OSError, and leaves nothing, if they cannot be written.
     """
-    temporary = path.with_suffix(".safetensors.tmp")
+    temporary = path.with_name(f"{path.name}.tmp")
     try:
-        save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, temporary, metadata)
-    except SafetensorError as error:
+        yield temporary
+        sync(temporary)
+        os.replace(temporary, path)
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
-        raise OSError(f"{path} cannot be written: {error}") from error
-    share(temporary)
-    sha256 = file_sha256(temporary)
-    sync(temporary)
-    os.replace(temporary, path)
-    return sha256
+        if not isinstance(error, OSError | SafetensorError):
+            raise
+        takes = f"it takes {size:,} bytes, " if size is not None else ""
+        place = next(place for place in path.absolute().parents if place.exists())
+        free = shutil.disk_usage(place).free
+        raise OSError(
+            f"{path} cannot be written: {error}\n{takes}{place} has {free:,} bytes free: make room, or name "
+            "another directory, and run the command again"
+        ) from error
+
+
+def write_weights(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> str:
+    """Write a .safetensors file by `replacing`; returns its sha256."""
+    with replacing(path, sum(tensor.nbytes for tensor in tensors.values())) as temporary:
+        save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, temporary, metadata)
+        share(temporary)
+        return file_sha256(temporary)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file under a temporary name, sync and rename it."""
-    temporary = path.with_suffix(path.suffix + ".tmp")
-    temporary.write_text(text)
-    sync(temporary)
-    os.replace(temporary, path)
+    """Write a text file by `replacing`."""
+    with replacing(path, len(text.encode())) as temporary:
+        temporary.write_text(text)
+
+
+@cache
+def ask_hub() -> str:
+    """Why the hub does not answer, in words; "": it does, or HF_HUB_OFFLINE forbids to ask.
+
+    Asked once in a process, before anything is fetched: the hub's libraries ask again and again, for minutes. Without
+    an answer they read the local cache only from here on, as with HF_HUB_OFFLINE=1.
+    """
+    if constants.HF_HUB_OFFLINE:
+        return ""
+    try:
+        get_session().head(constants.ENDPOINT, timeout=HUB_TIMEOUT_S)
+    except httpx.HTTPError as error:
+        constants.HF_HUB_OFFLINE = True
+        problem = f"{constants.ENDPOINT} does not answer within {HUB_TIMEOUT_S} s ({error or type(error).__name__})"
+        print(f"{problem}: only what the local cache holds can be read", file=sys.stderr)
+        return problem
+    return ""
 
 
 def find_directory(
@@ -191,12 +229,16 @@ def find_directory(
     """
     directory = Path(name)
     if not directory.is_dir():
+        check_hub_id(what, str(name))
+        problem = ask_hub()
         try:
             # A repository may also hold checkpoints with their optimizers, and videos.
             wanted = [*needed, *optional, PROCESSORS, SOURCE_NAME, MANIFEST_NAME]
             directory = Path(snapshot_download(str(name), allow_patterns=wanted, **hub))
-        except (OSError, ValueError) as error:
-            raise ValueError(f"no {what} {name}: there is no such directory, and the hub says: {error}") from error
+        except (OSError, ValueError, httpx.HTTPError) as error:
+            raise ValueError(
+                f"no {what} {name}: there is no such directory, and the hub says: {problem or error}"
+            ) from error
     for file in needed:
         if not (directory / file).is_file():
             found = sorted(path.name for path in directory.iterdir())

@@ -30,7 +30,8 @@ from smolvla_shared.command import run_command
 from smolvla_shared.lerobot_policy import HLRPSmolVLASharedPolicy
 from smolvla_shared.run import versions
 from smolvla_shared.run_processes import IN_WORDS, use_tf32
-from smolvla_shared.teacher import TeacherConfig, train_teacher
+from smolvla_shared.teacher import train_teacher
+from smolvla_shared.teacher_config import TeacherConfig
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")

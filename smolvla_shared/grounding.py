@@ -4,44 +4,17 @@ A linear head learns to predict the actions from the latent, together with the t
 published teacher is a LAQ without this head; its JSON file records the labelled episodes.
 """
 
-from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from smolvla_shared import data, data_split, label_probe, ranges
+from smolvla_shared import data, data_split, label_probe
 from smolvla_shared.batch import RawBatch
 from smolvla_shared.cache import dataset_fingerprint
-from smolvla_shared.config import DataConfig
 from smolvla_shared.data_rows import Rows
 from smolvla_shared.preprocess import Statistics
-
-
-@dataclass(frozen=True)
-class GroundingConfig:
-    """A few labelled episodes that the teacher learns from beside its video. Without datasets there is no grounding."""
-
-    # Hub ids of labelled LeRobotDatasets (v3). The column executed_action is used or, if there is none, action.
-    repo_ids: tuple[str, ...] = ()
-    # Local directories of labelled LeRobotDatasets (v3).
-    roots: tuple[Path, ...] = ()
-    # Use the first this many episodes of each dataset; 0: all. Episodes that --val-fraction holds out are not used.
-    episodes: ranges.CountOrNone = 0
-    # Weight of the standardised actions' squared error in the loss. The reconstruction has weight 1.
-    weight: ranges.Positive = 0.1
-    # Share of labelled pairs in a batch.
-    share: ranges.ShareOfSome = 0.25
-
-    def __post_init__(self):
-        ranges.check(self, "--grounding.")
-        is_there, unused = bool(self.repo_ids or self.roots), "episodes weight share"
-        ranges.refuse_without(self, is_there, "--grounding.repo-ids or --grounding.roots", unused, "--grounding.")
-
-    def data_options(self, data: DataConfig) -> DataConfig | None:
-        """The video's data options, but with the labelled datasets; None if there are none."""
-        return replace(data, repo_ids=self.repo_ids, roots=self.roots) if self.repo_ids or self.roots else None
+from smolvla_shared.teacher_config import GroundingConfig
 
 
 class Grounding:

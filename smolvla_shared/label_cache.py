@@ -15,7 +15,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from smolvla_shared import data, data_blocks, ranges
+from smolvla_shared import data, data_blocks, paths, ranges
 from smolvla_shared.batch import RawBatch
 from smolvla_shared.cache import (
     MANIFEST,
@@ -27,12 +27,13 @@ from smolvla_shared.cache import (
     read_sealed,
     write_sealed,
 )
-from smolvla_shared.config import DataConfig, TeacherKind, TeacherOptions
+from smolvla_shared.config import TeacherKind
 from smolvla_shared.laq import LAQ
 from smolvla_shared.laq_files import load_laq, teacher_id, teachers_pairs
 from smolvla_shared.preprocess import unit_range
 from smolvla_shared.refusals import decode
 from smolvla_shared.run_processes import make_accelerator
+from smolvla_shared.teacher_config import LabelConfig
 
 # How a recorded frame becomes the teacher's input (LAQ.resize). Raise the number when that changes.
 PREPROCESSING = "1: uint8 / 255, antialiased bilinear to the teacher's square"
@@ -80,11 +81,7 @@ def label_stores(
 def cached_key(directory: Path) -> LabelKey:
     """The key of the labels in a directory. Raises ValueError if there are none, or they are not labels."""
     if not (directory / MANIFEST).is_file():
-        there = sorted(path.name for path in directory.parent.glob("*/")) or "nothing"
-        raise ValueError(
-            f"--label-cache: there are no labels at {directory} (in {directory.parent}: {there}); "
-            "make them with `python -m smolvla_shared.teacher label`"
-        )
+        raise paths.no_labels(directory)
     key = {name: value for name, value in read_key(directory).items() if name not in ROW_FIELDS}
     return decode(LabelKey, key, f"{directory / MANIFEST}")
 
@@ -130,24 +127,6 @@ class CachedLabels:
         store, last = self.stores[dataset], self.stores[dataset].num_rows - 1
         # Beyond the episode it may be another one's label, which raw.pair_mask hides.
         return torch.cat([store[min(row + i * self.gaps[dataset], last)] for i in range(self.horizon)])
-
-
-@dataclass(frozen=True, kw_only=True)
-class LabelConfig(TeacherOptions):
-    """Write the latent actions of every frame into a cache, for --labels cache of the training scripts. If the command
-    is killed, run it again: it goes on where it stopped."""
-
-    # The teacher: a .safetensors file of `teacher train`, or LAPA's .pt file.
-    laq_ckpt: Path
-    # Directory of the label cache. Each dataset gets a subdirectory.
-    label_cache: Path
-    # Which recordings, and which pairs of their frames.
-    data: DataConfig
-    # Pairs in a forward pass of the teacher.
-    batch_size: ranges.Count = 64
-
-    def __post_init__(self):
-        ranges.check(self, "--")
 
 
 def label(config: LabelConfig) -> None:

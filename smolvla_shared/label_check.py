@@ -2,7 +2,6 @@
 
 import collections
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -10,40 +9,16 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from smolvla_shared import data, data_blocks, label_health, label_pictures, label_probe, ranges
+from smolvla_shared import data, data_blocks, label_health, label_pictures, label_probe, paths
 from smolvla_shared.cache import dataset_fingerprint
-from smolvla_shared.config import DataConfig, TeacherOptions
 from smolvla_shared.data_rows import Rows
+from smolvla_shared.files import new_directory
 from smolvla_shared.labels import OnlineLabels
 from smolvla_shared.laq import LAQ, pixel_error
 from smolvla_shared.laq_files import load_laq, teachers_pairs, teachers_source
 from smolvla_shared.preprocess import unit_range
 from smolvla_shared.run_processes import check_shared_memory, make_worker_loader, use_tf32
-
-
-@dataclass(frozen=True, kw_only=True)
-class CheckConfig(TeacherOptions):
-    """Measure whether a teacher's latent actions are worth learning. Writes label_health.json and pictures, prints a
-    verdict with reasons, and exits with code 1 if the labels fail."""
-
-    # The teacher: a .safetensors file of `teacher train`, or LAPA's .pt file.
-    laq_ckpt: Path
-    # New directory for the report and its pictures.
-    out: Path
-    # Datasets to measure on. With actions or a state, a probe measures how much of the motion is in the latents.
-    data: DataConfig
-    # Frame pairs to measure, drawn from all datasets.
-    pairs: ranges.Pairs = 5000
-    # How many of these also get the costlier measurements: still pairs, past and future, reconstruction.
-    detailed_pairs: ranges.Pairs = 500
-    # sum: actions are velocities or deltas, added up over the gap. change: actions are absolute positions. Default:
-    # decided from the data, and printed.
-    actions: label_probe.ActionMode | None = None
-    # Seed of the drawn pairs and of the random teacher's weights.
-    seed: ranges.Seed = 0
-
-    def __post_init__(self):
-        ranges.check(self, "--")
+from smolvla_shared.teacher_config import CheckConfig
 
 
 def random_teacher(laq: LAQ, seed: int) -> LAQ:
@@ -215,8 +190,7 @@ def draw_transfer(path: Path, laq: LAQ, triples: Tensor, latents: Tensor) -> Non
 
 
 def check(config: CheckConfig) -> None:
-    if config.out.exists():
-        raise ValueError(f"--out {config.out} exists: name a new directory")
+    paths.check_new(config.out, "--out")
     laq = load_laq(config.laq_ckpt, config.laq_code_seq_len, config.laq_image_size)
     options = teachers_pairs(config.laq_ckpt, config.data, config.accept_other_pairs)
     datasets = data.open_datasets(options)
@@ -240,12 +214,12 @@ def check(config: CheckConfig) -> None:
         camera=camera,
     )
 
-    config.out.mkdir(parents=True)
-    label_pictures.draw_usage(config.out / "codes.png", found["codes"]["counts"])
-    draw_transfer(config.out / "transfer.png", laq, triples, latents)
-    if found["probe"]:
-        label_pictures.draw_probe(config.out / "probe.png", found["probe"])
-    label_health.write_report(config.out / "label_health.json", verdict, found, warnings)
+    with new_directory(config.out) as out:
+        label_pictures.draw_usage(out / "codes.png", found["codes"]["counts"])
+        draw_transfer(out / "transfer.png", laq, triples, latents)
+        if found["probe"]:
+            label_pictures.draw_probe(out / "probe.png", found["probe"])
+        label_health.write_report(out / "label_health.json", verdict, found, warnings)
     print(label_health.summary(found, verdict, warnings))
     print(f"report and pictures: {config.out}")
     raise SystemExit(int(verdict.verdict == "fail"))

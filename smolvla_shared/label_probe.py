@@ -4,7 +4,6 @@ The recorded motion is the executed actions over the gap, and the displacement o
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
@@ -12,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from smolvla_shared.data import ACTION_KEY, EXECUTED_ACTION_KEY, STATE_KEY, RobotDataset, vector_names
+from smolvla_shared.teacher_config import ActionMode
 
 # How the actions over a gap become one vector. sum: of velocities or deltas. change: of absolute positions.
-ActionMode = Literal["sum", "change"]
 DISPLACEMENT = "displacement of observation.state"
 FOLDS = 5
 # Added to the diagonal of the features' correlation matrix: enough that 128 collinear dimensions do not fit noise.

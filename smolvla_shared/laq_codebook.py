@@ -9,7 +9,7 @@ from tqdm import tqdm
 from smolvla_shared.laq import LAQ
 
 if TYPE_CHECKING:
-    from smolvla_shared.teacher import TeacherConfig
+    from smolvla_shared.teacher_config import TeacherConfig
 
 # Rounds of k-means after k-means++.
 KMEANS_ROUNDS = 3

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from smolvla_shared import paths
 from smolvla_shared.config import DataConfig
 from smolvla_shared.files import (
     check_weights,
@@ -21,7 +22,8 @@ from smolvla_shared.files import (
     write_text,
     write_weights,
 )
-from smolvla_shared.laq import LAQ, SECOND_CONV, LAQConfig, slots_of_grid
+from smolvla_shared.laq import LAQ
+from smolvla_shared.laq_config import SECOND_CONV, LAQConfig, slots_of_grid
 from smolvla_shared.refusals import refuse_differences
 
 SCHEMA = "smolvla_shared.laq.v1"
@@ -65,7 +67,7 @@ def save_laq(laq: LAQ, path: Path, extra: dict[str, Any] | None = None) -> None:
 
 def teachers_source(path: Path) -> dict[str, Any]:
     """What the .json beside a teacher records of its training; {} for LAPA's files."""
-    check_path(path)
+    paths.check_teacher(path)
     return read_manifest(path).source if path.suffix == ".safetensors" else {}
 
 
@@ -91,24 +93,13 @@ def teachers_pairs[Data: DataConfig](path: Path, data: Data, accept_other: bool 
     return replace(data, **{name: own[name] if stated[name] is None else stated[name] for name in own})
 
 
-def check_path(path: Path) -> None:
-    """Raise ValueError unless there is a file of one of the two kinds."""
-    if path.suffix not in (".safetensors", ".pt"):
-        raise ValueError(f"--laq-ckpt {path}: expected a .safetensors file of this package or a .pt file of LAPA")
-    if not path.is_file():
-        raise ValueError(
-            f"--laq-ckpt {path}: no such file; pass LAPA's laq_openx.pt, or the .safetensors file that "
-            f"`python -m smolvla_shared.teacher train` writes"
-        )
-
-
 def load_laq(path: Path, code_seq_len: int | None = None, image_size: int | None = None) -> LAQ:
     """A frozen LAQ in eval mode, on the CPU, from our .safetensors or LAPA's .pt.
 
     LAPA's files do not record the image size (default 256). S follows from the image size and the weights' shapes.
     Raises ValueError if an argument contradicts the file, or a key or shape does not match.
     """
-    check_path(path)
+    paths.check_teacher(path)
     if path.suffix == ".pt":
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
@@ -154,10 +145,8 @@ def assemble_laq(config: LAQConfig, state: dict[str, Tensor]) -> LAQ:
 
 def read_manifest(path: Path) -> Manifest:
     """The .json beside our .safetensors, read strictly. Raises ValueError if it is missing, or its fields are wrong."""
-    manifest = path.with_suffix(".json")
-    if not manifest.is_file():
-        raise ValueError(f"--laq-ckpt {path}: {manifest.name} is missing beside it; the two belong together")
-    return read_sealed(Manifest, manifest, SCHEMA)
+    paths.check_teacher(path)
+    return read_sealed(Manifest, path.with_suffix(".json"), SCHEMA)
 
 
 def infer_config(path: Path, state: dict[str, Tensor], code_seq_len: int | None, image_size: int | None) -> LAQConfig:

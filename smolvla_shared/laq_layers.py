@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from smolvla_shared.laq import LAQConfig
+    from smolvla_shared.laq_config import LAQConfig
 
 # Scale of the attention's logits. Cosines alone, in [-1, 1], would make the softmax nearly uniform.
 ATTENTION_SCALE = 8.0

@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from smolvla_shared.comparison import wilson_interval
-from smolvla_shared.files import new_directory, write_text
+from smolvla_shared.files import new_directory, replacing, write_text
 from smolvla_shared.refusals import decode, read_json, refuse_differences
 from smolvla_shared.rollouts import Episode
 
@@ -67,7 +67,8 @@ def record(
     for episode, frames in episodes:
         recorded.append(episode)
         if episode in on_sheet([other for other in recorded if other.task == episode.task]):
-            film_strip(episode, frames).save(strip_path(directory, episode))
+            with replacing(strip_path(directory, episode)) as path:
+                film_strip(episode, frames).save(path, format="png")
         if videos == "all" or (videos == "failures" and not episode.success):
             # Small frames are enlarged without smoothing: the video shows what the policy saw.
             scale = max(1, 288 // frames[0].shape[0])
@@ -104,7 +105,8 @@ def finish(directory: Path, episodes: list[Episode], provenance: dict[str, Any])
         **provenance,
         "per_episode": [asdict(episode) for episode in episodes],
     }
-    contact_sheet(directory, episodes).save(directory / "contact_sheet.png")
+    with replacing(directory / "contact_sheet.png") as path:
+        contact_sheet(directory, episodes).save(path, format="png")
     write_text(directory / RESULTS_FILE, json.dumps(results, indent=2) + "\n")
     return results
 
@@ -148,7 +150,8 @@ def plot_sweep(option: str, rows: dict[int, dict[str, Any]], path: Path) -> None
     seconds.set(xlabel=option, ylabel="policy, ms per step", ylim=(0, None), title="time")
     for axes in (success, seconds):
         axes.set_xticks(values)
-    figure.savefig(path, dpi=120)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")
 
 
 # --- pictures ---------------------------------------------------------------------------------------------------------

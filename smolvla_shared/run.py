@@ -33,9 +33,12 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.utils.data import DataLoader
 
-from smolvla_shared.batch import RawBatch, to_device
+from smolvla_shared.batch import Labels, RawBatch, to_device
+from smolvla_shared.cache import dataset_fingerprint
+from smolvla_shared.command import is_out_of_memory
 from smolvla_shared.config import RunConfig
 from smolvla_shared.data import RobotDataset
+from smolvla_shared.files import json_sha256
 from smolvla_shared.run_checkpoint import (
     FULL_STATE,
     Export,
@@ -55,8 +58,10 @@ from smolvla_shared.run_sharding import check_plugin, distribute, gather
 from smolvla_shared.run_signals import StopSignals
 
 
-def start_run(config: RunConfig) -> tuple[Accelerator, Path | None]:
+def start_run(config: RunConfig, product: Path | None = None) -> tuple[Accelerator, Path | None]:
     """The Accelerator of a run, and the checkpoint that --resume goes on from (None: step 0).
+
+    product: a file that the script writes after the last checkpoint
 
     Seeds the initial weights; does not make the run directory yet. Raises ValueError for trackers that are not
     installed, an Accelerate configuration that would be ignored, and what run_checkpoint.check_run and
@@ -72,7 +77,7 @@ def start_run(config: RunConfig) -> tuple[Accelerator, Path | None]:
     )
     accelerator.print(describe_precision(config.precision, accelerator.device))
     check_plugin(accelerator)
-    resume_from = check_run(config, accelerator)
+    resume_from = check_run(config, accelerator, product)
     set_seed(config.seed)
     return accelerator, resume_from
 
@@ -93,12 +98,15 @@ class Run:
         module: nn.Module,
         resume_from: Path | None = None,
         export: Export | None = None,
+        inputs: dict[str, str] | None = None,
     ):
         """Distribute the module, restore the checkpoint `resume_from`, and claim the run directory.
 
         export: writes a policy, an artifact or a teacher into a directory of each checkpoint, from full weights
+        inputs: hashes of what the run reads, by name (`inputs`); a resumed run must read the same
 
-        Raises ValueError if the disk has no room for the checkpoints to come.
+        Raises ValueError if the disk has no room for the checkpoints to come, and what run_checkpoint.claim_run
+        refuses.
         """
         self.config, self.accelerator, self.module, self.export = config, accelerator, module, export
         self.core = distribute(module, accelerator)
@@ -110,7 +118,7 @@ class Run:
         if resume_from:
             load_checkpoint(resume_from, self.state, accelerator)
         accelerator.print(plan_checkpoints(config, self.state, export is not None))
-        claim_run(config, accelerator)
+        claim_run(config, accelerator, inputs)
         self.gradients = FiniteGradients(self.optimizer, accelerator.device)
         self.bad_samples: list[Tensor] = []  # of this step's passes
         self.evaluates = False
@@ -123,8 +131,16 @@ class Run:
             self.stack = stack.pop_all()
         return self
 
-    def __exit__(self, *error: Any) -> None:
-        self.stack.__exit__(*error)
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: Any) -> None:
+        self.stack.__exit__(kind, error, traceback)
+        if error and is_out_of_memory(error):
+            config, parts = self.config, self.accelerator.num_processes * self.config.accumulation_steps
+            raise ValueError(
+                f"out of memory at step {self.step + 1}: {str(error).splitlines()[0]}\n"
+                f"A pass has {config.batch_size // parts} samples (--batch-size {config.batch_size} / {parts}): pass "
+                f"--accumulation-steps {2 * config.accumulation_steps}, which keeps the batch, or a smaller "
+                "--batch-size. --precision bf16 and --model.activation-checkpointing take less memory, too"
+            ) from error
 
     @property
     def step(self) -> int:
@@ -259,6 +275,16 @@ class Run:
             f"loss or gradients are not finite at step {step}: {which}: {'; '.join(guilty or everyone)}. The batch and "
             f"the weights before it: torch.load({str(path)!r}). No checkpoint contains this step"
         )
+
+
+def inputs(datasets: list[RobotDataset], provenance: dict[str, Any], labels: Labels | None = None) -> dict[str, str]:
+    """Hashes of what a run reads, by name: a dataset or an artifact may change while its path stays.
+
+    provenance: of the initial weights
+    """
+    found = {f"dataset {dataset.name}": dataset_fingerprint(dataset.root) for dataset in datasets}
+    found |= {"initial weights": json_sha256(provenance)} if provenance else {}
+    return found | ({"teacher": labels.teacher_id} if labels else {})
 
 
 def versions() -> dict[str, str]:

@@ -16,6 +16,8 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimi
 
 from smolvla_shared.config import RunConfig
 from smolvla_shared.files import file_sha256, sync, write_text
+from smolvla_shared.locks import lock
+from smolvla_shared.paths import check_run_dir
 from smolvla_shared.refusals import decode, read_json
 from smolvla_shared.run_sharding import gather, scatter_
 from smolvla_shared.run_signals import STOPPED_FILE
@@ -29,6 +31,7 @@ FREE_ON_RESUME = {
 FULL_STATE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 STATE_FILE = Path("training_state") / "state.pt"
 RECORD_FILE = "checkpoint.json"
+INPUTS_FILE = "inputs.json"
 # export(directory, full weights by name, step) writes a policy, an artifact or a teacher.
 Export = Callable[[Path, dict[str, Tensor], int], None]
 
@@ -107,11 +110,14 @@ def flag(key: str) -> str:
     return "--" + key.replace("_", "-")
 
 
-def check_run(config: RunConfig, accelerator: Accelerator) -> Path | None:
+def check_run(config: RunConfig, accelerator: Accelerator, product: Path | None = None) -> Path | None:
     """Validate run directory, batch size and --resume before anything expensive is loaded.
 
+    product: a file that the script writes after the last checkpoint; without it the run is not finished
+
     Returns the checkpoint to resume from; None: start at step 0. Raises ValueError if a new run would overwrite a run,
-    --resume would change the run, the last checkpoint is damaged, or the batch cannot be split evenly.
+    --resume would change the run or has nothing to do, the last checkpoint is damaged, another process trains in the
+    directory, or the batch cannot be split evenly.
     """
     run_dir = config.run_dir
     if config.batch_size % (accelerator.num_processes * config.accumulation_steps):
@@ -119,12 +125,11 @@ def check_run(config: RunConfig, accelerator: Accelerator) -> Path | None:
             f"--batch-size {config.batch_size} (all processes together) is not divisible by "
             f"{accelerator.num_processes} process(es) x {config.accumulation_steps} accumulation step(s)"
         )
+    check_run_dir(run_dir, config.resume)
     if not config.resume:
-        if run_dir.exists():
-            raise ValueError(f"--run-dir {run_dir} exists: pass --resume to go on with it, or another directory")
         return None
-    if not (run_dir / "config.json").is_file():
-        raise ValueError(f"--resume: there is no run at {run_dir} (no config.json); start without --resume")
+    if accelerator.is_main_process:
+        lock_run(run_dir)
     before, now = flat(read_json(run_dir / "config.json")), flat(config_json(config, accelerator))
     changed = {key for key in before.keys() | now.keys() if before.get(key) != now.get(key)}
     if changed - FREE_ON_RESUME:
@@ -135,18 +140,48 @@ def check_run(config: RunConfig, accelerator: Accelerator) -> Path | None:
         )
     for key in sorted(changed - {"resume", "run_dir"}):
         accelerator.print(f"{flag(key)}: was {before[key]}, now {now[key]}")
-    return last_checkpoint(run_dir)
+    checkpoint = last_checkpoint(run_dir)
+    done = int(checkpoint.name) if checkpoint else 0
+    if done > config.steps:
+        raise ValueError(f"--resume: {done} steps are done, --steps {config.steps} asks for fewer: pass {done} or more")
+    if done == config.steps and (product is None or product.exists()):
+        raise ValueError(f"--resume: the run is finished, its {done} steps are done: pass a larger --steps to go on")
+    return checkpoint
 
 
-def claim_run(config: RunConfig, accelerator: Accelerator) -> None:
-    """Make the run directory, once every process has found it free; remove what a killed run left half written."""
+def lock_run(run_dir: Path) -> None:
+    lock(run_dir, f"--run-dir {run_dir}", "wait for it or stop it, or pass another --run-dir")
+
+
+def claim_run(config: RunConfig, accelerator: Accelerator, inputs: dict[str, str] | None = None) -> None:
+    """Make the run directory, once every process has found it free; remove what a killed run left half written.
+
+    inputs: hashes of what the run reads, by name. Raises ValueError where a resumed run would read something else, and
+    if another run has taken the directory meanwhile.
+    """
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         config.run_dir.mkdir(parents=True, exist_ok=True)
+        lock_run(config.run_dir)
+        if (config.run_dir / "config.json").exists() and not config.resume:  # of a run that began at the same time
+            check_run_dir(config.run_dir, config.resume)
+        check_inputs(config.run_dir / INPUTS_FILE, inputs or {})
         write_text(config.run_dir / "config.json", json.dumps(config_json(config, accelerator), indent=2) + "\n")
         (config.run_dir / STOPPED_FILE).unlink(missing_ok=True)
         for left in (config.run_dir / "checkpoints").glob(".*.tmp"):
             left.unlink() if left.is_symlink() else shutil.rmtree(left)
+
+
+def check_inputs(path: Path, inputs: dict[str, str]) -> None:
+    """Record the inputs of a run, or raise ValueError if they are not those that were recorded."""
+    if not path.exists():
+        write_text(path, json.dumps(inputs, indent=2) + "\n")
+    recorded = read_json(path)
+    if changed := [name for name in recorded | inputs if recorded.get(name) != inputs.get(name)]:
+        raise ValueError(
+            f"--resume: not what the run began with: {', '.join(changed)} (sha256 in {path.name})\n"
+            "Put back what was there, or start a new run in another --run-dir"
+        )
 
 
 def last_checkpoint(run_dir: Path) -> Path | None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from smolvla_shared.config import LATENT, RunConfig
-from smolvla_shared.files import write_text
+from smolvla_shared.files import replacing, write_text
 
 
 class MetricsLog:
@@ -64,7 +64,8 @@ def plot_curves(metrics: list[dict[str, float]], path: Path) -> None:
         axis.legend(fontsize="small")
         axis.grid(alpha=0.3)
     figure.tight_layout()
-    figure.savefig(path, dpi=100)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=100, format="png")
 
 
 class Window:

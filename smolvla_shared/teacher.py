@@ -6,84 +6,31 @@ python -m smolvla_shared.teacher check --laq-ckpt laq.safetensors --data.roots m
 """
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import torch
 import tyro
-from torch import Tensor
 
-from smolvla_shared import data, data_loader, data_order, data_split, ranges
-from smolvla_shared.batch import RawBatch
 from smolvla_shared.command import parse, run_command
-from smolvla_shared.config import OptimConfig, RunConfig
-from smolvla_shared.evaluate import reconstruction_errors
-from smolvla_shared.grounding import Grounding, GroundingConfig
-from smolvla_shared.label_cache import LabelConfig, label
-from smolvla_shared.label_check import CheckConfig, check
-from smolvla_shared.laq import LAQ, LAQConfig, PairBatch, pixel_error
-from smolvla_shared.laq_codebook import CodebookKeeper
-from smolvla_shared.laq_files import assemble_laq, load_laq, save_laq, teachers_pairs
-from smolvla_shared.losses import masked_mean, valid_tokens
-from smolvla_shared.preprocess import unit_range
+from smolvla_shared.paths import TEACHER_FILE
 from smolvla_shared.refusals import refuse_differences
+from smolvla_shared.teacher_config import FRESH, CheckConfig, LabelConfig, TeacherConfig
 
-TEACHER_FILE = "laq.safetensors"
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from smolvla_shared.batch import RawBatch
+    from smolvla_shared.data import RobotDataset
+    from smolvla_shared.laq import LAQ
+
 NOISE = "nsvq"  # the key of the quantiser's noise in a RawBatch
-# The shape of a fresh teacher. Every patch shows its change, so no temporal layers are needed.
-FRESH = LAQConfig(
-    dim=64,
-    quant_dim=16,
-    image_size=64,
-    patch_size=8,
-    spatial_depth=1,
-    temporal_depth=0,
-    dim_head=16,
-    heads=4,
-    predicts_change=True,
-    moves_pixels=True,
-    sees_change=True,
-)
 
 
-@dataclass(frozen=True)
-class TeacherOptim(OptimConfig):
-    # Peak learning rate of AdamW. Default: 3e-3 * 64 / --laq.dim, which is about 2e-4 at LAPA's width of 1024.
-    lr: ranges.Positive | None = None
-    # Steps of linear warm-up from 0.
-    warmup_steps: ranges.CountOrNone | None = 50
-
-    def of_width(self, dim: int) -> "TeacherOptim":
-        """These options, with the default learning rate if none is stated."""
-        return self if self.lr else replace(self, lr=3e-3 * 64 / dim)
-
-
-@dataclass(frozen=True, kw_only=True)
-class TeacherConfig(RunConfig):
-    """Train a LAQ teacher on video, without actions: codes for what happened between two frames."""
-
-    # Shape of a fresh teacher. The defaults suit hours of video and a CPU or a small GPU.
-    laq: LAQConfig = FRESH
-    # A LAQ to fine-tune, ours or LAPA's, instead of fresh weights: the stable way if video is scarce. Its shape is in
-    # the file, except a LAPA file's --laq.code-seq-len and --laq.image-size.
-    init_from: Path | None = None
-    # AdamW with linear warm-up and a cosine schedule.
-    optim: TeacherOptim = field(default_factory=TeacherOptim)
-    # A few labelled episodes to learn from beside the video.
-    grounding: GroundingConfig = field(default_factory=GroundingConfig)
-    # Steps between replacements of dead codes.
-    replace_every: ranges.Count = 20
-    # A code is dead if it was used less than this share of the average code.
-    dead_below: ranges.Share = 0.1
-    # No replacements in this last share of the run, so that the codes settle.
-    settle_share: ranges.Share = 0.2
-    # Warn if a slot effectively uses fewer codes than this, mean over slots, three times in a row.
-    collapse_below: ranges.NotNegative = 1.5
-
-
-def given_laq(config: TeacherConfig) -> LAQ | None:
+def given_laq(config: TeacherConfig) -> "LAQ | None":
     """The LAQ to fine-tune, if there is one. Raises ValueError where --laq.* contradicts its shape."""
+    from smolvla_shared.laq_files import load_laq
+
     if config.init_from is None:
         return None
     default = asdict(FRESH)
@@ -98,12 +45,16 @@ def given_laq(config: TeacherConfig) -> LAQ | None:
     return given
 
 
-@torch.no_grad()
-def repeat_error(laq: LAQ, batches: Iterable[RawBatch]) -> float:
+def repeat_error(laq: "LAQ", batches: "Iterable[RawBatch]") -> float:
     """Mean squared pixel error of repeating the first frame, as the teacher sees frames.
 
     Raises ValueError if nothing moves.
     """
+    import torch
+
+    from smolvla_shared.laq import pixel_error
+    from smolvla_shared.preprocess import unit_range
+
     pairs = [laq.resize(unit_range(raw.pairs)).unbind(1) for raw in batches]
     error = torch.cat([pixel_error(first, second) for first, second in pairs]).mean().item()
     if error == 0:
@@ -111,8 +62,11 @@ def repeat_error(laq: LAQ, batches: Iterable[RawBatch]) -> float:
     return error
 
 
-def open_recordings(config: TeacherConfig) -> tuple[list[data.RobotDataset], int, str]:
+def open_recordings(config: TeacherConfig) -> "tuple[list[RobotDataset], int, str]":
     """The datasets of video, then those of grounding; the number of the former; the label camera, which all have."""
+    from smolvla_shared import data
+    from smolvla_shared.laq_files import teachers_pairs
+
     options = teachers_pairs(config.init_from, config.data, accept_other=True) if config.init_from else config.data
     video, labelled = data.open_datasets(options), config.grounding.data_options(options)
     datasets = video + (data.open_datasets(labelled) if labelled else [])
@@ -121,7 +75,14 @@ def open_recordings(config: TeacherConfig) -> tuple[list[data.RobotDataset], int
 
 
 def train_teacher(config: TeacherConfig) -> None:
-    from smolvla_shared.run import Run, origin, start_run
+    from smolvla_shared import data, data_loader, data_order, data_split
+    from smolvla_shared.evaluate import reconstruction_errors
+    from smolvla_shared.grounding import Grounding
+    from smolvla_shared.laq import LAQ, PairBatch
+    from smolvla_shared.laq_codebook import CodebookKeeper
+    from smolvla_shared.laq_files import assemble_laq, save_laq, teacher_id
+    from smolvla_shared.losses import masked_mean, valid_tokens
+    from smolvla_shared.run import Run, inputs, origin, start_run
 
     # What a user can get wrong is refused here, before Run makes the run directory.
     given = given_laq(config)
@@ -134,6 +95,7 @@ def train_teacher(config: TeacherConfig) -> None:
     pair_share = data.valid_pair_share(datasets, training)
     training, held_out = (data.with_pairs(datasets, rows) for rows in (training, held_out))
     laq = LAQ(given.config if given else config.laq)
+    started_from = {"teacher": teacher_id(given)} if given else {}
     if given:  # load_laq freezes; this copy trains
         laq.load_state_dict(given.state_dict())
     grounding = None
@@ -161,14 +123,14 @@ def train_teacher(config: TeacherConfig) -> None:
     keeper = CodebookKeeper(laq, config)
     weight = {"reconstruction": 1.0, "grounding": config.grounding.weight}
 
-    def export(directory: Path, weights: dict[str, Tensor], step: int) -> None:
+    def export(directory: Path, weights: "dict[str, Tensor]", step: int) -> None:
         directory.mkdir(parents=True)
         source = origin(config, step, datasets[:num_videos])
         source |= {"frame_gap_s": datasets[0].frame_gap_s, "label_camera": label_camera}
         source |= {"grounding": grounding.source if grounding else None}
         save_laq(assemble_laq(laq.config, weights), directory / TEACHER_FILE, extra=source)
 
-    with Run(config, accelerator, laq, resume_from, export) as run:
+    with Run(config, accelerator, laq, resume_from, export, inputs(datasets, started_from)) as run:
         for raws in run.steps(loaders.train):
             actions = [grounding(raw) if grounding else None for raw in raws]  # [B, A] of the labelled pairs
             batches = [PairBatch(r.pairs, r.pair_mask[:, 0], r.noise[NOISE][:, 0], a) for r, a in zip(raws, actions)]
@@ -195,7 +157,16 @@ def main(arguments: list[str] | None = None) -> None:
         prog="python -m smolvla_shared.teacher",
         args=arguments,
     )
-    {TeacherConfig: train_teacher, LabelConfig: label, CheckConfig: check}[type(config)](config)
+    if isinstance(config, TeacherConfig):
+        train_teacher(config)
+    elif isinstance(config, LabelConfig):
+        from smolvla_shared.label_cache import label
+
+        label(config)
+    else:
+        from smolvla_shared.label_check import check
+
+        check(config)
 
 
 if __name__ == "__main__":

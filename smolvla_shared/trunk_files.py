@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast, SmolVLMConfig, SmolVLMModel
 
 from smolvla_shared.config import PRESETS, TINY, CoreConfig, ModelConfig
+from smolvla_shared.files import ask_hub
 
 
 def trunk_location(name: str) -> str:
@@ -26,11 +27,14 @@ def trunk_location(name: str) -> str:
 
 def load_trunk_config(name: str, revision: str | None) -> dict[str, Any]:
     """CoreConfig.vlm of a SmolVLM, by hub id, local directory or `tiny`. Raises ValueError if there is no SmolVLM."""
+    location = trunk_location(name)
+    problem = "" if Path(location).is_dir() else ask_hub()
     try:
-        vlm_config = AutoConfig.from_pretrained(trunk_location(name), revision=revision)
+        vlm_config = AutoConfig.from_pretrained(location, revision=revision)
     except OSError as error:
         raise ValueError(
-            f"--model.name {name}: neither a local directory with a config.json nor a model that the hub gave: {error}"
+            f"--model.name {name}: neither a local directory with a config.json nor a model that the hub gave: "
+            f"{problem or error}"
         ) from error
     if not isinstance(vlm_config, SmolVLMConfig):
         raise ValueError(f"--model.name {name} is a {vlm_config.model_type}, the trunk must be a smolvlm")

@@ -218,7 +218,7 @@ def drawn_figures(monkeypatch) -> dict[str, Any]:
     figures, save = {}, Figure.savefig
 
     def savefig(figure: Figure, path: Path, **options: Any) -> None:
-        figures[Path(path).name] = figure
+        figures[Path(path).name.removesuffix(".tmp")] = figure
         save(figure, path, **options)
 
     monkeypatch.setattr(Figure, "savefig", savefig)

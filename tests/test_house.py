@@ -18,7 +18,8 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "smolvla_shared"
 # A module imports only modules above it.
 ORDER = """
-    ranges refusals command config batch preprocess flow losses files cache run_processes run_signals
+    ranges paths locks refusals command config laq_config teacher_config
+    batch preprocess flow losses files cache run_processes run_signals
     video_source video_clips video_dataset video
     trunk trunk_files model model_parts laq_layers laq laq_codebook laq_files
     data_columns data_rows data data_split data_order label_probe augmentation data_loader
@@ -27,7 +28,7 @@ ORDER = """
     label_check feature_cache
     lerobot_config lerobot_processor lerobot_card lerobot_files lerobot_smolvla initial lerobot_policy
     evaluate run_sharding run_optimizer run_metrics run_checkpoint run grounding teacher
-    comparison environments rollouts rollout_results hub serve
+    comparison environments rollouts rollout_results hub_upload hub serve
     train_stage2 train_stage3 rollout gpu_check
 """.split()
 SCRIPTS = ["train_stage2", "train_stage3", "rollout"]

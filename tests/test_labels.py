@@ -15,10 +15,11 @@ from smolvla_shared import data, data_blocks, data_loader, data_order, data_spli
 from smolvla_shared.batch import RawBatch
 from smolvla_shared.cache import MANIFEST, dataset_directories
 from smolvla_shared.config import LATENT, DataConfig, PolicyDataConfig, StageOptions
-from smolvla_shared.label_cache import CODEBOOK, LabelConfig, label
+from smolvla_shared.label_cache import CODEBOOK, label
 from smolvla_shared.labels import OnlineLabels, latent_statistics, open_labels
 from smolvla_shared.laq import LAQ
 from smolvla_shared.laq_files import load_laq, save_laq
+from smolvla_shared.teacher_config import LabelConfig
 
 CAMERA = "observation.image"
 

@@ -575,7 +575,7 @@ def copy_tree(source: Path, directory: Path) -> Path:
 # --- the scripts ------------------------------------------------------------------------------------------------------
 
 PRETRAINED = "pretrained_model"
-SIZES = "--steps 1 --save-every 1 --eval-every 1 --log-every 1 --batch-size 2 --val-fraction 0".split()
+SIZES = "--steps 1 --save-every 1 --log-every 1 --batch-size 2 --val-fraction 0".split()
 SIZES += "--data.num-workers 0".split()
 
 

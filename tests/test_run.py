@@ -331,6 +331,7 @@ def train_core(
     config = make_config(
         run_dir,
         data=DataConfig(roots=(video,), num_workers=0),
+        resume=resume,
         val_fraction=0.2,
         **{"steps": 6, "batch_size": 4, "accumulation_steps": 2, "ema_decay": 0.9, "eval_samples": 4} | options,
     )

@@ -14,13 +14,14 @@ from helpers import lerobot_dataset
 from smolvla_shared import data, data_loader, data_order, data_rows, data_split
 from smolvla_shared.config import DataConfig
 from smolvla_shared.files import public_state, sealed
-from smolvla_shared.grounding import Grounding, GroundingConfig
+from smolvla_shared.grounding import Grounding
 from smolvla_shared.label_check import unseen_rows
 from smolvla_shared.labels import OnlineLabels, latent_statistics
 from smolvla_shared.laq import LAQ, LAQConfig, PairBatch
 from smolvla_shared.laq_files import load_laq, save_laq, teacher_id, teachers_pairs
 from smolvla_shared.preprocess import unit_range
-from smolvla_shared.teacher import TeacherConfig, TeacherOptim, main, train_teacher
+from smolvla_shared.teacher import main, train_teacher
+from smolvla_shared.teacher_config import GroundingConfig, TeacherConfig, TeacherOptim
 
 CAMERA = "observation.image"
 SMALL = LAQConfig(
