@@ -50,7 +50,7 @@ class Sizes:
     video_episodes: int = 125  # of all tasks together
     teacher_steps: int = 1500
     stage2_steps: int = 1200
-    stage3_steps: int = 600
+    stage3_steps: int = 2400
     batch_size: int = 16
     flow_draws: int = 4
     rollouts: int = 100  # episodes of each policy, of all tasks together
@@ -73,6 +73,8 @@ VIDEO_SEED, ROLLOUT_SEEDS = 50, 1_000
 IMAGE_SIZE = 64  # the tiny preset's
 # A teacher's pair, a chunk of 16 actions at 80 fps, and how many pairs it takes.
 GAP_S, CHUNK_S, HORIZON = 0.05, 0.2, 4
+# Share of a batch that is video whose actions are decoded.
+DECODED_SHARE = 0.75
 STAGES = "--optim.lr 1e-3"
 STAGE2 = ""
 STAGE3 = "--chunk-size 16 --n-action-steps 8 --ema-decay 0.99"
@@ -231,7 +233,8 @@ class Cell:
         if kind not in ("co-training", "decoded"):
             return Part("stage3", f"{command} {artifact}", (*data, self.stage2(kind)))
         (labels, options), video = self.labels(kind), self.video()
-        command += " --decode-actions" if kind == "decoded" else " --latent-loss-weight 0.5"
+        decodes = f" --decode-actions --video-share {DECODED_SHARE}"
+        command += decodes if kind == "decoded" else " --latent-loss-weight 0.5"
         command += f" {options} @1 --video-roots {places(2, len(video))}"
         if self.arm == "decoded, no stage 2":
             return Part("stage3", f"{command} --model.preset tiny", (*data, labels, *video))
