@@ -90,6 +90,7 @@ def main(config: RelabelConfig) -> None:
         write_codebook(store, codebook)
         for shard in store.missing():
             store.write(shard, labels[shard.start : shard.stop].clone())
+        store.release()
         print(f"{store.directory}: {len(rows):,} of {dataset.num_frames:,} frames, {config.kind}")
 
 

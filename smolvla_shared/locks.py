@@ -33,6 +33,9 @@ def lock(directory: Path, what: str, fix: str) -> None:
         os.close(descriptor)
         print(f"{directory} cannot be locked ({error}): let no other process write there", file=sys.stderr)
         return
+    if not os.path.lexists(path) or not os.path.samestat(os.fstat(descriptor), os.stat(path)):
+        os.close(descriptor)  # whoever had it has removed this file meanwhile, another may lock the next one
+        return lock(directory, what, fix)
     os.ftruncate(descriptor, 0)
     os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
     HELD[path] = descriptor
@@ -42,4 +45,5 @@ def unlock(directory: Path) -> None:
     """Let other processes have the directory, if this one has it."""
     path = directory.resolve() / LOCK_FILE
     if path in HELD:
+        path.unlink(missing_ok=True)
         os.close(HELD.pop(path))

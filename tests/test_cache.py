@@ -25,6 +25,7 @@ def fill(cache: RowCache, stop_after: int | None = None) -> int:
     missing = cache.missing()[:stop_after]
     for rows in missing:
         cache.write(rows, values_of(rows))
+    cache.release()
     return len(missing)
 
 

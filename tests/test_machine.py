@@ -29,16 +29,12 @@ def stage2(video_dataset, laq_checkpoint) -> list[str | Path]:
     return ["train_stage2.py", *SIZES.split(), "--data.roots", video_dataset, "--laq-ckpt", laq_checkpoint]
 
 
-def limited(limit: str, size: int, command: list[str | Path]) -> list[str]:
-    """The command with a limit on what its process may take (RLIMIT_<limit>, bytes)."""
-    argv = [str(part) for part in command]
-    run = f"runpy.run_module({argv[1]!r}, run_name='__main__')"
-    if argv[0] == "-m":
-        argv = argv[1:]
-    else:
-        run = f"runpy.run_path({argv[0]!r}, run_name='__main__')"
-    return ["-c", f"import resource, runpy, sys; sys.argv = {argv}; limit = ({size}, {size})\n"
-            f"resource.setrlimit(resource.RLIMIT_{limit}, limit)\n{run}"]  # fmt: skip
+def limited(limit: str, size: str, command: list[str | Path]) -> list[str]:
+    """A script with a limit on what its process may take: RLIMIT_<limit>, bytes."""
+    script, *words = map(str, command)
+    code = f"import resource, runpy, sys; sys.argv = {[script, *words]}\n"
+    code += f"resource.setrlimit(resource.RLIMIT_{limit}, 2 * ({size},))\n"
+    return ["-c", f"{code}runpy.run_path({script!r}, run_name='__main__')"]
 
 
 def said_of(output: str) -> list[str]:
@@ -95,7 +91,7 @@ def test_a_directory_that_cannot_be_written_is_refused_at_once(small_disk, video
 def test_a_checkpoint_that_does_not_fit_is_gone_and_resume_goes_on(server, stage2, tmp_path):
     run, output = tmp_path / "run", tmp_path / "output.txt"
     command = [*stage2, "--steps", "2", "--batch-size", "4", "--run-dir", run]
-    code, said = run_forked(server, limited("FSIZE", 1 << 20, command), output)
+    code, said = run_forked(server, limited("FSIZE", "1 << 20", command), output)
     assert code == EXIT_MISTAKE
     assert said_of(said)[0].startswith("error: the checkpoint of step 1 could not be written: "), said
     assert len(said_of(said)) <= 4 and names_in(run / "checkpoints") == []
@@ -106,12 +102,13 @@ def test_a_checkpoint_that_does_not_fit_is_gone_and_resume_goes_on(server, stage
 
 def test_without_memory_the_batch_size_is_named(server, stage2, tmp_path):
     run = tmp_path / "run"
-    command = [*stage2, "--steps", "1", "--batch-size", "4096", "--run-dir", run]
-    code, output = run_forked(server, limited("AS", 12 << 30, command), tmp_path / "output.txt")
+    command = [*stage2, "--steps", "1", "--batch-size", "512", "--run-dir", run]
+    more = "4096 * int(open('/proc/self/statm').read().split()[0]) + (1 << 29)"  # than the process has now
+    code, output = run_forked(server, limited("AS", more, command), tmp_path / "output.txt")
     said = said_of(output)
     assert code == EXIT_MISTAKE and len(said) <= 4
     assert said[0].startswith("error: out of memory at step 1: ")
-    assert "--batch-size 4096 / 1): pass --accumulation-steps 2, which keeps the batch" in said[1]
+    assert "--batch-size 512 / 1): pass --accumulation-steps 2, which keeps the batch" in said[1]
 
 
 def test_one_run_at_a_time_and_a_crash_leaves_no_lock(server, stage2, tmp_path):

@@ -329,7 +329,7 @@ except SystemExit as stop:
     ("command", "said"),
     [
         ("train_stage2.py --data.roots video", "Missing from train_stage2.py: --run-dir PATH\nFor full helptext, run"),
-        ("smolvla_shared.teacher trian", "Unrecognized or misplaced options: trian\nAvailable subcommands: train"),
+        ("smolvla_shared.teacher trian", "Unrecognized options: trian\nAvailable subcommands: train, label, check"),
         ("examples/relabel.py --kind x", "invalid choice 'x' for argument '--kind'. Expected one of ('executed',"),
         (f"train_stage2.py --laq-ckpt q.pt {DATA} --run-dir y --ema-decay nan", "--ema-decay must be at least 0 and"),
         ("train_stage2.py --data.roots nowhere --run-dir y --laq-ckpt q.pt", "no LeRobotDataset at nowhere: meta/info"),

@@ -321,10 +321,9 @@ def test_wrong_inputs_leave_no_run_directory(tmp_path, video_dataset):
     assert not config.run_dir.exists()
 
 
-def test_an_unknown_command_names_the_known_ones(capsys):
-    with pytest.raises(SystemExit):
+def test_an_unknown_command_names_the_known_ones():
+    with pytest.raises(ValueError, match="Unrecognized options: trian\nAvailable subcommands: train, label, check"):
         main(["trian"])
-    assert "train, label, check" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("option", ["random-shift", "feature-cache"])
