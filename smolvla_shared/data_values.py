@@ -4,7 +4,7 @@ A problem is a text, as in data_problems.py. Vectors are asked for where their w
 column that a run does not read may hold anything.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -155,7 +155,7 @@ def missing_statistics(dataset: "RobotDataset", keys: list[str]) -> list[str]:
     return [f"{STATS} has no {', '.join(lacking)}, which LeRobot's own training reads: {RECOMPUTE}"] if lacking else []
 
 
-def texts_cut(datasets: "list[RobotDataset]", tokenizer: PreTrainedTokenizerFast, max_tokens: int) -> list[str]:
+def texts_cut(datasets: "Sequence[RobotDataset]", tokenizer: PreTrainedTokenizerFast, max_tokens: int) -> list[str]:
     """A line for each dataset with task texts that are longer than what a model reads of them."""
     whole, lines = TextTokenizer(tokenizer, 1 << 20), []
     for dataset in datasets:
@@ -172,7 +172,7 @@ def texts_cut(datasets: "list[RobotDataset]", tokenizer: PreTrainedTokenizerFast
     return lines
 
 
-def chunk_seconds(datasets: "list[RobotDataset]", chunk_size: int) -> list[str]:
+def chunk_seconds(datasets: "Sequence[RobotDataset]", chunk_size: int) -> list[str]:
     """A line if a chunk of so many actions lasts longer in one dataset than in another."""
     rates = {dataset.name: dataset.fps for dataset in datasets if ACTION_KEYS[0] in dataset.features}
     if not chunk_size or len(set(rates.values())) < 2:

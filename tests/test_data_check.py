@@ -17,9 +17,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from smolvla_shared import data, data_check, data_report
+from smolvla_shared import data, data_check, data_report, data_values
 from smolvla_shared.command import in_few_lines
-from smolvla_shared.config import DataConfig
+from smolvla_shared.config import DataConfig, ModelConfig
+from smolvla_shared.initial import open_initial
+from smolvla_shared.trunk_files import load_trunk_tokenizer
 
 CAMERA, STATE = "observation.image", "observation.state"
 ROOT = Path(__file__).parent.parent
@@ -109,8 +111,14 @@ def tasks(*texts: str | None, numbers: tuple[int, ...] = (0, 1)) -> Callable[[Pa
     return write
 
 
-def video(frames: int = 188, rate: int = 20, size: tuple[int, int] = (96, 96)) -> Callable[[Path], None]:
-    """The file of all episodes, written anew with these frames."""
+def video(
+    frames: int = 188,
+    rate: int = 20,
+    size: tuple[int, int] = (96, 96),
+    shade: Callable[[int], int] = lambda index: index % 256,
+    contrast: int = 0,
+) -> Callable[[Path], None]:
+    """The file of all episodes, written anew with frames of a shade, which the right half is brighter than."""
 
     def write(root: Path) -> None:
         (path,) = root.glob("videos/*/*/*.mp4")
@@ -118,7 +126,8 @@ def video(frames: int = 188, rate: int = 20, size: tuple[int, int] = (96, 96)) -
             stream = container.add_stream("libx264", rate=rate, options={"g": "2"})
             stream.height, stream.width, stream.pix_fmt = *size, "yuv420p"
             for index in range(frames):
-                picture = np.full((*size, 3), index % 256, np.uint8)
+                picture = np.full((*size, 3), shade(index), np.uint8)
+                picture[:, size[1] // 2 :] += np.uint8(contrast)
                 container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
             container.mux(stream.encode())
 
@@ -466,3 +475,59 @@ def test_a_camera_that_no_policy_can_read_is_refused_where_it_is_used(image_data
     report = look(root)
     assert any(said in text for text in (report.notes if "depth" in said else report.problems))
     assert [*report.cameras] == [wrist]
+
+
+def test_what_a_policy_reads_of_long_tasks_is_said(copy):
+    """How many tokens are lost, as the tokenizer itself counts them."""
+    long = " ".join(["push the square to the left"] * 8)
+    tasks("push the square", long)(copy)
+    tokenizer = load_trunk_tokenizer("tiny", None)
+    count = len(tokenizer(f"{long}\n")["input_ids"])
+    expected = f"1 of 2 task texts are cut after 48 tokens, the longest loses {count - 48} of {count}: "
+    assert any(expected in problem for problem in look(copy, tokenizer="tiny").problems)
+    assert look(copy, tokenizer="tiny", max_text_tokens=count).problems == []
+    initial, datasets = open_initial(ModelConfig(preset="tiny")), open_datasets(copy)
+    core = initial.build(ModelConfig(), (CAMERA,), ["action"], action_dim=4, chunk_size=6)
+    assert initial.describe(core, None, datasets).splitlines()[-1].startswith(f"{copy}: {expected}")
+
+
+def test_two_rates_of_a_chunk_are_said(labelled_dataset, image_dataset):
+    datasets = open_datasets(labelled_dataset, image_dataset)
+    (line,) = data_values.chunk_seconds(datasets, 50)
+    assert f"a chunk of 50 actions is 2.5 s of {labelled_dataset} (20 fps), 5 s of {image_dataset} (10 fps)" in line
+    datasets[1].hide_actions()
+    assert data_values.chunk_seconds(datasets, 50) == data_values.chunk_seconds(datasets[:1], 50) == []
+
+
+@pytest.mark.parametrize(("ranges", "is_problem"), [(20, False), (2000, True)])
+def test_outliers_are_named_and_impossible_ones_are_problems(copy, ranges, is_problem):
+    values = np.array(pq.read_table(next(copy.glob("data/*/*")))["action"].to_pylist())[:, 0]
+    low, high = np.quantile(values, [0.01, 0.99])
+    value = high + ranges * (high - low)
+    element("action", 47, 0, value)(copy)
+    report = look(copy)
+    (said,) = [text for text in report.notes + report.problems if "stats.json" not in text]
+    assert said.startswith(f"episode 2 frame 6 has action {value:.5g} in dimension 0, of which 98% are in -0.06")
+    assert (said in report.problems) == is_problem
+
+
+def test_still_frames_are_counted_and_a_covered_camera_is_named(copy, labelled_dataset):
+    assert look(labelled_dataset).cameras[CAMERA].still == 0
+    # Nothing moves in the first 63 frames, which are three of the eight episodes.
+    video(shade=lambda index: 50 if index < 63 else 50 + 10 * (index // 5 % 8), contrast=100)(copy)
+    report = look(copy)
+    assert (report.cameras[CAMERA].still, report.problems) == (3 / 8, [])
+    video(shade=lambda index: 50)(copy)
+    assert look(copy).cameras[CAMERA].still == 1
+    assert look(copy).problems == [f"every frame of {CAMERA} that was decoded is of one colour: was it covered or off?"]
+
+
+def test_every_frame_finds_what_is_damaged_between(copy, capsys):
+    (path,) = copy.glob("videos/*/*/*.mp4")
+    content = bytearray(path.read_bytes())
+    start = content.index(b"mdat") + 4
+    for place in range(start + 2000, start + 6000):
+        content[place] = 0
+    path.write_bytes(bytes(content))
+    code, printed = checked(capsys, copy, "--episodes", "1", "--every-frame")
+    assert code == 1 and "file-000.mp4 is damaged" in printed
