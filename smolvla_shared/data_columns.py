@@ -4,6 +4,7 @@ Parquet has no access to a single row. The arrays are written when the columns a
 Face's datasets keep (HF_DATASETS_CACHE), in a directory named by the hash of the files' paths, sizes and times.
 """
 
+import mmap
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -64,6 +65,14 @@ class Columns:
     def _arrays(self) -> dict[str, np.ndarray]:
         paths = [array_path(self.directory, number) for number in range(len(self.names))]
         return dict(zip(self.names, (np.asarray(np.load(path, mmap_mode="r")) for path in paths)))
+
+    def __len__(self) -> int:
+        return len(self[self.names[0]])
+
+    def release(self) -> None:
+        """Let go of what was read: pages of a mapped file count as this process's memory until the machine needs it."""
+        for array in self._arrays.values():
+            array.base.base.madvise(mmap.MADV_DONTNEED)
 
     def __getstate__(self) -> dict:
         return {"names": self.names, "directory": self.directory}

@@ -16,7 +16,7 @@ import pandas as pd
 from pyarrow import ArrowException
 
 from smolvla_shared.cache import dataset_fingerprint
-from smolvla_shared.data_columns import MEND, ROWS_AT_ONCE
+from smolvla_shared.data_columns import MEND, ROWS_AT_ONCE, Columns
 from smolvla_shared.refusals import read_json, shown
 from smolvla_shared.video_source import declared_s, open_stream
 
@@ -212,11 +212,12 @@ def episode_problems(dataset: "RobotDataset") -> Iterator[str]:
         yield f"{names[at]} has the rows {start[at]} to {end[at]}, but a length of {length[at]}: {MEND}"
 
 
-def differences(length: int, bad: Callable[[np.ndarray], np.ndarray]) -> tuple[int | None, int]:
-    """The first row and the number of rows for which bad(rows) is true."""
+def differences(columns: Columns, bad: Callable[[np.ndarray], np.ndarray]) -> tuple[int | None, int]:
+    """The first row and the number of rows for which bad(rows), which reads these columns, is true."""
     at, count = None, 0
-    for start in range(0, length, ROWS_AT_ONCE):
-        found = bad(np.arange(start, min(start + ROWS_AT_ONCE, length)))
+    for start in range(0, len(columns), ROWS_AT_ONCE):
+        found = bad(np.arange(start, min(start + ROWS_AT_ONCE, len(columns))))
+        columns.release()
         count += int(np.count_nonzero(found))
         if at is None and (place := first(found)) is not None:
             at = start + place
@@ -232,16 +233,14 @@ def row_problems(dataset: "RobotDataset") -> Iterator[str]:
         "frame_index": lambda rows: rows - starts[dataset.episode_of(rows)],
     }
     for name, of in expected.items():
-        at, count = differences(dataset.num_frames, lambda rows, of=of, name=name: frames[name][rows] != of(rows))
+        at, count = differences(frames, lambda rows, of=of, name=name: frames[name][rows] != of(rows))
         if at is not None:
             yield (
                 f"{place(dataset, at)} (row {at}) has {name} {frames[name][at]}, expected {of(np.array([at]))[0]}, and "
                 f"so do {count} rows: rows are missing or out of order, {MEND}"
             )
     number, fps = expected["frame_index"], dataset.fps
-    at, count = differences(
-        dataset.num_frames, lambda rows: ~(np.abs(frames["timestamp"][rows] * fps - number(rows)) <= 0.51)
-    )
+    at, count = differences(frames, lambda rows: ~(np.abs(frames["timestamp"][rows] * fps - number(rows)) <= 0.51))
     if at is not None:
         yield (
             f"{place(dataset, at)} is at {frames['timestamp'][at]:.3f} s, at {fps:g} fps expected "
@@ -273,7 +272,7 @@ def task_problems(dataset: "RobotDataset") -> Iterator[str]:
         if problem := text_problem(text, total):
             yield f"task {number} {problem}: lerobot-edit-dataset --operation.type modify_tasks writes another"
     indices = dataset.frames["task_index"]
-    at, count = differences(dataset.num_frames, lambda rows: ~((indices[rows] >= 0) & (indices[rows] < total)))
+    at, count = differences(dataset.frames, lambda rows: ~((indices[rows] >= 0) & (indices[rows] < total)))
     if at is not None:
         where = f"row {at}" if at >= dataset.episode_to[-1] else place(dataset, at)
         yield f"{where} has the task {indices[at]} of {total}, numbered from 0, and so do {count} rows: {MEND}"

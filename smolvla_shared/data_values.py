@@ -81,14 +81,16 @@ def vector_problems(dataset: "RobotDataset", key: str) -> list[str]:
             "number choices, which no policy of this kind learns"
         ]
     problems = list(value_problems(dataset, key, values))
-    return problems or list(statistics_problems(dataset, key, summarize(values)))
+    problems = problems or list(statistics_problems(dataset, key, summarize(values)))
+    dataset.frames.release()
+    return problems
 
 
 def value_problems(dataset: "RobotDataset", key: str, values: np.ndarray) -> Iterator[str]:
     def is_bad(rows: np.ndarray) -> np.ndarray:
         return ~(np.abs(values[rows]).reshape(len(rows), -1) <= ABSURD).all(1)  # NaN compares as false
 
-    at, count = differences(len(values), is_bad)
+    at, count = differences(dataset.frames, is_bad)
     if at is not None:
         row = np.reshape(values[at], -1)
         (dimension, *_) = np.flatnonzero(~(np.abs(row) <= ABSURD)).tolist()

@@ -15,6 +15,7 @@ import pytest
 import train_stage2
 import train_stage3
 from smolvla_shared.command import EXIT_MISTAKE, in_few_lines, is_mistake, parse
+from smolvla_shared.data_check import DataCheckConfig
 from smolvla_shared.label_cache import LabelConfig
 from smolvla_shared.label_check import CheckConfig
 from smolvla_shared.teacher import TeacherConfig
@@ -146,6 +147,13 @@ COMMANDS: dict[str, tuple[Any, str, str]] = {
         --detailed-pairs 0
         --seed -1""",
     ),
+    "python -m smolvla_shared.data_check": (
+        DataCheckConfig,
+        "",
+        """somebody/demos --episodes 0
+        somebody/demos --max-text-tokens 0
+        nowhere/at/all""",
+    ),
 }
 MISTAKES = [(command, mistake.strip()) for command, (_, _, of) in COMMANDS.items() for mistake in of.splitlines()]
 HEAD = """# Options that are refused
@@ -187,6 +195,7 @@ def test_the_document_says_what_the_commands_say():
 def test_a_message_names_the_option_and_fits_four_lines(command, mistake):
     said = message(command, mistake)
     names = [word.removeprefix("--").removeprefix("laq.") for word in mistake.split() if word.startswith("--")]
+    names = names or mistake.split()  # a path
     assert any(name in said or name.replace("-", "_") in said for name in names), said
     assert said.startswith("error: ") and len(said.splitlines()) <= 4
 
