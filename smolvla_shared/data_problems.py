@@ -332,7 +332,8 @@ def header_problems(dataset: "RobotDataset", limit: int | None = None) -> Iterat
             (dataset.episode_to - dataset.episode_from - 1) / dataset.fps
         )
         until = np.full(len(places), -np.inf)
-        np.maximum.at(until, of.ravel(), last)  # time of the last frame that is read
+        with np.errstate(invalid="ignore"):  # place_problems names a time that is NaN
+            np.maximum.at(until, of.ravel(), last)  # time of the last frame that is read
         some = np.unique(np.linspace(0, len(places) - 1, min(limit or len(places), len(places))).round().astype(int))
         for index in some.tolist():
             chunk, file = places[index].tolist()
