@@ -96,7 +96,8 @@ def main(config: Stage2Config) -> None:
     paired = [data.with_pairs(datasets, rows) for rows in (training, held_out)]
     groups = [data_split.weighted(paired[0], config.data.weights), data_split.weighted(paired[1])]
     plan = f"Stage 2: {data_order.plan(groups[0], config)}"
-    accelerator.print(initial.describe(core), data.describe(datasets, with_pairs=True), latents, plan, sep="\n")
+    described = initial.describe(core, datasets=datasets), data.describe(datasets, with_pairs=True)
+    accelerator.print(*described, latents, plan, sep="\n")
     features = prepare_features(core, datasets, cameras, config, accelerator)
     spec = SampleSpec.of(core.config, [LATENT], labels, features, config.flow_draws)
     loaders = make_loaders(datasets, *groups, spec, config, accelerator, **config.data.augmentation)

@@ -161,7 +161,7 @@ def main(config: Stage3Config) -> None:
     decode = action_decoder.fit(labels, len(labelled), *about) if config.decode_actions else action_decoder.AS_IS
     core = initial.build(config.model, cameras, weight, accelerator.mixed_precision, **dims)
     statistics = data.statistics(labelled, core.config, weight, training[: len(labelled)])
-    described = initial.describe(core, statistics.get("state")), data.describe(datasets, with_pairs=config.needs_labels)
+    described = initial.describe(core, statistics.get("state"), datasets), data.describe(datasets, config.needs_labels)
     plan = f"Stage 3: {data_order.plan(groups, config)}; loss {weight}; statistics of the {config.normalization}"
     accelerator.print(*described, plan, decode, sep="\n")
     statistics |= recorded

@@ -26,7 +26,7 @@ import tyro
 from lerobot.configs.video import RGBEncoderConfig
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
-from smolvla_shared import data, data_order, data_rows, data_split
+from smolvla_shared import data, data_order, data_problems, data_rows, data_split
 from smolvla_shared.config import DataConfig
 
 CAMERAS = ("observation.images.top", "observation.images.wrist")
@@ -94,7 +94,9 @@ def multiply(one: Path, root: Path, episodes: int) -> None:
                 columns |= {"dataset_from_index": numbers * FRAMES, "dataset_to_index": (numbers + 1) * FRAMES}
                 for camera in CAMERAS:
                     columns[f"videos/{camera}/file_index"] = numbers // EPISODES_OF_A_FILE
-                    columns[f"videos/{camera}/from_timestamp"] = numbers % EPISODES_OF_A_FILE * FRAMES / FPS
+                    start_s = numbers % EPISODES_OF_A_FILE * FRAMES / FPS
+                    columns |= {f"videos/{camera}/from_timestamp": start_s}
+                    columns |= {f"videos/{camera}/to_timestamp": start_s + FRAMES / FPS}
                 writer.write_table(replaced(ten.slice(0, len(numbers)), columns))
     for file, start in enumerate(range(0, episodes, EPISODES_OF_A_FILE)):
         with pq.ParquetWriter(root / DATA.format(file), frames.schema) as writer:
@@ -109,8 +111,11 @@ def multiply(one: Path, root: Path, episodes: int) -> None:
 
 
 def open_ours(root: Path) -> int:
-    """As a run opens it: the dataset and the samples of a step. Returns the bytes that a loader worker gets."""
-    datasets = data.open_datasets(DataConfig(roots=(root,)))
+    """As a run opens it, but for the headers of videos, which are empty here: the dataset and the samples of a step.
+    Returns the bytes that a loader worker gets.
+    """
+    datasets = [data.RobotDataset(str(root), root, DataConfig(roots=(root,)))]
+    data_problems.refuse(datasets[0], data_problems.table_problems(datasets[0]))
     training, _ = data_split.split_datasets(datasets, 0.05, seed=0)
     (keys,) = data_order.StepSampler(data_rows.group_rows(training), 0, STEP_SAMPLES, 10**5, 10**5 + 1)
     for key in keys:

@@ -22,6 +22,7 @@ The method, in reading order (with train_stage2.py and train_stage3.py, where th
 What surrounds it:
 
     data            reading LeRobotDatasets
+    data_problems, data_values     what is wrong with their tables; with their vectors and texts
     data_split      held-out episodes, and how the datasets of a run are mixed
     data_columns, data_rows     their tables as memory-mapped columns; rows as ranges, and a random order of them
     data_blocks     every frame of a dataset, once and in order
@@ -51,6 +52,7 @@ Machinery, which the method can be understood without:
     label_cache                                             labels kept in files
     label_check, label_health, label_probe, label_pictures     whether labels are worth learning
     cache, feature_cache                       rows computed once; the frozen vision tower's output
+    data_check, data_report, data_pictures     a look at datasets before training; the command
     gpu_check       what nobody can test without a GPU, tried on yours
     trunk_files, laq_files, files     trunks and teachers in files; weights and texts in files
     ranges, paths, refusals, command     the range of every number, what must be at a path; how a refusal is said

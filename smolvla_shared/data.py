@@ -13,13 +13,13 @@ from huggingface_hub import snapshot_download
 from lerobot.datasets.dataset_metadata import CODEBASE_VERSION
 from lerobot.datasets.feature_utils import get_hf_features_from_features
 from lerobot.datasets.io_utils import load_info, load_nested_dataset, load_tasks
-from lerobot.datasets.utils import DEFAULT_TASKS_PATH, check_version_compatibility, get_safe_version
+from lerobot.datasets.utils import DEFAULT_TASKS_PATH, get_safe_version
 from lerobot.datasets.video_utils import decode_video_frames
 from lerobot.utils.constants import HF_LEROBOT_HOME
 from lerobot.utils.import_utils import get_safe_default_video_backend
 from torch import Tensor
 
-from smolvla_shared import paths, preprocess
+from smolvla_shared import data_problems, data_values, paths, preprocess
 from smolvla_shared.config import ACTION, CoreConfig, DataConfig
 from smolvla_shared.data_columns import ROWS_AT_ONCE, Columns
 from smolvla_shared.data_rows import Rows
@@ -68,20 +68,21 @@ class RobotDataset:
             ) from error
 
     def _open(self) -> None:
-        """Raises FileNotFoundError if a file is missing."""
+        """Raises FileNotFoundError if a file is missing, ValueError if one cannot be understood."""
+        data_problems.refuse_info(self.root)
         self.info = load_info(self.root)
-        check_version_compatibility(self.name, self.info.codebase_version, CODEBASE_VERSION)
         self.fps, self.features = self.info.fps, self.info.features
         self.camera_keys = [key for key, feature in self.features.items() if feature["dtype"] in ("image", "video")]
         self.video_keys = [key for key in self.camera_keys if self.features[key]["dtype"] == "video"]
-        videos = [f"videos/{key}/{name}" for key in self.video_keys for name in VIDEO_PLACE]
+        videos = [f"videos/{key}/{name}" for key in self.video_keys for name in (*VIDEO_PLACE, "to_timestamp")]
         names = ["dataset_from_index", "dataset_to_index", "data/chunk_index", "data/file_index", *videos]
-        self.episodes = self._columns("meta/episodes", names, self.info.total_episodes)
+        self.episodes = self._columns("meta/episodes", ["episode_index", "length", *names], self.info.total_episodes)
         for path in self._files():
             if not path.is_file():
                 raise FileNotFoundError(path)
         vectors = [key for key in (STATE_KEY, ACTION_KEY, EXECUTED_ACTION_KEY) if key in self.features]
-        self.frames = self._columns("data", ["task_index", *vectors], self.info.total_frames)
+        numbers = ["index", "episode_index", "frame_index", "timestamp", "task_index"]
+        self.frames = self._columns("data", [*numbers, *vectors], self.info.total_frames)
 
     def _columns(self, folder: str, names: list[str], rows: int) -> Columns:
         files = sorted((self.root / folder).glob("*/*.parquet"))
@@ -268,9 +269,14 @@ def merge(parts: list[tuple[np.ndarray, Tensor]]) -> Tensor:
 
 
 def open_datasets(config: DataConfig) -> list[RobotDataset]:
-    """The datasets of a configuration: repo ids (from the local cache, else from the hub), then roots."""
+    """The datasets of a configuration: repo ids (from the local cache, else from the hub), then roots.
+
+    Raises ValueError for datasets whose tables do not fit each other (data_problems.py).
+    """
     datasets = [RobotDataset(repo_id, HF_LEROBOT_HOME / repo_id, config) for repo_id in config.repo_ids]
-    return datasets + [RobotDataset(str(root), Path(root), config) for root in config.roots]
+    datasets += [RobotDataset(str(root), Path(root), config) for root in config.roots]
+    data_problems.refuse_tables(datasets)
+    return datasets
 
 
 def set_frame_gap(datasets: list[RobotDataset], gap_s: float) -> None:
@@ -292,11 +298,15 @@ def choose_cameras(datasets: list[RobotDataset], config: DataConfig) -> tuple[tu
             f"every dataset must have every camera; asked for {list(cameras) or 'all they share'}, "
             f"label camera {label_camera or 'none'}; found {listing}. Pass --data.cameras (or --data.label-camera)"
         )
+    data_problems.refuse_cameras(datasets, dict.fromkeys((*cameras, label_camera)))
     return cameras, label_camera
 
 
 def common_dim(datasets: list[RobotDataset], key: str) -> int:
-    """Width of a vector feature, 0 if no dataset has it. Raises ValueError if the datasets' widths differ."""
+    """Width of a vector feature, 0 if no dataset has it. Raises ValueError if the datasets' widths differ, and for
+    values that cannot be trained on (data_values.py).
+    """
+    data_values.refuse_vectors(datasets, key)
     dims = {dataset.name: dataset.vector_dim(key) for dataset in datasets if key in dataset.features}
     if len(set(dims.values())) > 1:
         raise ValueError(f"the datasets' {key} have different widths, they cannot share a model: {dims}")

@@ -4,13 +4,16 @@ Parquet has no access to a single row. The arrays are written when the columns a
 Face's datasets keep (HF_DATASETS_CACHE), in a directory named by the hash of the files' paths, sizes and times.
 """
 
+import mmap
 import shutil
+from collections.abc import Iterator
 from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from datasets.config import HF_DATASETS_CACHE
 from filelock import FileLock
@@ -18,6 +21,7 @@ from filelock import FileLock
 from smolvla_shared.files import json_sha256
 
 ROWS_AT_ONCE = 1 << 16
+MEND = "record or convert the dataset again"
 
 
 class Columns:
@@ -62,6 +66,14 @@ class Columns:
         paths = [array_path(self.directory, number) for number in range(len(self.names))]
         return dict(zip(self.names, (np.asarray(np.load(path, mmap_mode="r")) for path in paths)))
 
+    def __len__(self) -> int:
+        return len(self[self.names[0]])
+
+    def release(self) -> None:
+        """Let go of what was read: pages of a mapped file count as this process's memory until the machine needs it."""
+        for array in self._arrays.values():
+            array.base.base.madvise(mmap.MADV_DONTNEED)
+
     def __getstate__(self) -> dict:
         return {"names": self.names, "directory": self.directory}
 
@@ -71,28 +83,54 @@ def array_path(directory: Path, number: int) -> Path:
 
 
 def write_columns(directory: Path, files: list[Path], names: list[str], rows: int) -> int:
-    """Write each column as an array of `rows` rows, a part at a time; returns how many rows there were."""
+    """Write each column as an array of `rows` rows, a part at a time; returns how many rows there were.
+
+    Raises ValueError for a file that is damaged, and for a column that is none of numbers, or of lists of one length.
+    """
     found, first = 0, {}
     with ExitStack() as stack:
         outs = [stack.enter_context(array_path(directory, number).open("wb")) for number in range(len(names))]
         for file in files:
-            for batch in pq.ParquetFile(file).iter_batches(ROWS_AT_ONCE, columns=names):
+            for batch in read_batches(file, names):
                 for name, out in zip(names, outs):
-                    values = to_numpy(batch.column(name))
+                    values = to_numpy(batch.column(name), f"{file}: {name}")
+                    if name in first and values.shape[1:] != first[name].shape[1:]:
+                        widths = [array.shape[1] if array.ndim > 1 else 1 for array in (values, first[name])]
+                        raise ValueError(f"{file}: {name} has {widths[0]} numbers in a row, before {widths[1]}: {MEND}")
                     if name not in first:
                         first[name] = values[:0]
                         header = np.lib.format.header_data_from_array_1_0(values)
                         np.lib.format.write_array_header_1_0(out, header | {"shape": (rows, *values.shape[1:])})
                     # Files may differ in type, which their dataset's features make the same.
-                    out.write(values.reshape(-1, *first[name].shape[1:]).astype(first[name].dtype, copy=False).data)
+                    out.write(values.astype(first[name].dtype, copy=False).data)
                 found += len(batch)
     return found
 
 
-def to_numpy(column: pa.Array) -> np.ndarray:
-    """[n] of a column of numbers, [n, width] of one of lists."""
+def read_batches(file: Path, names: list[str]) -> Iterator[pa.RecordBatch]:
+    """Raises ValueError for a file that is damaged or lacks a column."""
+    try:
+        parquet = pq.ParquetFile(file)
+        missing = [name for name in names if name not in parquet.schema_arrow.names]
+        yield from () if missing else parquet.iter_batches(ROWS_AT_ONCE, columns=names)
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{file} is damaged ({error}): copy or download it again") from error
+    if missing:
+        raise ValueError(f"{file} has no column {', '.join(missing)}: {MEND}")
+
+
+def to_numpy(column: pa.Array, where: str) -> np.ndarray:
+    """[n] of a column of numbers, [n, width] of one of lists. Raises ValueError, with `where`, for anything else."""
     values = column
-    while pa.types.is_list(values.type) or pa.types.is_fixed_size_list(values.type):
+    while True:
+        if values.null_count:
+            raise ValueError(f"{where} has no value in {values.null_count} rows: {MEND}")
+        if not (pa.types.is_list(values.type) or pa.types.is_fixed_size_list(values.type)):
+            break
+        if len(widths := pc.unique(pc.list_value_length(values))) > 1:
+            raise ValueError(f"{where} has now {widths[0]}, now {widths[1]} numbers in a row: {MEND}")
         values = values.flatten()
     values = values.to_numpy(zero_copy_only=False)
+    if values.dtype.kind not in "biuf":
+        raise ValueError(f"{where} holds {column.type}, not numbers: {MEND}")
     return values if len(values) == len(column) else values.reshape(len(column), -1)

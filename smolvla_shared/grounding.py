@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from smolvla_shared import data, data_split, label_probe
+from smolvla_shared import data, data_split, data_values, label_probe
 from smolvla_shared.batch import RawBatch
 from smolvla_shared.cache import dataset_fingerprint
 from smolvla_shared.data_rows import Rows
@@ -33,6 +33,7 @@ class Grounding:
         for index, dataset in enumerate(labelled, start=first):
             if label_probe.action_key(dataset) is None:
                 raise ValueError(f"--grounding: {dataset.name} has no actions, it has {sorted(dataset.features)}")
+            data_values.refuse_vectors([dataset], data.STATE_KEY, label_probe.action_key(dataset))
             end = dataset.episode_to[: config.episodes or None][-1]
             rows, _ = data_split.split_episodes(dataset, val_fraction, seed)
             some = rows.end <= end

@@ -5,7 +5,7 @@
 neither                                             the trunk's own weights, under a fresh expert
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import zip_longest
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from smolvla_shared import data, lerobot_files, lerobot_smolvla
+from smolvla_shared import data, data_values, lerobot_files, lerobot_smolvla
 from smolvla_shared.artifact import Latents, load_artifact
 from smolvla_shared.batch import Labels
 from smolvla_shared.config import ACTION, CoreConfig, DataConfig, ModelConfig, PolicyDataConfig, StageOptions
@@ -182,10 +182,16 @@ class InitialWeights:
         absent = [part for part in self.may_be_fresh if not any(key.startswith(PARTS[part]) for key in self.weights)]
         return [part for part in absent if part in parameters_by_part(core)]
 
-    def describe(self, core: SmolVLASharedCore, state: Statistics | None = None) -> str:
+    def describe(
+        self,
+        core: SmolVLASharedCore,
+        state: Statistics | None = None,
+        datasets: Sequence[data.RobotDataset] = (),
+    ) -> str:
         """What a core that was built from it starts from, for the first lines of a run.
 
-        state: the data's statistics of the state, to compare with its own
+        state:    the data's statistics of the state, to compare with its own
+        datasets: what it will be trained on; what the core reads of them in another way than they may seem is said
         """
         cameras = core.config.cameras
         pairs = zip_longest(cameras, self.core.cameras[: len(cameras)] or cameras, fillvalue="one more")
@@ -198,6 +204,8 @@ class InitialWeights:
         ]
         if state and "state" in self.statistics:
             lines.append(f"state statistics: {difference(state, self.statistics['state'])}")
+        lines += data_values.texts_cut(datasets, self.tokenizer, core.config.max_text_tokens)
+        lines += data_values.chunk_seconds(datasets, core.config.chunk_size if core.config.action_dim else 0)
         return "\n".join(lines)
 
 

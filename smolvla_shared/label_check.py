@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from smolvla_shared import data, data_blocks, label_health, label_pictures, label_probe, paths
+from smolvla_shared import data, data_blocks, data_values, label_health, label_pictures, label_probe, paths
 from smolvla_shared.cache import dataset_fingerprint
 from smolvla_shared.data_rows import Rows
 from smolvla_shared.files import new_directory
@@ -194,6 +194,7 @@ def check(config: CheckConfig) -> None:
     laq = load_laq(config.laq_ckpt, config.laq_code_seq_len, config.laq_image_size)
     options = teachers_pairs(config.laq_ckpt, config.data, config.accept_other_pairs)
     datasets = data.open_datasets(options)
+    data_values.refuse_vectors(datasets, data.STATE_KEY, data.ACTION_KEY, data.EXECUTED_ACTION_KEY)
     _, camera = data.choose_cameras(datasets, options)
     all_frames = [(index, dataset.rows()) for index, dataset in enumerate(datasets)]
     valid_share = data.valid_pair_share(datasets, all_frames)

@@ -18,6 +18,7 @@ import rollout
 import train_stage2
 import train_stage3
 from smolvla_shared.command import EXIT_MISTAKE, in_few_lines, is_mistake, parse
+from smolvla_shared.data_check import DataCheckConfig
 from smolvla_shared.hub import CardConfig, PushConfig
 from smolvla_shared.teacher_config import CheckConfig, LabelConfig, TeacherConfig
 
@@ -210,6 +211,13 @@ COMMANDS: dict[str, tuple[Any, str, str]] = {
         "",
         """video --results results.json
         policy --results nowhere.json""",
+    ),
+    "python -m smolvla_shared.data_check": (
+        DataCheckConfig,
+        "",
+        """somebody/demos --episodes 0
+        somebody/demos --max-text-tokens 0
+        nowhere/at/all""",
     ),
 }
 # What there is where the commands run: so a mistake about one path is about that path.

@@ -287,6 +287,7 @@ def test_stage_3_starts_from_the_artifact(runs):
 def test_video_trains_the_action_head_with_decoded_actions(run_well, labelled_dataset, tmp_path):
     """Latent actions that are the executed actions are decoded into them; without a latent loss there is no head."""
     video, cache = shutil.copytree(labelled_dataset, tmp_path / "video"), tmp_path / "labels"
+    (video / "meta" / "stats.json").unlink()  # a dataset and its copy are refused
     labels = ["--data.frame-gap-s", "0.1", "--label-cache", cache]
     run_well("examples/relabel.py", "--kind", "executed", "--data.roots", labelled_dataset, video, *labels)
     command = ["train_stage3.py", *SIZES, "--data.roots", labelled_dataset, "--data.num-workers", "0", *labels]

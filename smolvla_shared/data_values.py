@@ -1,0 +1,183 @@
+"""What is wrong with the vectors and texts of a LeRobotDataset: with what a policy is trained on, one value at a time.
+
+A problem is a text, as in data_problems.py. Vectors are asked for where their width is (data.common_dim), so that a
+column that a run does not read may hold anything.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerFast
+
+from smolvla_shared.data_columns import MEND, ROWS_AT_ONCE
+from smolvla_shared.data_problems import differences, place, refuse
+from smolvla_shared.preprocess import TextTokenizer
+from smolvla_shared.refusals import read_json, shown
+
+if TYPE_CHECKING:
+    from smolvla_shared.data import RobotDataset
+
+ACTION_KEYS = "action", "executed_action"
+# No joint, gripper or velocity is recorded in a unit that makes it so large, whatever the robot.
+ABSURD = 1e8
+# Statistics further from the rows' are not the rows': the mean by this share of the deviation, the deviation by this
+# factor. LeRobot's are exact for vectors, but those of older versions are of a sample of the rows.
+MEAN_AWAY, STD_FACTOR = 0.25, 1.5
+STATS = "meta/stats.json"
+RECOMPUTE = (
+    "the rows or the statistics were edited: record or convert the dataset again, or compute them anew "
+    "(lerobot-edit-dataset --operation.type recompute_stats)"
+)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Of each dimension of a vector feature over all rows, [A] float64."""
+
+    low: np.ndarray
+    high: np.ndarray
+    mean: np.ndarray
+    std: np.ndarray
+
+
+def summarize(values: np.ndarray) -> Summary:  # [rows] or [rows, A]
+    """Raises nothing for values that are not finite: what depends on them is NaN."""
+    shift = np.asarray(values[0], np.float64).reshape(-1)
+    low, high = np.full(len(shift), np.inf), np.full(len(shift), -np.inf)
+    sums, squares = np.zeros(len(shift)), np.zeros(len(shift))
+    with np.errstate(all="ignore"):
+        for start in range(0, len(values), ROWS_AT_ONCE):
+            part = np.asarray(values[start : start + ROWS_AT_ONCE], np.float64).reshape(-1, len(shift))
+            low, high = np.minimum(low, part.min(0)), np.maximum(high, part.max(0))
+            part = part - shift
+            sums, squares = sums + part.sum(0), squares + np.einsum("ra,ra->a", part, part)
+        mean = sums / len(values)
+        return Summary(low, high, mean + shift, np.sqrt(np.maximum(squares / len(values) - mean**2, 0)))
+
+
+def refuse_vectors(datasets: "list[RobotDataset]", *keys: str) -> None:
+    """Raise ValueError for a dataset that has one of these features, but with values that cannot be trained on."""
+    for dataset in datasets:
+        refuse(dataset, [problem for key in keys for problem in vector_problems(dataset, key)])
+
+
+def vector_problems(dataset: "RobotDataset", key: str) -> list[str]:
+    if key not in dataset.features:
+        return []
+    shape, values = dataset.features[key]["shape"], dataset.frames[key]
+    if len(shape) != 1:
+        return [
+            f"{key} has the shape {list(shape)}, a policy reads vectors: write its {int(np.prod(shape))} numbers as "
+            "one dimension, in the rows and in meta/info.json"
+        ]
+    width = values.shape[1] if values.ndim > 1 else 1
+    if width != shape[0]:
+        return [f"{key} has {width} numbers in a row, meta/info.json says {shape[0]}: {MEND}"]
+    if key in ACTION_KEYS and values.dtype.kind not in "f":
+        return [
+            f"{key} is of type {values.dtype}, a policy learns real numbers: record them as float32, unless they "
+            "number choices, which no policy of this kind learns"
+        ]
+    problems = list(value_problems(dataset, key, values))
+    problems = problems or list(statistics_problems(dataset, key, summarize(values)))
+    dataset.frames.release()
+    return problems
+
+
+def value_problems(dataset: "RobotDataset", key: str, values: np.ndarray) -> Iterator[str]:
+    def is_bad(rows: np.ndarray) -> np.ndarray:
+        return ~(np.abs(values[rows]).reshape(len(rows), -1) <= ABSURD).all(1)  # NaN compares as false
+
+    at, count = differences(dataset.frames, is_bad)
+    if at is not None:
+        row = np.reshape(values[at], -1)
+        (dimension, *_) = np.flatnonzero(~(np.abs(row) <= ABSURD)).tolist()
+        yield (
+            f"{place(dataset, at)} has {key} {row[dimension]:.6g} in dimension {dimension}, and {count} row(s) have "
+            "such values: leave these episodes out (lerobot-edit-dataset --operation.type delete_episodes), or record "
+            "them again"
+        )
+
+
+def read_statistics(dataset: "RobotDataset") -> dict[str, Any] | None:
+    """meta/stats.json; None: there is none."""
+    path = dataset.root / STATS
+    return read_json(path) if path.exists() else None
+
+
+def statistics_problems(dataset: "RobotDataset", key: str, rows: Summary) -> Iterator[str]:
+    """What in meta/stats.json contradicts the rows. Where it has nothing, nothing contradicts: missing_statistics."""
+    stats = (read_statistics(dataset) or {}).get(key)
+    if not isinstance(stats, dict):
+        if stats is not None:
+            yield f"{STATS}: {key} is {shown(stats)}, it should be an object: {RECOMPUTE}"
+        return
+    found = {}
+    for name in ("mean", "std", "min", "max"):
+        if name not in stats:
+            continue
+        values = stats[name] if isinstance(stats[name], list) else [None]
+        if len(values) != len(rows.mean) or not all(type(value) in (int, float) for value in values):
+            yield f"{STATS}: {name} of {key} is {shown(stats[name])}, expected {len(rows.mean)} numbers: {RECOMPUTE}"
+            return
+        found[name] = np.array(values, np.float64)
+    # A dimension that never changes has the deviation 0, or what rounding makes of it.
+    rounding = 1e-4 * np.maximum(1, np.abs(rows.mean))
+    scale, least = np.maximum(rows.std, rounding), np.where(rows.std > rounding, rows.std / STD_FACTOR, 0)
+    with np.errstate(all="ignore"):
+        near = {
+            "mean": lambda mean: np.abs(mean - rows.mean) <= MEAN_AWAY * scale,
+            "std": lambda std: (least <= std) & (std <= STD_FACTOR * scale),
+            "min": lambda low: np.abs(low - rows.low) <= 10 * scale,
+            "max": lambda high: np.abs(high - rows.high) <= 10 * scale,
+        }
+        for name, values in found.items():
+            expected = {"mean": rows.mean, "std": rows.std, "min": rows.low, "max": rows.high}[name]
+            bad = np.flatnonzero(~near[name](values)).tolist()
+            if bad:
+                yield (
+                    f"{STATS} says that {key} has the {name} {values[bad[0]]:.6g} in dimension {bad[0]}, its rows have "
+                    f"{expected[bad[0]]:.6g} ({len(bad)} dimension(s) differ): {RECOMPUTE}"
+                )
+
+
+def missing_statistics(dataset: "RobotDataset", keys: list[str]) -> list[str]:
+    """What meta/stats.json lacks of these features. This project computes its own; LeRobot's training needs these."""
+    stats = read_statistics(dataset)
+    if stats is None:
+        return [f"{STATS} is missing, which LeRobot's own training reads: {RECOMPUTE}"]
+    lacking = [
+        f"{name} of {key}"
+        for key in keys
+        for name in ("mean", "std", "min", "max")
+        if name not in (stats.get(key) or {})
+    ]
+    return [f"{STATS} has no {', '.join(lacking)}, which LeRobot's own training reads: {RECOMPUTE}"] if lacking else []
+
+
+def texts_cut(datasets: "Sequence[RobotDataset]", tokenizer: PreTrainedTokenizerFast, max_tokens: int) -> list[str]:
+    """A line for each dataset with task texts that are longer than what a model reads of them."""
+    whole, lines = TextTokenizer(tokenizer, 1 << 20), []
+    for dataset in datasets:
+        # A token is a byte or more, and a newline is added.
+        long = [text for text in dataset.tasks if len(text.encode()) >= max_tokens]
+        lengths = [int(whole([text])[1].sum()) for text in long]
+        cut = {text: length for text, length in zip(long, lengths) if length > max_tokens}
+        if cut:
+            longest = max(cut, key=cut.get)
+            lines.append(
+                f"{dataset.name}: {len(cut)} of {len(dataset.tasks)} task texts are cut after {max_tokens} tokens, the "
+                f"longest loses {cut[longest] - max_tokens} of {cut[longest]}: {shown(longest)}"
+            )
+    return lines
+
+
+def chunk_seconds(datasets: "Sequence[RobotDataset]", chunk_size: int) -> list[str]:
+    """A line if a chunk of so many actions lasts longer in one dataset than in another."""
+    rates = {dataset.name: dataset.fps for dataset in datasets if ACTION_KEYS[0] in dataset.features}
+    if not chunk_size or len(set(rates.values())) < 2:
+        return []
+    lasts = ", ".join(f"{chunk_size / fps:.3g} s of {name} ({fps:g} fps)" for name, fps in rates.items())
+    return [f"two rates in one run: a chunk of {chunk_size} actions is {lasts}"]

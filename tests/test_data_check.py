@@ -1,0 +1,537 @@
+"""Datasets that are broken in one way each: refused when a command opens them, and listed by data_check."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from smolvla_shared import data, data_check, data_report, data_values
+from smolvla_shared.command import in_few_lines
+from smolvla_shared.config import DataConfig, ModelConfig
+from smolvla_shared.initial import open_initial
+from smolvla_shared.trunk_files import load_trunk_tokenizer
+
+CAMERA, STATE = "observation.image", "observation.state"
+ROOT = Path(__file__).parent.parent
+
+
+def edit_json(name: str, change: Callable[[Any], Any]) -> Callable[[Path], None]:
+    """A function that changes a JSON file of a dataset; `change` edits its object or returns another."""
+
+    def edit(root: Path) -> None:
+        path = root / "meta" / name
+        body = json.loads(path.read_text())
+        changed = change(body)
+        path.write_text(json.dumps(body if changed is None else changed))
+
+    return edit
+
+
+def edit_table(pattern: str, change: Callable[[pd.DataFrame], Any]) -> Callable[[Path], None]:
+    """The same for a parquet file. The types of the columns stay."""
+
+    def edit(root: Path) -> None:
+        (path,) = root.glob(pattern)
+        table = pq.read_table(path)
+        frame = table.to_pandas()
+        changed = change(frame)
+        changed = frame if changed is None else changed
+        columns = [pa.array(changed[field.name].tolist(), field.type) for field in table.schema]  # NaN stays NaN
+        pq.write_table(pa.Table.from_arrays(columns, schema=table.schema), path)
+
+    return edit
+
+
+def info(change: Callable[[Any], Any]) -> Callable[[Path], None]:
+    return edit_json("info.json", change)
+
+
+def feature(key: str, **fields: Any) -> Callable[[Path], None]:
+    return info(lambda body: body["features"][key].update(fields))
+
+
+def stats(key: str, **fields: Any) -> Callable[[Path], None]:
+    return edit_json("stats.json", lambda body: body[key].update(fields))
+
+
+def stat(key: str, name: str, dimension: int, change: Callable[[float], float]) -> Callable[[Path], None]:
+    def edit(body: Any) -> None:
+        body[key][name][dimension] = change(body[key][name][dimension])
+
+    return edit_json("stats.json", edit)
+
+
+def rows(change: Callable[[pd.DataFrame], Any]) -> Callable[[Path], None]:
+    return edit_table("data/*/*.parquet", change)
+
+
+def cell(column: str, row: int, value: Any) -> Callable[[Path], None]:
+    return rows(lambda frame: frame.__setitem__(column, put(frame[column], row, value)))
+
+
+def element(column: str, row: int, dimension: int, value: float) -> Callable[[Path], None]:
+    def change(frame: pd.DataFrame) -> None:
+        vectors = [np.array(vector) for vector in frame[column]]
+        vectors[row][dimension] = value
+        frame[column] = vectors
+
+    return rows(change)
+
+
+def put(column: pd.Series, row: int, value: Any) -> list:
+    values = column.tolist()
+    values[row] = value
+    return values
+
+
+def episodes(column: str, row: int, value: Callable[[Any], Any]) -> Callable[[Path], None]:
+    def change(frame: pd.DataFrame) -> None:
+        frame[column] = put(frame[column], row, value(frame[column][row]))
+
+    return edit_table("meta/episodes/*/*.parquet", change)
+
+
+def tasks(*texts: str | None, numbers: tuple[int, ...] = (0, 1)) -> Callable[[Path], None]:
+    def write(root: Path) -> None:
+        table = pd.DataFrame({"task_index": numbers}, index=pd.Index(texts, name="task"))
+        table.to_parquet(root / "meta" / "tasks.parquet")
+
+    return write
+
+
+def video(
+    frames: int = 188,
+    rate: int = 20,
+    size: tuple[int, int] = (96, 96),
+    shade: Callable[[int], int] = lambda index: index % 256,
+    contrast: int = 0,
+) -> Callable[[Path], None]:
+    """The file of all episodes, written anew with frames of a shade, which the right half is brighter than."""
+
+    def write(root: Path) -> None:
+        (path,) = root.glob("videos/*/*/*.mp4")
+        with av.open(str(path), "w") as container:
+            stream = container.add_stream("libx264", rate=rate, options={"g": "2"})
+            stream.height, stream.width, stream.pix_fmt = *size, "yuv420p"
+            for index in range(frames):
+                picture = np.full((*size, 3), shade(index), np.uint8)
+                picture[:, size[1] // 2 :] += np.uint8(contrast)
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+            container.mux(stream.encode())
+
+    return write
+
+
+def retyped(column: str, of: pa.DataType, change: Callable[[int, list], list]) -> Callable[[Path], None]:
+    """A column of another type, with changed rows."""
+
+    def write(root: Path) -> None:
+        (path,) = root.glob("data/*/*.parquet")
+        table = pq.read_table(path)
+        index = table.schema.get_field_index(column)
+        values = [change(row, vector) for row, vector in enumerate(table[column].to_pylist())]
+        pq.write_table(table.set_column(index, column, pa.array(values, of)).replace_schema_metadata(), path)
+
+    return write
+
+
+OPENED = {
+    # meta/info.json
+    "format v2.1": (
+        info(lambda body: body.update(codebase_version="v2.1")),
+        r'format "v2.1".*convert it: python -m lerobot.scripts.convert_dataset_v21_to_v30 --repo-id=copy --root=\S* '
+        "--push-to-hub=false",
+    ),
+    "format v2.0": (info(lambda body: body.update(codebase_version="v2.0")), "converted to v2.1 first"),
+    "no format": (info(lambda body: body.pop("codebase_version") and None), "format null, v3.0 is read"),
+    "no rate": (info(lambda body: body.update(fps=0)), "fps is 0, it should be the frames of a second"),
+    "an infinite rate": (info(lambda body: body.update(fps=float("inf"))), "fps is Infinity"),
+    "a number of episodes as text": (info(lambda body: body.update(total_episodes="8")), 'total_episodes is "8"'),
+    "no features": (info(lambda body: body.update(features=[])), r"features is \[\]"),
+    "a feature without a shape": (feature(STATE, shape=None), f"feature {STATE}: shape is null"),
+    "an empty shape": (feature("action", shape=[]), r"feature action: shape is \[\]"),
+    "an unknown type": (feature("frame_index", dtype="int64x"), 'feature frame_index: dtype is "int64x"'),
+    "a path that asks for memory": (
+        info(lambda body: body.update(video_path="videos/{video_key:>999999999}.mp4")),
+        "video_path is .*should be a path",
+    ),
+    "a path out of the dataset": (info(lambda body: body.update(data_path="../../x.parquet")), "data_path is"),
+    "info.json is a list": (info(lambda body: [body]), "info.json should hold a JSON object"),
+    "info.json is cut": (lambda root: cut(root / "meta" / "info.json"), r"info.json is not JSON"),
+    # parquet files
+    "a damaged table": (lambda root: cut(next(root.glob("data/*/*.parquet"))), r"parquet is damaged \("),
+    "a column is not there": (rows(lambda frame: None), None),  # replaced below
+    "a null in a column": (cell("action", 5, None), "parquet: action has no value in 1 rows"),
+    "a shorter vector": (
+        retyped("action", pa.list_(pa.float32()), lambda row, vector: vector[: 2 if row == 5 else 4]),
+        "action has now 4, now 2 numbers in a row",
+    ),
+    # episodes
+    "an episode twice": (
+        episodes("episode_index", 3, lambda _: 2),
+        "meta/episodes lists episode 2 twice",
+    ),
+    "episodes out of order": (
+        edit_table(
+            "meta/episodes/*/*.parquet", lambda frame: frame.iloc[[0, 2, 1, *range(3, 8)]].reset_index(drop=True)
+        ),
+        "lists episode 2 in the place of episode 1: its episodes are out of order",
+    ),
+    "episodes that overlap": (
+        episodes("dataset_to_index", 2, lambda end: end + 3),
+        r"episode 3 begins at row 63, but row 65 is of the episode before it",
+    ),
+    "an episode's start is late": (
+        episodes("dataset_from_index", 1, lambda start: start + 3),
+        r"rows 20 to 22 are of no episode, before episode 1",
+    ),
+    "an episode of no rows": (episodes("dataset_to_index", 2, lambda _: 0), "episode 2 has the rows 41 to 0"),
+    "rows behind the last episode": (
+        lambda root: [episodes(name, 7, lambda value: value - 5)(root) for name in ("dataset_to_index", "length")],
+        "the last episode ends at row 183, there are 188 rows",
+    ),
+    # rows
+    "rows in reverse order": (
+        rows(lambda frame: frame.iloc[::-1].reset_index(drop=True)),
+        r"episode 0 frame 0 \(row 0\) has index 187, expected 0, and so do 188 rows: rows are missing or out of order",
+    ),
+    "two rows swapped": (
+        rows(lambda frame: frame.iloc[[*range(30), 31, 30, *range(32, 188)]].reset_index(drop=True)),
+        r"episode 1 frame 10 \(row 30\) has index 31, expected 30, and so do 2 rows",
+    ),
+    "frame numbers that skip": (
+        cell("frame_index", 25, 6),
+        r"episode 1 frame 5 \(row 25\) has frame_index 6, expected 5",
+    ),
+    "a row of another episode": (cell("episode_index", 25, 0), r"\(row 25\) has episode_index 0, expected 1"),
+    "ten rows are missing": (
+        rows(lambda frame: frame.drop(index=range(50, 60)).reset_index(drop=True)),
+        r"holds 178 rows, meta/info.json says 188",
+    ),
+    "another rate than the rows'": (
+        info(lambda body: body.update(fps=10)),
+        r"episode 0 frame 2 is at 0.100 s, at 10 fps expected 0.200 s",
+    ),
+    # tasks
+    "a task that is not there": (cell("task_index", 21, 2), "episode 1 frame 1 has the task 2 of 2, numbered from 0"),
+    "a negative task": (cell("task_index", 21, -1), "episode 1 frame 1 has the task -1 of 2"),
+    "tasks in another order": (
+        tasks("pull the square", "push the square", numbers=(1, 0)),
+        r"numbers its tasks \[1, 0\], a task's row must be its number",
+    ),
+    "an empty task": (tasks("push the square", " "), r"task 1 is empty \(' '\), others are not"),
+    "no task text": (tasks("push the square", None), "task 1 is null, it should be a text"),
+    "a task of control characters": (tasks("push", "pull\x00"), r"task 1 has the control characters \['\\x00'\]"),
+    # videos
+    "a video that starts late": (
+        episodes(f"videos/{CAMERA}/from_timestamp", 3, lambda start: start + 0.5),
+        r"episode 3 has 23 frames, but 13.0 frames of time in its video of observation.image",
+    ),
+    "a video of another place": (
+        lambda root: [
+            episodes(f"videos/{CAMERA}/{name}", 3, lambda seconds: seconds + 0.5)(root)
+            for name in ("from_timestamp", "to_timestamp")
+        ],
+        "episodes 3 and 4 have 10.0 frames of the video of observation.image in common",
+    ),
+    "a video that starts at NaN": (
+        episodes(f"videos/{CAMERA}/from_timestamp", 3, lambda _: float("nan")),
+        "episode 3: its video of observation.image is from nan",
+    ),
+    "a video that lacks its last frame": (
+        video(187),
+        r"file-000.mp4: it has 187 frames at 20 fps, an episode ends with that at 9.350 s",
+    ),
+    "a video of another rate": (video(376, rate=40), "it has 40 frames a second, the dataset 20"),
+    "a video of another size": (
+        video(size=(48, 64)),
+        r"its frames have 48 x 64 pixels \(height x width\), meta/info.json says 96 x 96",
+    ),
+    "a video that is none": (lambda root: cut(next(root.glob("videos/*/*/*.mp4")), 100), "mp4: it cannot be read"),
+}
+OPENED["a column is not there"] = (
+    lambda root: drop_column(root, "action"),
+    "parquet has no column action: record or convert the dataset again",
+)
+
+VALUES = {
+    "NaN": (element("action", 47, 1, np.nan), r"episode 2 frame 6 has action nan in dimension 1, and 1 row\(s\)"),
+    "an infinity": (element(STATE, 47, 1, -np.inf), "episode 2 frame 6 has observation.state -inf in dimension 1"),
+    "an absurd value": (element("action", 5, 1, 1e30), "episode 0 frame 5 has action 1e[+]30 in dimension 1"),
+    "integer actions": (
+        retyped("action", pa.list_(pa.int64(), 4), lambda _, vector: [int(100 * value) for value in vector]),
+        "action is of type int64, a policy learns real",
+    ),
+    "another width": (feature("action", shape=[3]), "action has 4 numbers in a row, meta/info.json says 3"),
+    "two dimensions": (feature(STATE, shape=[2, 2]), r"has the shape \[2, 2\], a policy reads vectors: write its 4"),
+    "statistics of another width": (stats("action", mean=[0.0] * 3), r"mean of action is \[0.0, .*expected 4 numbers"),
+    "statistics of one number": (stats("action", std=1.0), "std of action is 1.0, expected 4 numbers"),
+    "statistics that are text": (stats(STATE, mean="0"), 'mean of observation.state is "0", expected 4 numbers'),
+    "a deviation of 0": (stat("action", "std", 1, lambda _: 0.0), r"action has the std 0 in dimension 1, .* 0\.050"),
+    "a negative deviation": (stat("action", "std", 0, lambda std: -std), "std -0.035.* in dimension 0"),
+    "an infinite deviation": (stat(STATE, "std", 0, lambda _: np.inf), "the std inf in dimension 0"),
+    "a tiny deviation": (stat("action", "std", 1, lambda _: 1e-12), "the std 1e-12 in dimension 1"),
+    "a mean that is NaN": (stat(STATE, "mean", 2, lambda _: np.nan), "the mean nan in dimension 2"),
+    "a mean far from the rows": (
+        stat("action", "mean", 3, lambda mean: mean + 1000),
+        "the mean 999.969 in dimension 3",
+    ),
+    "a deviation far from the rows": (
+        stat("action", "std", 3, lambda std: std / 100),
+        "the std 0.0094.*rows have 0.94",
+    ),
+    "actions times 100": (
+        rows(lambda frame: frame.__setitem__("action", [100 * np.array(vector) for vector in frame["action"]])),
+        r"the mean 3.7234 in dimension 2, its rows have 372.34 \(1 dimension\(s\) differ\)",
+    ),
+    "actions that never change": (
+        rows(lambda frame: frame.__setitem__("action", [np.full(4, 0.5, np.float32)] * 188)),
+        r"the mean 0.00257958 in dimension 0, its rows have 0.5 \(4 dimension\(s\) differ\)",
+    ),
+}
+
+
+def cut(path: Path, length: int | None = None) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2 if length is None else length])
+
+
+def drop_column(root: Path, name: str) -> None:
+    (path,) = root.glob("data/*/*.parquet")
+    pq.write_table(pq.read_table(path).drop_columns([name]), path)
+
+
+@pytest.fixture
+def copy(labelled_dataset, tmp_path) -> Path:
+    return shutil.copytree(labelled_dataset, tmp_path / "copy")
+
+
+def open_datasets(*roots: Path, **options) -> list[data.RobotDataset]:
+    return data.open_datasets(DataConfig(roots=roots, **options))
+
+
+def checked(capsys, *words: str | Path) -> tuple[int, str]:
+    out = [] if "--out" in words else ["--out", Path(words[0]).parent / "check"]
+    code = data_check.main([str(word) for word in (*words, *out)])
+    return code, capsys.readouterr().out
+
+
+def problems_of(printed: str) -> list[str]:
+    return [line for line in printed.splitlines() if line.lstrip().startswith("problem: ")]
+
+
+def look(root: Path, **options) -> data_report.Report:
+    return data_report.look(data_report.open_one(str(root)), data_check.DataCheckConfig((str(root),), **options))
+
+
+def listed(root: Path) -> list[str]:
+    """What data_check calls a problem."""
+    try:
+        return look(root).problems
+    except ValueError as error:  # it cannot be read at all
+        return [str(error)]
+
+
+@pytest.mark.parametrize("case", OPENED)
+def test_what_does_not_fit_is_refused_when_a_dataset_is_opened(case, copy):
+    edit, message = OPENED[case]
+    edit(copy)
+    with pytest.raises(ValueError, match=message) as refused:
+        open_datasets(copy)
+    assert str(copy) in str(refused.value) and len(in_few_lines(refused.value).splitlines()) <= 4
+    assert any(re.search(message, problem) for problem in listed(copy))
+
+
+@pytest.mark.parametrize("case", VALUES)
+def test_values_that_nothing_can_be_trained_on_are_refused_where_they_are_read(case, copy):
+    edit, message = VALUES[case]
+    edit(copy)
+    datasets = open_datasets(copy)  # a run that does not read them does not mind
+    with pytest.raises(ValueError) as refused:
+        for name in (STATE, "action"):
+            data.common_dim(datasets, name)
+    said = str(refused.value)
+    assert re.search(message, said), said
+    assert str(copy) in said and len(in_few_lines(refused.value).splitlines()) <= 4
+    assert any(re.search(message, problem) for problem in listed(copy))
+
+
+def test_a_sound_dataset_is_described_and_drawn(labelled_dataset, image_dataset, tmp_path, capsys):
+    out = tmp_path / "check"
+    code, printed = checked(capsys, labelled_dataset, image_dataset, "--out", out, "--every-frame")
+    assert (code, problems_of(printed)) == (0, [])
+    assert printed.count("nothing wrong was found") == 2
+    assert "note: datasets of different rates" in printed and f"{image_dataset} 10" in printed
+    for words in (
+        "188 frames, 8 episodes",
+        "1.00 s (episode 0) to 1.35 s (episode 7)",
+        "     4  'push the square'",
+        "observation.images.wrist: 32 x 40 pixels",
+    ):
+        assert words in printed
+    values = np.array(
+        [list(vector) for vector in pq.read_table(next(labelled_dataset.glob("data/*/*")))["action"].to_pylist()]
+    )
+    (line,) = [
+        line for line in printed.splitlines() if line.startswith("    3 ") and f"{values[:, 3].min():.4g}" in line
+    ]
+    expected = values[:, 3].min(), values[:, 3].mean(), values[:, 3].std(), values[:, 3].max()
+    assert [float(line.split()[place]) for place in (1, 3, 4, 6)] == pytest.approx(expected, rel=1e-3)
+    assert (out / "report.txt").read_text().strip() in printed
+    pictures = sorted(out.glob("*.png"))
+    assert [path.stem.split("--")[1] for path in pictures] == ["images", "labelled"]
+    for path in pictures:
+        with av.open(str(path)) as picture:
+            (frame,) = picture.decode(video=0)
+            assert frame.to_ndarray(format="gray").std() > 20
+
+
+def test_every_problem_is_listed_and_the_exit_code_is_1(copy, capsys):
+    for edit in (
+        element("action", 47, 1, np.nan),
+        stat(STATE, "std", 0, lambda std: -std),
+        tasks("push the square", ""),
+        cell("frame_index", 25, 6),
+        video(180),
+    ):
+        edit(copy)
+    code, printed = checked(capsys, copy)
+    found = problems_of(printed)
+    words = "frame_index 6", "task 1 is empty", "180 frames", "action nan", "std -0.2"
+    assert code == 1 and [any(word in problem for problem in found) for word in words] == [True] * 5, printed
+    # The last episode's last frames are not in the video, which decoding finds, too.
+    assert any("episode 7: frames of observation.image cannot be read" in problem for problem in found)
+    assert "1 more" not in printed and "problem(s)" in printed
+
+
+def test_a_wrong_path_ends_with_exit_code_2_before_torch_is_imported(tmp_path):
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONPROFILEIMPORTTIME": "1"}
+    for path, said in (
+        (tmp_path / "nowhere", "there is no directory"),
+        (tmp_path, "meta/info.json is missing (found: []"),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-m", "smolvla_shared.data_check", path], capture_output=True, text=True, env=environment
+        )
+        last = done.stderr.splitlines()[-1]
+        assert done.returncode == 2 and last.startswith("error: ") and said in last, done.stderr[-500:]
+        assert not re.search(r"\| *torch$", done.stderr, re.M)
+
+
+def test_missing_statistics_stop_nothing_but_are_named(copy):
+    """This project computes its own; LeRobot's training does not."""
+    stats("action", std=None)(copy)
+    edit_json("stats.json", lambda body: body["action"].pop("std") and None)(copy)
+    assert data.common_dim(open_datasets(copy), "action") == 4
+    assert any("stats.json has no std of action, which LeRobot" in problem for problem in listed(copy))
+    (copy / "meta" / "stats.json").unlink()
+    assert data.common_dim(open_datasets(copy), "action") == 4
+    assert any("stats.json is missing, which LeRobot" in problem for problem in listed(copy))
+
+
+def test_a_dataset_under_two_names_and_its_copy_are_refused(copy, labelled_dataset, video_dataset, tmp_path, capsys):
+    (tmp_path / "link").symlink_to(copy)
+    with pytest.raises(ValueError, match=r"copy and .*link are one directory: name it once"):
+        open_datasets(copy, tmp_path / "link")
+    with pytest.raises(ValueError, match=rf"{labelled_dataset} is a copy of {copy}: name one of them"):
+        open_datasets(copy, labelled_dataset)
+    assert len(open_datasets(labelled_dataset, video_dataset)) == 2  # as long, but another
+    code, printed = checked(capsys, copy, labelled_dataset, "--episodes", "1")
+    assert code == 1 and "is a copy of" in problems_of(printed)[-1]
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"shape": [96, 96, 1]}, "is a depth camera (1 channel), a policy reads pictures of 3"),
+        ({"info": {"is_depth_map": True}}, "is a depth camera (3 channel)"),
+        ({"shape": [96, 96, 4]}, "has 4 channels, a policy reads pictures of 3"),
+        ({"names": None}, 'the names null: write "names": ["height", "width", "channels"]'),
+        ({"shape": [96, 96]}, "has the shape [96, 96] and the names"),
+    ],
+)
+def test_a_camera_that_no_policy_can_read_is_refused_where_it_is_used(image_dataset, tmp_path, fields, said):
+    root = shutil.copytree(image_dataset, tmp_path / "copy")
+    feature(CAMERA, **fields)(root)
+    datasets, wrist = open_datasets(root), "observation.images.wrist"
+    for options in {}, {"cameras": (CAMERA, wrist)}, {"label_camera": CAMERA}:
+        with pytest.raises(ValueError) as refused:
+            data.choose_cameras(datasets, DataConfig(roots=(root,), **options))
+        assert CAMERA in str(refused.value) and said in str(refused.value)
+        assert f"pass --data.cameras {wrist}" in str(refused.value)
+    assert data.choose_cameras(datasets, DataConfig(roots=(root,), cameras=(wrist,)))[0] == (wrist,)
+    report = look(root)
+    assert any(said in text for text in (report.notes if "depth" in said else report.problems))
+    assert [*report.cameras] == [wrist]
+
+
+def test_what_a_policy_reads_of_long_tasks_is_said(copy):
+    """How many tokens are lost, as the tokenizer itself counts them."""
+    long = " ".join(["push the square to the left"] * 8)
+    tasks("push the square", long)(copy)
+    tokenizer = load_trunk_tokenizer("tiny", None)
+    count = len(tokenizer(f"{long}\n")["input_ids"])
+    expected = f"1 of 2 task texts are cut after 48 tokens, the longest loses {count - 48} of {count}: "
+    assert any(expected in problem for problem in look(copy, tokenizer="tiny").problems)
+    assert look(copy, tokenizer="tiny", max_text_tokens=count).problems == []
+    initial, datasets = open_initial(ModelConfig(preset="tiny")), open_datasets(copy)
+    core = initial.build(ModelConfig(), (CAMERA,), ["action"], action_dim=4, chunk_size=6)
+    assert initial.describe(core, None, datasets).splitlines()[-1].startswith(f"{copy}: {expected}")
+
+
+def test_two_rates_of_a_chunk_are_said(labelled_dataset, image_dataset):
+    datasets = open_datasets(labelled_dataset, image_dataset)
+    (line,) = data_values.chunk_seconds(datasets, 50)
+    assert f"a chunk of 50 actions is 2.5 s of {labelled_dataset} (20 fps), 5 s of {image_dataset} (10 fps)" in line
+    datasets[1].hide_actions()
+    assert data_values.chunk_seconds(datasets, 50) == data_values.chunk_seconds(datasets[:1], 50) == []
+
+
+@pytest.mark.parametrize(("ranges", "is_problem"), [(20, False), (2000, True)])
+def test_outliers_are_named_and_impossible_ones_are_problems(copy, ranges, is_problem):
+    values = np.array(pq.read_table(next(copy.glob("data/*/*")))["action"].to_pylist())[:, 0]
+    low, high = np.quantile(values, [0.01, 0.99])
+    value = high + ranges * (high - low)
+    element("action", 47, 0, value)(copy)
+    report = look(copy)
+    (said,) = [text for text in report.notes + report.problems if "stats.json" not in text]
+    assert said.startswith(f"episode 2 frame 6 has action {value:.5g} in dimension 0, of which 98% are in -0.06")
+    assert (said in report.problems) == is_problem
+
+
+def test_still_frames_are_counted(copy, labelled_dataset):
+    assert look(labelled_dataset).cameras[CAMERA].still == 0
+    # Nothing moves in the first 63 frames, which are three of the eight episodes.
+    video(shade=lambda index: 50 if index < 63 else 50 + 10 * (index // 5 % 8), contrast=100)(copy)
+    report = look(copy)
+    assert (report.cameras[CAMERA].still, report.problems) == (3 / 8, [])
+
+
+def test_a_covered_camera_is_named(copy):
+    video(shade=lambda index: 50)(copy)
+    report = look(copy)
+    assert report.cameras[CAMERA].still == 1
+    assert report.problems == [f"every frame of {CAMERA} that was decoded is of one colour: was it covered or off?"]
+
+
+def test_every_frame_finds_what_is_damaged_between(copy, capsys):
+    (path,) = copy.glob("videos/*/*/*.mp4")
+    content = bytearray(path.read_bytes())
+    start = content.index(b"mdat") + 4
+    for place in range(start + 2000, start + 6000):
+        content[place] = 0
+    path.write_bytes(bytes(content))
+    code, printed = checked(capsys, copy, "--episodes", "1", "--every-frame")
+    assert code == 1 and "file-000.mp4 is damaged" in printed
