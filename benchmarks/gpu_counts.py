@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_leaves
 
 from smolvla_shared.config import ACTION, LATENT
 from smolvla_shared.model import SmolVLASharedCore
-from smolvla_shared.model_parts import layers
+from smolvla_shared.model_parts import compile_layers
 
 SYNCS = ("_local_scalar_dense", "nonzero", "masked_select", "unique")  # the host waits for the device
 PRODUCTS = ("mm", "bmm", "addmm", "baddbmm", "convolution", "attention")
@@ -140,10 +140,8 @@ def count_graphs(trunk: Path) -> int:
     """Compiled graphs of a run on both heads: three lengths of text, evaluation, samples of three batch sizes."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    torch._dynamo.config.recompile_limit = 64
     core = make_ours(trunk)
-    for layer in layers(core):
-        layer.compile(backend="eager")
+    compile_layers(core, backend="eager")
     for length in (16, 32, 48):
         batch = our_batch(core, observe(4, core.config.image_size), heads=(ACTION, LATENT))
         tokens = torch.ones(4, length, dtype=torch.int64)
