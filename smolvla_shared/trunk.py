@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -52,10 +53,25 @@ def rotation(positions: Tensor, head_dim: int) -> Rotation:
     return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
 
+class Rotate(torch.autograd.Function):
+    """Three kernels forward and backward. In bfloat16 the last one rounds its float32 result."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        partners = x.roll(x.shape[-1] // 2, dims=-1) * sin
+        return torch.addcmul(partners, x, cos, out=x.new_empty(x.shape))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        of_partners = (gradient * sin).roll(gradient.shape[-1] // 2, dims=-1)
+        return torch.addcmul(of_partners, gradient, cos, out=gradient.new_empty(gradient.shape)), None, None
+
+
 def rotate(x: Tensor, rotation: Rotation) -> Tensor:
     """Apply a float32 rotation to x [B, heads, L, head_dim], whose first and second half form the pairs."""
-    cos, sin = rotation
-    return torch.addcmul(x.roll(x.shape[-1] // 2, dims=-1) * sin, x, cos).to(x.dtype)
+    return Rotate.apply(x, *rotation)
 
 
 def attention_bias(mask: Tensor, dtype: torch.dtype, groups: int = 1) -> Tensor:

@@ -11,11 +11,11 @@ from gpu_counts import Counter, FusedNorms, count_graphs, our_counts, write_deep
 
 # Kernels and casts of a step in bfloat16, a little more than in docs/performance.md.
 BUDGETS = {
-    "training step, frozen trunk": (2_700, 500),
-    "training step, all trains": (3_550, 1_220),
-    "training step from the feature cache": (2_550, 500),
-    "training step on both heads": (3_950, 690),
-    "action chunk, 10 Euler steps": (4_400, 640),
+    "training step, frozen trunk": (2_450, 330),
+    "training step, all trains": (3_350, 1_070),
+    "training step from the feature cache": (2_300, 330),
+    "training step on both heads": (3_600, 430),
+    "action chunk, 10 Euler steps": (4_200, 460),
 }
 
 
