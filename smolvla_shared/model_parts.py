@@ -79,7 +79,8 @@ def check_compilers() -> None:
     if torch.cuda.is_available() and not any(map(shutil.which, names)):
         missing.append("a C compiler (apt-get install gcc, or name yours in CC)")
     if missing:
-        raise ValueError(f"--model.compile needs {' and '.join(missing)}; or leave --model.compile out")
+        options = "--model.compile (in LeRobot --policy.compile_model)"
+        raise ValueError(f"--model.compile needs {' and '.join(missing)}; or leave {options} out")
 
 
 def parameters_by_part(core: SmolVLASharedCore) -> dict[str, dict[str, nn.Parameter]]:

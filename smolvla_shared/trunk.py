@@ -358,7 +358,7 @@ class Expert(nn.Module):
         if not prefix.contexts:
             pairs = zip(self.layers, prefix.keys_values, strict=True)
             prefix.contexts = [layer.context(keys_values, dtype) for layer, keys_values in pairs]
-        tokens = as_no_view(tokens)
+        tokens, (after_prefix, from_zero) = as_no_view(tokens), prefix.places[shape]
         for layer, context in zip(self.layers, prefix.contexts, strict=True):
-            tokens = layer(tokens, context, prefix.places[shape][layer.is_cross])
+            tokens = layer(tokens, context, from_zero if layer.is_cross else after_prefix)
         return self.norm(tokens)
