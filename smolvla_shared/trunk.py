@@ -71,6 +71,9 @@ class Rotate(torch.autograd.Function):
 
 def rotate(x: Tensor, rotation: Rotation) -> Tensor:
     """Apply a float32 rotation to x [B, heads, L, head_dim], whose first and second half form the pairs."""
+    if torch.compiler.is_compiling():  # which fuses the formula, but gets Rotate's gradient wrong (PyTorch 2.11)
+        cos, sin = rotation
+        return torch.addcmul(x.roll(x.shape[-1] // 2, dims=-1) * sin, x, cos).to(x.dtype)
     return Rotate.apply(x, *rotation)
 
 
