@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_leaves
 
 from smolvla_shared.config import ACTION, LATENT
 from smolvla_shared.model import SmolVLASharedCore
-from smolvla_shared.model_parts import layers
+from smolvla_shared.model_parts import compile_layers
 
 SYNCS = ("_local_scalar_dense", "nonzero", "masked_select", "unique")  # the host waits for the device
 PRODUCTS = ("mm", "bmm", "addmm", "baddbmm", "convolution", "attention")
@@ -85,9 +85,13 @@ class FusedNorms(TorchFunctionMode):
         return _Norm.apply(args[0], kwargs["weight"]) if func is nn.functional.rms_norm else func(*args, **kwargs)
 
 
-def count(run: Callable[[], Any], precision: str) -> Counter:
-    with FusedNorms(), Counter() as counter, torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-        run()
+def count(run: Callable[[], Tensor], precision: str) -> Counter:
+    """Count a run and, if gradients are wanted, its backward pass, which is outside of autocast as in training."""
+    with FusedNorms(), Counter() as counter:
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            result = run()
+        if result.requires_grad:
+            result.backward()
     return counter
 
 
@@ -99,10 +103,10 @@ def write_deep_trunk(directory: Path) -> None:
     (directory / "config.json").write_text(json.dumps(config))
 
 
-def backward(core: SmolVLASharedCore, **options: Any) -> Callable[[], None]:
-    """A step of ours on fresh gradients, without the optimizer."""
+def loss_of(core: SmolVLASharedCore, **options: Any) -> Callable[[], Tensor]:
+    """The loss of a step of ours, on fresh gradients and without the optimizer."""
     batch = our_batch(core, observe(2, core.config.image_size), **options)
-    return lambda: our_loss(core, batch).backward()
+    return lambda: our_loss(core, batch)
 
 
 def our_counts(trunk: Path, precision: str) -> dict[str, Counter]:
@@ -115,10 +119,10 @@ def our_counts(trunk: Path, precision: str) -> dict[str, Counter]:
     trained = core()
     noise, batch = draw(trained, ACTION, 1, 1)[0][:, 0], our_batch(trained, observe(1, trained.config.image_size))
     runs = {
-        "training step, frozen trunk": backward(core()),
-        "training step, all trains": backward(core(frozen=False)),
-        "training step from the feature cache": backward(core(), cached=True),
-        "training step on both heads": backward(core(), heads=(ACTION, LATENT)),
+        "training step, frozen trunk": loss_of(core()),
+        "training step, all trains": loss_of(core(frozen=False)),
+        "training step from the feature cache": loss_of(core(), cached=True),
+        "training step on both heads": loss_of(core(), heads=(ACTION, LATENT)),
         "action chunk, 10 Euler steps": partial(trained.sample, batch, ACTION, noise, 10),
     }
     return {name: count(run, precision) for name, run in runs.items()}
@@ -130,7 +134,7 @@ def lerobot_counts(trunk: Path, precision: str) -> dict[str, Counter]:
         policy.model.vlm_with_expert.vlm.to(torch.bfloat16)
     observation = observe(2, policy.config.resize_imgs_with_padding[0])
     runs = {
-        "training step, frozen trunk": lambda: policy(observation)[0].backward(),
+        "training step, frozen trunk": lambda: policy(observation)[0],
         "action chunk, 10 Euler steps": partial(policy.predict_action_chunk, observe(1, 64)),
     }
     return {name: count(run, "no") for name, run in runs.items()}
@@ -140,10 +144,8 @@ def count_graphs(trunk: Path) -> int:
     """Compiled graphs of a run on both heads: three lengths of text, evaluation, samples of three batch sizes."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    torch._dynamo.config.recompile_limit = 64
     core = make_ours(trunk)
-    for layer in layers(core):
-        layer.compile(backend="eager")
+    compile_layers(core, backend="eager")
     for length in (16, 32, 48):
         batch = our_batch(core, observe(4, core.config.image_size), heads=(ACTION, LATENT))
         tokens = torch.ones(4, length, dtype=torch.int64)
@@ -163,7 +165,7 @@ def count_bytes() -> dict[str, float]:
     config = replace(trunk_core_config("SmolVLM2-500M", cameras=2), torch_dtype="bfloat16")
     core = make_core(config, TRUNK)
     saved = {}
-    with FakeTensorMode(), torch.autocast("cpu", torch.bfloat16):
+    with FakeTensorMode():
         allocate(core, layers_in_bf16=False)
         batch = make_batch(core.config, Pass(samples=64))
         known = {p.untyped_storage()._cdata for p in core.parameters()}
@@ -174,7 +176,9 @@ def count_bytes() -> dict[str, float]:
             FusedNorms(),
             Counter() as step,
         ):
-            core(batch)[ACTION].mean().backward()
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = core(batch)[ACTION].mean()
+            loss.backward()
         patches = torch.empty(128, 1024, 768, dtype=core.trunk.vlm.dtype)
         with torch.no_grad(), Counter() as layer:
             core.trunk.vlm.vision_model.encoder.layers[0](patches, None)

@@ -71,6 +71,10 @@ class HLRPSmolVLASharedConfig(PreTrainedConfig):
     # Real-time chunking (arXiv 2506.07339); lerobot-rollout --inference.type=rtc sets it.
     rtc_config: RTCConfig | None = None
     push_to_hub: bool = False
+    # Compile the sampler as one graph for each shape of an observation, the first at load, and the layers that train.
+    # On a GPU the modes max-autotune and reduce-overhead run it as one CUDA graph. As in LeRobot's SmolVLA.
+    compile_model: bool = False
+    compile_mode: str = "max-autotune"
 
     # A fresh policy starts from one of these; None: from the trunk. A policy that has a core refuses them.
     # Weights file of a Stage 2 artifact: training is Stage 3 in LeRobot's own loop.
@@ -144,6 +148,7 @@ class HLRPSmolVLASharedConfig(PreTrainedConfig):
             freeze_trunk=self.train_expert_only,
             freeze_state_projection=not self.train_state_proj,
             use_state=self.use_state,
+            compile=self.compile_model,
         )
 
     def set_dataset_feature_metadata(self, features: dict[str, dict[str, Any]]) -> None:

@@ -24,7 +24,7 @@ from smolvla_shared.lerobot_files import POLICY_TYPE, find_policy, load_config, 
 from smolvla_shared.lerobot_processor import make_hlrp_smolvla_shared_pre_post_processors  # noqa: F401
 from smolvla_shared.model import SmolVLASharedCore
 from smolvla_shared.model_parts import frozen_parts, prepare_to_train
-from smolvla_shared.preprocess import pad_width, prepare_images, stack_cameras
+from smolvla_shared.preprocess import TEXT_MULTIPLE, pad_width, prepare_images, stack_cameras
 
 ACTION_IS_PAD = "action_is_pad"  # LeRobot's key, [B, T] bool: True past the episode's end
 
@@ -97,6 +97,9 @@ class HLRPSmolVLASharedPolicy(DescribedPolicy, PreTrainedPolicy):
                 config.core = replace(config.core, torch_dtype="float32")  # as is all that trains
             self.model = SmolVLASharedCore(config.core)
             prepare_to_train(self.model, config.starting_model, {ACTION})
+        if config.compile_model:
+            options = {"mode": config.compile_mode, "fullgraph": True, "dynamic": False}
+            self.compiled_sample = torch.compile(self.model.sample, **options)
         self.init_rtc_processor()
         self.first_episode = self.num_episodes = 0  # the first of the episodes that run now, and how many run
         self.reset()
@@ -168,7 +171,10 @@ class HLRPSmolVLASharedPolicy(DescribedPolicy, PreTrainedPolicy):
         policy = cls(config, **kwargs)
         policy.model.load_state_dict(weights)
         policy.source = read_source(directory)
-        return policy.to(config.device).eval()
+        policy = policy.to(config.device).eval()
+        if config.compile_model:
+            policy._warm_up()
+        return policy
 
     def get_optim_params(self) -> list[nn.Parameter]:
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
@@ -231,7 +237,12 @@ class HLRPSmolVLASharedPolicy(DescribedPolicy, PreTrainedPolicy):
         return True
 
     def init_rtc_processor(self) -> None:
-        """LeRobot calls this after it has set `config.rtc_config`."""
+        """LeRobot calls this after it has set `config.rtc_config`. Raises ValueError if the policy is compiled."""
+        if self.rtc_enabled and self.config.compile_model:
+            raise ValueError(
+                "real-time chunking takes gradients in each Euler step, which a compiled sampler has not: leave "
+                "--policy.compile_model out, or real-time chunking"
+            )
         self.rtc_processor = RTCProcessor(self.config.rtc_config) if self.config.rtc_config else None
 
     @property
@@ -278,7 +289,10 @@ class HLRPSmolVLASharedPolicy(DescribedPolicy, PreTrainedPolicy):
                     execution_horizon=execution_horizon,
                 )
 
-        chunk = self.model.sample(data, ACTION, noise, guide=guide)
+        if self.config.compile_model:
+            chunk = self.compiled_sample(data, ACTION, noise).clone()  # the next one overwrites a CUDA graph's output
+        else:
+            chunk = self.model.sample(data, ACTION, noise, guide=guide)
         if not chunk.isfinite().all():
             state = batch.get(keys.OBS_STATE)
             raise ValueError(
@@ -286,6 +300,17 @@ class HLRPSmolVLASharedPolicy(DescribedPolicy, PreTrainedPolicy):
                 "and the statistics of the policy's normaliser"
             )
         return chunk
+
+    def _warm_up(self) -> None:
+        """Compile now what the first step of an episode would wait for: one observation with a short text."""
+        features = {key: feature.shape for key, feature in self.config.input_features.items()}
+        seen = {key: torch.zeros(1, *shape, device=self.config.device) for key, shape in features.items()}
+        text = torch.zeros(1, TEXT_MULTIPLE, dtype=torch.int64, device=self.config.device)
+        seen |= {keys.OBS_LANGUAGE_TOKENS: text, keys.OBS_LANGUAGE_ATTENTION_MASK: text == 0}
+        core = self.config.core
+        with torch.autocast(torch.device(self.config.device).type, enabled=self.config.use_amp):  # as lerobot-eval does
+            self.predict_action_chunk(seen, text.new_zeros(1, core.chunk_size, core.max_action_dim).float())
+        self.reset()
 
     def _check_images(self, batch: dict[str, Tensor]) -> None:
         for camera in self.config.core.cameras:

@@ -7,6 +7,7 @@ import sysconfig
 from collections.abc import Collection
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -46,11 +47,22 @@ def configure_layers(core: SmolVLASharedCore, model: ModelConfig) -> None:
             layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
     if model.compile:
         check_compilers()
-        # Layers of one class share their compiled variants: one per head, in training and in sampling. These are more
-        # than the 8 variants after which PyTorch runs uncompiled.
-        torch._dynamo.config.recompile_limit = 64
-        for layer in layers(core):
-            layer.compile()
+        compile_layers(core)
+
+
+def compile_layers(core: SmolVLASharedCore, **options: Any) -> None:
+    """Compile every layer, for all sizes of batch, text and head at once.
+
+    Layers of a kind share their variants: with and without gradients, and for a batch of 1. Those of the expert, of two
+    kinds and one class, may be more than the 8 after which PyTorch runs uncompiled. The trunk's last layer stays as it
+    is: only two projections of it are used. options: for torch.compile
+    """
+    torch._dynamo.config.recompile_limit = 16
+    torch.fx.experimental._config.use_duck_shape = False  # sizes that happen to be equal are not taken to be the same
+    last = core.trunk.vlm.text_model.layers[-1]
+    for layer in layers(core):
+        if layer is not last:
+            layer.compile(dynamic=True, **options)
 
 
 def check_compilers() -> None:
@@ -67,7 +79,8 @@ def check_compilers() -> None:
     if torch.cuda.is_available() and not any(map(shutil.which, names)):
         missing.append("a C compiler (apt-get install gcc, or name yours in CC)")
     if missing:
-        raise ValueError(f"--model.compile needs {' and '.join(missing)}; or leave --model.compile out")
+        options = "--model.compile (in LeRobot --policy.compile_model)"
+        raise ValueError(f"--model.compile needs {' and '.join(missing)}; or leave {options} out")
 
 
 def parameters_by_part(core: SmolVLASharedCore) -> dict[str, dict[str, nn.Parameter]]:

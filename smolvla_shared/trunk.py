@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +34,7 @@ class Prefix:
 
     keys_values: list[KeysValues]  # one pair per trunk layer
     mask: Tensor  # [B, P] bool: False for padding, missing cameras and a missing state
-    contexts: dict[int, KeysValues] = field(default_factory=dict)  # {layer: as its cross- or self-attention reads them}
+    contexts: list[KeysValues] = field(default_factory=list)  # the pairs as the expert's layers attend to them
     places: dict[tuple[int, int], tuple[Place, Place]] = field(default_factory=dict)  # {(K, T): Expert.places}
 
 
@@ -52,10 +53,28 @@ def rotation(positions: Tensor, head_dim: int) -> Rotation:
     return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
 
+class Rotate(torch.autograd.Function):
+    """Three kernels forward and backward. In bfloat16 the last one rounds its float32 result."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        partners = x.roll(x.shape[-1] // 2, dims=-1) * sin
+        return torch.addcmul(partners, x, cos, out=x.new_empty(x.shape))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        of_partners = (gradient * sin).roll(gradient.shape[-1] // 2, dims=-1)
+        return torch.addcmul(of_partners, gradient, cos, out=gradient.new_empty(gradient.shape)), None, None
+
+
 def rotate(x: Tensor, rotation: Rotation) -> Tensor:
     """Apply a float32 rotation to x [B, heads, L, head_dim], whose first and second half form the pairs."""
-    cos, sin = rotation
-    return torch.addcmul(x.roll(x.shape[-1] // 2, dims=-1) * sin, x, cos).to(x.dtype)
+    if torch.compiler.is_compiling():  # which fuses the formula, but gets Rotate's gradient wrong (PyTorch 2.11)
+        cos, sin = rotation
+        return torch.addcmul(x.roll(x.shape[-1] // 2, dims=-1) * sin, x, cos).to(x.dtype)
+    return Rotate.apply(x, *rotation)
 
 
 def attention_bias(mask: Tensor, dtype: torch.dtype, groups: int = 1) -> Tensor:
@@ -89,6 +108,11 @@ def merge_heads(x: Tensor) -> Tensor:
 def join(earlier: Iterable[Tensor], later: KeysValues) -> KeysValues:
     keys, values = (torch.cat(pair, dim=2) for pair in zip(earlier, later, strict=True))
     return keys, values
+
+
+def as_no_view(x: Tensor) -> Tensor:
+    """x, with nothing to show that it is a view: a compiled layer would have a variant for views."""
+    return torch.ops.aten._unsafe_view(x, x.shape)
 
 
 def prefix_attention_mask(valid: Tensor) -> Tensor:
@@ -203,14 +227,22 @@ class Trunk(nn.Module):
         is_low, device = self.vlm.dtype == torch.bfloat16, self.patch_positions.device.type
         return torch.autocast(device, enabled=False) if is_low else nullcontext()
 
+    def train(self, mode: bool = True) -> "Trunk":
+        super().train(mode)
+        for layer in self.vlm.vision_model.encoder.layers:
+            layer.self_attn.eval()  # has no dropout: training would only be one more variant to compile
+        return self
+
     def embed_images(self, images: Tensor) -> Tensor:
         """[B, N, 3, H, W] in [-1, 1] -> image tokens [B, N, tokens, hidden]."""
         vision = self.vlm.vision_model
         pixels = images.flatten(0, 1).to(vision.dtype)
         patches = vision.embeddings.patch_embedding(pixels).flatten(2).transpose(1, 2)
         patches = patches + vision.embeddings.position_embedding(self.patch_positions)
-        for layer in vision.encoder.layers:
-            patches = layer(patches, None)
+        trains = torch.is_grad_enabled() and any(p.requires_grad for p in vision.encoder.parameters())
+        with torch.set_grad_enabled(trains):  # a frozen tower is compiled once, for training and evaluation
+            for layer in vision.encoder.layers:
+                patches = layer(patches, None)
         return self.vlm.connector(vision.post_layernorm(patches)).unflatten(0, images.shape[:2])
 
     def enclose_images(self, tokens: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
@@ -232,7 +264,7 @@ class Trunk(nn.Module):
             image_tokens, image_valid = self.enclose_images(image_tokens, image_valid)
         embedded_text = self.vlm.text_model.embed_tokens(batch.text)
         image_text = torch.cat([image_tokens.flatten(1, 2), embedded_text * scale], dim=1)  # [B, P - 1, hidden]
-        state = state_token[:, None].to(image_text.dtype)
+        state = as_no_view(state_token[:, None]).to(image_text.dtype)
         valid = torch.cat([image_valid.flatten(1), batch.text_mask, batch.state_mask[:, None]], dim=1)  # [B, P]
 
         # If the trunk is frozen, only the state token needs gradients: as a part of its own it keeps autograd off the
@@ -269,32 +301,31 @@ class ExpertLayer(Layer):
             self.self_attn.v_proj = nn.Linear(width, width, bias=config.attention_bias)
 
     def context(self, prefix: KeysValues, dtype: torch.dtype) -> KeysValues:
-        """The prefix's keys and values as this layer attends to them: projected if it is a cross-attention layer."""
+        """The prefix's keys and values as this layer attends to them: projected if it is a cross-attention layer.
+
+        Heads and Euler steps share it, so it is no part of `forward`, and its projections are a unit of FSDP.
+        """
         attn, (keys, values) = self.self_attn, (x.to(dtype) for x in prefix)
         if self.is_cross:
             keys = split_heads(attn.k_proj(merge_heads(keys)), attn.head_dim)
             values = split_heads(attn.v_proj(merge_heads(values)), attn.head_dim)
         return keys, values
 
-    def forward(
-        self, hidden: Tensor, prefix: KeysValues, context: KeysValues | None, place: Place
-    ) -> tuple[Tensor, KeysValues]:
-        """Hidden [B * K, T, width], a sample's K draws together, after this layer; the context, made if it is None."""
+    def forward(self, hidden: Tensor, context: KeysValues, place: Place) -> Tensor:
+        """Hidden [B, K, T, width] of a sample's K draws after this layer."""
         attn, (rotation, bias) = self.self_attn, place
-        context = context or self.context(prefix, compute_dtype(hidden))
-        num_draws = len(hidden) // len(context[0])
         normed = self.input_layernorm(hidden)
         if self.is_cross:
             # A sample's draws share a prefix: they attend to it as one long sequence, without copies of the prefix.
-            query = rotate(split_heads(attn.q_proj(normed), attn.head_dim), rotation)
-            query = query.unflatten(0, (-1, num_draws)).transpose(1, 2)  # [B, heads, K, T, d]
-            attended = attend(query.flatten(2, 3), context, bias).unflatten(1, (num_draws, -1)).flatten(0, 1)
+            query = attn.q_proj(normed).unflatten(-1, (-1, attn.head_dim)).permute(0, 3, 1, 2, 4)  # [B, heads, K, T, d]
+            attended = attend(rotate(query, rotation).flatten(2, 3), context, bias)
         else:
+            normed = normed.flatten(0, 1)
             query, key = self.rotated(normed, rotation, attn.q_proj, attn.k_proj)
             own = key, split_heads(attn.v_proj(normed), attn.head_dim)
-            of_draws = (x[:, None].expand(-1, num_draws, -1, -1, -1).flatten(0, 1) for x in context)
+            of_draws = (x[:, None].expand(-1, hidden.shape[1], -1, -1, -1).flatten(0, 1) for x in context)
             attended = attend(query, join(of_draws, own), bias)
-        return self.finish(hidden, attended), context
+        return self.finish(hidden, attended.reshape(*hidden.shape[:3], -1))
 
 
 class Expert(nn.Module):
@@ -324,10 +355,13 @@ class Expert(nn.Module):
 
     def forward(self, tokens: Tensor, prefix: Prefix) -> Tensor:
         """Suffix tokens [B, K, T, width] -> output [B, K, T, width]."""
-        shape, hidden = tokens.shape[1:3], tokens.flatten(0, 1)
+        shape, dtype = tokens.shape[1:3], compute_dtype(tokens)
         if shape not in prefix.places:
-            prefix.places[shape] = self.places(prefix.mask, *shape, compute_dtype(tokens))
-        for index, (layer, keys_values) in enumerate(zip(self.layers, prefix.keys_values, strict=True)):
-            context = prefix.contexts.get(index)
-            hidden, prefix.contexts[index] = layer(hidden, keys_values, context, prefix.places[shape][layer.is_cross])
-        return self.norm(hidden).unflatten(0, (-1, shape[0]))
+            prefix.places[shape] = self.places(prefix.mask, *shape, dtype)
+        if not prefix.contexts:
+            pairs = zip(self.layers, prefix.keys_values, strict=True)
+            prefix.contexts = [layer.context(keys_values, dtype) for layer, keys_values in pairs]
+        tokens, (after_prefix, from_zero) = as_no_view(tokens), prefix.places[shape]
+        for layer, context in zip(self.layers, prefix.contexts, strict=True):
+            tokens = layer(tokens, context, from_zero if layer.is_cross else after_prefix)
+        return self.norm(tokens)

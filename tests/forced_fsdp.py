@@ -109,17 +109,19 @@ class Notes:
 
         param_group.foreach_all_gather, param_group.foreach_reduce = foreach_all_gather, foreach_reduce
         run.save_checkpoint = save_checkpoint
-        nn.modules.module.register_module_forward_pre_hook(self.check_weight)
+        forward = nn.Linear.forward
+
+        def checked_forward(module: nn.Linear, x: Tensor) -> Tensor:
+            assert not isinstance(module.weight, DTensor), "a layer computes with sharded weights"
+            return forward(module, x)
+
+        nn.Linear.forward = checked_forward
 
     def clear(self) -> None:
         self.gathered, self.reduced = Counter(), Counter()  # parameters' names
         self.gathered_as = {}
         self.types = defaultdict(set)  # of what, str(dtype)
         self.bytes, self.generated = {}, []
-
-    def check_weight(self, module: nn.Module, args) -> None:
-        if isinstance(module, nn.Linear):
-            assert not isinstance(module.weight, DTensor), "a layer computes with sharded weights"
 
     def measure(self, state) -> None:
         parameters = list(state.module.parameters())

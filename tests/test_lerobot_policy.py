@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from lerobot.configs.policies import PreTrainedConfig
+from lerobot.policies.rtc.configuration_rtc import RTCConfig
 from safetensors.torch import load_file, save_file
 
 from smolvla_shared.batch import RawBatch
@@ -336,6 +337,33 @@ def test_a_missing_observation_is_refused(core, processed, key):
     with pytest.raises(ValueError) as error:
         make_policy(core).select_action(seen)
     assert f"['{key}'] is missing" in str(error.value) and all(name in str(error.value) for name in sorted(seen))
+
+
+def test_a_compiled_policy_samples_in_one_graph_that_is_there_after_loading(saved, processed, monkeypatch):
+    options = {"cli_overrides": ["--num_steps=2"]}
+    plain, noise = HLRPSmolVLASharedPolicy.from_pretrained(saved, **options), torch.ones(1, T, 32)
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, mode=None, **options: compile(f, backend="eager", **options))
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    options["cli_overrides"].append("--compile_model=true")
+    policy = HLRPSmolVLASharedPolicy.from_pretrained(saved, **options)
+    assert counters["stats"]["unique_graphs"] == 1
+    one = {key: value[:1] for key, value in processed.items() if isinstance(value, torch.Tensor)}
+    text = torch.zeros(1, 16, dtype=torch.int64)
+    one |= {"observation.language.tokens": text, "observation.language.attention_mask": text == 0}
+    assert torch.equal(policy.predict_action_chunk(one, noise), plain.predict_action_chunk(one, noise))
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+    policy.predict_action_chunk(processed, torch.ones(3, T, 32))  # another shape
+    assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]
+
+
+def test_a_compiled_policy_cannot_do_real_time_chunking(core):
+    policy = make_policy(core)
+    policy.config.compile_model, policy.config.rtc_config = True, RTCConfig(enabled=True)
+    with pytest.raises(ValueError, match=r"--policy\.compile_model"):
+        policy.init_rtc_processor()
 
 
 @pytest.mark.parametrize("special", [(), (3, 5)], ids=["", "image special tokens"])

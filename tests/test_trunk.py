@@ -118,6 +118,22 @@ def test_rotation_is_lerobots(dtype):
     torch.testing.assert_close(rotated, expected, rtol=torch.finfo(dtype).eps, atol=1e-6)
 
 
+def test_a_rotation_has_the_gradient_of_its_formula():
+    x = torch.randn(2, 2, 3, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    cos, sin = rotation(torch.tensor([[0, 1, 50]]), 8)
+    assert torch.autograd.gradcheck(lambda x: rotate(x, (cos.double(), sin.double())), x)
+
+
+@pytest.mark.slow
+def test_a_compiled_rotation_has_the_same_gradient():
+    x = torch.randn(2, 3, 2, 8, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    weight = torch.arange(96.0).view(2, 2, 3, 8)
+    of_places = rotation(torch.tensor([[0, 1, 50]]), 8)
+    plain, compiled = (f(x.transpose(1, 2), of_places) for f in (rotate, torch.compile(rotate, dynamic=True)))
+    gradients = [torch.autograd.grad((y * weight).sum(), x)[0] for y in (plain, compiled)]
+    torch.testing.assert_close(*gradients)
+
+
 def test_rotated_products_depend_on_distance_only():
     query, key = torch.randn(2, 1, 1, 1, 32, generator=torch.Generator().manual_seed(0))
 
