@@ -62,7 +62,7 @@ def draw_vector(axes: Axes, name: str, vector: "Vector") -> None:
         axes.plot(at, (outlier.value - middle[at]) / scale[at], "ro", label="furthest outlier")
     if (far := max(1.0, np.abs(least).max(), np.abs(most).max())) > OUTLIER:
         axes.set_yscale("symlog", linthresh=1)
-    axes.set_ylim(-1.1 * far, 1.1 * far)
+    axes.set_ylim(-2 * far, 2 * far)
     axes.set_ylabel("usual ranges", fontsize=8)
     labels = [
         f"{text[-14:]}\n{bottom:.3g}\nto {top:.3g}"

@@ -246,7 +246,7 @@ def in_words(report: Report) -> str:
         lines.append(f"  {camera}: {height} x {width} pixels (height x width), {motion or 'no pairs'}")
     if report.tasks:
         lines.append(f"  {len(report.tasks)} task(s), with the number of episodes:")
-        lines += [f"    {count:>6,}  {text!r}" for text, count in report.tasks[:MOST_LINES]]
+        lines += [f"    {count:>6,}  {text!r:.100}" for text, count in report.tasks[:MOST_LINES]]
     head = "".join(f"{title:>11}" for title in ("least", "1%", "mean", "deviation", "99%", "most"))
     for key, vector in report.vectors.items():
         lines.append(f"  {key:22}{head}")
