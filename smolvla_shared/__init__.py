@@ -22,6 +22,7 @@ The method, in reading order (with train_stage2.py and train_stage3.py, where th
 What surrounds it:
 
     data            reading LeRobotDatasets
+    mixture, data_views     unlike datasets in a YAML file; which cameras each of them shows
     data_split      held-out episodes, and how the datasets of a run are mixed
     data_columns, data_rows     their tables as memory-mapped columns; rows as ranges, and a random order of them
     data_blocks     every frame of a dataset, once and in order

@@ -47,19 +47,22 @@ def split_datasets(
     return train, held_out
 
 
-def weighted(rows_of: list[tuple[int, Rows]], weights: tuple[float, ...] = (), share: float = 1.0) -> list[RowGroup]:
+def weighted(
+    rows_of: list[tuple[int, Rows]], weights: tuple[float | None, ...] = (), share: float = 1.0
+) -> list[RowGroup]:
     """A list of (dataset index, rows) as groups that take this share of a batch together.
 
-    weights: of each dataset, by its index; (): one group, in which every frame counts the same
+    weights: of each dataset, by its index; (), or None for these datasets: one group, in which every frame counts the
+             same
     """
-    if not (weights and rows_of):
+    if not (weights and rows_of) or weights[rows_of[0][0]] is None:
         return group_rows(rows_of, share)
     total = sum(weights[index] for index, _ in rows_of)
     return [group for index, rows in rows_of for group in group_rows([(index, rows)], share * weights[index] / total)]
 
 
 def mix(
-    labelled: list, video: list, video_share: float, weights: tuple[float, ...] = (), video_weights=()
+    labelled: list, video: list, video_share: float, weights: tuple[float | None, ...] = (), video_weights=()
 ) -> list[RowGroup]:
     """Two lists of (dataset index, rows), labelled ones and video, as groups; each with weights as in `weighted`."""
     return weighted(labelled, weights, 1 - video_share if video else 1) + weighted(video, video_weights, video_share)
@@ -78,5 +81,6 @@ def split_with_video(
     video, _ = split_datasets(datasets[num_labelled:], config.val_fraction, config.seed)
     video = [(num_labelled + index, rows) for index, rows in video]
     # A frame of video without a pair teaches nothing.
-    mixture = mix(labelled, with_pairs(datasets, video), video_share, config.data.weights)
+    shares = tuple(dataset.entry.weight for dataset in datasets)
+    mixture = mix(labelled, with_pairs(datasets, video), video_share, shares, shares)
     return labelled + video, mixture, group_rows(held_out)

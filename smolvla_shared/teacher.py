@@ -14,7 +14,7 @@ import torch
 import tyro
 from torch import Tensor
 
-from smolvla_shared import data, data_loader, data_order, data_split, ranges
+from smolvla_shared import data, data_loader, data_order, data_split, data_views, ranges
 from smolvla_shared.batch import RawBatch
 from smolvla_shared.command import parse, run_command
 from smolvla_shared.config import OptimConfig, RunConfig
@@ -116,7 +116,7 @@ def open_recordings(config: TeacherConfig) -> tuple[list[data.RobotDataset], int
     options = teachers_pairs(config.init_from, config.data, accept_other=True) if config.init_from else config.data
     video, labelled = data.open_datasets(options), config.grounding.data_options(options)
     datasets = video + (data.open_datasets(labelled) if labelled else [])
-    _, label_camera = data.choose_cameras(datasets, options)
+    _, label_camera = data_views.choose_cameras(datasets, options)
     return datasets, len(video), label_camera
 
 
@@ -137,11 +137,11 @@ def train_teacher(config: TeacherConfig) -> None:
     if given:  # load_laq freezes; this copy trains
         laq.load_state_dict(given.state_dict())
     grounding = None
-    groups = data_split.weighted(training, config.data.weights)
+    groups = data_split.weighted(training, config.data.shares)
     if datasets[num_videos:]:
         grounding = Grounding(datasets[num_videos:], num_videos, config.grounding, config.val_fraction, config.seed)
         laq.ground(grounding.action_dim)
-        groups = data_split.mix(grounding.rows, training, 1 - config.grounding.share, video_weights=config.data.weights)
+        groups = data_split.mix(grounding.rows, training, 1 - config.grounding.share, video_weights=config.data.shares)
     accelerator.print(
         f"{data.describe(datasets, with_pairs=True)}\n"
         f"LAQ {f'from {config.init_from}' if config.init_from else 'with fresh weights'}: "
@@ -164,7 +164,7 @@ def train_teacher(config: TeacherConfig) -> None:
     def export(directory: Path, weights: dict[str, Tensor], step: int) -> None:
         directory.mkdir(parents=True)
         source = origin(config, step, datasets[:num_videos])
-        source |= {"frame_gap_s": datasets[0].frame_gap_s, "label_camera": label_camera}
+        source |= data_views.pairs_source(datasets[:num_videos], label_camera)
         source |= {"grounding": grounding.source if grounding else None}
         save_laq(assemble_laq(laq.config, weights), directory / TEACHER_FILE, extra=source)
 

@@ -83,6 +83,7 @@ def test_a_fresh_policy_is_what_stage_3_trains(artifact, labelled_dataset):
     core = initial.build(ModelConfig(), ("observation.image",), {"action"}, state_dim=4, action_dim=4, chunk_size=T)
     raw = RawBatch(
         images=[datasets[0].read_frames("observation.image", rows)],
+        image_mask=torch.ones(3, 1, dtype=torch.bool),
         tasks=batch["task"],
         state=batch["observation.state"],
         state_mask=torch.ones(3, dtype=torch.bool),

@@ -71,6 +71,7 @@ COMMANDS: dict[str, tuple[Any, str, str]] = {
         --data.feature-cache features --data.random-shift 0.1
         --data.cameras top top
         --data.roots video video
+        --data.mixture mixture.yaml
         --latent-horizon 0
         --laq-code-seq-len 0
         --laq-image-size -1
@@ -101,6 +102,7 @@ COMMANDS: dict[str, tuple[Any, str, str]] = {
         --latent-horizon 2
         --laq-ckpt laq.safetensors
         --video-roots video
+        --video-roots video --video-mixture video.yaml
         --decode-actions --laq-ckpt laq.safetensors
         --stage2-artifact x.safetensors --init-from y""",
     ),

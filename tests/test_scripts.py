@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 import train_stage2
 import train_stage3
-from smolvla_shared import hub
+from smolvla_shared import data_views, hub
 from smolvla_shared.artifact import load_artifact
 from smolvla_shared.laq_files import load_laq, teacher_id
 from smolvla_shared.model import SmolVLASharedCore
@@ -293,9 +293,9 @@ def test_video_trains_the_action_head_with_decoded_actions(run_well, labelled_da
     command += ["--chunk-size", "6", "--n-action-steps", "3", "--model.preset", "tiny", "--labels", "cache"]
     command += ["--teacher-kind", "continuous", "--latent-horizon", "2", "--video-roots", video, "--decode-actions"]
     printed = run_well(*command, "--run-dir", tmp_path / "s3")
-    _, (labelled, hidden) = train_stage3.open_recordings(
-        tyro.cli(train_stage3.Stage3Config, args=[*map(str, command[1:]), "--run-dir", str(tmp_path / "not made")])
-    )
+    arguments = [*map(str, command[1:]), "--run-dir", str(tmp_path / "not made")]
+    config = tyro.cli(train_stage3.Stage3Config, args=arguments)
+    _, (labelled, hidden) = data_views.open_recordings(config.data, config.video_data)
     assert "action" in labelled.features and "action" not in hidden.features  # video's own actions are not read
     assert "actions decoded from latent actions, 2 steps each: R² on unseen episodes 1.00, 1.00, 1.00, 1.00" in printed
     assert "loss {'action': 1.0}" in printed
