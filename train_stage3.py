@@ -126,7 +126,7 @@ def export_policy(
     more = {"actions": str(decode), "command": command(), "hub_datasets": hub_ids}
     source = origin(config, step, datasets) | initial.provenance | more
     about = {"names": feature_names(datasets[0].features), "image_shapes": frame_shapes(datasets, core.cameras)}
-    about["optional_cameras"] = optional_cameras
+    about |= {"optional_cameras": optional_cameras, "fps": datasets[0].fps}
     save_policy(directory, core, weights, initial.tokenizer, statistics, config.n_action_steps, source, **about)
 
 

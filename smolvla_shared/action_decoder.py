@@ -114,6 +114,9 @@ def fit(
             f"--decode-actions reads {WINDOW} latent actions in a row, --latent-horizon is {labels.horizon}: pass one "
             "more than covers the chunk"
         )
+    seconds = {dataset.name: dataset.frame_gap_s for dataset in datasets}
+    if len(set(seconds.values())) > 1:
+        raise ValueError(f"--decode-actions: all datasets must have one frame gap, they have, in seconds: {seconds}")
     labelled = datasets[:num_labelled]
     gaps = {dataset.name: dataset.gap for dataset in labelled}
     if len(set(gaps.values())) > 1:

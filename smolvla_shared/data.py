@@ -45,7 +45,7 @@ class RobotDataset:
     def __init__(self, entry: DatasetEntry, root: Path, gap_s: float):
         repo_id = entry.name
         self.name, self.root, self.entry, self.frame_gap_s = repo_id, root, entry, entry.frame_gap_s or gap_s
-        is_local = repo_id == str(root) or os.environ.get("HF_HUB_OFFLINE") == "1"
+        is_local = entry.repo_id is None or os.environ.get("HF_HUB_OFFLINE") == "1"
         if is_local and not (root / "meta" / "info.json").is_file():
             found = sorted(path.name for path in root.iterdir()) if root.is_dir() else "no such directory"
             raise ValueError(f"no LeRobotDataset at {root}: meta/info.json is missing (found: {found})")
@@ -274,7 +274,7 @@ def open_datasets(config: DataConfig) -> list[RobotDataset]:
     """The datasets of a configuration, in its order: hub ids from the local cache, else from the hub."""
     datasets = []
     for entry in config.entries:
-        root = HF_LEROBOT_HOME / entry.repo_id if entry.repo_id else Path(entry.root)
+        root = HF_LEROBOT_HOME / entry.repo_id if entry.repo_id else Path(entry.root).expanduser()
         datasets.append(RobotDataset(entry, root, config.gap_s))
     return datasets
 

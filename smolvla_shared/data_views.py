@@ -13,7 +13,8 @@ MISSING = "- (masked)"
 def open_recordings(config: DataConfig, of_video: DataConfig | None) -> tuple[list[RobotDataset], list[RobotDataset]]:
     """The labelled datasets; these and the video datasets, whose actions are hidden.
 
-    Raises ValueError for a labelled one without actions.
+    Raises ValueError for a labelled one without actions, and for labelled ones of different rates: equal actions would
+    be different motions, and chunks of different lengths in time.
     """
     labelled, video = open_datasets(config), open_datasets(of_video) if of_video else []
     for dataset in labelled:
@@ -22,6 +23,13 @@ def open_recordings(config: DataConfig, of_video: DataConfig | None) -> tuple[li
                 f"{dataset.name} has no {ACTION_KEY!r} column, it has {sorted(dataset.features)}: Stage 3 learns "
                 "from labelled demonstrations; action-free video goes into --video-roots"
             )
+    rates = {dataset.name: dataset.fps for dataset in labelled}
+    if len(set(rates.values())) > 1:
+        said = ", ".join(f"{name}: {fps:g}" for name, fps in rates.items())
+        raise ValueError(
+            f"the labelled datasets have different rates, they cannot share a policy: {said} actions a second. Train "
+            "on those of one rate; the others may be --video-roots"
+        )
     for dataset in video:
         dataset.hide_actions()
     return labelled, labelled + video

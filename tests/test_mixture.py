@@ -73,9 +73,9 @@ def unlike(tmp_path, video_dataset, image_dataset) -> Path:
 
 @pytest.fixture(scope="module")
 def two_cameras(datasets) -> Path:
-    """A robot as labelled_dataset's, with a second camera of another size, at 10 fps."""
+    """A robot as labelled_dataset's, with a second camera of another size."""
     cameras = {CAMERA: (96, 96), WRIST: (48, 64)}
-    return record_dataset(datasets / "two_cameras", 10, cameras, use_videos=True, state=4, action=4)
+    return record_dataset(datasets / "two_cameras", 20, cameras, use_videos=True, state=4, action=4)
 
 
 def frame(dataset: data.RobotDataset, row: int, camera: str) -> torch.Tensor:
@@ -418,6 +418,18 @@ def test_a_camera_that_some_lack_is_refused_unless_the_user_names_it(tmp_path, v
         data_views.may_be_missing(datasets, (WRIST,))
 
 
+def test_labelled_datasets_of_different_rates_are_refused(labelled_dataset, image_dataset, video_dataset):
+    both = DataConfig(roots=(labelled_dataset, image_dataset))
+    said = f"{labelled_dataset}: 20, {image_dataset}: 10 actions a second"
+    with pytest.raises(ValueError, match=f"labelled datasets have different rates, .*: {said}"):
+        data_views.open_recordings(both, None)
+    # Video of another rate has no actions to differ.
+    labelled, all_of_them = data_views.open_recordings(
+        DataConfig(roots=(labelled_dataset,)), DataConfig(roots=(image_dataset,))
+    )
+    assert [dataset.fps for dataset in all_of_them] == [20, 10] and len(labelled) == 1
+
+
 def test_the_table_shows_every_dataset_beside_the_artifact(unlike):
     datasets = data.open_datasets(DataConfig(mixture=unlike))
     table = data_views.camera_table(datasets, (FRONT, HAND), FRONT, start=("image_0",))
@@ -468,6 +480,7 @@ def test_a_robot_with_two_cameras_starts_from_video_of_one(tmp_path, robots, vid
     assert (config["core"]["cameras"], config["optional_cameras"]) == ([FRONT, HAND], [HAND])
     shapes = {name: of["shape"] for name, of in config["input_features"].items() if of["type"] == "VISUAL"}
     assert shapes == {FRONT: [3, 96, 96], HAND: [3, 48, 64]}
+    assert config["fps"] == 20
     with pytest.raises(ValueError, match="every dataset must have the label camera, but not"):
         run_stage(train_stage3, tmp_path / "s4", *options, "--video-roots", video_dataset)
     assert not (tmp_path / "s4").exists()

@@ -124,6 +124,10 @@ def test_every_run_leaves_the_same_directory(runs, name, targets, every):
 def test_the_policy_acts_and_the_chain_is_summed_up(runs, run_well):
     """4 training steps teach nothing: the episode fails, and the summary says so beside the runs' own figures."""
     assert (runs / "rollout.txt").read_text().splitlines()[-1].startswith("plate-slide-v3  0 of 1   0%")
+    rates = (
+        "WARNING: the policy was trained on 20 actions a second, metaworld takes 80: every motion is 4 times as fast"
+    )
+    assert rates in (runs / "rollout.txt").read_text()
     (runs / "steps.txt").write_text("1 teacher 0\n2 stage 2 90\nend 120\n")
     for name in ("stage2", "stage3"):
         (runs / name).symlink_to(runs / name.replace("tage", ""))
@@ -354,7 +358,7 @@ STAGES = {
         ("2", "--data.roots {video} --laq-ckpt {laq} --accumulation-steps 3", "--batch-size 64 .* not divisible"),
         ("2", "--data.roots {video} --laq-ckpt {laq} --resume", "--resume: there is no run at"),
         ("3", "--data.roots {video}", "has no 'action' column.*action-free video goes into --video-roots"),
-        ("3", "--data.roots {labelled} {images}", "action have different widths"),
+        ("3", "--data.roots {labelled} {images}", "labelled datasets have different rates"),
         (
             "3",
             "--data.roots {labelled} --latent-loss-weight 1 --laq-ckpt {laq} --video-roots {video} "
