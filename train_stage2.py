@@ -93,7 +93,7 @@ def main(config: Stage2Config) -> None:
     statistics[LATENT] = latent_statistics(labels, datasets, training, config.seed, accelerator.device)
     core.learn_codes(labels.codebook, statistics[LATENT])
     paired = [data.with_pairs(datasets, rows) for rows in (training, held_out)]
-    groups = [data_split.weighted(paired[0], config.data.shares), data_split.weighted(paired[1])]
+    groups = [data_split.balanced(datasets, paired[0], config.data.balance), data_split.weighted(paired[1])]
     plan = f"Stage 2: {data_order.plan(groups[0], config)}"
     table = data_views.camera_table(datasets, cameras, label_camera, initial.core.cameras)
     accelerator.print(initial.describe(core), data.describe(datasets, with_pairs=True), table, latents, plan, sep="\n")

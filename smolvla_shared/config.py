@@ -162,8 +162,10 @@ class DataConfig:
     mixture: Path | None = None
     # What the mixture file held: the settings of the run, whatever becomes of the file.
     mixture_entries: tuple[DatasetEntry, ...] = field(init=False, default=())
-    # How much of a batch each dataset is, hub ids first, relative to the others. Default: every frame counts the same.
+    # How much of a batch each dataset is, hub ids first, relative to the others. Default: what --data.balance says.
     weights: tuple[ranges.Positive, ...] = ()
+    # Without weights. frames: every frame counts the same. sqrt: a dataset counts as the square root of its frames.
+    balance: Literal["frames", "sqrt"] = "frames"
     # Camera keys to use, in this order; a dataset may lack some, which are then masked. Default: those of the mixture,
     # else every camera that all datasets have, in the first dataset's order.
     cameras: tuple[str, ...] = ()
@@ -187,16 +189,13 @@ class DataConfig:
         if self.mixture:
             ranges.refuse_beside(self, f"--data.mixture {self.mixture}", "repo_ids roots weights", "--data.")
             object.__setattr__(self, "mixture_entries", read_mixture(self.mixture))
+        if self.balance != "frames" and any(entry.weight for entry in self.entries):
+            raise ValueError(f"--data.balance {self.balance} and weights both say how much a dataset counts: drop one")
 
     @property
     def entries(self) -> tuple[DatasetEntry, ...]:
         """The datasets: those of the mixture, or the hub ids, then the roots."""
         return self.mixture_entries or plain_entries(self.repo_ids, self.roots, self.weights)
-
-    @property
-    def shares(self) -> tuple[float, ...]:
-        """The weight of each dataset; (): every frame counts the same."""
-        return tuple(entry.weight for entry in self.entries if entry.weight)
 
     @property
     def gap_s(self) -> float:

@@ -137,11 +137,12 @@ def train_teacher(config: TeacherConfig) -> None:
     if given:  # load_laq freezes; this copy trains
         laq.load_state_dict(given.state_dict())
     grounding = None
-    groups = data_split.weighted(training, config.data.shares)
+    weights = data_split.weights_of(datasets, training, config.data.balance)
+    groups = data_split.weighted(training, weights)
     if datasets[num_videos:]:
         grounding = Grounding(datasets[num_videos:], num_videos, config.grounding, config.val_fraction, config.seed)
         laq.ground(grounding.action_dim)
-        groups = data_split.mix(grounding.rows, training, 1 - config.grounding.share, video_weights=config.data.shares)
+        groups = data_split.mix(grounding.rows, training, 1 - config.grounding.share, video_weights=weights)
     accelerator.print(
         f"{data.describe(datasets, with_pairs=True)}\n"
         f"LAQ {f'from {config.init_from}' if config.init_from else 'with fresh weights'}: "

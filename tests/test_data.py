@@ -632,12 +632,12 @@ def test_statistics_of_few_episodes_are_those_of_their_frames(labelled, video):
 def test_weights_share_out_every_batch(video, labelled):
     """Whatever the datasets' sizes; without weights every frame counts the same."""
     rows = [(0, video.rows(0, 20)), (1, labelled.rows())]
-    sampler = StepSampler(data_split.weighted(rows, (3.0, 1.0)), 0, 8, 0, 50)
+    sampler = StepSampler(data_split.weighted(rows, {0: 3.0, 1: 1.0}), 0, 8, 0, 50)
     taken = [[key.dataset for key in keys] for keys in sampler]
     assert all(of_step.count(0) == 6 and of_step.count(1) == 2 for of_step in taken)
     (group,) = data_split.weighted(rows)
     assert len(group) == 20 + labelled.num_frames
-    mixed = data_split.mix(rows[:1], rows[1:], 0.25, weights=(2.0,))
+    mixed = data_split.mix(rows[:1], rows[1:], 0.25, weights={0: 2.0})
     assert [group.share for group in mixed] == [0.75, 0.25]
     with pytest.raises(ValueError, match=r"--data.weights \(1.0,\): pass a number for each of 2 dataset"):
         PolicyDataConfig(roots=("x", "y"), weights=(1.0,))

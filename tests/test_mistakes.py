@@ -72,6 +72,7 @@ COMMANDS: dict[str, tuple[Any, str, str]] = {
         --data.cameras top top
         --data.roots video video
         --data.mixture mixture.yaml
+        --data.weights 2 --data.balance sqrt
         --latent-horizon 0
         --laq-code-seq-len 0
         --laq-image-size -1

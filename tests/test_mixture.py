@@ -94,7 +94,7 @@ def test_the_file_of_the_documentation_is_read(tmp_path):
     names = {FRONT: "observation.images.exterior_1_left", "observation.images.wrist": "observation.images.wrist_left"}
     assert second == DatasetEntry(repo_id="lerobot/droid_100", weight=1.0, cameras=names, frame_gap_s=0.4)
     options = tyro.cli(DataConfig, args=["--mixture", str(tmp_path / "mixture.yaml")])
-    assert (options.entries, options.shares) == ((first, second), (3.0, 1.0))
+    assert options.entries == (first, second)
     (example,) = re.findall(r"```yaml\n(.*?)```", Path("docs/data.md").read_text(), re.S)
     assert len(read_mixture(write(tmp_path / "docs.yaml", example))) == 2
 
@@ -190,9 +190,36 @@ def test_every_row_is_read_as_from_its_dataset_alone(unlike):
 
 def test_shares_of_a_mixture_are_those_of_every_batch(unlike):
     options = DataConfig(mixture=unlike)
-    rows = [(index, dataset.rows()) for index, dataset in enumerate(data.open_datasets(options))]
-    sampler = StepSampler(data_split.weighted(rows, options.shares), 0, 8, 0, 20)
+    datasets = data.open_datasets(options)
+    rows = [(index, dataset.rows()) for index, dataset in enumerate(datasets)]
+    weights = data_split.weights_of(datasets, rows, options.balance)
+    sampler = StepSampler(data_split.weighted(rows, weights), 0, 8, 0, 20)
     assert all([key.dataset for key in step].count(0) == 6 for step in sampler)
+
+
+def test_a_large_dataset_counts_as_the_square_root_of_its_frames(tmp_path, unlike, video_dataset, image_dataset):
+    """Of those that train: here 144 and 16 of its frames."""
+    options = PolicyDataConfig(roots=(video_dataset, image_dataset), balance="sqrt")
+    datasets = data.open_datasets(options)
+    rows = [(0, datasets[0].rows(0, 144)), (1, datasets[1].rows(0, 16))]
+    groups = data_split.weighted(rows, data_split.weights_of(datasets, rows, "sqrt"))
+    assert [group.share for group in groups] == [12 / 16, 4 / 16]
+    sampler = StepSampler(groups, 0, 8, 0, 20)
+    assert all([key.dataset for key in step].count(0) == 6 for step in sampler)
+    assert data_split.weights_of(datasets, rows, "frames") == {}
+    # In Stage 3 among the labelled datasets and among the video, each of which has its share of a batch.
+    config = Stage3Config(run_dir=tmp_path, data=options, val_fraction=0, latent_loss_weight=1, laq_ckpt=Path("laq.pt"))
+    for dataset in datasets:
+        dataset.frame_gap_s = 0.1
+    training, groups, _ = data_split.split_with_video([*datasets, *datasets], 2, config, 0.5)
+    roots = [len(rows) ** 0.5 for _, rows in training[:2]]
+    assert [group.share for group in groups[:2]] == pytest.approx([0.5 * root / sum(roots) for root in roots])
+    assert [group.share for group in groups[2:]] == pytest.approx(
+        [0.5 * len(g) ** 0.5 / sum(len(g) ** 0.5 for g in groups[2:]) for g in groups[2:]]
+    )
+    for stated in ({"roots": ("a", "b"), "weights": (1.0, 2.0)}, {"mixture": unlike}):
+        with pytest.raises(ValueError, match=r"--data.balance sqrt and weights both say how much a dataset counts"):
+            DataConfig(**stated, balance="sqrt")
 
 
 def test_names_alone_change_nothing(tmp_path, labelled_dataset):
