@@ -158,6 +158,8 @@ def main(config: RolloutConfig) -> None:
     saved = load_config(config.policy_path)
     saved.device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
     use_tf32(torch.device(saved.device))
+    if said := environments.compare_rates(config.env.type, saved.fps):
+        print(said)
     # The environment renders the size of the images that the policy was trained on.
     image_size = next(f.shape[-1] for f in saved.input_features.values() if len(f.shape) == 3)
     settings = {

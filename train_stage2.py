@@ -66,7 +66,7 @@ def export_artifact(
 
 
 def main(config: Stage2Config) -> None:
-    from smolvla_shared import artifact, data, data_order, data_split
+    from smolvla_shared import artifact, data, data_order, data_split, data_views
     from smolvla_shared.data_loader import SampleSpec, make_loaders
     from smolvla_shared.evaluate import held_out_errors
     from smolvla_shared.feature_cache import prepare_features
@@ -94,10 +94,10 @@ def main(config: Stage2Config) -> None:
     statistics[LATENT] = latent_statistics(labels, datasets, training, config.seed, accelerator.device)
     core.learn_codes(labels.codebook, statistics[LATENT])
     paired = [data.with_pairs(datasets, rows) for rows in (training, held_out)]
-    groups = [data_split.weighted(paired[0], config.data.weights), data_split.weighted(paired[1])]
+    groups = [data_split.balanced(datasets, paired[0], config.data.balance), data_split.weighted(paired[1])]
     plan = f"Stage 2: {data_order.plan(groups[0], config)}"
-    described = initial.describe(core, datasets=datasets), data.describe(datasets, with_pairs=True)
-    accelerator.print(*described, latents, plan, sep="\n")
+    table = data_views.describe(datasets, cameras, label_camera, initial.core.cameras)
+    accelerator.print(initial.describe(core, datasets=datasets), table, latents, plan, sep="\n")
     features = prepare_features(core, datasets, cameras, config, accelerator)
     spec = SampleSpec.of(core.config, [LATENT], labels, features, config.flow_draws)
     loaders = make_loaders(datasets, *groups, spec, config, accelerator, **config.data.augmentation)

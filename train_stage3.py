@@ -4,14 +4,15 @@
         --data.repo-ids my/teleop --run-dir runs/s3
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from smolvla_shared import paths, ranges
 from smolvla_shared.command import run_command
-from smolvla_shared.config import ACTION, LATENT, RunConfig, StageOptions
+from smolvla_shared.config import ACTION, LATENT, PolicyDataConfig, RunConfig, StageOptions
+from smolvla_shared.mixture import DatasetEntry
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,6 +45,10 @@ class Stage3Config(StageOptions, RunConfig):
     video_roots: tuple[paths.Dataset, ...] = ()
     # Hub ids of such datasets.
     video_repo_ids: tuple[paths.HubDataset, ...] = ()
+    # YAML file of such datasets, as --data.mixture, instead of these two.
+    video_mixture: paths.File | None = None
+    # What the file held.
+    video_mixture_entries: tuple[DatasetEntry, ...] = field(init=False, default=())
     # Share of each batch that is read from them.
     video_share: ranges.ShareOfSome = 0.5
     # Train the action head on video, too: its latent actions are decoded into actions by a linear map that is fitted to
@@ -53,6 +58,9 @@ class Stage3Config(StageOptions, RunConfig):
     def __post_init__(self):
         RunConfig.__post_init__(self)
         StageOptions.__post_init__(self)
+        if self.video_mixture:
+            ranges.refuse_beside(self, f"--video-mixture {self.video_mixture}", "video_roots video_repo_ids")
+            object.__setattr__(self, "video_mixture_entries", self.video_data.mixture_entries)
         if self.stage2_artifact and self.model.init_from:
             raise ValueError("--stage2-artifact and --init-from both give the weights: drop one")
         if not 1 <= self.n_action_steps <= self.chunk_size:
@@ -80,34 +88,16 @@ class Stage3Config(StageOptions, RunConfig):
 
     @property
     def has_video(self) -> bool:
-        return bool(self.video_roots or self.video_repo_ids)
+        return bool(self.video_roots or self.video_repo_ids or self.video_mixture)
+
+    @property
+    def video_data(self) -> PolicyDataConfig:
+        named = {"repo_ids": self.video_repo_ids, "roots": self.video_roots, "mixture": self.video_mixture}
+        return replace(self.data, **named, weights=())
 
     @property
     def needs_labels(self) -> bool:
         return self.latent_loss_weight > 0 or self.decode_actions
-
-
-def open_recordings(config: Stage3Config) -> "tuple[list[RobotDataset], list[RobotDataset]]":
-    """The labelled datasets; these and the video datasets, whose actions are hidden.
-
-    Raises ValueError for a labelled one without actions.
-    """
-    from smolvla_shared import data
-
-    labelled = data.open_datasets(config.data)
-    for dataset in labelled:
-        if data.ACTION_KEY not in dataset.features:
-            raise ValueError(
-                f"{dataset.name} has no {data.ACTION_KEY!r} column, it has {sorted(dataset.features)}: Stage 3 learns "
-                "from labelled demonstrations; action-free video goes into --video-roots"
-            )
-    if not config.has_video:
-        return labelled, labelled
-    options = replace(config.data, repo_ids=config.video_repo_ids, roots=config.video_roots, weights=())
-    video = data.open_datasets(options)
-    for dataset in video:
-        dataset.hide_actions()
-    return labelled, labelled + video
 
 
 def export_policy(
@@ -117,24 +107,27 @@ def export_policy(
     statistics: "dict[str, Statistics]",
     datasets: "list[RobotDataset]",
     decode: "ActionDecoder | AsIs",
+    optional_cameras: tuple[str, ...],
     directory: Path,
     weights: "dict[str, Tensor]",
     step: int,
 ) -> None:
-    """Write a checkpoint's policy. The first dataset is labelled: its frames have the size of the robot's images."""
+    """Write a checkpoint's policy. Labelled datasets come first: their frames have the size of the robot's images."""
+    from smolvla_shared.data_views import frame_shapes
     from smolvla_shared.lerobot_config import feature_names
     from smolvla_shared.lerobot_files import save_policy
     from smolvla_shared.run import command, origin
 
-    more = {"actions": str(decode), "command": command(), "hub_datasets": config.data.repo_ids + config.video_repo_ids}
+    hub_ids = [dataset.entry.repo_id for dataset in datasets if dataset.entry.repo_id]
+    more = {"actions": str(decode), "command": command(), "hub_datasets": hub_ids}
     source = origin(config, step, datasets) | initial.provenance | more
-    shapes = {key: datasets[0].frame_shape(key) for key in core.cameras}
-    about = {"names": feature_names(datasets[0].features), "image_shapes": shapes}
+    about = {"names": feature_names(datasets[0].features), "image_shapes": frame_shapes(datasets, core.cameras)}
+    about |= {"optional_cameras": optional_cameras, "fps": datasets[0].fps}
     save_policy(directory, core, weights, initial.tokenizer, statistics, config.n_action_steps, source, **about)
 
 
 def main(config: Stage3Config) -> None:
-    from smolvla_shared import action_decoder, data, data_order, data_split, evaluate
+    from smolvla_shared import action_decoder, data, data_order, data_split, data_views, evaluate
     from smolvla_shared.data_loader import SampleSpec, make_loaders
     from smolvla_shared.feature_cache import prepare_features
     from smolvla_shared.initial import open_initial
@@ -145,9 +138,10 @@ def main(config: Stage3Config) -> None:
 
     # What a user can get wrong is refused here, before Run makes the run directory.
     weight = {ACTION: 1.0} | ({LATENT: config.latent_loss_weight} if config.latent_loss_weight else {})
-    labelled, datasets = open_recordings(config)
+    labelled, datasets = data_views.open_recordings(config.data, config.video_data if config.has_video else None)
     initial = open_initial(config.model, config.stage2_artifact)
     options, cameras, label_camera = initial.choose_views(config, datasets, with_latents=config.needs_labels)
+    optional = data_views.may_be_missing(labelled, cameras)
     dims = {"action_dim": data.common_dim(labelled, data.ACTION_KEY), "chunk_size": config.chunk_size}
     dims |= data.state_dims(datasets, config.model.use_state)
     recorded = initial.recorded_statistics(dims) if config.normalization == "artifact" else {}
@@ -161,9 +155,10 @@ def main(config: Stage3Config) -> None:
     decode = action_decoder.fit(labels, len(labelled), *about) if config.decode_actions else action_decoder.AS_IS
     core = initial.build(config.model, cameras, weight, accelerator.mixed_precision, **dims)
     statistics = data.statistics(labelled, core.config, weight, training[: len(labelled)])
-    described = initial.describe(core, statistics.get("state"), datasets), data.describe(datasets, config.needs_labels)
+    described = initial.describe(core, statistics.get("state"), datasets)
+    table = data_views.describe(datasets, cameras, label_camera, initial.core.cameras)
     plan = f"Stage 3: {data_order.plan(groups, config)}; loss {weight}; statistics of the {config.normalization}"
-    accelerator.print(*described, plan, decode, sep="\n")
+    accelerator.print(described, table, plan, decode, sep="\n")
     statistics |= recorded
     if LATENT in weight:
         statistics[LATENT] = latent_statistics(labels, *about, recorded=initial.statistics.get(LATENT))
@@ -172,7 +167,7 @@ def main(config: Stage3Config) -> None:
     spec = SampleSpec.of(core.config, weight, labels, features, config.flow_draws)
     loaders = make_loaders(datasets, groups, held_out, spec, config, accelerator, **config.data.augmentation)
     preprocessor = Preprocessor(core.config, initial.tokenizer, statistics)
-    export = partial(export_policy, config, core.config, initial, statistics, datasets, decode)
+    export = partial(export_policy, config, core.config, initial, statistics, datasets, decode, optional)
 
     with Run(config, accelerator, core, resume_from, export, inputs(datasets, initial.provenance, labels)) as run:
         for raws in run.steps(loaders.train):

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 import tyro
 
-from smolvla_shared import data, data_loader, data_order, data_rows, data_split, label_cache, model
+from smolvla_shared import data, data_loader, data_order, data_rows, data_split, data_views, label_cache, model
 from smolvla_shared.batch import RawBatch
 from smolvla_shared.config import LATENT, DataConfig, ModelConfig, PolicyDataConfig, StageOptions
 from smolvla_shared.labels import latent_statistics, open_labels
@@ -53,7 +53,7 @@ def main(config: Benchmark) -> None:
             laq_ckpt=config.laq_ckpt,
         )
         datasets = data.open_datasets(run.data)
-        cameras, camera = data.choose_cameras(datasets, run.data)
+        cameras, camera = data_views.choose_cameras(datasets, run.data)
         pairs = sum(len(s.rows_with_pairs(s.rows())) for s in datasets)
         print(f"labelled {pairs:,} pairs at {pairs / seconds:,.0f} pairs/s, start-up included")
 
@@ -80,6 +80,7 @@ def place(dataset: int, frame: int) -> RawBatch:
     empty = torch.empty(0)
     return RawBatch(
         images=[],
+        image_mask=empty,
         tasks=[],
         state=empty,
         state_mask=empty,

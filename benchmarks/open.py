@@ -27,7 +27,8 @@ from lerobot.configs.video import RGBEncoderConfig
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
 from smolvla_shared import data, data_order, data_problems, data_rows, data_split
-from smolvla_shared.config import DataConfig
+from smolvla_shared.config import DEFAULT_GAP_S
+from smolvla_shared.mixture import DatasetEntry
 
 CAMERAS = ("observation.images.top", "observation.images.wrist")
 FPS, FRAMES = 20, 250
@@ -114,7 +115,7 @@ def open_ours(root: Path) -> int:
     """As a run opens it, but for the headers of videos, which are empty here: the dataset and the samples of a step.
     Returns the bytes that a loader worker gets.
     """
-    datasets = [data.RobotDataset(str(root), root, DataConfig(roots=(root,)))]
+    datasets = [data.RobotDataset(DatasetEntry(root=str(root)), root, DEFAULT_GAP_S)]
     data_problems.refuse(datasets[0], data_problems.table_problems(datasets[0]))
     training, _ = data_split.split_datasets(datasets, 0.05, seed=0)
     (keys,) = data_order.StepSampler(data_rows.group_rows(training), 0, STEP_SAMPLES, 10**5, 10**5 + 1)

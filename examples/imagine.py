@@ -54,7 +54,7 @@ def main(config: ImagineConfig) -> None:
     import numpy as np
     import torch
 
-    from smolvla_shared import data
+    from smolvla_shared import data, data_views
     from smolvla_shared.config import ModelConfig
     from smolvla_shared.data_loader import SampleDataset, SampleSpec
     from smolvla_shared.data_order import SampleKey
@@ -68,7 +68,7 @@ def main(config: ImagineConfig) -> None:
     initial, laq = open_initial(ModelConfig(), config.stage2_artifact), load_laq(config.laq_ckpt)
     options = initial.data_options(config.data, with_latents=True)
     datasets = data.open_datasets(options)
-    cameras, label_camera = data.choose_cameras(datasets, options)
+    cameras, label_camera = data_views.choose_cameras(datasets, options)
     labels = OnlineLabels(laq, initial.latents.teacher_kind, label_camera, initial.latent_horizon)
     initial.latent_dims(labels, options, label_camera)  # refuses another teacher, gap or camera
     core = SmolVLASharedCore(replace(initial.core, cameras=cameras)).eval()

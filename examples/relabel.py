@@ -60,11 +60,11 @@ def executed_latents(executed: np.ndarray, rows: np.ndarray, gap: int, slots: in
 
 
 def main(config: RelabelConfig) -> None:
-    from smolvla_shared import data
+    from smolvla_shared import data, data_views
     from smolvla_shared.label_cache import label_stores, read_codebook, write_codebook
 
     datasets = data.open_datasets(config.data)
-    _, camera = data.choose_cameras(datasets, config.data)
+    _, camera = data_views.choose_cameras(datasets, config.data)
     if config.source_cache:
         kind = config.teacher_kind
         sources = label_stores(config.source_cache, datasets, None, kind, camera)

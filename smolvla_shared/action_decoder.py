@@ -119,6 +119,9 @@ def fit(
     than WINDOW latent actions in a row, or if they tell no dimension.
     """
     check_horizon(True, labels.horizon)
+    seconds = {dataset.name: dataset.frame_gap_s for dataset in datasets}
+    if len(set(seconds.values())) > 1:
+        raise ValueError(f"--decode-actions: all datasets must have one frame gap, they have, in seconds: {seconds}")
     labelled = datasets[:num_labelled]
     gaps = {dataset.name: dataset.gap for dataset in labelled}
     if len(set(gaps.values())) > 1:

@@ -25,6 +25,7 @@ class RawBatch:
     # One tensor per camera: uint8 frames [B, 3, h, w]; float32 squares in [0, 1] if the datasets' sizes differ; or
     # cached image tokens [B, tokens, hidden].
     images: list[Tensor]
+    image_mask: Tensor  # [B, N] bool: False where a dataset lacks the camera; the image is then black
     tasks: list[str]  # B task texts
     state: Tensor  # [B, state_dim] float32; zeros where a dataset has none
     state_mask: Tensor  # [B] bool

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from smolvla_shared import paths, ranges
+from smolvla_shared.mixture import DatasetEntry, plain_entries, read_mixture
 
 TeacherKind = Literal["quantized", "continuous"]
 LATENT, ACTION = "latent", "action"  # the names of the two flow-matching targets, wherever they are dictionary keys
@@ -147,6 +148,9 @@ class ModelConfig:
         return self.name or PRESETS.get(self.preset)
 
 
+DEFAULT_GAP_S = 0.5
+
+
 @dataclass(frozen=True)
 class DataConfig:
     """Which recordings, and which pairs of their frames."""
@@ -155,9 +159,17 @@ class DataConfig:
     repo_ids: tuple[paths.HubDataset, ...] = ()
     # Local directories of LeRobotDatasets (v3); may be combined with --data.repo-ids.
     roots: tuple[paths.Dataset, ...] = ()
-    # How much of a batch each dataset is, hub ids first, relative to the others. Default: every frame counts the same.
+    # YAML file of unlike datasets, instead of these two: each with its weight, the policy's names of its cameras, its
+    # label camera and its frame gap (docs/data.md).
+    mixture: paths.File | None = None
+    # What the mixture file held: the settings of the run, whatever becomes of the file.
+    mixture_entries: tuple[DatasetEntry, ...] = field(init=False, default=())
+    # How much of a batch each dataset is, hub ids first, relative to the others. Default: what --data.balance says.
     weights: tuple[ranges.Positive, ...] = ()
-    # Camera keys to use, in this order. Default: every camera that all datasets have, in the first dataset's order.
+    # Without weights. frames: every frame counts the same. sqrt: a dataset counts as the square root of its frames.
+    balance: Literal["frames", "sqrt"] = "frames"
+    # Camera keys to use, in this order; a dataset may lack some, which are then masked. Default: those of the mixture,
+    # else every camera that all datasets have, in the first dataset's order.
     cameras: tuple[str, ...] = ()
     # Camera whose frame pairs the LAQ teacher sees. Default: the teacher's own, else the first of the cameras.
     label_camera: str | None = None
@@ -167,18 +179,30 @@ class DataConfig:
     num_workers: ranges.CountOrNone = 4
 
     def __post_init__(self):
-        if not self.repo_ids and not self.roots:
-            raise ValueError("no dataset given: pass --data.repo-ids (hub ids) or --data.roots (local directories)")
+        if not self.repo_ids and not self.roots and not self.mixture:
+            raise ValueError(
+                "no dataset given: pass --data.repo-ids (hub ids), --data.roots (local directories) or --data.mixture"
+            )
         ranges.check(self, "--data.")
         ranges.refuse_twice("--data.cameras", self.cameras)
         ranges.refuse_twice("--data.repo-ids and --data.roots", self.repo_ids + self.roots)
         if self.weights and len(self.weights) != (number := len(self.repo_ids) + len(self.roots)):
             raise ValueError(f"--data.weights {self.weights}: pass a number for each of {number} dataset(s)")
+        if self.mixture:
+            ranges.refuse_beside(self, f"--data.mixture {self.mixture}", "repo_ids roots weights", "--data.")
+            object.__setattr__(self, "mixture_entries", read_mixture(self.mixture))
+        if self.balance != "frames" and any(entry.weight for entry in self.entries):
+            raise ValueError(f"--data.balance {self.balance} and weights both say how much a dataset counts: drop one")
+
+    @property
+    def entries(self) -> tuple[DatasetEntry, ...]:
+        """The datasets: those of the mixture, or the hub ids, then the roots."""
+        return self.mixture_entries or plain_entries(self.repo_ids, self.roots, self.weights)
 
     @property
     def gap_s(self) -> float:
         """The frame gap where no teacher has one of its own, seconds."""
-        return 0.5 if self.frame_gap_s is None else self.frame_gap_s
+        return DEFAULT_GAP_S if self.frame_gap_s is None else self.frame_gap_s
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from smolvla_shared.config import ACTION, CoreConfig, DataConfig
 from smolvla_shared.data_columns import ROWS_AT_ONCE, Columns
 from smolvla_shared.data_rows import Rows
 from smolvla_shared.files import ask_hub
+from smolvla_shared.mixture import DatasetEntry
 from smolvla_shared.preprocess import Statistics
 
 STATE_KEY, ACTION_KEY = "observation.state", "action"
@@ -37,14 +38,15 @@ VIDEO_PLACE = ("chunk_index", "file_index", "from_timestamp")
 class RobotDataset:
     """One LeRobotDataset; a row is a frame's number in it.
 
-    It is opened and read by its columns: what LeRobotDataset makes of an episode would take minutes for 30,000.
+    It is opened and read by its columns: what LeRobotDataset makes of an episode would take minutes for 30,000. All
+    cameras here are named as the dataset names them; `views` has these names by those of the policy.
 
-    Raises ValueError if there is no dataset at `root`, or not all of it.
+    Raises ValueError if there is no dataset at `root`, not all of it, or not a camera that `entry` names.
     """
 
-    def __init__(self, repo_id: str, root: Path, config: DataConfig):
-        self.name, self.root, self.frame_gap_s = repo_id, root, config.gap_s
-        is_local = repo_id == str(root) or os.environ.get("HF_HUB_OFFLINE") == "1"
+    def __init__(self, entry: DatasetEntry, root: Path, gap_s: float):
+        self.name, self.root, self.entry, self.frame_gap_s = entry.name, root, entry, entry.frame_gap_s or gap_s
+        is_local = entry.repo_id is None or os.environ.get("HF_HUB_OFFLINE") == "1"
         if is_local:
             paths.check_dataset(root)
         try:
@@ -54,6 +56,17 @@ class RobotDataset:
                 raise ValueError(f"the LeRobotDataset at {root} is not complete, missing: {error}") from error
             self._download()
             self._open()
+        self.views = entry.cameras or {camera: camera for camera in self.camera_keys}
+        named = dict.fromkeys([*self.views.values(), *filter(None, [entry.label_camera])])
+        if missing := [camera for camera in named if camera not in self.camera_keys]:
+            raise ValueError(
+                f"the mixture names {', '.join(missing)} as a camera of {self.name}, which has "
+                f"{', '.join(self.camera_keys) or 'none'}"
+            )
+
+    def label_view(self, camera: str) -> str:
+        """The camera that shows its pairs in a run whose label camera is `camera`, by the policy's name."""
+        return self.entry.label_camera or self.views[camera]
 
     def _download(self) -> None:
         """As LeRobotDataset does, which would then read all of it. Raises ValueError if the hub does not give it."""
@@ -269,37 +282,24 @@ def merge(parts: list[tuple[np.ndarray, Tensor]]) -> Tensor:
 
 
 def open_datasets(config: DataConfig) -> list[RobotDataset]:
-    """The datasets of a configuration: repo ids (from the local cache, else from the hub), then roots.
+    """The datasets of a configuration, in its order: hub ids from the local cache, else from the hub.
 
     Raises ValueError for datasets whose tables do not fit each other (data_problems.py).
     """
-    datasets = [RobotDataset(repo_id, HF_LEROBOT_HOME / repo_id, config) for repo_id in config.repo_ids]
-    datasets += [RobotDataset(str(root), Path(root), config) for root in config.roots]
+    datasets = []
+    for entry in config.entries:
+        root = HF_LEROBOT_HOME / entry.repo_id if entry.repo_id else Path(entry.root).expanduser()
+        datasets.append(RobotDataset(entry, root, config.gap_s))
     data_problems.refuse_tables(datasets)
     return datasets
 
 
 def set_frame_gap(datasets: list[RobotDataset], gap_s: float) -> None:
-    """Pairs of these datasets are so many seconds apart: what the teacher says is known after they are opened."""
+    """Pairs of the datasets that have no gap of their own are so many seconds apart: what the teacher says is known
+    after they are opened.
+    """
     for dataset in datasets:
-        dataset.frame_gap_s = gap_s
-
-
-def choose_cameras(datasets: list[RobotDataset], config: DataConfig) -> tuple[tuple[str, ...], str]:
-    """The model's cameras and the label camera. Raises ValueError for a camera that a dataset does not have."""
-    found = {dataset.name: dataset.camera_keys for dataset in datasets}
-    common = [key for key in datasets[0].camera_keys if all(key in keys for keys in found.values())]
-    cameras = config.cameras or tuple(common)
-    label_camera = config.label_camera or (cameras[0] if cameras else "")
-    unknown = [key for key in (*cameras, label_camera) if key not in common]
-    if unknown or not cameras:
-        listing = "; ".join(f"{name}: {', '.join(keys)}" for name, keys in found.items())
-        raise ValueError(
-            f"every dataset must have every camera; asked for {list(cameras) or 'all they share'}, "
-            f"label camera {label_camera or 'none'}; found {listing}. Pass --data.cameras (or --data.label-camera)"
-        )
-    data_problems.refuse_cameras(datasets, dict.fromkeys((*cameras, label_camera)))
-    return cameras, label_camera
+        dataset.frame_gap_s = dataset.entry.frame_gap_s or gap_s
 
 
 def common_dim(datasets: list[RobotDataset], key: str) -> int:
@@ -351,8 +351,10 @@ def statistics(
 
 
 def square_sides(datasets: list[RobotDataset], cameras: tuple[str, ...]) -> dict[str, int]:
-    """For each camera whose frames differ in size between datasets: side of the square they are all padded to."""
-    sizes = {camera: {dataset.frame_shape(camera)[1:] for dataset in datasets} for camera in cameras}
+    """For each of the policy's cameras whose frames differ in size between datasets: side of the square they are all
+    padded to.
+    """
+    sizes = {camera: {d.frame_shape(d.views[camera])[1:] for d in datasets if camera in d.views} for camera in cameras}
     return {camera: max(max(size) for size in found) for camera, found in sizes.items() if len(found) > 1}
 
 

@@ -20,6 +20,8 @@ from smolvla_shared.data_rows import RowGroup, Rows, group_rows, shuffled
 from smolvla_shared.run_processes import check_shared_memory, make_worker_loader
 from smolvla_shared.run_signals import hide_worker
 
+Part = tuple[np.ndarray, Tensor]  # places in a batch, and their frames [n, 3, h, w]
+
 
 @dataclass(frozen=True)
 class SampleSpec:
@@ -43,8 +45,9 @@ class SampleSpec:
     draws: dict[str, tuple[int, int]] = field(default_factory=dict)
     num_draws: int = 1
     time_beta: dict[str, tuple[float, float]] = field(default_factory=dict)
-    # By camera: a cache of image tokens for each dataset, read instead of the frames (feature_cache.py).
-    features: dict[str, tuple[RowCache, ...]] = field(default_factory=dict)
+    # By camera: a cache of image tokens for each dataset, read instead of the frames (feature_cache.py); None where the
+    # dataset lacks the camera.
+    features: dict[str, tuple[RowCache | None, ...]] = field(default_factory=dict)
 
     @classmethod
     def of_pairs(cls, labels: Labels) -> "SampleSpec":
@@ -57,7 +60,7 @@ class SampleSpec:
         core: CoreConfig,
         targets: Collection[str],
         labels: Labels | None,
-        features: dict[str, tuple[RowCache, ...]],
+        features: dict[str, tuple[RowCache | None, ...]],
         num_draws: int = 1,
     ) -> "SampleSpec":
         """What a core needs of a sample to train on these targets."""
@@ -90,19 +93,26 @@ class SampleDataset(Dataset):
         self.datasets, self.spec, self.seed = datasets, spec, seed
         self.state_dropout, self.augment = state_dropout, Augmentation(**augmentation)
         # Decided for the run, so that a frame looks the same in every batch.
-        label_cameras = (spec.label_camera,) if spec.label_camera else ()
-        self.square_side = square_sides(datasets, (*spec.cameras, *label_cameras))
-        from_video = [camera for camera in spec.cameras if camera not in spec.features]
-        self.cameras_to_read = tuple(dict.fromkeys((*from_video, *label_cameras)))
+        self.square_side = square_sides(datasets, spec.cameras)
+        self.blank = {camera: self.black(camera) for camera in spec.cameras if camera not in spec.features}
+        self.label_views = [d.label_view(spec.label_camera) for d in datasets] if spec.label_camera else []
+        self.resizes_pairs = len({d.frame_shape(view) for d, view in zip(datasets, self.label_views)}) > 1
+        # Cameras whose images are the first frames of the pairs: what both have is sent to the training process once.
+        as_they_are = [camera for camera in self.blank if not self.augment and camera not in self.square_side]
+        self.in_pairs = [c for c in as_they_are if [d.views.get(c) for d in datasets] == self.label_views]
 
     def __getitem__(self, keys: list[SampleKey]) -> RawBatch:
         # A sample's random numbers are drawn in this order: noise and times, state dropout. Augmentation has its own.
         spec, rngs = self.spec, [np.random.default_rng([self.seed, key.step, key.slot]) for key in keys]
-        frames = {camera: self.read_camera(camera, keys) for camera in self.cameras_to_read}
-        images = [
-            self.features(camera, keys) if camera in spec.features else self.images(camera, frames[camera], keys)
-            for camera in spec.cameras
-        ]
+        frames = self.read_frames(keys)
+        pairs = self.pairs(frames) if spec.label_camera else None
+        images = []
+        for camera in spec.cameras:
+            if camera in spec.features:
+                images.append(self.features(camera, keys))
+            else:
+                images.append(pairs[:, 0] if camera in self.in_pairs else self.images(camera, frames, keys))
+        has_camera = [[camera in self.datasets[key.dataset].views for camera in spec.cameras] for key in keys]
         states, state_valid, actions, action_valid = zip(*map(self.read_vectors, keys), strict=True)
         noise, time = {}, {}
         for name, shape in spec.draws.items():
@@ -115,10 +125,11 @@ class SampleDataset(Dataset):
         num_pairs = [self.num_pairs(key) for key in keys]
         return RawBatch(
             images=images,
+            image_mask=torch.tensor(has_camera, dtype=torch.bool),
             tasks=[self.datasets[key.dataset].task(key.row) for key in keys],
             state=_stack(states),
             state_mask=state_mask,
-            pairs=self.pairs(frames[spec.label_camera]) if spec.label_camera else None,
+            pairs=pairs,
             pair_mask=torch.arange(spec.horizon) < torch.tensor(num_pairs)[:, None],
             actions=_stack(actions),
             action_mask=_stack(action_valid),
@@ -137,53 +148,63 @@ class SampleDataset(Dataset):
         left = int(dataset.episode_to[dataset.episode_of(key.row)]) - 1 - key.row
         return min(self.spec.horizon, left // dataset.gap)
 
-    def read_camera(self, camera: str, keys: list[SampleKey]) -> list[tuple[np.ndarray, Tensor]]:
-        """Decode a camera for the whole batch: [(places, frames [n, 3, h, w] uint8)], one entry, or one per dataset if
-        the datasets' sizes differ.
+    def read_frames(self, keys: list[SampleKey]) -> dict[tuple[int, str], Part]:
+        """Decode, for the whole batch, every camera that is read of a dataset: {(dataset, its camera): part}.
 
         Places 0..B-1 are the frames at t. For the label camera, places i B..(i + 1) B - 1 are those at t + i gap.
         """
-        parts = []
+        spec, parts = self.spec, {}
         for index in sorted({key.dataset for key in keys}):
             dataset, places = self.datasets[index], np.flatnonzero([key.dataset == index for key in keys])
-            wanted = [keys[place].row for place in places]
-            if camera == self.spec.label_camera:
-                # Where the episode ends, the last frame before stands in; the pair is masked.
-                last, ahead = [self.num_pairs(keys[place]) for place in places], range(1, self.spec.horizon + 1)
-                wanted = [row + dataset.gap * min(i, end) for i in (0, *ahead) for row, end in zip(wanted, last)]
-                places = np.concatenate([places + i * len(keys) for i in (0, *ahead)])
-            parts.append((places, dataset.read_frames(camera, wanted)))
-        if camera in self.square_side:
-            return parts
-        merged = merge(parts)
-        return [(np.arange(len(merged)), merged)]
+            rows = [keys[place].row for place in places]
+            cameras = [dataset.views[camera] for camera in self.blank if camera in dataset.views]
+            label_views = self.label_views[index : index + 1]
+            for camera in dict.fromkeys((*cameras, *label_views)):
+                wanted, at = rows, places
+                if camera in label_views:
+                    # Where the episode ends, the last frame before stands in; the pair is masked.
+                    last, in_a_row = [self.num_pairs(keys[place]) for place in places], range(spec.horizon + 1)
+                    wanted = [row + dataset.gap * min(i, end) for i in in_a_row for row, end in zip(rows, last)]
+                    at = np.concatenate([places + i * len(keys) for i in in_a_row])
+                parts[index, camera] = at, dataset.read_frames(camera, wanted)
+        return parts
 
-    def images(
-        self, camera: str, parts: list[tuple[np.ndarray, Tensor]], keys: list[SampleKey]
-    ) -> Tensor:  # [B, 3, h, w]
-        """The policy's images. Unless they are augmented or padded, images and pairs are views of the same frames, and
-        a frame that both have is sent to the training process once.
-        """
-        images = []
-        for places, frames in parts:
+    def images(self, camera: str, frames: dict[tuple[int, str], Part], keys: list[SampleKey]) -> Tensor:  # [B, 3, h, w]
+        """The policy's images, black where a dataset lacks the camera."""
+        images, absent = [], np.ones(len(keys), bool)
+        for (index, view), (places, of_view) in frames.items():
+            if self.datasets[index].views.get(camera) != view:
+                continue
             first = places[places < len(keys)]
-            own = frames[: len(first)]
+            own = of_view[: len(first)]
             if self.augment:
                 samples = [(self.seed, keys[place].step, keys[place].slot) for place in first]
                 own = torch.stack([self.augment(i, sample) for i, sample in zip(own, samples, strict=True)])
             images.append((first, common_size(own, self.square_side.get(camera))))
+            absent[first] = False
+        if absent.any():
+            images.append((np.flatnonzero(absent), self.blank[camera].repeat(absent.sum(), 1, 1, 1)))
         return merge(images)
 
-    def pairs(self, parts: list[tuple[np.ndarray, Tensor]]) -> Tensor:  # [B, M + 1, 3, h, w]
+    def black(self, camera: str) -> Tensor:  # [1, 3, h, w]
+        """The image of a sample whose dataset lacks the camera; its tokens are masked."""
+        dataset = next(dataset for dataset in self.datasets if camera in dataset.views)
+        shape = dataset.frame_shape(dataset.views[camera])
+        return common_size(torch.zeros(1, *shape, dtype=torch.uint8), self.square_side.get(camera))
+
+    def pairs(self, frames: dict[tuple[int, str], Part]) -> Tensor:  # [B, M + 1, 3, h, w]
         """The teacher's frames, never augmented."""
-        if self.spec.label_camera in self.square_side:
+        parts = [part for (index, view), part in frames.items() if view == self.label_views[index]]
+        if self.resizes_pairs:
             size = self.spec.pair_size
             parts = [(places, preprocess.stretch(preprocess.unit_range(f), size)) for places, f in parts]
         return merge(parts).unflatten(0, (self.spec.horizon + 1, -1)).transpose(0, 1)
 
     def features(self, camera: str, keys: list[SampleKey]) -> Tensor:  # [B, tokens, hidden]
         stores = self.spec.features[camera]
-        return torch.stack([stores[key.dataset][key.row] for key in keys])
+        like = next(store for store in stores if store)
+        rows = [stores[key.dataset][key.row] if stores[key.dataset] else torch.zeros_like(like[0]) for key in keys]
+        return torch.stack(rows)
 
     def read_vectors(self, key: SampleKey) -> tuple[np.ndarray, bool, np.ndarray, np.ndarray]:
         """State [state_dim], whether the dataset has a state, action chunk [T, A], and which actions count [T]."""

@@ -165,9 +165,11 @@ def camera_problem(key: str, feature: dict[str, Any]) -> str | None:
 
 
 def refuse_cameras(datasets: "list[RobotDataset]", cameras: Collection[str]) -> None:
-    """Raise ValueError for a camera that a policy cannot read."""
+    """Raise ValueError for a camera, by the policy's name, that a policy cannot read in a dataset that has it."""
     for dataset in datasets:
-        problems = {camera: camera_problem(camera, dataset.features[camera]) for camera in cameras}
+        own = [dataset.views[camera] for camera in cameras if camera in dataset.views]
+        own += [dataset.entry.label_camera] if dataset.entry.label_camera else []
+        problems = {camera: camera_problem(camera, dataset.features[camera]) for camera in dict.fromkeys(own)}
         if bad := [problem for problem in problems.values() if problem]:
             others = " ".join(camera for camera, problem in problems.items() if not problem)
             fix = f": pass --data.cameras {others} (or --data.label-camera)" if others else ""

@@ -12,10 +12,11 @@ from lerobot.utils.constants import HF_LEROBOT_HOME
 from tqdm import tqdm
 
 from smolvla_shared import data, data_pictures, data_problems, data_values
-from smolvla_shared.config import PRESETS, DataConfig
+from smolvla_shared.config import DEFAULT_GAP_S, PRESETS
 from smolvla_shared.data import RobotDataset
 from smolvla_shared.data_problems import place
 from smolvla_shared.files import write_text
+from smolvla_shared.mixture import DatasetEntry
 from smolvla_shared.trunk_files import load_trunk_tokenizer
 from smolvla_shared.video_clips import CHANGE_S, block_means, changes
 from smolvla_shared.video_source import source_frames
@@ -107,9 +108,9 @@ def check(config: "DataCheckConfig") -> int:
 def open_one(name: str) -> RobotDataset:
     """Raises ValueError for what is no dataset, and for one whose tables cannot be read."""
     if Path(name).is_dir():
-        return RobotDataset(name, Path(name), DataConfig(roots=(Path(name),)))
+        return RobotDataset(DatasetEntry(root=name), Path(name), DEFAULT_GAP_S)
     try:
-        return RobotDataset(name, HF_LEROBOT_HOME / name, DataConfig(repo_ids=(name,)))
+        return RobotDataset(DatasetEntry(repo_id=name), HF_LEROBOT_HOME / name, DEFAULT_GAP_S)
     except (HfHubHTTPError, ConnectionError) as error:
         raise ValueError(f"there is no directory {name}, and the hub says of a dataset of this id: {error}") from error
 

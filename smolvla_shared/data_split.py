@@ -1,5 +1,8 @@
 """Which episodes are held out, and how the rest of the datasets is mixed."""
 
+import math
+from collections.abc import Mapping
+
 import numpy as np
 
 from smolvla_shared.config import StageOptions
@@ -47,10 +50,23 @@ def split_datasets(
     return train, held_out
 
 
-def weighted(rows_of: list[tuple[int, Rows]], weights: tuple[float, ...] = (), share: float = 1.0) -> list[RowGroup]:
+def weights_of(datasets: list[RobotDataset], rows_of: list[tuple[int, Rows]], balance: str) -> dict[int, float]:
+    """The weight of each of these datasets, by its index: its own, or that of --data.balance.
+
+    {}: every frame counts the same
+    """
+    own = {index: datasets[index].entry.weight for index, _ in rows_of}
+    if any(own.values()):
+        return own
+    return {index: math.sqrt(len(rows)) for index, rows in rows_of} if balance == "sqrt" else {}
+
+
+def weighted(
+    rows_of: list[tuple[int, Rows]], weights: Mapping[int, float] | None = None, share: float = 1.0
+) -> list[RowGroup]:
     """A list of (dataset index, rows) as groups that take this share of a batch together.
 
-    weights: of each dataset, by its index; (): one group, in which every frame counts the same
+    weights: of each dataset, by its index; {} or None: one group, in which every frame counts the same
     """
     if not (weights and rows_of):
         return group_rows(rows_of, share)
@@ -58,8 +74,17 @@ def weighted(rows_of: list[tuple[int, Rows]], weights: tuple[float, ...] = (), s
     return [group for index, rows in rows_of for group in group_rows([(index, rows)], share * weights[index] / total)]
 
 
+def balanced(datasets: list[RobotDataset], rows_of: list[tuple[int, Rows]], balance: str) -> list[RowGroup]:
+    """A list of (dataset index, rows) as groups, with the weights of `weights_of`."""
+    return weighted(rows_of, weights_of(datasets, rows_of, balance))
+
+
 def mix(
-    labelled: list, video: list, video_share: float, weights: tuple[float, ...] = (), video_weights=()
+    labelled: list,
+    video: list,
+    video_share: float,
+    weights: Mapping[int, float] | None = None,
+    video_weights: Mapping[int, float] | None = None,
 ) -> list[RowGroup]:
     """Two lists of (dataset index, rows), labelled ones and video, as groups; each with weights as in `weighted`."""
     return weighted(labelled, weights, 1 - video_share if video else 1) + weighted(video, video_weights, video_share)
@@ -78,5 +103,7 @@ def split_with_video(
     video, _ = split_datasets(datasets[num_labelled:], config.val_fraction, config.seed)
     video = [(num_labelled + index, rows) for index, rows in video]
     # A frame of video without a pair teaches nothing.
-    mixture = mix(labelled, with_pairs(datasets, video), video_share, config.data.weights)
+    paired = with_pairs(datasets, video)
+    weights = [weights_of(datasets, rows_of, config.data.balance) for rows_of in (labelled, paired)]
+    mixture = mix(labelled, paired, video_share, *weights)
     return labelled + video, mixture, group_rows(held_out)

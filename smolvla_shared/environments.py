@@ -192,6 +192,22 @@ def make_environments(
     return gymnasium.vector.AsyncVectorEnv(factories, context="forkserver")
 
 
+def compare_rates(env_type: str, fps: float | None) -> str:
+    """A line on the rate of an environment and that of a policy's training data; "" where they agree.
+
+    It is not refused: an environment's rate is what LeRobot's config of it says, for videos, too.
+    """
+    own = EnvConfig.get_choice_class(env_type)().fps
+    if fps is None:
+        return "the policy does not record the rate of its training data, so it was not compared with the environment's"
+    if abs(fps - own) <= 0.1 * own:
+        return ""
+    return (
+        f"WARNING: the policy was trained on {fps:g} actions a second, {env_type} takes {own:g}: every motion is "
+        f"{own / fps:.3g} times as fast as in the demonstrations"
+    )
+
+
 def preload_workers() -> None:
     """A rendering context does not survive a fork; imports do."""
     multiprocessing.set_forkserver_preload([__name__, "lerobot.envs.metaworld"])

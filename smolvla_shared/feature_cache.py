@@ -57,8 +57,9 @@ def prepare_features(
     cameras: tuple[str, ...],
     config: StageOptions,
     accelerator: Accelerator,
-) -> dict[str, tuple[RowCache, ...]]:
+) -> dict[str, tuple[RowCache | None, ...]]:
     """Fill and open the feature caches, one for each camera and dataset (SampleSpec.features). {}: no cache asked for.
+    A dataset names its cache after its own camera, so runs under other names share it.
 
     Only missing shards are computed. Raises ValueError if the tower trains, a cache has another key, or the caches are
     too large.
@@ -75,27 +76,32 @@ def prepare_features(
     directories = dataset_directories(options.feature_cache, [dataset.name for dataset in datasets])
     square_side = data.square_sides(datasets, cameras)
     tower = tower_id(core)
-    stores: dict[str, tuple[RowCache, ...]] = dict.fromkeys(cameras, ())
+    stores: dict[str, tuple[RowCache | None, ...]] = dict.fromkeys(cameras, ())
     for directory, dataset in zip(directories, datasets, strict=True):
         fingerprint = dataset_fingerprint(dataset.root)
         for camera in cameras:
+            view = dataset.views.get(camera)
+            if view is None:
+                stores[camera] += (None,)
+                continue
             key = FeatureKey(
                 tower=tower,
                 computed_in=f"{core.config.torch_dtype} weights, precision {accelerator.mixed_precision}",
                 stored_in=options.feature_cache_dtype,
                 image_size=core.config.image_size,
                 square_side=square_side.get(camera),
-                camera=camera,
+                camera=view,
                 dataset=fingerprint,
                 versions={name: metadata.version(name) for name in ("torch", "lerobot", data.video_decoder())},
             )
-            stores[camera] += (RowCache(directory / camera, asdict(key), dataset.num_frames, SHARD_ROWS),)
-    check_size([store for some in stores.values() for store in some], core, config, accelerator)
+            stores[camera] += (RowCache(directory / view, asdict(key), dataset.num_frames, SHARD_ROWS),)
+    check_size([store for some in stores.values() for store in some if store], core, config, accelerator)
     core.to(accelerator.device)
     for camera in cameras:
         for store, dataset in zip(stores[camera], datasets, strict=True):
-            fill(store, core, dataset, camera, config, accelerator)
-            store.open()
+            if store:
+                fill(store, core, dataset, dataset.views[camera], config, accelerator)
+                store.open()
     return stores
 
 

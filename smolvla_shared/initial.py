@@ -14,12 +14,13 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from smolvla_shared import data, data_values, lerobot_files, lerobot_smolvla
+from smolvla_shared import data, data_values, data_views, lerobot_files, lerobot_smolvla
 from smolvla_shared.artifact import Latents, load_artifact
 from smolvla_shared.batch import Labels
 from smolvla_shared.config import ACTION, CoreConfig, DataConfig, ModelConfig, PolicyDataConfig, StageOptions
 from smolvla_shared.files import check_weights, find_directory, public_state
 from smolvla_shared.labels import labels_pairs
+from smolvla_shared.mixture import camera_names
 from smolvla_shared.model import SmolVLASharedCore
 from smolvla_shared.model_parts import PARTS, frozen_parts, parameter_table, parameters_by_part, prepare_to_train
 from smolvla_shared.preprocess import EPS, Statistics
@@ -64,9 +65,14 @@ class InitialWeights:
     def data_options[Data: DataConfig](self, options: Data, with_latents: bool) -> Data:
         """The data options, with the model's own cameras, label camera and frame gap where the user names none.
 
-        To the model a camera is its place in the order: the cameras that the user names take the places in turn.
+        To the model a camera is its place in the order: the cameras that the user names take the places in turn. Of the
+        names in a mixture, those that are the model's own keep their places, and the others take the rest.
         """
-        options = replace(options, cameras=options.cameras or self.core.cameras)
+        mapped = camera_names(options.mixture_entries)
+        new = iter([camera for camera in mapped if camera not in self.core.cameras])
+        places = [camera if camera in mapped else next(new, None) for camera in self.core.cameras]
+        named = (*filter(None, places), *new) if mapped else self.core.cameras
+        options = replace(options, cameras=options.cameras or named)
         if not (self.latents and with_latents):
             return options
         return replace(
@@ -78,13 +84,14 @@ class InitialWeights:
     def choose_views(
         self, config: StageOptions, datasets: list[data.RobotDataset], with_latents: bool
     ) -> tuple[PolicyDataConfig, tuple[str, ...], str]:
-        """The data options with nothing left out, the policy's cameras, and the label camera. Sets the frame gap.
+        """The data options with nothing left out, the policy's cameras, and the label camera ("" without latents). Sets
+        the frame gap.
 
         Raises ValueError where the options contradict the labels or these weights, or the data lacks a camera.
         """
         options = labels_pairs(config, self.data_options(config.data, with_latents))
         data.set_frame_gap(datasets, options.gap_s)
-        return options, *data.choose_cameras(datasets, options)
+        return options, *data_views.choose_cameras(datasets, options, bool(config.data.cameras), with_latents)
 
     def label_camera(self, options: DataConfig) -> str | None:
         """The camera that its latent actions are of, under its name in the data; None where that is not known."""

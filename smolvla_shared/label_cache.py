@@ -15,7 +15,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from smolvla_shared import data, data_blocks, paths, ranges
+from smolvla_shared import data, data_blocks, data_views, paths, ranges
 from smolvla_shared.batch import RawBatch
 from smolvla_shared.cache import (
     MANIFEST,
@@ -59,6 +59,7 @@ def label_stores(
 ) -> list[RowCache]:
     """The label cache of each dataset, complete or not.
 
+    camera:  the run's label camera
     teacher: the teacher's id. None: the teacher whose labels are there; raises ValueError if there are none
     """
     directories = dataset_directories(cache, [dataset.name for dataset in datasets])
@@ -70,7 +71,7 @@ def label_stores(
             teacher_id=teacher,
             teacher_kind=kind,
             frame_gap_s=dataset.gap_s,
-            camera=camera,
+            camera=dataset.label_view(camera),
             dataset=dataset_fingerprint(dataset.root),
             versions={name: metadata.version(name) for name in ("torch", "lerobot", data.video_decoder())},
         )
@@ -134,13 +135,13 @@ def label(config: LabelConfig) -> None:
     laq = load_laq(config.laq_ckpt, config.laq_code_seq_len, config.laq_image_size)
     options = teachers_pairs(config.laq_ckpt, config.data, config.accept_other_pairs)
     datasets = data.open_datasets(options)
-    _, camera = data.choose_cameras(datasets, options)
+    _, camera = data_views.choose_cameras(datasets, options)
     data.valid_pair_share(datasets, [(i, dataset.rows()) for i, dataset in enumerate(datasets)])
     stores = label_stores(config.label_cache, datasets, teacher_id(laq), config.teacher_kind, camera)
     unfinished = [not store.is_complete() for store in stores]  # refuses wrong keys before any work
     laq.to(accelerator.device)
     for dataset, store, todo in zip(datasets, stores, unfinished):
-        label_dataset(laq, dataset, camera, store, config, accelerator)
+        label_dataset(laq, dataset, dataset.label_view(camera), store, config, accelerator)
         accelerator.print(f"{store.directory}: {dataset.num_frames:,} frames {'labelled' if todo else 'were labelled'}")
 
 

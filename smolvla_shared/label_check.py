@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from smolvla_shared import data, data_blocks, data_values, label_health, label_pictures, label_probe, paths
+from smolvla_shared import data, data_blocks, data_values, data_views, label_health, label_pictures, label_probe, paths
 from smolvla_shared.cache import dataset_fingerprint
 from smolvla_shared.data_rows import Rows
 from smolvla_shared.files import new_directory
@@ -88,7 +88,9 @@ def teacher_frames(
     whether the episode has each of these frames, [n, 3] bool.
     """
     blocks = data_blocks.episode_blocks(dataset, rows, size=64)
-    frames = data_blocks.FrameBlocks(dataset, teacher.camera, blocks, (-dataset.gap, 0, dataset.gap))
+    frames = data_blocks.FrameBlocks(
+        dataset, dataset.label_view(teacher.camera), blocks, (-dataset.gap, 0, dataset.gap)
+    )
     device = teacher.laq.vq.codebooks.device
     progress = tqdm(total=len(rows), desc=Path(dataset.name).name, unit="pair")
     loader = make_worker_loader(frames, num_workers)
@@ -195,7 +197,7 @@ def check(config: CheckConfig) -> None:
     options = teachers_pairs(config.laq_ckpt, config.data, config.accept_other_pairs)
     datasets = data.open_datasets(options)
     data_values.refuse_vectors(datasets, data.STATE_KEY, data.ACTION_KEY, data.EXECUTED_ACTION_KEY)
-    _, camera = data.choose_cameras(datasets, options)
+    _, camera = data_views.choose_cameras(datasets, options)
     all_frames = [(index, dataset.rows()) for index, dataset in enumerate(datasets)]
     valid_share = data.valid_pair_share(datasets, all_frames)
     print(data.describe(datasets, with_pairs=True))

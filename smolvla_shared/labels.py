@@ -13,6 +13,7 @@ from smolvla_shared.data_rows import Rows
 from smolvla_shared.label_cache import CachedLabels, cached_key, label_stores
 from smolvla_shared.laq import LAQ, LatentActions
 from smolvla_shared.laq_files import load_laq, teacher_id, teachers_pairs
+from smolvla_shared.mixture import policy_name
 from smolvla_shared.preprocess import Statistics, unit_range
 
 STATISTICS_PAIRS = 10_000
@@ -56,8 +57,14 @@ def labels_pairs[Data: DataConfig](config: StageOptions, data: Data) -> Data:
         return teachers_pairs(config.laq_ckpt, data, config.accept_other_pairs)
     if config.labels == "online":  # no labels: Stage 3 without co-training
         return data
-    key = cached_key(dataset_directories(config.label_cache, [*data.repo_ids, *map(str, data.roots)])[0])
-    own = {"frame_gap_s": key.frame_gap_s, "label_camera": key.camera}
+    directories = dataset_directories(config.label_cache, [entry.name for entry in data.entries])
+    own = {}
+    for directory, entry in zip(directories, data.entries, strict=True):
+        key = cached_key(directory)
+        if entry.frame_gap_s is None:
+            own.setdefault("frame_gap_s", key.frame_gap_s)
+        if entry.label_camera is None:
+            own.setdefault("label_camera", policy_name(data.entries, key.camera))
     return replace(data, **{name: value for name, value in own.items() if getattr(data, name) is None})
 
 

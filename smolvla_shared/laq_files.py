@@ -24,6 +24,7 @@ from smolvla_shared.files import (
 )
 from smolvla_shared.laq import LAQ
 from smolvla_shared.laq_config import SECOND_CONV, LAQConfig, slots_of_grid
+from smolvla_shared.mixture import policy_name
 from smolvla_shared.refusals import refuse_differences
 
 SCHEMA = "smolvla_shared.laq.v1"
@@ -74,18 +75,27 @@ def teachers_source(path: Path) -> dict[str, Any]:
 def teachers_pairs[Data: DataConfig](path: Path, data: Data, accept_other: bool = False) -> Data:
     """The data options; frame gap and label camera that they leave out are those that the teacher was trained on.
 
-    LAPA's files record neither. Raises ValueError if the options state others, unless `accept_other`.
+    LAPA's files record neither. Raises ValueError if the options, or datasets of a mixture, state others, unless
+    `accept_other`.
     """
     source = teachers_source(path)
     stated = {"frame_gap_s": data.frame_gap_s, "label_camera": data.label_camera}
     own = {name: source.get(name) for name in stated}
+    own["label_camera"] = policy_name(data.entries, own["label_camera"])
     if not accept_other:
+        known = {name: {source.get(name), *source.get("of_mixture", {}).get(name, ())} for name in stated}
         refuse_differences(
             f"{path} was trained on other pairs",
             [
                 (f"--data.{name.replace('_', '-')}", stated[name], own[name])
                 for name in own
                 if None not in (stated[name], own[name])
+            ]
+            + [
+                (f"{name} of {entry.name}", getattr(entry, name), own[name])
+                for entry in data.entries
+                for name in own
+                if own[name] is not None and getattr(entry, name) not in (None, *known[name])
             ],
             found="teacher",
             fix="Leave these options out, or pass --accept-other-pairs",

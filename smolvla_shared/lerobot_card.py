@@ -116,6 +116,8 @@ def policy_card(config: "HLRPSmolVLASharedConfig", source: dict[str, Any], licen
     names = {key: ", ".join(of or ["not recorded"]) for key, of in names.items()}
     rows = [f"| `{key}` | {list(feature.shape)} | {names.get(key, '')} |" for key, feature in features.items()]
     execution = f"Of a chunk, {config.n_action_steps} actions are executed before the next one is generated."
+    if config.fps:
+        execution += f" It was trained on {config.fps:g} actions a second."
     if config.optional_cameras:
         execution += f" Cameras that may be missing: {', '.join(config.optional_cameras)}."
     rights = "MIT." if data["license"] == "mit" else f"{data['license']}."

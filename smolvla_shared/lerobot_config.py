@@ -57,6 +57,8 @@ class HLRPSmolVLASharedConfig(PreTrainedConfig):
     # select_action's noise is a function of this seed + the episode's number since eval(), and of the step since
     # reset(): lerobot-eval with --seed and this one equal acts as rollout.py. None: drawn anew.
     noise_seed: int | None = None
+    # Actions a second in the training data; None: not recorded.
+    fps: float | None = None
     # Names of the dimensions, in order, where the training data names them.
     action_feature_names: tuple[str, ...] | None = None
     state_feature_names: tuple[str, ...] | None = None
@@ -159,7 +161,7 @@ class HLRPSmolVLASharedConfig(PreTrainedConfig):
         the policy's, in order.
         """
         found = dataset_to_policy_features(features)
-        names = feature_names(features)
+        names, self.fps = feature_names(features), None  # LeRobot does not say at which rate its dataset is
         self.action_feature_names, self.state_feature_names = names.get(ACTION), names.get("state")
         if keys.OBS_STATE in (self.input_features or {}) and keys.OBS_STATE in found:
             self.input_features[keys.OBS_STATE] = found[keys.OBS_STATE]

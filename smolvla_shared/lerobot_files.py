@@ -51,6 +51,7 @@ def save_policy(
     names: dict[str, tuple[str, ...] | None] | None = None,
     image_shapes: dict[str, tuple[int, ...]] | None = None,
     optional_cameras: tuple[str, ...] = (),
+    fps: float | None = None,
     rename_map: dict[str, str] | None = None,
 ) -> None:
     """Write a core as a LeRobot policy: config, weights and processors; source.json and README.md, its card; and
@@ -63,6 +64,7 @@ def save_policy(
     image_shapes:     (3, height, width) of each camera as recorded, to which LeRobot's policy server stretches the
                       images that it receives. Default: the model's squares
     optional_cameras: cameras that an observation may lack
+    fps:              actions a second in the training data
     rename_map:       {name of an observation as it arrives: our name}
     """
     directory.mkdir(parents=True, exist_ok=True)
@@ -71,6 +73,7 @@ def save_policy(
         core=core,
         n_action_steps=n_action_steps,
         optional_cameras=optional_cameras,
+        fps=fps,
         action_feature_names=names.get("action"),
         state_feature_names=names.get("state"),
         input_features=input_features(core, image_shapes or {}),

@@ -154,6 +154,7 @@ class Place:
 
 
 Dataset = Annotated[Path, Place(lambda path, option, options: check_dataset(path))]
+DatasetName = Annotated[str, Place(lambda name, option, options: check_dataset(Path(name).expanduser()))]
 HubDataset = Annotated[str, Place(lambda name, option, options: check_hub_dataset(name, option))]
 Teacher = Annotated[Path, Place(lambda path, option, options: check_teacher(path, option))]
 Artifact = Annotated[Path, Place(lambda path, option, options: check_artifact(path))]
@@ -176,17 +177,16 @@ def check(config: Any, options: Any = None, prefix: str = "--") -> None:
     hints = get_type_hints(type(config), include_extras=True)
     for field in fields(config):
         value, option = getattr(config, field.name), prefix + field.name.replace("_", "-")
-        if is_dataclass(value):
-            check(value, options or config, f"{option}.")
-        else:
-            _check(hints[field.name], value, option, options or config)
+        _check(hints[field.name], value, option, options or config)
 
 
 def _check(hint: Any, value: Any, option: str, options: Any) -> None:
     origin, arguments = get_origin(hint), get_args(hint)
     if value is None:
         return
-    if origin is Annotated:
+    if is_dataclass(value):
+        check(value, options, f"{option}.")
+    elif origin is Annotated:
         for place in hint.__metadata__:
             if isinstance(place, Place):
                 place.check(value, option, options)

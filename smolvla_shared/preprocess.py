@@ -167,7 +167,12 @@ class Preprocessor:
         config, device = self.config, raw.state.device
         # Image tokens [B, tokens, hidden] of a feature cache need no preparation.
         images = [i if i.ndim == 3 else prepare_images(i, config.image_size) for i in raw.images]
-        images, image_mask = stack_cameras(images)
+        images, image_mask = torch.stack(images, dim=1), raw.image_mask
+        if (
+            config.image_special_tokens
+        ):  # a missing camera's are not masked: it comes behind the others, as in a rollout
+            order = image_mask.int().argsort(dim=1, descending=True, stable=True)
+            images, image_mask = images[torch.arange(len(raw))[:, None], order], image_mask.gather(1, order)
         text, text_mask = to_device(list(self.tokenize(raw.tasks)), device)
         state, state_mask = torch.zeros(len(raw), config.max_state_dim, device=device), raw.state_mask
         if config.state_dim:

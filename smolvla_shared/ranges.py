@@ -93,6 +93,12 @@ def refuse_without(config: Any, is_there: bool, what: str, names: str, prefix: s
         raise ValueError(f"{options} has no effect without {what}: pass that, too, or leave it out")
 
 
+def refuse_beside(config: Any, what: str, names: str, prefix: str = "--") -> None:
+    """Raise ValueError if one of these fields is stated beside `what`, which stands for them."""
+    if stated := [f"{prefix}{name.replace('_', '-')}" for name in names.split() if getattr(config, name)]:
+        raise ValueError(f"{what} takes the place of {', '.join(stated)}: drop one of them")
+
+
 def refuse_twice(what: str, names: Iterable[Any]) -> None:
     """Raise ValueError for a name that is given twice."""
     counts = Counter(map(str, names))

@@ -64,18 +64,18 @@ def repeat_error(laq: "LAQ", batches: "Iterable[RawBatch]") -> float:
 
 def open_recordings(config: TeacherConfig) -> "tuple[list[RobotDataset], int, str]":
     """The datasets of video, then those of grounding; the number of the former; the label camera, which all have."""
-    from smolvla_shared import data
+    from smolvla_shared import data, data_views
     from smolvla_shared.laq_files import teachers_pairs
 
     options = teachers_pairs(config.init_from, config.data, accept_other=True) if config.init_from else config.data
     video, labelled = data.open_datasets(options), config.grounding.data_options(options)
     datasets = video + (data.open_datasets(labelled) if labelled else [])
-    _, label_camera = data.choose_cameras(datasets, options)
+    _, label_camera = data_views.choose_cameras(datasets, options)
     return datasets, len(video), label_camera
 
 
 def train_teacher(config: TeacherConfig) -> None:
-    from smolvla_shared import data, data_loader, data_order, data_split
+    from smolvla_shared import data, data_loader, data_order, data_split, data_views
     from smolvla_shared.evaluate import reconstruction_errors
     from smolvla_shared.grounding import Grounding
     from smolvla_shared.laq import LAQ, PairBatch
@@ -99,11 +99,12 @@ def train_teacher(config: TeacherConfig) -> None:
     if given:  # load_laq freezes; this copy trains
         laq.load_state_dict(given.state_dict())
     grounding = None
-    groups = data_split.weighted(training, config.data.weights)
+    weights = data_split.weights_of(datasets, training, config.data.balance)
+    groups = data_split.weighted(training, weights)
     if datasets[num_videos:]:
         grounding = Grounding(datasets[num_videos:], num_videos, config.grounding, config.val_fraction, config.seed)
         laq.ground(grounding.action_dim)
-        groups = data_split.mix(grounding.rows, training, 1 - config.grounding.share, video_weights=config.data.weights)
+        groups = data_split.mix(grounding.rows, training, 1 - config.grounding.share, video_weights=weights)
     accelerator.print(
         f"{data.describe(datasets, with_pairs=True)}\n"
         f"LAQ {f'from {config.init_from}' if config.init_from else 'with fresh weights'}: "
@@ -126,7 +127,7 @@ def train_teacher(config: TeacherConfig) -> None:
     def export(directory: Path, weights: "dict[str, Tensor]", step: int) -> None:
         directory.mkdir(parents=True)
         source = origin(config, step, datasets[:num_videos])
-        source |= {"frame_gap_s": datasets[0].frame_gap_s, "label_camera": label_camera}
+        source |= data_views.pairs_source(datasets[:num_videos], label_camera)
         source |= {"grounding": grounding.source if grounding else None}
         save_laq(assemble_laq(laq.config, weights), directory / TEACHER_FILE, extra=source)
 

@@ -58,7 +58,8 @@ class GroundingConfig:
 
     def data_options(self, data: DataConfig) -> DataConfig | None:
         """The video's data options, but with the labelled datasets; None if there are none."""
-        return replace(data, repo_ids=self.repo_ids, roots=self.roots) if self.repo_ids or self.roots else None
+        named = {"repo_ids": self.repo_ids, "roots": self.roots, "mixture": None, "weights": ()}
+        return replace(data, **named) if self.repo_ids or self.roots else None
 
 
 @dataclass(frozen=True, kw_only=True)

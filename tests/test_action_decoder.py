@@ -99,6 +99,11 @@ def test_positions_and_unequal_rates_are_refused(recordings, monkeypatch):
         patched.setattr(label_probe, "action_mode", lambda dataset: ("change", "because"))
         with pytest.raises(ValueError, match=r"--decode-actions: the actions of .* are absolute positions \(because\)"):
             action_decoder.fit(labels, 1, recordings, rows, seed=0)
+    with monkeypatch.context() as patched:  # as a dataset of a mixture may have it
+        patched.setattr(recordings[1], "frame_gap_s", 0.4)
+        patched.setattr(recordings[1], "name", "slower")
+        with pytest.raises(ValueError, match=r"all datasets must have one frame gap, they have, .*'slower': 0.4"):
+            action_decoder.fit(labels, 1, recordings, rows, seed=0)
     monkeypatch.setattr(data.RobotDataset, "gap", property(lambda dataset: 2 + (dataset is recordings[1])))
     monkeypatch.setattr(recordings[1], "name", "faster")
     with pytest.raises(ValueError, match=r"frame gaps cover different numbers of steps: .*'faster': 3"):

@@ -10,6 +10,7 @@ from smolvla_shared.batch import Batch, FlowTarget, RawBatch, to_device
 def make_raw_batch() -> RawBatch:
     return RawBatch(
         images=[torch.zeros(2, 3, 8, 8), torch.ones(2, 3, 8, 8)],
+        image_mask=torch.ones(2, 2, dtype=torch.bool),
         tasks=["open", "close"],
         state=torch.zeros(2, 4),
         state_mask=torch.ones(2, dtype=torch.bool),
@@ -48,7 +49,7 @@ def tensors(value) -> list[torch.Tensor]:
 def test_to_device_moves_every_tensor_and_keeps_the_rest():
     raw, batch = make_raw_batch(), make_batch()
     moved_raw, moved = to_device(raw, torch.device("meta")), to_device(batch, torch.device("meta"))
-    for before, after, count in [(raw, moved_raw, 9), (batch, moved, 14)]:
+    for before, after, count in [(raw, moved_raw, 10), (batch, moved, 14)]:
         assert type(after) is type(before)
         assert [t.device.type for t in tensors(after)] == ["meta"] * count
         assert [(t.shape, t.dtype) for t in tensors(after)] == [(t.shape, t.dtype) for t in tensors(before)]

@@ -23,7 +23,7 @@ from accelerate import Accelerator
 from lerobot.configs.video import RGBEncoderConfig
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
-from smolvla_shared import data, data_columns, data_loader, data_order, data_split
+from smolvla_shared import data, data_columns, data_loader, data_order, data_split, data_views
 from smolvla_shared.batch import RawBatch
 from smolvla_shared.config import DataConfig, ModelConfig, PolicyDataConfig, RunConfig
 from smolvla_shared.data import RobotDataset
@@ -635,12 +635,12 @@ def test_statistics_of_few_episodes_are_those_of_their_frames(labelled, video):
 def test_weights_share_out_every_batch(video, labelled):
     """Whatever the datasets' sizes; without weights every frame counts the same."""
     rows = [(0, video.rows(0, 20)), (1, labelled.rows())]
-    sampler = StepSampler(data_split.weighted(rows, (3.0, 1.0)), 0, 8, 0, 50)
+    sampler = StepSampler(data_split.weighted(rows, {0: 3.0, 1: 1.0}), 0, 8, 0, 50)
     taken = [[key.dataset for key in keys] for keys in sampler]
     assert all(of_step.count(0) == 6 and of_step.count(1) == 2 for of_step in taken)
     (group,) = data_split.weighted(rows)
     assert len(group) == 20 + labelled.num_frames
-    mixed = data_split.mix(rows[:1], rows[1:], 0.25, weights=(2.0,))
+    mixed = data_split.mix(rows[:1], rows[1:], 0.25, weights={0: 2.0})
     assert [group.share for group in mixed] == [0.75, 0.25]
     with pytest.raises(ValueError, match=r"--data.weights \(1.0,\): pass a number for each of 2 dataset"):
         PolicyDataConfig(roots=("x", "y"), weights=(1.0,))
@@ -687,16 +687,27 @@ def test_a_dataset_of_which_a_part_is_missing_is_refused(video_dataset, tmp_path
 
 
 def test_cameras_are_those_that_all_datasets_have(video, images):
-    assert data.choose_cameras([images], DataConfig(roots=("x",))) == ((CAMERA, WRIST), CAMERA)
-    assert data.choose_cameras([video, images], DataConfig(roots=("x",))) == ((CAMERA,), CAMERA)
-    chosen = data.choose_cameras([images], DataConfig(roots=("x",), cameras=(WRIST,), label_camera=CAMERA))
+    """Unless the user names one that some lack, which is then masked there."""
+    assert data_views.choose_cameras([images], DataConfig(roots=("x",))) == ((CAMERA, WRIST), CAMERA)
+    assert data_views.choose_cameras([video, images], DataConfig(roots=("x",))) == ((CAMERA,), CAMERA)
+    chosen = data_views.choose_cameras([images], DataConfig(roots=("x",), cameras=(WRIST,), label_camera=CAMERA))
     assert chosen == ((WRIST,), CAMERA)
-    for options in ({"cameras": (CAMERA, WRIST)}, {"cameras": ("observation.images.top",)}, {"label_camera": WRIST}):
-        with pytest.raises(ValueError) as error:
-            data.choose_cameras([video, images], DataConfig(roots=("x",), **options))
+    both = DataConfig(roots=("x",), cameras=(WRIST, CAMERA), label_camera=CAMERA)
+    assert data_views.choose_cameras([video, images], both) == ((WRIST, CAMERA), CAMERA)
+    for options, named, message in [
+        ({"cameras": (CAMERA, WRIST)}, False, "or you name them"),  # not the user's, but those of a model to start from
+        ({"cameras": ("observation.images.top",)}, True, "or you name them"),
+        ({"label_camera": WRIST}, True, f"every dataset must have the label camera, but not {video.name};"),
+        ({"cameras": (WRIST, CAMERA)}, True, f"the label camera, but not {video.name};"),
+        ({"cameras": (WRIST,), "label_camera": CAMERA}, True, f"^{video.name} would show the policy nothing"),
+    ]:
+        with pytest.raises(ValueError, match=message) as error:
+            data_views.choose_cameras([video, images], DataConfig(roots=("x",), **options), named)
         asked = options.get("label_camera") or options["cameras"][-1]
-        for words in (asked, f"{video.name}: {CAMERA}", f"{images.name}: {CAMERA}, {WRIST}", "--data.cameras"):
+        for words in (asked, f"{video.name}: {CAMERA}", f"{images.name}: {CAMERA}, {WRIST}", "Pass --data."):
             assert words in str(error.value)
+    # Where no pairs are read, nobody needs the label camera.
+    assert data_views.choose_cameras([video, images], both, with_pairs=False) == ((WRIST, CAMERA), "")
 
 
 @pytest.mark.parametrize("gap, near", [(0.02, "0.05, 0.1"), (0.09, "0.05, 0.1")])

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from smolvla_shared import data, data_check, data_report, data_values
+from smolvla_shared import data, data_check, data_report, data_values, data_views
 from smolvla_shared.command import in_few_lines
 from smolvla_shared.config import DataConfig, ModelConfig
 from smolvla_shared.initial import open_initial
@@ -468,10 +468,10 @@ def test_a_camera_that_no_policy_can_read_is_refused_where_it_is_used(image_data
     datasets, wrist = open_datasets(root), "observation.images.wrist"
     for options in {}, {"cameras": (CAMERA, wrist)}, {"label_camera": CAMERA}:
         with pytest.raises(ValueError) as refused:
-            data.choose_cameras(datasets, DataConfig(roots=(root,), **options))
+            data_views.choose_cameras(datasets, DataConfig(roots=(root,), **options))
         assert CAMERA in str(refused.value) and said in str(refused.value)
         assert f"pass --data.cameras {wrist}" in str(refused.value)
-    assert data.choose_cameras(datasets, DataConfig(roots=(root,), cameras=(wrist,)))[0] == (wrist,)
+    assert data_views.choose_cameras(datasets, DataConfig(roots=(root,), cameras=(wrist,)))[0] == (wrist,)
     report = look(root)
     assert any(said in text for text in (report.notes if "depth" in said else report.problems))
     assert [*report.cameras] == [wrist]

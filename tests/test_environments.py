@@ -9,6 +9,7 @@ from lerobot.envs.configs import EnvConfig
 from smolvla_shared.environments import (
     check_environment,
     check_seeds,
+    compare_rates,
     make_environment,
     make_environments,
     make_metaworld,
@@ -94,6 +95,14 @@ def test_a_simulation_that_mujoco_begins_anew_is_an_error(tmp_path, monkeypatch)
 def test_unknown_environments_are_refused(env_type, tasks, max_steps, message):
     with pytest.raises(ValueError, match=message):
         check_environment(env_type, tasks, max_steps)
+
+
+def test_the_rate_of_the_demonstrations_is_compared_with_the_environments():
+    assert [compare_rates(*rates) for rates in (("metaworld", 80), ("pusht", 10), ("aloha", 50), ("pusht", 10.5))] == [
+        ""
+    ] * 4
+    assert "trained on 30 actions a second, pusht takes 10: every motion is 0.333 times" in compare_rates("pusht", 30)
+    assert "does not record the rate" in compare_rates("pusht", None)
 
 
 def test_seeds_of_recordings_are_refused():

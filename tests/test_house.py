@@ -18,12 +18,12 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "smolvla_shared"
 # A module imports only modules above it.
 ORDER = """
-    ranges paths locks refusals command config laq_config teacher_config
+    ranges paths locks refusals mixture command config laq_config teacher_config
     batch preprocess flow losses files cache run_processes run_signals
     video_source video_clips video_dataset video
     trunk trunk_files model model_parts laq_layers laq laq_codebook laq_files
-    data_columns data_rows data_problems data_values data data_split data_order label_probe augmentation data_loader
-    data_blocks label_cache labels
+    data_columns data_rows data_problems data_values data data_views data_split data_order
+    label_probe augmentation data_loader data_blocks label_cache labels
     action_decoder artifact label_health label_pictures
     label_check feature_cache
     lerobot_config lerobot_processor lerobot_card lerobot_files lerobot_smolvla initial lerobot_policy

@@ -69,6 +69,7 @@ def original(artifact, tmp_path_factory):
         source,
         image_shapes={CAMERA: (3, 48, 80)},
         optional_cameras=(WRIST,),
+        fps=20,
     )
     os.umask(umask)
     return directory
@@ -142,6 +143,7 @@ def test_a_saved_policy_says_where_it_is_from(original, artifact):
         "- Datasets of Stage 2: `my/videos`, `other`",
         "- Teacher `000000000000`: quantized latent actions of `observation.images.top` over 0.5 s, 1 in a row",
         "on these latent actions: fail\n  - collapsed: a slot effectively uses 1.02 codes",
+        f"It was trained on 20 actions a second. Cameras that may be missing: {WRIST}.",
         NOT_EVALUATED,
         "MIT. The trunk's weights come from nobody/nothing",
     ):

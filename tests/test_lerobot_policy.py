@@ -92,6 +92,7 @@ def raw_batch(sizes, tasks=TASKS):
     num = len(tasks)
     return RawBatch(
         images=[torch.randint(0, 256, (num, 3, *size), generator=rng, dtype=torch.uint8) for size in sizes],
+        image_mask=torch.ones(num, len(sizes), dtype=torch.bool),
         tasks=tasks,
         state=torch.randn(num, 4, generator=rng),
         state_mask=torch.ones(num, dtype=torch.bool),

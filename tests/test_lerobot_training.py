@@ -83,6 +83,7 @@ def test_a_fresh_policy_is_what_stage_3_trains(artifact, labelled_dataset):
     core = initial.build(ModelConfig(), ("observation.image",), {"action"}, state_dim=4, action_dim=4, chunk_size=T)
     raw = RawBatch(
         images=[datasets[0].read_frames("observation.image", rows)],
+        image_mask=torch.ones(3, 1, dtype=torch.bool),
         tasks=batch["task"],
         state=batch["observation.state"],
         state_mask=torch.ones(3, dtype=torch.bool),
@@ -180,9 +181,10 @@ def test_a_policy_goes_on_with_another_robot(saved, image_dataset):
 
 def test_a_policy_goes_on_with_another_state_and_other_actions(saved, labelled_dataset):
     config = PreTrainedConfig.from_pretrained(saved, cli_overrides=["--input_features=null", "--chunk_size=5"])
-    config.pretrained_path = saved
+    config.pretrained_path, config.fps = saved, 50
     policy = make_policy(config, ds_meta=metadata(labelled_dataset))
     core = policy.config.core
+    assert policy.config.fps is None  # it was that of the demonstrations before
     assert (core.cameras, core.state_dim, core.action_dim) == (("observation.image",), 4, 4)
     assert policy.config.input_features["observation.image"].shape == (3, 96, 96)  # the dataset's, not the model's
     before = load_file(saved / "model.safetensors")

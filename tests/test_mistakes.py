@@ -80,6 +80,8 @@ COMMANDS: dict[str, tuple[Any, str, str]] = {
         --data.feature-cache features --data.random-hue 0.05
         --data.cameras top top
         --data.roots video video
+        --data.mixture mixture.yaml
+        --data.weights 2 --data.balance sqrt
         --latent-horizon 0
         --laq-code-seq-len 0
         --laq-image-size -1
@@ -137,6 +139,7 @@ COMMANDS: dict[str, tuple[Any, str, str]] = {
         --latent-horizon 2
         --laq-ckpt laq.safetensors
         --video-roots video
+        --video-roots video --video-mixture video.yaml
         --decode-actions --laq-ckpt laq.safetensors
         --stage2-artifact x.safetensors --init-from y
         --stage2-artifact nowhere.safetensors

@@ -161,6 +161,7 @@ def make_raw_batch() -> RawBatch:
     """Two samples; the second has no state, its pair crosses the episode's end, and so does its action chunk."""
     return RawBatch(
         images=[torch.full((2, 3, 12, 16), 255, dtype=torch.uint8), torch.full((2, 3, 16, 16), 0.5)],
+        image_mask=torch.tensor([[True, True], [True, True]]),
         tasks=["open the door", "slide"],
         state=torch.tensor([[3.0, 10.0], [7.0, 7.0]]),
         state_mask=torch.tensor([True, False]),

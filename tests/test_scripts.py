@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 import train_stage2
 import train_stage3
-from smolvla_shared import hub
+from smolvla_shared import data_views, hub
 from smolvla_shared.artifact import load_artifact
 from smolvla_shared.laq_files import load_laq, teacher_id
 from smolvla_shared.model import SmolVLASharedCore
@@ -124,6 +124,10 @@ def test_every_run_leaves_the_same_directory(runs, name, targets, every):
 def test_the_policy_acts_and_the_chain_is_summed_up(runs, run_well):
     """4 training steps teach nothing: the episode fails, and the summary says so beside the runs' own figures."""
     assert (runs / "rollout.txt").read_text().splitlines()[-1].startswith("plate-slide-v3  0 of 1   0%")
+    rates = (
+        "WARNING: the policy was trained on 20 actions a second, metaworld takes 80: every motion is 4 times as fast"
+    )
+    assert rates in (runs / "rollout.txt").read_text()
     (runs / "steps.txt").write_text("1 teacher 0\n2 stage 2 90\nend 120\n")
     for name in ("stage2", "stage3"):
         (runs / name).symlink_to(runs / name.replace("tage", ""))
@@ -294,9 +298,9 @@ def test_video_trains_the_action_head_with_decoded_actions(run_well, labelled_da
     command += ["--chunk-size", "6", "--n-action-steps", "3", "--model.preset", "tiny", "--labels", "cache"]
     command += ["--teacher-kind", "continuous", "--latent-horizon", "2", "--video-roots", video, "--decode-actions"]
     printed = run_well(*command, "--run-dir", tmp_path / "s3")
-    _, (labelled, hidden) = train_stage3.open_recordings(
-        tyro.cli(train_stage3.Stage3Config, args=[*map(str, command[1:]), "--run-dir", str(tmp_path / "not made")])
-    )
+    arguments = [*map(str, command[1:]), "--run-dir", str(tmp_path / "not made")]
+    config = tyro.cli(train_stage3.Stage3Config, args=arguments)
+    _, (labelled, hidden) = data_views.open_recordings(config.data, config.video_data)
     assert "action" in labelled.features and "action" not in hidden.features  # video's own actions are not read
     assert "actions decoded from latent actions, 2 steps each: R² on unseen episodes 1.00, 1.00, 1.00, 1.00" in printed
     assert "loss {'action': 1.0}" in printed
@@ -355,7 +359,7 @@ STAGES = {
         ("2", "--data.roots {video} --laq-ckpt {laq} --accumulation-steps 3", "--batch-size 64 .* not divisible"),
         ("2", "--data.roots {video} --laq-ckpt {laq} --resume", "--resume: there is no run at"),
         ("3", "--data.roots {video}", "has no 'action' column.*action-free video goes into --video-roots"),
-        ("3", "--data.roots {labelled} {images}", "action have different widths"),
+        ("3", "--data.roots {labelled} {images}", "labelled datasets have different rates"),
         (
             "3",
             "--data.roots {labelled} --latent-loss-weight 1 --laq-ckpt {laq} --video-roots {video} "

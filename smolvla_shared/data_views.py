@@ -1,0 +1,137 @@
+"""Which cameras the datasets of a run show, under the policy's names: chosen, said in a table, or refused."""
+
+from itertools import zip_longest
+from typing import Any
+
+from smolvla_shared import data, data_problems
+from smolvla_shared.config import DataConfig
+from smolvla_shared.data import ACTION_KEY, RobotDataset, open_datasets
+from smolvla_shared.mixture import camera_names
+
+MISSING = "- (masked)"
+
+
+def open_recordings(config: DataConfig, of_video: DataConfig | None) -> tuple[list[RobotDataset], list[RobotDataset]]:
+    """The labelled datasets; these and the video datasets, whose actions are hidden.
+
+    Raises ValueError for a labelled one without actions, and for labelled ones of different rates: equal actions would
+    be different motions, and chunks of different lengths in time.
+    """
+    labelled, video = open_datasets(config), open_datasets(of_video) if of_video else []
+    for dataset in labelled:
+        if ACTION_KEY not in dataset.features:
+            raise ValueError(
+                f"{dataset.name} has no {ACTION_KEY!r} column, it has {sorted(dataset.features)}: Stage 3 learns "
+                "from labelled demonstrations; action-free video goes into --video-roots"
+            )
+    rates = {dataset.name: dataset.fps for dataset in labelled}
+    if len(set(rates.values())) > 1:
+        said = ", ".join(f"{name}: {fps:g}" for name, fps in rates.items())
+        raise ValueError(
+            f"the labelled datasets have different rates, they cannot share a policy: {said} actions a second. Train "
+            "on those of one rate; the others may be --video-roots"
+        )
+    for dataset in video:
+        dataset.hide_actions()
+    return labelled, labelled + video
+
+
+def choose_cameras(
+    datasets: list[RobotDataset], config: DataConfig, named: bool = True, with_pairs: bool = True
+) -> tuple[tuple[str, ...], str]:
+    """The policy's cameras, and the label camera ("" without pairs), by the policy's names.
+
+    Default: the names in the mixture, else the cameras that all datasets have. A dataset may lack a camera that the
+    user has named, in --data.cameras or in a mixture.
+
+    named: whether config.cameras are the user's
+
+    Raises ValueError for a camera that no dataset has, or not every dataset if it was not named; for a dataset that has
+    none of them; and for one that lacks the label camera.
+    """
+    views = {dataset.name: [*dataset.views] for dataset in datasets}
+    common = [camera for camera in datasets[0].views if all(camera in known for known in views.values())]
+    mapped = camera_names(dataset.entry for dataset in datasets)
+    cameras = config.cameras or mapped or tuple(common)
+    label_camera = config.label_camera or (cameras[0] if cameras else "") if with_pairs else ""
+    known = {camera for of in views.values() for camera in of} if mapped or (named and config.cameras) else {*common}
+    own = [dataset.name for dataset in datasets if dataset.entry.label_camera]
+    unlabelled = [name for name in views if label_camera and name not in own and label_camera not in views[name]]
+    listing = "; ".join(f"{name}: {', '.join(of)}" for name, of in views.items())
+    asked = f"asked for {list(cameras) or 'all they share'}, label camera {label_camera or 'none'}; found {listing}. "
+    if not cameras or any(camera not in known for camera in cameras):
+        raise ValueError(
+            f"every dataset must have every camera, or you name them; {asked}Pass --data.cameras (a dataset may lack "
+            "some of these), or map names with --data.mixture"
+        )
+    if unlabelled:
+        raise ValueError(
+            f"every dataset must have the label camera, but not {', '.join(unlabelled)}; {asked}"
+            "Pass --data.label-camera, or give them a label_camera of their own in --data.mixture"
+        )
+    if blind := [name for name, of in views.items() if not {*cameras} & {*of}]:
+        raise ValueError(
+            f"{', '.join(blind)} would show the policy nothing; {asked}Pass --data.cameras, or map names with "
+            "--data.mixture"
+        )
+    data_problems.refuse_cameras(datasets, (*cameras, label_camera))
+    return cameras, label_camera
+
+
+def describe(datasets: list[RobotDataset], cameras: tuple[str, ...], label_camera: str, start: tuple[str, ...]) -> str:
+    """The datasets and their cameras, for the first lines of a run. The arguments are those of `camera_table`."""
+    lines = data.describe(datasets, with_pairs=bool(label_camera))
+    return f"{lines}\n{camera_table(datasets, cameras, label_camera, start)}"
+
+
+def camera_table(
+    datasets: list[RobotDataset], cameras: tuple[str, ...], label_camera: str = "", start: tuple[str, ...] = ()
+) -> str:
+    """A line for each dataset with its own names of the policy's cameras, and what is left out of each.
+
+    label_camera: the run's, if it reads pairs; start: the cameras of what training starts from, whose places they take
+    """
+    rows = [["camera of the policy", *cameras]]
+    if start:
+        rows.append(["starts as", *[place or "new" for _, place in zip(cameras, (*start, *[""] * len(cameras)))]])
+    rows += [[d.name, *[d.views.get(camera, MISSING) for camera in cameras]] for d in datasets]
+    if label_camera:
+        pairs = [f"{d.label_view(label_camera)}, {d.gap_s:.3g} s" for d in datasets]
+        rows = [[*row, last] for row, last in zip(rows, ["pairs", *[""] * (len(rows) - 1 - len(pairs)), *pairs])]
+    widths = [max(map(len, column)) for column in zip_longest(*rows, fillvalue="")]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+    for dataset in datasets:
+        read = {dataset.views.get(camera) for camera in cameras}
+        if left := [camera for camera in dataset.camera_keys if camera not in read]:
+            lines.append(f"{dataset.name}: the policy does not see {', '.join(left)} (name it with --data.cameras)")
+    return "\n".join(lines)
+
+
+def frame_shapes(datasets: list[RobotDataset], cameras: tuple[str, ...]) -> dict[str, tuple[int, int, int]]:
+    """(3, height, width) of each camera, as the first dataset that has it recorded it."""
+    having = {camera: next(dataset for dataset in datasets if camera in dataset.views) for camera in cameras}
+    return {camera: dataset.frame_shape(dataset.views[camera]) for camera, dataset in having.items()}
+
+
+def may_be_missing(labelled: list[RobotDataset], cameras: tuple[str, ...]) -> tuple[str, ...]:
+    """The cameras that an observation may lack: those that a labelled dataset lacks.
+
+    Raises ValueError if these are all: a robot must show the policy something.
+    """
+    lacking = {camera: [d.name for d in labelled if camera not in d.views] for camera in cameras}
+    optional = tuple(camera for camera, names in lacking.items() if names)
+    if optional == cameras:
+        said = "; ".join(f"{camera} is not in {', '.join(names)}" for camera, names in lacking.items())
+        raise ValueError(
+            f"no camera is in all labelled datasets: {said}. Give one camera of each the same name in --data.mixture"
+        )
+    return optional
+
+
+def pairs_source(datasets: list[RobotDataset], label_camera: str) -> dict[str, Any]:
+    """What a teacher's file records of the pairs that it was trained on."""
+    own = sorted({d.frame_gap_s for d in datasets if d.entry.frame_gap_s})
+    common = [d.frame_gap_s for d in datasets if not d.entry.frame_gap_s]
+    source = {"frame_gap_s": (common or own)[0], "label_camera": label_camera}
+    cameras = sorted({d.entry.label_camera for d in datasets if d.entry.label_camera})
+    return source | ({"of_mixture": {"frame_gap_s": own, "label_camera": cameras}} if own or cameras else {})
