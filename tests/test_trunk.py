@@ -13,19 +13,10 @@ from lerobot.policies.smolvla.smolvlm_with_expert import apply_rope
 from safetensors.torch import load_file, save_file
 from transformers import SmolVLMConfig, SmolVLMForConditionalGeneration, SmolVLMModel
 
+from smolvla_shared.attention import attend, attention_bias, rotate, rotation
 from smolvla_shared.batch import Batch
 from smolvla_shared.config import CoreConfig, ModelConfig
-from smolvla_shared.trunk import (
-    Expert,
-    Prefix,
-    Trunk,
-    attend,
-    attention_bias,
-    prefix_attention_mask,
-    rotate,
-    rotation,
-    suffix_attention_mask,
-)
+from smolvla_shared.trunk import Expert, Prefix, Trunk, prefix_attention_mask, suffix_attention_mask
 from smolvla_shared.trunk_files import load_trunk_config, load_trunk_weights, make_core_config, trunk_location
 
 IMAGE_TOKENS = 16  # of a camera, in the tiny trunk
