@@ -271,7 +271,7 @@ def task_problems(dataset: "RobotDataset") -> Iterator[str]:
             f"by task_index, or {MEND}"
         )
     for number, text in enumerate(texts):
-        if problem := text_problem(text, total):
+        if problem := text_problem(text):
             yield f"task {number} {problem}: lerobot-edit-dataset --operation.type modify_tasks writes another"
     indices = dataset.frames["task_index"]
     at, count = differences(dataset.frames, lambda rows: ~((indices[rows] >= 0) & (indices[rows] < total)))
@@ -280,12 +280,10 @@ def task_problems(dataset: "RobotDataset") -> Iterator[str]:
         yield f"{where} has the task {indices[at]} of {total}, numbered from 0, and so do {count} rows: {MEND}"
 
 
-def text_problem(text: Any, total: int) -> str | None:
-    """Why a task's text is none. That of the only task may be empty: video without captions."""
+def text_problem(text: Any) -> str | None:
+    """Why a task's text is none. It may be empty: video without captions."""
     if not isinstance(text, str):
         return f"is {shown(text)}, it should be a text"
-    if not text.strip() and total > 1:
-        return f"is empty ({text!r}), others are not"
     if controls := sorted({letter for letter in text if ord(letter) < 32 and letter not in "\n\t\r"}):
         return f"has the control characters {controls}"
     return None

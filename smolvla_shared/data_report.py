@@ -141,6 +141,7 @@ def look(dataset: RobotDataset, config: "DataCheckConfig") -> Report:
                 said.append(outlier_text(dataset, key, vector, outlier))
     if not any(data_problems.task_problems(dataset)):
         report.tasks = task_counts(dataset)
+        report.notes += data_values.without_text([dataset])
         report.problems += cut_texts(dataset, config)
     look_at_cameras(report, config)
     return report

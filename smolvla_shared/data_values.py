@@ -174,6 +174,17 @@ def texts_cut(datasets: "Sequence[RobotDataset]", tokenizer: PreTrainedTokenizer
     return lines
 
 
+def without_text(datasets: "Sequence[RobotDataset]") -> list[str]:
+    """A line for each dataset of which some frames have a task text and others an empty one."""
+    lines = []
+    for dataset in datasets:
+        empty = [number for number, text in enumerate(dataset.tasks) if not text.strip()]
+        if 0 < len(empty) < len(dataset.tasks):
+            count = int(np.isin(dataset.frames["task_index"], empty).sum())
+            lines.append(f"{dataset.name}: {count:,} of {dataset.num_frames:,} frames have an empty task text")
+    return lines
+
+
 def chunk_seconds(datasets: "Sequence[RobotDataset]", chunk_size: int) -> list[str]:
     """A line if a chunk of so many actions lasts longer in one dataset than in another."""
     rates = {dataset.name: dataset.fps for dataset in datasets if ACTION_KEYS[0] in dataset.features}

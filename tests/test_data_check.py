@@ -16,6 +16,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
 from smolvla_shared import data, data_check, data_report, data_values, data_views
 from smolvla_shared.command import in_few_lines
@@ -231,7 +232,6 @@ OPENED = {
         tasks("pull the square", "push the square", numbers=(1, 0)),
         r"numbers its tasks \[1, 0\], a task's row must be its number",
     ),
-    "an empty task": (tasks("push the square", " "), r"task 1 is empty \(' '\), others are not"),
     "no task text": (tasks("push the square", None), "task 1 is null, it should be a text"),
     "a task of control characters": (tasks("push", "pull\x00"), r"task 1 has the control characters \['\\x00'\]"),
     # videos
@@ -402,14 +402,14 @@ def test_every_problem_is_listed_and_the_exit_code_is_1(copy, capsys):
     for edit in (
         element("action", 47, 1, np.nan),
         stat(STATE, "std", 0, lambda std: -std),
-        tasks("push the square", ""),
+        tasks("push the square", None),
         cell("frame_index", 25, 6),
         video(180),
     ):
         edit(copy)
     code, printed = checked(capsys, copy)
     found = problems_of(printed)
-    words = "frame_index 6", "task 1 is empty", "180 frames", "action nan", "std -0.2"
+    words = "frame_index 6", "task 1 is null", "180 frames", "action nan", "std -0.2"
     assert code == 1 and [any(word in problem for problem in found) for word in words] == [True] * 5, printed
     # The last episode's last frames are not in the video, which decoding finds, too.
     assert any("episode 7: frames of observation.image cannot be read" in problem for problem in found)
@@ -489,6 +489,15 @@ def test_what_a_policy_reads_of_long_tasks_is_said(copy):
     initial, datasets = open_initial(ModelConfig(preset="tiny")), open_datasets(copy)
     core = initial.build(ModelConfig(), (CAMERA,), ["action"], action_dim=4, chunk_size=6)
     assert initial.describe(core, None, datasets).splitlines()[-1].startswith(f"{copy}: {expected}")
+
+
+def test_frames_without_a_task_text_are_counted(copy):
+    tasks("push the square", " ")(copy)
+    datasets = open_datasets(copy)
+    count = sum(row["task_index"].item() == 1 for row in LeRobotDataset(copy.name, root=copy).hf_dataset)
+    (line,) = data_values.without_text(datasets)
+    assert count > 0 and line == f"{copy}: {count} of {datasets[0].num_frames} frames have an empty task text"
+    assert line in look(copy).notes and look(copy).problems == []
 
 
 def test_two_rates_of_a_chunk_are_said(labelled_dataset, image_dataset):
