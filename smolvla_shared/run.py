@@ -20,7 +20,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -56,6 +56,16 @@ from smolvla_shared.run_optimizer import FiniteGradients, clip_gradients, learni
 from smolvla_shared.run_processes import describe_precision, make_accelerator
 from smolvla_shared.run_sharding import check_plugin, distribute, gather
 from smolvla_shared.run_signals import StopSignals
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run reads."""
+
+    # By the index that samples name them with.
+    dataset_names: list[str] = field(default_factory=list)
+    # By name: a dataset or an artifact may change while its path stays.
+    hashes: dict[str, str] = field(default_factory=dict)
 
 
 def start_run(config: RunConfig, product: Path | None = None) -> tuple[Accelerator, Path | None]:
@@ -98,12 +108,12 @@ class Run:
         module: nn.Module,
         resume_from: Path | None = None,
         export: Export | None = None,
-        inputs: dict[str, str] | None = None,
+        inputs: Inputs | None = None,
     ):
         """Distribute the module, restore the checkpoint `resume_from`, and claim the run directory.
 
         export: writes a policy, an artifact or a teacher into a directory of each checkpoint, from full weights
-        inputs: hashes of what the run reads, by name (`inputs`); a resumed run must read the same
+        inputs: what the run reads (`inputs`); a resumed run must read the same
 
         Raises ValueError if the disk has no room for the checkpoints to come, and what run_checkpoint.claim_run
         refuses.
@@ -117,8 +127,11 @@ class Run:
             self.state.ema = {n: p.detach().clone() for n, p in module.named_parameters() if p.requires_grad}
         if resume_from:
             load_checkpoint(resume_from, self.state, accelerator)
+        inputs = inputs or Inputs()
+        self.dataset_names = inputs.dataset_names if len(inputs.dataset_names) > 1 else []
+        self.dataset: Tensor | None = None  # [B], of this pass's samples, if there are several
         accelerator.print(plan_checkpoints(config, self.state, export is not None))
-        claim_run(config, accelerator, inputs)
+        claim_run(config, accelerator, inputs.hashes)
         self.gradients = FiniteGradients(self.optimizer, accelerator.device)
         self.bad_samples: list[Tensor] = []  # of this step's passes
         self.evaluates = False
@@ -127,7 +140,9 @@ class Run:
     def __enter__(self) -> "Run":
         with ExitStack() as stack:
             self.signals = stack.enter_context(StopSignals(self.accelerator.num_processes))
-            self.recorder = stack.enter_context(Recorder(self.config, self.accelerator, self.state.step))
+            self.recorder = stack.enter_context(
+                Recorder(self.config, self.accelerator, self.state.step, self.dataset_names)
+            )
             self.stack = stack.pop_all()
         return self
 
@@ -169,6 +184,7 @@ class Run:
                 self.mark("data")
                 raws.append(to_device(raw, self.accelerator.device))
                 self.mark("transfer")
+            self.raws = raws
             yield raws
             self._finish_step()
 
@@ -180,6 +196,8 @@ class Run:
         """
         for index, batch in enumerate(batches):
             sums = index == len(batches) - 1 or self.accelerator.is_fsdp2
+            if self.dataset_names:
+                self.dataset = torch.tensor(self.raws[index].dataset, device=self.accelerator.device)
             with nullcontext() if sums else self.accelerator.no_sync(self.core):
                 yield batch
 
@@ -194,7 +212,7 @@ class Run:
 
     def record(self, losses: dict[str, Tensor], errors: dict[str, Tensor], masks: dict[str, Tensor]) -> None:
         """Record a pass for metrics.jsonl: the pass's part of each loss, and token errors and masks, [B, T] or [B]."""
-        self.recorder.window.add(losses, errors, masks)
+        self.recorder.window.add(losses, errors, masks, self.dataset)
         bad = [~error.detach().isfinite().reshape(len(error), -1).all(1) for error in errors.values()]
         self.bad_samples.append(torch.stack(bad).any(0))
 
@@ -277,14 +295,12 @@ class Run:
         )
 
 
-def inputs(datasets: list[RobotDataset], provenance: dict[str, Any], labels: Labels | None = None) -> dict[str, str]:
-    """Hashes of what a run reads, by name: a dataset or an artifact may change while its path stays.
-
-    provenance: of the initial weights
-    """
-    found = {f"dataset {dataset.name}": dataset_fingerprint(dataset.root) for dataset in datasets}
-    found |= {"initial weights": json_sha256(provenance)} if provenance else {}
-    return found | ({"teacher": labels.teacher_id} if labels else {})
+def inputs(datasets: list[RobotDataset], provenance: dict[str, Any], labels: Labels | None = None) -> Inputs:
+    """provenance: of the initial weights"""
+    hashes = {f"dataset {dataset.name}": dataset_fingerprint(dataset.root) for dataset in datasets}
+    hashes |= {"initial weights": json_sha256(provenance)} if provenance else {}
+    hashes |= {"teacher": labels.teacher_id} if labels else {}
+    return Inputs([dataset.name for dataset in datasets], hashes)
 
 
 def versions() -> dict[str, str]:

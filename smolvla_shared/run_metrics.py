@@ -5,6 +5,7 @@ import os
 import time
 import uuid
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import timedelta
 from itertools import pairwise
@@ -69,31 +70,53 @@ def plot_curves(metrics: list[dict[str, float]], path: Path) -> None:
 
 
 class Window:
-    """Sums since the last line of metrics.jsonl. They stay on the device until `read`."""
+    """Sums since the last line of metrics.jsonl. They stay on the device until `read`.
 
-    def __init__(self):
+    dataset_names: of a run that reads several datasets
+    """
+
+    def __init__(self, dataset_names: Sequence[str] = ()):
+        self.dataset_names = dataset_names
         self.clear()
 
     def clear(self) -> None:
         self.steps = 0
         self.losses: dict[str, Tensor] = {}  # this process's part of each loss, summed over the steps
         self.slots: dict[str, Tensor] = {}  # [2, S]: sum and number of the valid errors of each latent slot
+        self.of_datasets: dict[str, Tensor] = {}  # [2, datasets]: sum and number of the valid errors of each
         self.extra: dict[str, float] = {}  # metrics that are not averaged: the newest value
 
-    def add(self, losses: dict[str, Tensor], errors: dict[str, Tensor], masks: dict[str, Tensor]) -> None:
-        """Add a forward pass: its part of each loss, and token errors and masks, [B, T] or [B]."""
+    def add(
+        self,
+        losses: dict[str, Tensor],
+        errors: dict[str, Tensor],
+        masks: dict[str, Tensor],
+        dataset: Tensor | None = None,
+    ) -> None:
+        """Add a forward pass: its part of each loss, token errors and masks, [B, T] or [B], and the samples' datasets."""
         self.losses |= {name: self.losses.get(name, 0) + part.detach() for name, part in losses.items()}
         if LATENT in errors:
             mask = masks[LATENT]
             sums = torch.stack([(errors[LATENT].detach() * mask).sum(0), mask.sum(0)])
             self.slots[LATENT] = self.slots.get(LATENT, 0) + sums
+        for name, error in errors.items() if dataset is not None else ():
+            mask = masks[name].reshape(len(dataset), -1)
+            sums = torch.stack([(error.detach().reshape(mask.shape) * mask).sum(1), mask.sum(1)])
+            none = sums.new_zeros(2, len(self.dataset_names))
+            self.of_datasets[name] = self.of_datasets.get(name, none).index_add(1, dataset, sums)
 
     def read(self, accelerator: Accelerator) -> dict[str, float]:
-        """Mean losses and errors of each slot over the window's steps, and the newest extra metrics."""
+        """Mean losses and errors of each slot and dataset over the window's steps, and the newest extra metrics.
+
+        A dataset that none of the steps has read has no mean.
+        """
         means = {f"loss/{name}": accelerator.reduce(s, "sum") / self.steps for name, s in self.losses.items()}
         for name, sums in self.slots.items():
             errors, counts = accelerator.reduce(sums, "sum")
             means |= {f"slot/{name}_{slot}": e for slot, e in enumerate(errors / counts.clamp(min=1))}
+        for name, sums in self.of_datasets.items():
+            of_each = zip(self.dataset_names, *accelerator.reduce(sums, "sum"), strict=True)
+            means |= {f"loss/{name}_of_{dataset}": error / count for dataset, error, count in of_each if count}
         return {name: mean.item() for name, mean in means.items()} | self.extra
 
 
@@ -172,8 +195,8 @@ class Recorder:
 
     FIRST_REPORT = 20  # steps until the first estimate of the remaining time
 
-    def __init__(self, config: RunConfig, accelerator: Accelerator, step: int):
-        self.config, self.accelerator, self.window = config, accelerator, Window()
+    def __init__(self, config: RunConfig, accelerator: Accelerator, step: int, dataset_names: Sequence[str]):
+        self.config, self.accelerator, self.window = config, accelerator, Window(dataset_names)
         self.is_main = accelerator.is_main_process
         self.step = self.first_step = step
         if self.is_main:

@@ -15,7 +15,7 @@ from smolvla_shared import run_processes
 from smolvla_shared.config import DataConfig, ModelConfig, OptimConfig, RunConfig
 from smolvla_shared.losses import masked_mean, valid_tokens
 from smolvla_shared.model import SmolVLASharedCore
-from smolvla_shared.run import Run
+from smolvla_shared.run import Inputs, Run
 from smolvla_shared.trunk_files import make_core_config
 
 if TYPE_CHECKING:
@@ -60,6 +60,7 @@ class Points:
     y: dict[str, Tensor]
     masks: dict[str, Tensor]
     keys: list[str]
+    dataset: list[int]  # alternately the first and the second
 
 
 class Regression(nn.Module):
@@ -82,7 +83,7 @@ def points(step: int) -> Points:
     y = {"a": torch.randn(8, 5, generator=generator), "b": torch.randn(8, 2, generator=generator)}
     masks = {"a": torch.arange(5) < torch.randint(0, 6, (8, 1), generator=generator), "b": torch.zeros(8, 2) > 0}
     masks["b"][step % 8] = True
-    return Points(x, y, masks, [f"step {step} slot {slot}" for slot in range(8)])
+    return Points(x, y, masks, [f"step {step} slot {slot}" for slot in range(8)], [0, 1] * 4)
 
 
 def passes(first_step: int, process: int = 0, num_processes: int = 1, accumulation_steps: int = 1) -> Iterator[Points]:
@@ -95,7 +96,7 @@ def passes(first_step: int, process: int = 0, num_processes: int = 1, accumulati
             start = (number * num_processes + process) * size
             part = slice(start, start + size)
             y, masks = ({name: value[part] for name, value in of.items()} for of in (whole.y, whole.masks))
-            yield Points(whole.x[part], y, masks, whole.keys[part])
+            yield Points(whole.x[part], y, masks, whole.keys[part], whole.dataset[part])
         step += 1
 
 
@@ -111,12 +112,13 @@ def train(
     after_step: Callable[[int], dict[str, float]] = lambda step: {},
     export: Callable[[Path, dict[str, Tensor], int], None] | None = None,
     resume_from: Path | None = None,
+    inputs: Inputs | None = None,
 ) -> dict[str, Tensor]:
     """The loop of the scripts; returns the weights to publish.
 
     after_step: called after every update; what it returns is logged
     """
-    with Run(config, accelerator, module, resume_from, export) as run:
+    with Run(config, accelerator, module, resume_from, export, inputs) as run:
         for raws in run.steps(make_batches):
             batches = [prepare(raw) for raw in raws]
             counts = valid_tokens(batches, accelerator)

@@ -105,10 +105,10 @@ def test_a_run_whose_data_is_slow_is_called_data_bound(tmp_path, capsys, monkeyp
         assert line["time/samples_per_s"] < 8 / 0.02
 
 
-# --- the errors of each slot ------------------------------------------------------------------------------------------
+# --- the errors of each slot and dataset ------------------------------------------------------------------------------
 
 
-def test_latent_errors_are_logged_for_each_slot(tmp_path, monkeypatch):
+def test_errors_are_logged_for_each_slot_and_dataset(tmp_path, monkeypatch):
     """Means over the valid ones of all steps since the last line."""
     monkeypatch.setattr(run_metrics, "plot_curves", lambda lines, path: None)
     config = make_config(tmp_path / "run", steps=4, log_every=2, accumulation_steps=2)
@@ -129,13 +129,17 @@ def test_latent_errors_are_logged_for_each_slot(tmp_path, monkeypatch):
                 masks.append(batch.masks[LATENT])
             return {LATENT: found["a"], "b": found["b"]}
 
-    train_points(config, module=Renamed(), prepare=rename)
+    train_points(config, module=Renamed(), prepare=rename, inputs=run.Inputs(["data/x", "me/y", "unread"]))
     lines = metrics_of(config.run_dir)
     for number, line in enumerate(lines):
         error, mask = (torch.cat(of[4 * number : 4 * number + 4]) for of in (errors, masks))
         for slot in range(5):
             assert line[f"slot/latent_{slot}"] == pytest.approx(masked_mean(error[:, slot], mask[:, slot]).item())
         assert "slot/b_0" not in line
+        for index, dataset in enumerate(["data/x", "me/y"]):
+            expected = masked_mean(error[index::2], mask[index::2]).item()
+            assert line[f"loss/latent_of_{dataset}"] == pytest.approx(expected)
+        assert "loss/latent_of_unread" not in line
 
 
 # --- trackers ---------------------------------------------------------------------------------------------------------
