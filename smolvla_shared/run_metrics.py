@@ -93,7 +93,7 @@ class Window:
         masks: dict[str, Tensor],
         dataset: Tensor | None = None,
     ) -> None:
-        """Add a pass: its part of each loss, token errors and masks, [B, T] or [B], and the dataset of each sample [B]."""
+        """Add a pass: its part of each loss, token errors and masks, [B, T] or [B], and its samples' datasets [B]."""
         self.losses |= {name: self.losses.get(name, 0) + part.detach() for name, part in losses.items()}
         if LATENT in errors:
             mask = masks[LATENT]
