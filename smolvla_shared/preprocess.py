@@ -168,9 +168,8 @@ class Preprocessor:
         # Image tokens [B, tokens, hidden] of a feature cache need no preparation.
         images = [i if i.ndim == 3 else prepare_images(i, config.image_size) for i in raw.images]
         images, image_mask = torch.stack(images, dim=1), raw.image_mask
-        if (
-            config.image_special_tokens
-        ):  # a missing camera's are not masked: it comes behind the others, as in a rollout
+        if config.image_special_tokens:
+            # The special tokens of a missing camera are not masked: it comes behind the others, as in a rollout.
             order = image_mask.int().argsort(dim=1, descending=True, stable=True)
             images, image_mask = images[torch.arange(len(raw))[:, None], order], image_mask.gather(1, order)
         text, text_mask = to_device(list(self.tokenize(raw.tasks)), device)
