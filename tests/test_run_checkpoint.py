@@ -117,7 +117,7 @@ def test_last_points_at_a_whole_checkpoint_whenever_the_run_dies(tmp_path):
     assert (checkpoints / "last").readlink() == Path("000002")
     assert (checkpoints / "last" / "pretrained_model" / "model").read_text() == "whole"
     assert not (checkpoints / "000004").exists()
-    train_points(config, export=export, resume_from=(checkpoints / "last").resolve())
+    train_points(replace(config, resume=True), export=export, resume_from=(checkpoints / "last").resolve())
     assert names_in(checkpoints) == ["000002", "000004", "000006", "last"]  # and no temporary names
     assert (checkpoints / "last").readlink() == Path("000006")
     for step in ("000002", "000004", "000006"):
@@ -130,7 +130,7 @@ def test_keep_keeps_the_newest(tmp_path):
     config = make_config(tmp_path / "run", steps=7, save_every=1, keep=2)
     train_points(config)
     assert names_in(config.run_dir / "checkpoints") == ["000006", "000007", "last"]
-    assert check_run(replace(config, resume=True), make_accelerator()).name == "000007"
+    assert check_run(replace(config, resume=True, steps=8), make_accelerator()).name == "000007"
 
 
 def test_keep_counts_from_the_checkpoint_that_last_names(tmp_path):
@@ -230,7 +230,8 @@ def test_a_disk_that_is_full_stops_the_run_and_leaves_the_last_checkpoint(tmp_pa
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert names_in(checkpoints) == ["000002", "last"]
-    found = train_points(config, resume_from=check_run(replace(config, resume=True), make_accelerator()))
+    config = replace(config, resume=True)
+    found = train_points(config, resume_from=check_run(config, make_accelerator()))
     whole = train_points(make_config(tmp_path / "whole", steps=6, save_every=2, log_every=100))
     assert equal(dict(found.state_dict()), dict(whole.state_dict()))
 
