@@ -84,7 +84,7 @@ def main(config: Stage2Config) -> None:
     training, held_out = data_split.split_datasets(datasets, config.val_fraction, config.seed, config.data.max_episodes)
     labels = open_labels(config, datasets, label_camera, initial.latent_horizon)
     dims = initial.latent_dims(labels, options, label_camera, config.latent_head)
-    dims |= data.state_dims(datasets, config.model.use_state)
+    dims |= data.state_dims(datasets, config.model.use_state, datasets)
     about = labels.teacher_id, labels.kind, options.gap_s, label_camera, data.valid_pair_share(datasets, training)
     latents = with_health(artifact.Latents(*about, labels.horizon), config.label_health, config.accept_label_health)
     accelerator, resume_from = start_run(config, config.run_dir / "artifacts" / f"{paths.ARTIFACT_NAME}.json")

@@ -73,7 +73,7 @@ class Stage3Config(StageOptions, RunConfig):
                 f"--laq-ckpt (got {self.laq_ckpt}) or --labels cache (got {self.labels})"
             )
         if self.has_video and not self.needs_labels:
-            raise ValueError("--video-roots and --video-repo-ids need --latent-loss-weight, --decode-actions, or both")
+            raise ValueError("--video-roots, -repo-ids, -mixture need --latent-loss-weight, --decode-actions, or both")
         if self.decode_actions and not self.has_video:
             raise ValueError("--decode-actions decodes the actions of video: pass --video-roots or --video-repo-ids")
         own_horizon = self.stage2_artifact or self.model.init_from  # where the option leaves it out; else it is 1
@@ -143,7 +143,7 @@ def main(config: Stage3Config) -> None:
     options, cameras, label_camera = initial.choose_views(config, datasets, with_latents=config.needs_labels)
     optional = data_views.may_be_missing(labelled, cameras)
     dims = {"action_dim": data.common_dim(labelled, data.ACTION_KEY), "chunk_size": config.chunk_size}
-    dims |= data.state_dims(datasets, config.model.use_state)
+    dims |= data.state_dims(datasets, config.model.use_state, labelled)
     recorded = initial.recorded_statistics(dims) if config.normalization == "artifact" else {}
     action_decoder.check_horizon(config.decode_actions, config.latent_horizon or initial.latent_horizon)
     labels = open_labels(config, datasets, label_camera, initial.latent_horizon) if config.needs_labels else None

@@ -13,7 +13,7 @@ from huggingface_hub import snapshot_download
 from lerobot.datasets.dataset_metadata import CODEBASE_VERSION
 from lerobot.datasets.feature_utils import get_hf_features_from_features
 from lerobot.datasets.io_utils import load_info, load_nested_dataset, load_tasks
-from lerobot.datasets.utils import DEFAULT_TASKS_PATH, get_safe_version
+from lerobot.datasets.utils import DEFAULT_TASKS_PATH, CompatibilityError, get_safe_version
 from lerobot.datasets.video_utils import decode_video_frames
 from lerobot.utils.constants import HF_LEROBOT_HOME
 from lerobot.utils.import_utils import get_safe_default_video_backend
@@ -74,7 +74,7 @@ class RobotDataset:
         try:
             revision = get_safe_version(self.name, CODEBASE_VERSION)
             snapshot_download(self.name, repo_type="dataset", revision=revision, local_dir=self.root)
-        except (OSError, httpx.HTTPError) as error:
+        except (OSError, httpx.HTTPError, RuntimeError, CompatibilityError) as error:
             raise ValueError(
                 f"no LeRobotDataset {self.name}: it is not, or not whole, in {self.root}, and the hub says: "
                 f"{problem or error}"
@@ -210,9 +210,8 @@ class RobotDataset:
     def frame_shape(self, camera: str) -> tuple[int, int, int]:
         """(3, h, w) of the recorded frames."""
         first, second, third = self.features[camera]["shape"]
-        # Recordings use both orders; LeRobot, too, goes by the names.
-        channels_last = self.features[camera]["names"][2] in ("channel", "channels")
-        return (third, first, second) if channels_last else (first, second, third)
+        is_last = data_problems.channels_last(self.features[camera])
+        return (third, first, second) if is_last else (first, second, third)
 
 
 def vector_names(feature: dict[str, Any]) -> tuple[str, ...] | None:
@@ -309,13 +308,15 @@ def common_dim(datasets: list[RobotDataset], key: str) -> int:
     data_values.refuse_vectors(datasets, key)
     dims = {dataset.name: dataset.vector_dim(key) for dataset in datasets if key in dataset.features}
     if len(set(dims.values())) > 1:
-        raise ValueError(f"the datasets' {key} have different widths, they cannot share a model: {dims}")
+        fix = ": leave one out" + ", or pass --model.no-use-state" * (key == STATE_KEY)
+        raise ValueError(f"the datasets' {key} have different widths, they cannot share a model: {dims}{fix}")
     return next(iter(dims.values()), 0)
 
 
-def state_dims(datasets: list[RobotDataset], use_state: bool) -> dict[str, int]:
-    """The field of CoreConfig that says how wide the state is; 0: the model sees none."""
-    return {"state_dim": common_dim(datasets, STATE_KEY) if use_state else 0}
+def state_dims(datasets: list[RobotDataset], use_state: bool, labelled: list[RobotDataset]) -> dict[str, int]:
+    """The field of CoreConfig that says how wide the state is; 0: the model sees none, or no `labelled` one has any."""
+    has_state = use_state and any(STATE_KEY in dataset.features for dataset in labelled)
+    return {"state_dim": common_dim(datasets, STATE_KEY) if has_state else 0}
 
 
 def vector_statistics(
@@ -390,5 +391,6 @@ def describe(datasets: list[RobotDataset], with_pairs: bool) -> str:
         f"{d.name}: {d.num_frames:,} frames, {len(d.episode_from):,} episodes, "
         f"{d.num_frames / d.fps / 3600:.2f} h at {d.fps} fps"
         + (f", pairs {d.gap} frames = {d.gap_s:.3g} s apart" if with_pairs else "")
+        + (": no episode is so long, none is read" if with_pairs and not len(d.rows_with_pairs(d.rows())) else "")
         for d in datasets
     )

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import tyro
 
-from smolvla_shared import ranges
+from smolvla_shared import paths, ranges
 from smolvla_shared.command import parse, run_command
 from smolvla_shared.config import CoreConfig
 
@@ -43,9 +43,8 @@ class DataCheckConfig:
         for name in self.datasets:
             if not Path(name).is_dir() and not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
                 raise ValueError(f"there is no directory {name}: pass a LeRobotDataset's directory or its hub id")
-            if Path(name).is_dir() and not (Path(name) / "meta" / "info.json").is_file():
-                found = sorted(path.name for path in Path(name).iterdir())
-                raise ValueError(f"no LeRobotDataset at {name}: meta/info.json is missing (found: {found})")
+            if Path(name).is_dir():
+                paths.check_dataset(Path(name))
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -125,7 +125,8 @@ def to_numpy(column: pa.Array, where: str) -> np.ndarray:
     while True:
         if values.null_count:
             raise ValueError(f"{where} has no value in {values.null_count} rows: {MEND}")
-        if not (pa.types.is_list(values.type) or pa.types.is_fixed_size_list(values.type)):
+        is_list = pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list
+        if not any(kind(values.type) for kind in is_list):
             break
         if len(widths := pc.unique(pc.list_value_length(values))) > 1:
             raise ValueError(f"{where} has now {widths[0]}, now {widths[1]} numbers in a row: {MEND}")

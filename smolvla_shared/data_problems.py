@@ -137,12 +137,17 @@ def is_path(value: Any, fields: set[str]) -> bool:
 # --- cameras ----------------------------------------------------------------------------------------------------------
 
 
+def channels_last(feature: dict[str, Any]) -> bool:
+    """Recordings use both orders; LeRobot, too, goes by the names. Ports of Open X-Embodiment say rgb."""
+    return feature["names"][2] in ("channel", "channels", "rgb")
+
+
 def channels(feature: dict[str, Any]) -> int | None:
     """Channels of a camera's frames; None: its names do not tell which of the three sizes it is."""
     shape, names = feature["shape"], feature.get("names")
     if len(shape) != 3 or not isinstance(names, list | tuple) or len(names) != 3:
         return None
-    return shape[2] if names[2] in ("channel", "channels") else shape[0]
+    return shape[2] if channels_last(feature) else shape[0]
 
 
 def is_depth(feature: dict[str, Any]) -> bool:
@@ -167,9 +172,9 @@ def camera_problem(key: str, feature: dict[str, Any]) -> str | None:
 def refuse_cameras(datasets: "list[RobotDataset]", cameras: Collection[str]) -> None:
     """Raise ValueError for a camera, by the policy's name, that a policy cannot read in a dataset that has it."""
     for dataset in datasets:
-        own = [dataset.views[camera] for camera in cameras if camera in dataset.views]
-        own += [dataset.entry.label_camera] if dataset.entry.label_camera else []
-        problems = {camera: camera_problem(camera, dataset.features[camera]) for camera in dict.fromkeys(own)}
+        own = {camera: dataset.views[camera] for camera in cameras if camera in dataset.views}
+        own |= {camera: camera for camera in [dataset.entry.label_camera] if camera}
+        problems = {camera: camera_problem(view, dataset.features[view]) for camera, view in own.items()}
         if bad := [problem for problem in problems.values() if problem]:
             others = " ".join(camera for camera, problem in problems.items() if not problem)
             fix = f": pass --data.cameras {others} (or --data.label-camera)" if others else ""

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 import av
 import numpy as np
-from huggingface_hub.errors import HfHubHTTPError
 from lerobot.utils.constants import HF_LEROBOT_HOME
 from tqdm import tqdm
 
@@ -109,10 +108,7 @@ def open_one(name: str) -> RobotDataset:
     """Raises ValueError for what is no dataset, and for one whose tables cannot be read."""
     if Path(name).is_dir():
         return RobotDataset(DatasetEntry(root=name), Path(name), DEFAULT_GAP_S)
-    try:
-        return RobotDataset(DatasetEntry(repo_id=name), HF_LEROBOT_HOME / name, DEFAULT_GAP_S)
-    except (HfHubHTTPError, ConnectionError) as error:
-        raise ValueError(f"there is no directory {name}, and the hub says of a dataset of this id: {error}") from error
+    return RobotDataset(DatasetEntry(repo_id=name), HF_LEROBOT_HOME / name, DEFAULT_GAP_S)
 
 
 def two_rates(datasets: list[RobotDataset]) -> list[str]:

@@ -68,11 +68,7 @@ class InitialWeights:
         To the model a camera is its place in the order: the cameras that the user names take the places in turn. Of the
         names in a mixture, those that are the model's own keep their places, and the others take the rest.
         """
-        mapped = camera_names(options.mixture_entries)
-        new = iter([camera for camera in mapped if camera not in self.core.cameras])
-        places = [camera if camera in mapped else next(new, None) for camera in self.core.cameras]
-        named = (*filter(None, places), *new) if mapped else self.core.cameras
-        options = replace(options, cameras=options.cameras or named)
+        options = replace(options, cameras=options.cameras or self.mapped_cameras(options)[0])
         if not (self.latents and with_latents):
             return options
         return replace(
@@ -80,6 +76,16 @@ class InitialWeights:
             label_camera=options.label_camera or self.label_camera(options),
             frame_gap_s=options.frame_gap_s or self.latents.frame_gap_s,
         )
+
+    def mapped_cameras(self, options: DataConfig) -> tuple[tuple[str, ...], dict[str, str]]:
+        """The policy's cameras where the user names none but in a mixture, and the names that its own cameras take."""
+        mapped, own = camera_names(options.mixture_entries), self.core.cameras
+        if not mapped:
+            return own, dict(zip(own, own))
+        new = iter([camera for camera in mapped if camera not in own])
+        places = [camera if camera in mapped else next(new, None) for camera in own]
+        named = (*filter(None, places), *new)
+        return named, {camera: place for camera, place in zip(own, places) if place}
 
     def choose_views(
         self, config: StageOptions, datasets: list[data.RobotDataset], with_latents: bool
@@ -97,7 +103,9 @@ class InitialWeights:
         """The camera that its latent actions are of, under its name in the data; None where that is not known."""
         if self.latents is None:
             return None
-        names = dict(zip(self.core.cameras, options.cameras))
+        named, names = self.mapped_cameras(options)
+        if options.cameras != named:
+            names = dict(zip(self.core.cameras, options.cameras))
         return names.get(self.latents.label_camera, self.latents.label_camera)
 
     @property

@@ -70,7 +70,7 @@ def label_stores(
         key = LabelKey(
             teacher_id=teacher,
             teacher_kind=kind,
-            frame_gap_s=dataset.gap_s,
+            frame_gap_s=dataset.frame_gap_s,
             camera=dataset.label_view(camera),
             dataset=dataset_fingerprint(dataset.root),
             versions={name: metadata.version(name) for name in ("torch", "lerobot", data.video_decoder())},

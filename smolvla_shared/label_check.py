@@ -34,8 +34,13 @@ def find_targets(
     """Recorded motions over the gap of the drawn pairs, by name (label_probe.py): a target for each column of actions,
     and the displacement of the state.
     """
-    found = collections.defaultdict(dict)  # name -> dataset -> [n, A]
+    found = collections.defaultdict(dict)  # name, A -> dataset -> [n, A]
     dimensions = {}
+
+    def add(name: str, index: int, values: Tensor, key: str) -> None:
+        found[name, values.shape[1]][index] = values
+        dimensions.setdefault((name, values.shape[1]), label_probe.dimension_names(datasets[index], key))
+
     for index, (dataset, rows) in enumerate(zip(datasets, drawn)):
         rows, action = torch.from_numpy(rows), label_probe.action_key(dataset)
         if action:
@@ -45,12 +50,13 @@ def find_targets(
                 "change": "positions, whose change over the gap counts",
             }
             print(f"{dataset.name}: {action} are {meaning[mode]} ({reason})")
-            found[action][index] = label_probe.actions_over_gap(dataset, rows, mode)
-            dimensions.setdefault(action, label_probe.dimension_names(dataset, action))
+            add(action, index, label_probe.actions_over_gap(dataset, rows, mode), action)
         if data.STATE_KEY in dataset.features:
-            found[label_probe.DISPLACEMENT][index] = label_probe.displacements(dataset, rows)
-            dimensions.setdefault(label_probe.DISPLACEMENT, label_probe.dimension_names(dataset, data.STATE_KEY))
-    return {name: label_health.Target(fill(parts, drawn), dimensions[name]) for name, parts in found.items()}
+            add(label_probe.DISPLACEMENT, index, label_probe.displacements(dataset, rows), data.STATE_KEY)
+    # Robots of other widths have targets of their own.
+    several = collections.Counter(name for name, _ in found)
+    names = {(name, width): f"{name} ({width})" if several[name] > 1 else name for name, width in found}
+    return {names[place]: label_health.Target(fill(parts, drawn), dimensions[place]) for place, parts in found.items()}
 
 
 def fill(parts: dict[int, Tensor], drawn: list[np.ndarray]) -> Tensor:

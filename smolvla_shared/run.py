@@ -300,7 +300,9 @@ def inputs(datasets: list[RobotDataset], provenance: dict[str, Any], labels: Lab
     hashes = {f"dataset {dataset.name}": dataset_fingerprint(dataset.root) for dataset in datasets}
     hashes |= {"initial weights": json_sha256(provenance)} if provenance else {}
     hashes |= {"teacher": labels.teacher_id} if labels else {}
-    return Inputs([dataset.name for dataset in datasets], hashes)
+    names = [dataset.name for dataset in datasets]
+    # A dataset may be read twice, as demonstrations and as video.
+    return Inputs([f"{name} (video)" if name in names[:index] else name for index, name in enumerate(names)], hashes)
 
 
 def versions() -> dict[str, str]:

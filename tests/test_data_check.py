@@ -16,6 +16,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from lerobot.datasets.compute_stats import get_feature_stats
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
 from smolvla_shared import data, data_check, data_report, data_values, data_views
@@ -489,6 +490,34 @@ def test_what_a_policy_reads_of_long_tasks_is_said(copy):
     initial, datasets = open_initial(ModelConfig(preset="tiny")), open_datasets(copy)
     core = initial.build(ModelConfig(), (CAMERA,), ["action"], action_dim=4, chunk_size=6)
     assert initial.describe(core, None, datasets).splitlines()[-1].startswith(f"{copy}: {expected}")
+
+
+def test_ports_that_say_rgb_are_read_as_lerobots_own(copy):
+    """ "names": ["height", "width", "rgb"], as in ports of Open X-Embodiment."""
+    (before,) = open_datasets(copy)
+    shape = before.frame_shape(CAMERA)
+    feature(CAMERA, names=["height", "width", "rgb"])(copy)
+    (dataset,) = open_datasets(copy)
+    assert dataset.frame_shape(CAMERA) == shape == (3, 96, 96)
+    assert data_views.choose_cameras([dataset], DataConfig(roots=(copy,)))[0] == (CAMERA,)
+    assert look(copy).problems == []
+
+
+@pytest.mark.parametrize("spread", [0, 0.02, 0.1])
+@pytest.mark.parametrize("center", [100.05, 178.9, 2048.0])
+def test_statistics_that_lerobot_rounds_are_no_contradiction(copy, center, spread):
+    """A joint that is held: LeRobot's deviation of it is its rounding."""
+    rng = np.random.default_rng(0)
+    (dataset,) = open_datasets(copy)
+    values = np.array(dataset.frames[STATE], np.float32)
+    values[:, 0] = center + spread * rng.normal(size=len(values))
+    of_lerobot = get_feature_stats(values, axis=0, keepdims=False)
+    rows(lambda frame: frame.__setitem__(STATE, list(values)))(copy)
+    stats(STATE, **{name: of_lerobot[name].tolist() for name in ("mean", "std", "min", "max")})(copy)
+    data_values.refuse_vectors(open_datasets(copy), STATE)
+    stat(STATE, "std", 0, lambda std: std + 0.1 * center)(copy)
+    with pytest.raises(ValueError, match="std"):
+        data_values.refuse_vectors(open_datasets(copy), STATE)
 
 
 def test_frames_without_a_task_text_are_counted(copy):

@@ -16,7 +16,7 @@ from smolvla_shared.batch import RawBatch
 from smolvla_shared.cache import MANIFEST, dataset_directories
 from smolvla_shared.config import LATENT, DataConfig, PolicyDataConfig, StageOptions
 from smolvla_shared.label_cache import CODEBOOK, label
-from smolvla_shared.labels import OnlineLabels, latent_statistics, open_labels
+from smolvla_shared.labels import OnlineLabels, labels_pairs, latent_statistics, open_labels
 from smolvla_shared.laq import LAQ
 from smolvla_shared.laq_files import load_laq, save_laq
 from smolvla_shared.teacher_config import LabelConfig
@@ -140,6 +140,18 @@ def test_a_dataset_that_is_labelled_is_not_labelled_again(cache, laq_checkpoint,
     label(label_config(directory, laq_checkpoint, video_dataset, teacher_kind=kind))
     assert "were labelled" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in there.rglob("*")} == before
+
+
+def test_a_gap_between_two_frames_stays_the_one_that_was_asked_for(
+    tmp_path, laq_checkpoint, video_dataset, image_dataset
+):
+    """0.19 s are 4 frames of one dataset, 2 of the other, 0.2 s apart. A run that asks the labels is told 0.19."""
+    data_options = PolicyDataConfig(roots=(video_dataset, image_dataset), num_workers=0)
+    label(label_config(tmp_path / "labels", laq_checkpoint, "-", data=replace(data_options, frame_gap_s=0.19)))
+    config = latent_config(tmp_path, data=data_options, labels="cache", label_cache=tmp_path / "labels")
+    options = labels_pairs(config, config.data)
+    assert options.frame_gap_s == 0.19
+    open_labels(config, data.open_datasets(options), CAMERA)
 
 
 def test_any_other_key_is_a_miss_with_both_sides(cache, tmp_path, laq, video_dataset):
