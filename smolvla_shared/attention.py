@@ -23,7 +23,10 @@ def rotation(positions: Tensor, head_dim: int) -> Rotation:
 
 
 class Rotate(torch.autograd.Function):
-    """Three kernels forward and backward. In bfloat16 the last one rounds its float32 result."""
+    """Three kernels forward and backward. In bfloat16 the last one rounds its float32 result.
+
+    It has no second derivative, and no forward-mode one.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

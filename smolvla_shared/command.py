@@ -34,6 +34,9 @@ def run_command(main: Callable[..., None], options: Any = None) -> None:
     try:
         main(parse(options)) if options else main()
         leave_processes()
+    except SystemExit:  # of a run that was stopped, or had nothing left to do
+        leave_processes()
+        raise
     except KeyboardInterrupt:
         print("stopped by Ctrl-C", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)

@@ -23,7 +23,7 @@ from smolvla_shared import data_problems, data_values, paths, preprocess
 from smolvla_shared.config import ACTION, CoreConfig, DataConfig
 from smolvla_shared.data_columns import ROWS_AT_ONCE, Columns
 from smolvla_shared.data_rows import Rows
-from smolvla_shared.files import ask_hub
+from smolvla_shared.files import hub_or_cache
 from smolvla_shared.mixture import DatasetEntry
 from smolvla_shared.preprocess import Statistics
 
@@ -70,10 +70,10 @@ class RobotDataset:
 
     def _download(self) -> None:
         """As LeRobotDataset does, which would then read all of it. Raises ValueError if the hub does not give it."""
-        problem = ask_hub()
         try:
-            revision = get_safe_version(self.name, CODEBASE_VERSION)
-            snapshot_download(self.name, repo_type="dataset", revision=revision, local_dir=self.root)
+            with hub_or_cache() as problem:
+                revision = get_safe_version(self.name, CODEBASE_VERSION)
+                snapshot_download(self.name, repo_type="dataset", revision=revision, local_dir=self.root)
         except (OSError, httpx.HTTPError, RuntimeError, CompatibilityError) as error:
             raise ValueError(
                 f"no LeRobotDataset {self.name}: it is not, or not whole, in {self.root}, and the hub says: "

@@ -198,21 +198,29 @@ def write_text(path: Path, text: str) -> None:
 
 @cache
 def ask_hub() -> str:
-    """Why the hub does not answer, in words; "": it does, or HF_HUB_OFFLINE forbids to ask.
-
-    Asked once in a process, before anything is fetched: the hub's libraries ask again and again, for minutes. Without
-    an answer they read the local cache only from here on, as with HF_HUB_OFFLINE=1.
-    """
+    """Why the hub does not answer, in words; "": it does, or HF_HUB_OFFLINE forbids to ask. Asked once in a process."""
     if constants.HF_HUB_OFFLINE:
         return ""
     try:
         get_session().head(constants.ENDPOINT, timeout=HUB_TIMEOUT_S)
     except httpx.HTTPError as error:
-        constants.HF_HUB_OFFLINE = True
         problem = f"{constants.ENDPOINT} does not answer within {HUB_TIMEOUT_S} s ({error or type(error).__name__})"
         print(f"{problem}: only what the local cache holds can be read", file=sys.stderr)
         return problem
     return ""
+
+
+@contextmanager
+def hub_or_cache() -> Iterator[str]:
+    """Within this context the hub's libraries read the local cache only, as with HF_HUB_OFFLINE=1, if the hub does not
+    answer: they would ask again and again, for minutes. Yields what `ask_hub` says.
+    """
+    problem, before = ask_hub(), constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = before or bool(problem)
+    try:
+        yield problem
+    finally:
+        constants.HF_HUB_OFFLINE = before
 
 
 def find_directory(
@@ -230,11 +238,11 @@ def find_directory(
     directory = Path(name)
     if not directory.is_dir():
         check_hub_id(what, str(name))
-        problem = ask_hub()
+        # A repository may also hold checkpoints with their optimizers, and videos.
+        wanted = [*needed, *optional, PROCESSORS, SOURCE_NAME, MANIFEST_NAME]
         try:
-            # A repository may also hold checkpoints with their optimizers, and videos.
-            wanted = [*needed, *optional, PROCESSORS, SOURCE_NAME, MANIFEST_NAME]
-            directory = Path(snapshot_download(str(name), allow_patterns=wanted, **hub))
+            with hub_or_cache() as problem:
+                directory = Path(snapshot_download(str(name), allow_patterns=wanted, **hub))
         except (OSError, ValueError, httpx.HTTPError) as error:
             raise ValueError(
                 f"no {what} {name}: there is no such directory, and the hub says: {problem or error}"

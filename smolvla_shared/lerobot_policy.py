@@ -308,7 +308,8 @@ class HLRPSmolVLASharedPolicy(DescribedPolicy, PreTrainedPolicy):
         text = torch.zeros(1, TEXT_MULTIPLE, dtype=torch.int64, device=self.config.device)
         seen |= {keys.OBS_LANGUAGE_TOKENS: text, keys.OBS_LANGUAGE_ATTENTION_MASK: text == 0}
         core = self.config.core
-        with torch.autocast(torch.device(self.config.device).type, enabled=self.config.use_amp):  # as lerobot-eval does
+        autocast = torch.autocast(torch.device(self.config.device).type, enabled=self.config.use_amp)
+        with torch.inference_mode(), autocast:  # as in rollouts: another mode is another graph
             self.predict_action_chunk(seen, text.new_zeros(1, core.chunk_size, core.max_action_dim).float())
         self.reset()
 

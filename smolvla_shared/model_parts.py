@@ -57,7 +57,7 @@ def compile_layers(core: SmolVLASharedCore, **options: Any) -> None:
     kinds and one class, may be more than the 8 after which PyTorch runs uncompiled. The trunk's last layer stays as it
     is: only two projections of it are used. options: for torch.compile
     """
-    torch._dynamo.config.recompile_limit = 16
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     torch.fx.experimental._config.use_duck_shape = False  # sizes that happen to be equal are not taken to be the same
     last = core.trunk.vlm.text_model.layers[-1]
     for layer in layers(core):
@@ -80,7 +80,10 @@ def check_compilers() -> None:
         missing.append("a C compiler (apt-get install gcc, or name yours in CC)")
     if missing:
         options = "--model.compile (in LeRobot --policy.compile_model)"
-        raise ValueError(f"--model.compile needs {' and '.join(missing)}; or leave {options} out")
+        raise ValueError(
+            f"--model.compile needs {' and '.join(missing)}; or leave {options} out. A saved policy "
+            "that has it on has compile_model in its config.json: set it to false there, and remove manifest.json"
+        )
 
 
 def parameters_by_part(core: SmolVLASharedCore) -> dict[str, dict[str, nn.Parameter]]:

@@ -14,6 +14,8 @@ from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 ARTIFACT_NAME = "smolvla_shared_stage2_artifact"
 TEACHER_FILE = "laq.safetensors"
 MOST_NAMES = 20
+# What a run writes before its config.json. If it is killed there, the directory is as good as new.
+BEFORE_A_RUN = {".lock", "inputs.json", "inputs.json.tmp", "config.json.tmp"}
 
 
 def found_in(directory: Path, pattern: str = "*") -> str:
@@ -141,7 +143,8 @@ def check_new(path: Path, option: str) -> None:
 def check_run_dir(run_dir: Path, resume: bool) -> None:
     if resume and not (run_dir / "config.json").is_file():
         raise ValueError(f"--resume: there is no run at {run_dir} (no config.json); start without --resume")
-    if not resume and run_dir.exists():
+    killed = run_dir.is_dir() and {path.name for path in run_dir.iterdir()} <= BEFORE_A_RUN
+    if not resume and run_dir.exists() and not killed:
         raise ValueError(f"--run-dir {run_dir} exists: pass --resume to go on with it, or another directory")
     check_place(run_dir, "--run-dir")
 

@@ -74,7 +74,7 @@ def begin(
     return [Episode(task, seed, state, environment_s=share) for seed, state in zip(seeds, starts)], observation
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def run_episodes(
     policy: HLRPSmolVLASharedPolicy,
     preprocess: Callable[[dict[str, Any]], dict[str, Any]],

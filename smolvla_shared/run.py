@@ -71,7 +71,7 @@ class Inputs:
 def start_run(config: RunConfig, product: Path | None = None) -> tuple[Accelerator, Path | None]:
     """The Accelerator of a run, and the checkpoint that --resume goes on from (None: step 0).
 
-    product: a file that the script writes after the last checkpoint
+    product: a JSON file that the script writes after the last checkpoint, with the step in its `source`
 
     Seeds the initial weights; does not make the run directory yet. Raises ValueError for trackers that are not
     installed, an Accelerate configuration that would be ignored, and what run_checkpoint.check_run and
@@ -149,12 +149,15 @@ class Run:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: Any) -> None:
         self.stack.__exit__(kind, error, traceback)
         if error and is_out_of_memory(error):
-            config, parts = self.config, self.accelerator.num_processes * self.config.accumulation_steps
+            config, processes = self.config, self.accelerator.num_processes
+            parts, of_process = processes * config.accumulation_steps, config.batch_size // processes
+            more = [n for n in range(config.accumulation_steps + 1, of_process + 1) if of_process % n == 0]
+            fix = f"--accumulation-steps {more[0]}, which keeps the batch, or " if more else ""
             raise ValueError(
                 f"out of memory at step {self.step + 1}: {str(error).splitlines()[0]}\n"
                 f"A pass has {config.batch_size // parts} samples (--batch-size {config.batch_size} / {parts}): pass "
-                f"--accumulation-steps {2 * config.accumulation_steps}, which keeps the batch, or a smaller "
-                "--batch-size. --precision bf16 and --model.activation-checkpointing take less memory, too"
+                f"{fix}a smaller --batch-size. --precision bf16 takes less memory, too, and in both stages "
+                "--model.activation-checkpointing"
             ) from error
 
     @property
@@ -197,7 +200,9 @@ class Run:
         for index, batch in enumerate(batches):
             sums = index == len(batches) - 1 or self.accelerator.is_fsdp2
             if self.dataset_names:
-                self.dataset = torch.tensor(self.raws[index].dataset, device=self.accelerator.device)
+                numbers = torch.tensor(self.raws[index].dataset)
+                pinned = numbers.pin_memory() if torch.cuda.is_available() else numbers  # else the host would wait
+                self.dataset = to_device(pinned, self.accelerator.device)
             with nullcontext() if sums else self.accelerator.no_sync(self.core):
                 yield batch
 

@@ -144,9 +144,15 @@ def check_run(config: RunConfig, accelerator: Accelerator, product: Path | None 
     done = int(checkpoint.name) if checkpoint else 0
     if done > config.steps:
         raise ValueError(f"--resume: {done} steps are done, --steps {config.steps} asks for fewer: pass {done} or more")
-    if done == config.steps and (product is None or product.exists()):
-        raise ValueError(f"--resume: the run is finished, its {done} steps are done: pass a larger --steps to go on")
+    if done == config.steps and (product is None or is_of(product, done)):
+        accelerator.print(f"the run is finished, its {done} steps are done: pass a larger --steps to go on")
+        raise SystemExit(0)  # as the run itself: a job that is queued again has not failed
     return checkpoint
+
+
+def is_of(product: Path, step: int) -> bool:
+    """Whether a file of the run was written after this step: that of a shorter run may still be there."""
+    return product.exists() and read_json(product).get("source", {}).get("global_step") == step
 
 
 def lock_run(run_dir: Path) -> None:
@@ -165,16 +171,16 @@ def claim_run(config: RunConfig, accelerator: Accelerator, inputs: dict[str, str
         lock_run(config.run_dir)
         if (config.run_dir / "config.json").exists() and not config.resume:  # of a run that began at the same time
             check_run_dir(config.run_dir, config.resume)
-        check_inputs(config.run_dir / INPUTS_FILE, inputs or {})
+        check_inputs(config.run_dir / INPUTS_FILE, inputs or {}, config.resume)
         write_text(config.run_dir / "config.json", json.dumps(config_json(config, accelerator), indent=2) + "\n")
         (config.run_dir / STOPPED_FILE).unlink(missing_ok=True)
         for left in (config.run_dir / "checkpoints").glob(".*.tmp"):
             left.unlink() if left.is_symlink() else shutil.rmtree(left)
 
 
-def check_inputs(path: Path, inputs: dict[str, str]) -> None:
+def check_inputs(path: Path, inputs: dict[str, str], resume: bool) -> None:
     """Record the inputs of a run, or raise ValueError if they are not those that were recorded."""
-    if not path.exists():
+    if not resume or not path.exists():
         write_text(path, json.dumps(inputs, indent=2) + "\n")
     recorded = read_json(path)
     if changed := [name for name in recorded | inputs if recorded.get(name) != inputs.get(name)]:

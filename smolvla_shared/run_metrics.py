@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -102,8 +103,9 @@ class Window:
         for name, error in errors.items() if dataset is not None else ():
             mask = masks[name].reshape(len(dataset), -1)
             sums = torch.stack([(error.detach().reshape(mask.shape) * mask).sum(1), mask.sum(1)])
-            none = sums.new_zeros(2, len(self.dataset_names))
-            self.of_datasets[name] = self.of_datasets.get(name, none).index_add(1, dataset, sums)
+            # Not index_add, whose order of summation a GPU leaves open.
+            of_each = F.one_hot(dataset, len(self.dataset_names)).to(sums.dtype)
+            self.of_datasets[name] = self.of_datasets.get(name, 0) + sums @ of_each
 
     def read(self, accelerator: Accelerator) -> dict[str, float]:
         """Mean losses and errors of each slot and dataset over the window's steps, and the newest extra metrics.

@@ -48,7 +48,8 @@ def shard(core: SmolVLASharedCore, accelerator: Accelerator) -> None:
     """Shard a core's parameters over all processes (FSDP2), in place; they become DTensors.
 
     A unit's full parameters exist only while the unit computes. Units are the layers of vision tower, language model
-    and expert, the token embedding, and the core with the rest: heads, projections, norms; frozen ones are included.
+    and expert, what projects the prefix for the expert's cross-attention layers, the token embedding, and the core with
+    the rest: heads, projections, norms; frozen ones are included.
 
     In bfloat16 (--precision) the layers are gathered and compute in bfloat16; the optimizer's shards and the sum of the
     gradients are float32. The other units are always float32.

@@ -175,7 +175,8 @@ class Trunk(nn.Module):
         pixels = images.flatten(0, 1).to(vision.dtype)
         patches = vision.embeddings.patch_embedding(pixels).flatten(2).transpose(1, 2)
         patches = patches + vision.embeddings.position_embedding(self.patch_positions)
-        trains = torch.is_grad_enabled() and any(p.requires_grad for p in vision.encoder.parameters())
+        needed = images.requires_grad or any(p.requires_grad for p in vision.encoder.parameters())
+        trains = torch.is_grad_enabled() and needed
         with torch.set_grad_enabled(trains):  # a frozen tower is compiled once, for training and evaluation
             for layer in vision.encoder.layers:
                 patches = layer(patches, None)

@@ -1,6 +1,7 @@
 """A SmolVLM in files: configuration, tokenizer and weights, from a hub id, a local directory or this package."""
 
 import json
+from contextlib import nullcontext
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast, SmolVLMConfig, SmolVLMModel
 
 from smolvla_shared.config import PRESETS, TINY, CoreConfig, ModelConfig
-from smolvla_shared.files import ask_hub
+from smolvla_shared.files import hub_or_cache
 
 
 def trunk_location(name: str) -> str:
@@ -28,9 +29,9 @@ def trunk_location(name: str) -> str:
 def load_trunk_config(name: str, revision: str | None) -> dict[str, Any]:
     """CoreConfig.vlm of a SmolVLM, by hub id, local directory or `tiny`. Raises ValueError if there is no SmolVLM."""
     location = trunk_location(name)
-    problem = "" if Path(location).is_dir() else ask_hub()
     try:
-        vlm_config = AutoConfig.from_pretrained(location, revision=revision)
+        with nullcontext("") if Path(location).is_dir() else hub_or_cache() as problem:
+            vlm_config = AutoConfig.from_pretrained(location, revision=revision)
     except OSError as error:
         raise ValueError(
             f"--model.name {name}: neither a local directory with a config.json nor a model that the hub gave: "

@@ -157,7 +157,7 @@ def test_a_job_starts_resumes_and_requeues_its_run(stage, slurm, tmp_path):
     assert all(note["args"][-1] == "--resume" for note in asked)
     assert (code, scontrol) == (0, ["requeue 4711"])
 
-    (run_dir / "stopped.json").unlink()  # what a resumed run does
+    assert (run_dir / "stopped.json").exists()  # this job's is not taken for the next one's
     code, asked, scontrol = slurm(stage, run_dir, *given, code=1)
     assert (code, scontrol) == (1, [])  # it failed: in the queue again it would fail again
 

@@ -146,9 +146,10 @@ def test_a_gap_between_two_frames_stays_the_one_that_was_asked_for(
     tmp_path, laq_checkpoint, video_dataset, image_dataset
 ):
     """0.19 s are 4 frames of one dataset, 2 of the other, 0.2 s apart. A run that asks the labels is told 0.19."""
-    data_options = PolicyDataConfig(roots=(video_dataset, image_dataset), num_workers=0)
-    label(label_config(tmp_path / "labels", laq_checkpoint, "-", data=replace(data_options, frame_gap_s=0.19)))
-    config = latent_config(tmp_path, data=data_options, labels="cache", label_cache=tmp_path / "labels")
+    roots = video_dataset, image_dataset
+    asked = DataConfig(roots=roots, num_workers=0, frame_gap_s=0.19)
+    label(label_config(tmp_path / "labels", laq_checkpoint, *roots, data=asked))
+    config = latent_config(tmp_path, *roots, labels="cache", label_cache=tmp_path / "labels")
     options = labels_pairs(config, config.data)
     assert options.frame_gap_s == 0.19
     open_labels(config, data.open_datasets(options), CAMERA)

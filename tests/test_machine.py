@@ -113,7 +113,7 @@ def test_without_memory_the_batch_size_is_named(server, stage2, tmp_path):
 
 def test_one_run_at_a_time_and_a_crash_leaves_no_lock(server, stage2, tmp_path):
     run = tmp_path / "run"
-    command = [*stage2, "--steps", "4", "--batch-size", "4", "--run-dir", run]
+    command = [*stage2, "--steps", "60", "--batch-size", "4", "--run-dir", run]
     first = Forked(server, command, tmp_path / "first.txt")
     first.wait_for((run / "checkpoints" / "last").is_symlink)
     first.kill(signal.SIGSTOP)
@@ -139,7 +139,8 @@ def test_a_resumed_run_is_the_run_that_began(server, stage2, video_dataset, tmp_
 
     code, said = run_forked(server, [*command, "--steps", "2"], output)
     assert code == 0, said
-    assert resumed(2).startswith("error: --resume: the run is finished, its 2 steps are done: pass a larger --steps")
+    code, said = run_forked(server, [*command, "--steps", "2", "--resume"], tmp_path / "again.txt")
+    assert code == 0 and "the run is finished, its 2 steps are done: pass a larger --steps to go on" in said
     assert resumed(1).startswith("error: --resume: 2 steps are done, --steps 1 asks for fewer: pass 2 or more")
     info = data / "meta" / "info.json"
     before = info.read_text()

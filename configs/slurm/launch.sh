@@ -12,6 +12,7 @@ run_dir=$1 config=$2
 shift 2
 resume=()
 if [ -e "$run_dir/config.json" ]; then resume=(--resume); fi
+rm -f "$run_dir/stopped.json" # of the job before: this one writes its own, unless the run is refused
 main_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 
 # accelerate itself must outlive the signal that its processes handle; what is ignored here it ignores as well.
