@@ -231,7 +231,7 @@ def test_a_killed_command_goes_on_where_it_stopped(
         written |= {path: path.stat().st_mtime_ns for path in killed.glob("*/shards/*.safetensors")}
     assert kills >= 3
     assert Forked(server, [*command, "--label-cache", killed], tmp_path / "killed.txt").wait() == 0
-    # A kill in the middle of writing leaves a file of another name behind, and the file of its lock, which nobody reads.
+    # A kill in the middle of writing leaves a file of another name and the file of its lock, which nobody reads.
     left = {name for name in files(killed) if name.endswith((".tmp", ".part", ".lock"))}
     assert {name: content for name, content in files(killed).items() if name not in left} == files(whole)
 
