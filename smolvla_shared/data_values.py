@@ -190,10 +190,21 @@ def without_text(datasets: "Sequence[RobotDataset]") -> list[str]:
     return lines
 
 
-def chunk_seconds(datasets: "Sequence[RobotDataset]", chunk_size: int) -> list[str]:
-    """A line if a chunk of so many actions lasts longer in one dataset than in another."""
-    rates = {dataset.name: dataset.fps for dataset in datasets if ACTION_KEYS[0] in dataset.features}
-    if not chunk_size or len(set(rates.values())) < 2:
-        return []
-    lasts = ", ".join(f"{chunk_size / fps:.3g} s of {name} ({fps:g} fps)" for name, fps in rates.items())
-    return [f"two rates in one run: a chunk of {chunk_size} actions is {lasts}"]
+def chunk_cost(datasets: "Sequence[RobotDataset]", chunk_size: int) -> list[str]:
+    """A line for each dataset of whose chunks less than half is trained: what is past an episode's end is masked."""
+    lines = []
+    for dataset in datasets if chunk_size else ():
+        if ACTION_KEYS[0] not in dataset.features:
+            continue
+        frames = (dataset.episode_to - dataset.episode_from).astype(float)
+        short = np.minimum(frames, chunk_size)
+        # Of the chunks from an episode's frames, those from the last `short` ones have 1, 2, ... short actions.
+        trained = short * (short + 1) / 2 + (frames - short) * chunk_size
+        share = trained.sum() / (frames.sum() * chunk_size)
+        if share < 0.5:
+            lines.append(
+                f"{dataset.name}: chunks of {chunk_size:,} actions ({chunk_size / dataset.fps:.3g} s) reach past the "
+                f"end of episodes of {np.median(frames):,.0f} frames: {share:.1%} of their actions are trained, the "
+                "others cost time and memory (--chunk-size)"
+            )
+    return lines

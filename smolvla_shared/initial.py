@@ -221,7 +221,7 @@ class InitialWeights:
             lines.append(f"state statistics: {difference(state, self.statistics['state'])}")
         lines += data_values.texts_cut(datasets, self.tokenizer, core.config.max_text_tokens)
         lines += data_values.without_text(datasets)
-        lines += data_values.chunk_seconds(datasets, core.config.chunk_size if core.config.action_dim else 0)
+        lines += data_values.chunk_cost(datasets, core.config.chunk_size if core.config.action_dim else 0)
         return "\n".join(lines)
 
 

@@ -15,7 +15,7 @@ from lerobot.utils import constants as keys
 from torch import Tensor, nn
 
 from smolvla_shared import flow, losses
-from smolvla_shared.batch import Batch, FlowTarget
+from smolvla_shared.batch import Batch, FlowTarget, map_tensors
 from smolvla_shared.config import ACTION, CoreConfig
 from smolvla_shared.initial import open_initial
 from smolvla_shared.lerobot_card import DescribedPolicy, read_source
@@ -290,7 +290,11 @@ class HLRPSmolVLASharedPolicy(DescribedPolicy, PreTrainedPolicy):
                 )
 
         if self.config.compile_model:
-            chunk = self.compiled_sample(data, ACTION, noise).clone()  # the next one overwrites a CUDA graph's output
+            # Called in inference mode, as LeRobot's commands do, or with tensors made in it, it would be another graph.
+            with torch.inference_mode(False), torch.no_grad():
+                data, noise = map_tensors(lambda t: t.clone() if t.is_inference() else t, [data, noise])
+                chunk = self.compiled_sample(data, ACTION, noise)
+            chunk = chunk.clone()  # the next one overwrites a CUDA graph's output
         else:
             chunk = self.model.sample(data, ACTION, noise, guide=guide)
         if not chunk.isfinite().all():
@@ -309,7 +313,7 @@ class HLRPSmolVLASharedPolicy(DescribedPolicy, PreTrainedPolicy):
         seen |= {keys.OBS_LANGUAGE_TOKENS: text, keys.OBS_LANGUAGE_ATTENTION_MASK: text == 0}
         core = self.config.core
         autocast = torch.autocast(torch.device(self.config.device).type, enabled=self.config.use_amp)
-        with torch.inference_mode(), autocast:  # as in rollouts: another mode is another graph
+        with autocast:
             self.predict_action_chunk(seen, text.new_zeros(1, core.chunk_size, core.max_action_dim).float())
         self.reset()
 

@@ -529,12 +529,15 @@ def test_frames_without_a_task_text_are_counted(copy):
     assert line in look(copy).notes and look(copy).problems == []
 
 
-def test_two_rates_of_a_chunk_are_said(labelled_dataset, image_dataset):
-    datasets = open_datasets(labelled_dataset, image_dataset)
-    (line,) = data_values.chunk_seconds(datasets, 50)
-    assert f"a chunk of 50 actions is 2.5 s of {labelled_dataset} (20 fps), 5 s of {image_dataset} (10 fps)" in line
-    datasets[1].hide_actions()
-    assert data_values.chunk_seconds(datasets, 50) == data_values.chunk_seconds(datasets[:1], 50) == []
+def test_chunks_much_longer_than_the_episodes_are_said(labelled_dataset):
+    datasets = open_datasets(labelled_dataset)
+    lengths = (datasets[0].episode_to - datasets[0].episode_from).tolist()
+    trained = sum(min(60, length - frame) for length in lengths for frame in range(length))
+    (line,) = data_values.chunk_cost(datasets, 60)
+    assert f": {trained / (60 * sum(lengths)):.1%} of their actions are trained" in line
+    assert data_values.chunk_cost(datasets, 6) == data_values.chunk_cost(datasets, 0) == []
+    datasets[0].hide_actions()
+    assert data_values.chunk_cost(datasets, 60) == []
 
 
 @pytest.mark.parametrize(("ranges", "is_problem"), [(20, False), (2000, True)])

@@ -354,12 +354,14 @@ def test_a_compiled_policy_samples_in_one_graph_that_is_there_after_loading(save
     one = {key: value[:1] for key, value in processed.items() if isinstance(value, torch.Tensor)}
     text = torch.zeros(1, 16, dtype=torch.int64)
     one |= {"observation.language.tokens": text, "observation.language.attention_mask": text == 0}
-    with torch.inference_mode():  # as LeRobot's commands do
-        found, expected = policy.predict_action_chunk(one, noise), plain.predict_action_chunk(one, noise)
-    assert torch.equal(found, expected)
+    expected = plain.predict_action_chunk(one, noise)
+    assert torch.equal(policy.predict_action_chunk(one, noise), expected)
+    with torch.inference_mode():  # as LeRobot's commands do, with observations made in it or before
+        made_in_it = {key: value.clone() for key, value in one.items()}
+        assert torch.equal(policy.predict_action_chunk(one, noise), expected)
+        assert torch.equal(policy.predict_action_chunk(made_in_it, noise.clone()), expected)
     assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
-    with torch.inference_mode():
-        policy.predict_action_chunk(processed, torch.ones(3, T, 32))  # another shape
+    policy.predict_action_chunk(processed, torch.ones(3, T, 32))  # another shape
     assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]
 
 
