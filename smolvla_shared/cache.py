@@ -133,10 +133,8 @@ class RowCache:
         """
         manifest = self.directory / MANIFEST
         if not manifest.is_file():
-            if {path.name for path in self.directory.glob("*")} - {
-                f"{MANIFEST}.tmp",
-                LOCK_FILE,
-            }:  # a kill may leave them
+            of_a_kill = {f"{MANIFEST}.tmp", LOCK_FILE}
+            if {path.name for path in self.directory.glob("*")} - of_a_kill:
                 raise ValueError(f"{self.directory} holds something that is no cache: name another directory")
             return False
         asked, found = json.loads(self._manifest())["key"], read_key(self.directory)

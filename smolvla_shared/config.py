@@ -148,7 +148,7 @@ class ModelConfig:
         return self.name or PRESETS.get(self.preset)
 
 
-DEFAULT_GAP_S = 0.5
+DEFAULT_GAP_S = 0.5  # the frame gap where no teacher has one of its own, seconds
 
 
 @dataclass(frozen=True)

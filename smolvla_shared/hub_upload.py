@@ -10,7 +10,7 @@ from huggingface_hub import HfApi, ModelCardData
 
 from smolvla_shared.artifact import SCHEMA as ARTIFACT_SCHEMA
 from smolvla_shared.artifact import load_artifact
-from smolvla_shared.files import MANIFEST_NAME, PROCESSORS, SOURCE_NAME, ask_hub, policy_sha256, write_text
+from smolvla_shared.files import MANIFEST_NAME, PROCESSORS, SOURCE_NAME, hub_or_cache, policy_sha256, write_text
 from smolvla_shared.laq_files import load_laq, read_manifest
 from smolvla_shared.lerobot_card import (
     CARD_NAME,
@@ -155,10 +155,11 @@ def push(path: Path, repo_id: str, private: bool, dry_run: bool) -> None:
         if dry_run:
             print(upload.card.replace(REPO_ID, repo_id))
             return
-        problem, api = ask_hub(), HfApi()
+        api = HfApi()
         try:
-            url = api.create_repo(repo_id, private=private or None, exist_ok=True)
-            api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=f"Upload {path.name}")
+            with hub_or_cache() as problem:
+                url = api.create_repo(repo_id, private=private or None, exist_ok=True)
+                api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=f"Upload {path.name}")
         except (OSError, httpx.HTTPError) as error:
             raise ValueError(
                 f"{repo_id} is not uploaded: {problem or error}\nThe repository must be yours to write: run `hf auth "

@@ -1,7 +1,7 @@
 """A SmolVLM in files: configuration, tokenizer and weights, from a hub id, a local directory or this package."""
 
 import json
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -26,11 +26,16 @@ def trunk_location(name: str) -> str:
     return name
 
 
+def asking_hub(location: str) -> AbstractContextManager[str]:
+    """For what transformers loads: `hub_or_cache`, or nothing if the location is a directory. Yields what is wrong."""
+    return nullcontext("") if Path(location).is_dir() else hub_or_cache()
+
+
 def load_trunk_config(name: str, revision: str | None) -> dict[str, Any]:
     """CoreConfig.vlm of a SmolVLM, by hub id, local directory or `tiny`. Raises ValueError if there is no SmolVLM."""
     location = trunk_location(name)
     try:
-        with nullcontext("") if Path(location).is_dir() else hub_or_cache() as problem:
+        with asking_hub(location) as problem:
             vlm_config = AutoConfig.from_pretrained(location, revision=revision)
     except OSError as error:
         raise ValueError(
@@ -46,7 +51,9 @@ def load_trunk_config(name: str, revision: str | None) -> dict[str, Any]:
 
 
 def load_trunk_tokenizer(name: str, revision: str | None) -> PreTrainedTokenizerFast:
-    return AutoTokenizer.from_pretrained(trunk_location(name), revision=revision)
+    location = trunk_location(name)
+    with asking_hub(location):
+        return AutoTokenizer.from_pretrained(location, revision=revision)
 
 
 def pack_tokenizer(tokenizer: PreTrainedTokenizerFast) -> str:
@@ -65,9 +72,9 @@ def unpack_tokenizer(packed: str) -> PreTrainedTokenizerFast:
 
 def load_trunk_weights(config: CoreConfig) -> dict[str, Tensor]:
     """A SmolVLM's pretrained weights, by their names in a core. Raises ValueError if weights are missing."""
-    vlm, report = SmolVLMModel.from_pretrained(
-        trunk_location(config.model_name), revision=config.model_revision, output_loading_info=True
-    )
+    location = trunk_location(config.model_name)
+    with asking_hub(location):
+        vlm, report = SmolVLMModel.from_pretrained(location, revision=config.model_revision, output_loading_info=True)
     if report["missing_keys"]:  # transformers initialises them at random and goes on
         raise ValueError(
             f"--model.name {config.model_name}: the weights lack {', '.join(sorted(report['missing_keys']))}"
