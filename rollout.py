@@ -22,6 +22,8 @@ class EnvironmentConfig:
     type: str = "metaworld"
     # One or several tasks, such as plate-slide-v3. Default: reach-v3, PushT-v0 or AlohaInsertion-v0.
     task: tuple[str, ...] = ()
+    # Meta-World's camera, such as topview; the one that the policy's data was recorded with. Default: corner2.
+    camera: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,8 +130,8 @@ def roll_out(
         seeds = [seed for seed in range(config.seed, config.seed + config.episodes) if seed not in there]
         if not seeds:
             continue
-        image_size = settings["environment"]["image_size"]
-        vector = environments.make_environments(env_type, task, image_size, config.max_steps, config.num_envs)
+        size = settings["environment"]["image_size"], config.max_steps, config.num_envs
+        vector = environments.make_environments(env_type, task, *size, config.env.camera)
         text = environments.task_text(env_type, task)
         run = rollouts.run_episodes(
             policy, preprocess, postprocess, vector, task, text, seeds, config.max_steps, config.rename
@@ -152,7 +154,7 @@ def main(config: RolloutConfig) -> None:
 
     environments.render_headless()
     tasks = config.env.task or environments.TASKS.get(config.env.type, ())[:1]
-    environments.check_environment(config.env.type, tasks, config.max_steps)
+    environments.check_environment(config.env.type, tasks, config.max_steps, config.env.camera)
     seeds = range(config.seed, config.seed + config.episodes)
     environments.check_seeds(seeds)
     saved = load_config(config.policy_path)
@@ -162,9 +164,10 @@ def main(config: RolloutConfig) -> None:
         print(said)
     # The environment renders the size of the images that the policy was trained on.
     image_size = next(f.shape[-1] for f in saved.input_features.values() if len(f.shape) == 3)
+    camera = {"camera": config.env.camera} if config.env.camera not in (None, environments.CAMERAS[0]) else {}
     settings = {
         "policy_sha256": policy_sha256(config.policy_path),
-        "environment": {"type": config.env.type, "tasks": list(tasks), "image_size": image_size},
+        "environment": {"type": config.env.type, "tasks": list(tasks), "image_size": image_size} | camera,
         "seed": config.seed,
         "max_steps": config.max_steps,
         "rename": config.rename,

@@ -43,6 +43,8 @@ class Setting:
     max_steps: int = 150
     # Options of Stage 2 and Stage 3.
     options: str = ""
+    # Meta-World's camera; "": LeRobot's choice.
+    camera: str = ""
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,7 @@ class Sizes:
 FIVE = "drawer-open-v3", "door-open-v3", "plate-slide-v3", "coffee-button-v3", "window-open-v3"
 SETTINGS = {
     "five tasks": Setting(FIVE),
+    "five tasks from above": Setting(FIVE, camera="topview"),
     "five tasks, no state": Setting(FIVE, options="--model.no-use-state"),
 }
 QUICK_SETTING = Setting(FIVE[:1], max_steps=16)
@@ -166,6 +169,7 @@ class Cell:
         tasks = self.where.tasks
         command = f"examples/record_metaworld.py --kind labelled --root @out --tasks {' '.join(tasks)}"
         command += f" --episodes {episodes // len(tasks)} --seed {seed} --noise {noise}"
+        command += f" --camera {self.where.camera}" if self.where.camera else ""
         return Part(name, f"{command} --image-size {IMAGE_SIZE} --num-workers 1")
 
     def video(self) -> tuple[Part, ...]:
@@ -247,6 +251,7 @@ class Cell:
         checkpoint = f"@0/checkpoints/{'last' if step is None else f'{step:06d}'}/pretrained_model"
         command = f"rollout.py --policy-path {checkpoint} --out @out --num-envs 1 --max-steps {self.where.max_steps}"
         command += f" --episodes {self.sizes.rollouts // len(self.where.tasks)} --seed {self.seed * ROLLOUT_SEEDS}"
+        command += f" --env.camera {self.where.camera}" if self.where.camera else ""
         policy = (self.policy(),)
         return tuple(Part(f"rollout-{task}", f"{command} --env.task {task}", policy) for task in self.where.tasks)
 

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from smolvla_shared.command import run_command
 from smolvla_shared.data import ACTION_KEY, EXECUTED_ACTION_KEY
-from smolvla_shared.environments import FIRST_RECORDING_SEED, make_metaworld, metaworld_tasks, render_headless
+from smolvla_shared.environments import CAMERAS, FIRST_RECORDING_SEED, make_metaworld, metaworld_tasks, render_headless
 
 SEEDS_PER_RECORDING = 10_000_000
 FPS = 80  # Meta-World's control rate
@@ -46,6 +46,8 @@ class RecordConfig:
     seed: int = 0
     # Side of the recorded image, pixels.
     image_size: int = 96
+    # Meta-World's camera: corner2, corner, corner3, topview, behindGripper or gripperPOV. Roll out with the same one.
+    camera: str = "corner2"
     # Standard deviation of the disturbances that are added to the expert's action (of [-1, 1]) for half of the time.
     # The recorded `action` is the expert's, so a policy learns to recover (DART, arXiv 1703.09327). The column
     # `executed_action` holds what the arm was told to do, and so what the video shows.
@@ -59,23 +61,24 @@ class Job:
     task: str
     seed: int  # the first of ATTEMPTS seeds
     image_size: int
+    camera: str
     noise: float
     must_succeed: bool
 
 
 @lru_cache(maxsize=1)
-def environment(task: str, image_size: int) -> gymnasium.Env:
+def environment(task: str, image_size: int, camera: str) -> gymnasium.Env:
     """The process's environment, kept while the task is the same: building one takes longer than an episode.
 
     Only one at a time: gymnasium's renderer draws into the context that was created last, even another environment's.
     """
     warnings.filterwarnings("ignore", category=UserWarning)  # Meta-World's experts warn at every start
-    return make_metaworld(task, image_size)
+    return make_metaworld(task, image_size, camera)
 
 
 def attempt(job: Job, seed: int) -> tuple[list[dict[str, Any]], bool]:
     """One episode of the disturbed expert: the dataset's rows, and whether the episode succeeded."""
-    env, rng = environment(job.task, job.image_size), np.random.default_rng(seed)
+    env, rng = environment(job.task, job.image_size, job.camera), np.random.default_rng(seed)
     observation, _ = env.reset(seed=seed)
     frames, disturbance = [], np.zeros(4)
     for step in range(MAX_STEPS):
@@ -123,6 +126,8 @@ def main(config: RecordConfig) -> None:
         raise ValueError(f"--root {config.root} exists: remove it or name another directory")
     if unknown := [task for task in config.tasks if task not in metaworld_tasks()]:
         raise ValueError(f"--tasks {unknown} are no tasks of Meta-World; it has {', '.join(metaworld_tasks())}")
+    if config.camera not in CAMERAS:
+        raise ValueError(f"--camera {config.camera} is not one of Meta-World's: {', '.join(CAMERAS)}")
     import av
     import datasets
     from lerobot.configs.video import RGBEncoderConfig
@@ -132,7 +137,8 @@ def main(config: RecordConfig) -> None:
     datasets.disable_progress_bars()
     # Each (kind, --seed) has its own range of seeds, and each episode in it has ATTEMPTS of its own.
     start = FIRST_RECORDING_SEED + SEEDS_PER_RECORDING * (2 * config.seed + (config.kind == "video"))
-    options = {"image_size": config.image_size, "noise": config.noise, "must_succeed": config.kind == "labelled"}
+    options = {name: getattr(config, name) for name in ("image_size", "camera", "noise")}
+    options["must_succeed"] = config.kind == "labelled"
     tasks = [task for task in config.tasks for _ in range(config.episodes)]
     jobs = [Job(task, start + ATTEMPTS * index, **options) for index, task in enumerate(tasks)]
     columns = features(config)

@@ -1,7 +1,8 @@
 """Simulated environments: Meta-World without shadows, PushT and Aloha, each with a hash of where an episode begins.
 
 Importing this module registers `metaworld_plain`, so that `lerobot-eval --env.type=metaworld_plain` shows a policy what
-rollout.py and examples/record_metaworld.py show it. An environment is fixed by (type, task, image size, maximal steps).
+rollout.py and examples/record_metaworld.py show it. An environment is fixed by (type, task, image size, maximal steps,
+camera).
 """
 
 import hashlib
@@ -23,6 +24,14 @@ from lerobot.utils.constants import ACTION, OBS_IMAGE, OBS_STATE
 # Recordings use seeds from here on, rollouts use smaller ones: a policy is judged on object positions it has not seen.
 FIRST_RECORDING_SEED = 1_000_000
 METAWORLD_STEPS = 500  # after which Meta-World ends an episode
+CAMERAS = (
+    "corner2",
+    "corner",
+    "corner3",
+    "topview",
+    "behindGripper",
+    "gripperPOV",
+)  # Meta-World's; LeRobot's choice first
 # The tasks of each type that was tested with our loop, the default first; those of Meta-World are LeRobot's.
 TASKS = {
     "metaworld": ("reach-v3",),
@@ -57,8 +66,8 @@ def task_text(env_type: str, task: str) -> str:
     return TASK_DESCRIPTIONS[task]
 
 
-def check_environment(env_type: str, tasks: tuple[str, ...], max_steps: int) -> None:
-    """Raise ValueError for an unknown type or task, one that is not installed, and more steps than there are."""
+def check_environment(env_type: str, tasks: tuple[str, ...], max_steps: int, camera: str | None = None) -> None:
+    """Raise ValueError for an unknown type, task or camera, what is not installed, and more steps than there are."""
     if env_type not in TASKS:
         raise ValueError(f"--env.type {env_type} is not one of {', '.join(TASKS)}; lerobot-eval has more types")
     module, install = NEEDS[env_type]
@@ -69,6 +78,8 @@ def check_environment(env_type: str, tasks: tuple[str, ...], max_steps: int) -> 
         raise ValueError(f"--env.task {' '.join(unknown)}: not of {env_type}, which has {', '.join(known)}")
     if len(set(tasks)) < len(tasks):
         raise ValueError(f"--env.task {' '.join(tasks)} names a task twice")
+    if camera and (env_type != "metaworld" or camera not in CAMERAS):
+        raise ValueError(f"--env.camera {camera}: Meta-World alone has a choice, of {', '.join(CAMERAS)}")
     if env_type == "metaworld" and max_steps > METAWORLD_STEPS:
         raise ValueError(f"{max_steps} steps: Meta-World ends every episode after {METAWORLD_STEPS}, ask for no more")
 
@@ -85,15 +96,16 @@ def check_seeds(seeds: range) -> None:
 # --- one environment --------------------------------------------------------------------------------------------------
 
 
-def make_metaworld(task: str, image_size: int) -> gymnasium.Env:
+def make_metaworld(task: str, image_size: int, camera: str | None = None) -> gymnasium.Env:
     """LeRobot's Meta-World environment, rendered at `image_size` without shadows and reflections (slow on a CPU).
 
-    LeRobot always renders 480 x 480. Recordings and rollouts both build their environments here, so that a policy sees
-    the images that it was trained on.
+    LeRobot's commands always render 480 x 480 of corner2, the default. Recordings and rollouts both build their
+    environments here, so that a policy sees the images that it was trained on.
     """
     from lerobot.envs.metaworld import MetaworldEnv
 
-    env = MetaworldEnv(task, obs_type="pixels_agent_pos", observation_width=image_size, observation_height=image_size)
+    size = {"observation_width": image_size, "observation_height": image_size}
+    env = MetaworldEnv(task, camera_name=camera or CAMERAS[0], obs_type="pixels_agent_pos", **size)
     env._ensure_env()  # builds the physics; the renderer reads the settings below at the first frame
     model, renderer = env._env.model, env._env.mujoco_renderer
     model.vis.quality.shadowsize = 0
@@ -159,12 +171,14 @@ class Checked(gymnasium.Wrapper):
         return outcome
 
 
-def make_environment(env_type: str, task: str, image_size: int, max_steps: int) -> gymnasium.Env:
-    """image_size is Meta-World's alone; PushT shows 96 x 96 pixels, Aloha 480 x 640."""
+def make_environment(
+    env_type: str, task: str, image_size: int, max_steps: int, camera: str | None = None
+) -> gymnasium.Env:
+    """image_size and camera are Meta-World's alone; PushT shows 96 x 96 pixels, Aloha 480 x 640."""
     from lerobot.envs.utils import FreezeAfterEpisodeEnd
 
     if env_type == "metaworld":
-        env = make_metaworld(task, image_size)
+        env = make_metaworld(task, image_size, camera)
         env._max_episode_steps = max_steps  # LeRobot's loop asks for it
     else:
         config = EnvConfig.get_choice_class(env_type)(task=task, episode_length=max_steps)
@@ -178,14 +192,14 @@ def make_environment(env_type: str, task: str, image_size: int, max_steps: int) 
 
 
 def make_environments(
-    env_type: str, task: str, image_size: int, max_steps: int, num_envs: int
+    env_type: str, task: str, image_size: int, max_steps: int, num_envs: int, camera: str | None = None
 ) -> gymnasium.vector.VectorEnv:
     """Vectorised environments: one in this process, or each in a process of its own.
 
     gymnasium's renderer draws into the context that was created last, even another environment's, so that two of
     Meta-World do not share a process.
     """
-    factories = [partial(make_environment, env_type, task, image_size, max_steps)] * num_envs
+    factories = [partial(make_environment, env_type, task, image_size, max_steps, camera)] * num_envs
     if num_envs == 1:
         return gymnasium.vector.SyncVectorEnv(factories)
     preload_workers()
@@ -223,6 +237,8 @@ class MetaworldPlainConfig(EnvConfig):
     episode_length: int = METAWORLD_STEPS
     # Side of the images that the policy was trained on, pixels.
     image_size: int | None = None
+    # Meta-World's camera that the policy was trained on. Default: corner2.
+    camera: str | None = None
 
     def __post_init__(self):
         side = self.image_size or 0
@@ -248,12 +264,12 @@ class MetaworldPlainConfig(EnvConfig):
             )
         render_headless()
         tasks = tuple(self.task.split(","))
-        check_environment("metaworld", tasks, self.episode_length)
-        options = self.image_size, self.episode_length
+        check_environment("metaworld", tasks, self.episode_length, self.camera)
+        options = {"image_size": self.image_size, "max_steps": self.episode_length, "camera": self.camera}
         if n_envs == 1:
-            return {task: {0: make_environments("metaworld", task, *options, num_envs=1)} for task in tasks}
+            return {task: {0: make_environments("metaworld", task, **options, num_envs=1)} for task in tasks}
         preload_workers()
         return {  # the processes of a task start when its turn comes
-            task: {0: _LazyAsyncVectorEnv([partial(make_environment, "metaworld", task, *options)] * n_envs)}
+            task: {0: _LazyAsyncVectorEnv([partial(make_environment, "metaworld", task, **options)] * n_envs)}
             for task in tasks
         }

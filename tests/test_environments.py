@@ -2,11 +2,13 @@
 
 from importlib.util import find_spec
 
+import mujoco
 import numpy as np
 import pytest
 from lerobot.envs.configs import EnvConfig
 
 from smolvla_shared.environments import (
+    CAMERAS,
     check_environment,
     check_seeds,
     compare_rates,
@@ -83,18 +85,41 @@ def test_a_simulation_that_mujoco_begins_anew_is_an_error(tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize(
-    ("env_type", "tasks", "max_steps", "message"),
+    ("env_type", "tasks", "max_steps", "camera", "message"),
     [
-        ("metaword", (TASK,), 9, "--env.type metaword is not one of metaworld, pusht, aloha"),
-        ("metaworld", (TASK, "slide-the-plate"), 9, "--env.task slide-the-plate: not of metaworld.*plate-slide-v3"),
-        ("metaworld", (TASK, TASK), 9, "names a task twice"),
-        ("metaworld", (TASK,), 501, "501 steps: Meta-World ends every episode after 500"),
-        ("pusht", (TASK,), 9, "not of pusht, which has PushT-v0"),
+        ("metaword", (TASK,), 9, None, "--env.type metaword is not one of metaworld, pusht, aloha"),
+        (
+            "metaworld",
+            (TASK, "slide-the-plate"),
+            9,
+            None,
+            "--env.task slide-the-plate: not of metaworld.*plate-slide",
+        ),
+        ("metaworld", (TASK, TASK), 9, None, "names a task twice"),
+        ("metaworld", (TASK,), 501, None, "501 steps: Meta-World ends every episode after 500"),
+        ("pusht", (TASK,), 9, None, "not of pusht, which has PushT-v0"),
+        ("metaworld", (TASK,), 9, "top", "--env.camera top: Meta-World alone has a choice, of corner2.*topview"),
+        ("pusht", ("PushT-v0",), 9, "topview", "--env.camera topview: Meta-World alone has a choice"),
     ],
 )
-def test_unknown_environments_are_refused(env_type, tasks, max_steps, message):
+def test_unknown_environments_are_refused(env_type, tasks, max_steps, camera, message):
     with pytest.raises(ValueError, match=message):
-        check_environment(env_type, tasks, max_steps)
+        check_environment(env_type, tasks, max_steps, camera)
+
+
+def test_a_camera_shows_what_mujoco_renders_from_it():
+    for camera in ("topview", "gripperPOV"):
+        env = make_metaworld(TASK, 64, camera)
+        picture = env.reset(seed=3)[0]["pixels"].astype(np.float32)
+        sim = env._env.unwrapped
+        with mujoco.Renderer(sim.model, 64, 64) as renderer:
+            errors = {}
+            for other in CAMERAS:
+                renderer.update_scene(sim.data, camera=other)
+                errors[other] = np.abs(renderer.render() - picture).mean()
+        assert min(errors, key=errors.get) == camera, errors
+        assert errors[camera] < 3, errors  # of 255: the number of samples of a pixel differs
+        env.close()
 
 
 def test_the_rate_of_the_demonstrations_is_compared_with_the_environments():

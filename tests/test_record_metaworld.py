@@ -23,7 +23,7 @@ def record(server: subprocess.Popen, root: Path, *options: str) -> tuple[int, st
 @pytest.mark.slow
 def test_recording(server, tmp_path):
     for kind in ("labelled", "video"):
-        code, printed = record(server, tmp_path / kind, "--kind", kind, "--noise", "0")
+        code, printed = record(server, tmp_path / kind, "--kind", kind, "--noise", "0", "--camera", "topview")
         assert code == 0, printed
     labelled, video = (LeRobotDataset(kind, root=tmp_path / kind) for kind in ("labelled", "video"))
     assert "action" in labelled.features
@@ -34,7 +34,7 @@ def test_recording(server, tmp_path):
     assert found == ["labelled", "labelled.txt", "video", "video.txt"]  # no temporary directory is left
 
     # Replaying the recorded actions from the recorded seed shows the recorded pictures, and ends in success.
-    env = make_metaworld(TASK, SIZE)
+    env = make_metaworld(TASK, SIZE, "topview")
     observation, _ = env.reset(seed=1_000_000)
     item = labelled[0]
     assert item["task"] == env.task_description
@@ -62,4 +62,7 @@ def test_an_existing_directory_and_an_unknown_task_are_refused(server, tmp_path)
     code, printed = record(server, tmp_path / "new", "--kind", "video", "--tasks", "slide-the-plate")
     assert code != 0
     assert "['slide-the-plate'] are no tasks of Meta-World" in printed
+    code, printed = record(server, tmp_path / "new", "--kind", "video", "--camera", "top")
+    assert code != 0
+    assert "--camera top is not one of Meta-World's: corner2, corner" in printed
     assert not (tmp_path / "new").exists()
