@@ -145,10 +145,12 @@ def lerobot_counts(trunk: Path, precision: str) -> dict[str, Counter]:
 
 
 def count_graphs(trunk: Path) -> int:
-    """Compiled graphs of a run on both heads: three lengths of text, evaluation, samples of three batch sizes."""
+    """Compiled graphs of a bf16 run on both heads: three lengths of text, evaluation, samples of three batch sizes."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     core = make_ours(trunk)
+    core.trunk.to(torch.bfloat16)  # as initial.py builds it
+    core.forward, core.sample = (torch.autocast("cpu", torch.bfloat16)(run) for run in (core.forward, core.sample))
     compile_layers(core, backend="eager")
     for length in (16, 32, 48):
         batch = our_batch(core, observe(4, core.config.image_size), heads=(ACTION, LATENT))

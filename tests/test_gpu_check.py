@@ -70,13 +70,13 @@ def test_a_compiled_sampler_is_compared_and_timed(tmp_path, monkeypatch):
     save_policy(tmp_path / "policy", core.config, core.state_dict(), tokenizer, statistics, 4, {})
     compile, compiled = torch.compile, []
 
-    def traced(function, mode, **options):
+    def traced(function, mode=None, **options):
         compiled.append(mode)
         return compile(function, backend="eager", **options)
 
     monkeypatch.setattr(torch, "compile", traced)
     share, seconds = gpu.compiled_sampler(tmp_path / "policy", torch.device("cpu"))
-    assert share < 1e-5 and compiled == ["max-autotune"]
+    assert share < 1e-5 and compiled.count("max-autotune") == 1  # the others are layers, which train
     assert seconds.keys() == {f"{name}, {what}" for name in ("plain", "compiled") for what in ("load", "chunk")}
     assert min(seconds.values()) > 0
 
@@ -88,7 +88,7 @@ def test_another_activation_would_be_noticed():
 
     assert gpu.activation_apart(gpu_check.CPU) == 0
     with AsOnGPU():
-        assert gpu.activation_apart(gpu_check.CPU) > 1e-4
+        assert gpu.activation_apart(gpu_check.CPU) > 5 * gpu_check.SAME_PRODUCT
 
 
 def test_kernels_are_counted_and_both_models_train():
