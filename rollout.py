@@ -58,6 +58,9 @@ class RolloutConfig:
     videos: Literal["all", "failures", "none"] = "none"
     # Go on with the rollout in --out. --episodes may have grown; --num-envs, --videos and --device may differ.
     resume: bool = False
+    # Compile the policy's sampler, at its start and for each further number of environments: minutes. Actions change by
+    # rounding.
+    compile: bool = False
     # Device that the policy runs on. Default: cuda if there is a GPU, else cpu.
     device: str | None = None
 
@@ -92,7 +95,7 @@ def policy_configs(config: RolloutConfig, saved: "HLRPSmolVLASharedConfig") -> d
     def changed(values: dict[str, int | None]) -> "HLRPSmolVLASharedConfig":
         given = {name: value for name, value in values.items() if value is not None}
         core = replace(saved.core, flow_steps=given.pop("flow_steps", saved.core.flow_steps))
-        return replace(saved, core=core, **given)
+        return replace(saved, core=core, compile_model=saved.compile_model or config.compile, **given)
 
     asked = {name: getattr(config, name) for name in SWEPT}
     if not config.sweep:

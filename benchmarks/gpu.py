@@ -4,7 +4,9 @@ What `python -m smolvla_shared.gpu_check` measures. Weights are random, and noth
 """
 
 import tempfile
+import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -18,12 +20,17 @@ from compare_smolvla import (
     our_loss,
     write_trunk,
 )
-from memory import TRUNK, activation_bytes, make_batch, make_core, state_bytes, trunk_core_config
+from memory import TRUNK, TRUNKS, activation_bytes, make_batch, make_core, state_bytes, trunk_core_config
 from memory import Options as MemoryOptions
 from torch import Tensor
+from transformers.models.smolvlm.configuration_smolvlm import SmolVLMVisionConfig
 
 from smolvla_shared.batch import Batch, to_device
 from smolvla_shared.config import ACTION, OptimConfig
+from smolvla_shared.flow import episode_noise
+from smolvla_shared.kernels import VisionMLP
+from smolvla_shared.lerobot_files import load_config
+from smolvla_shared.lerobot_policy import HLRPSmolVLASharedPolicy
 from smolvla_shared.losses import masked_mean
 from smolvla_shared.model import SmolVLASharedCore
 from smolvla_shared.model_parts import freeze
@@ -65,6 +72,46 @@ def sample(core: SmolVLASharedCore, device: torch.device, low: bool) -> Tensor: 
         return core.to(device).sample(to_device(batch, device), ACTION, noise.to(device), 10).float().cpu()
 
 
+def activation_apart(device: torch.device) -> float:
+    """How far the MLP of a vision layer is from its own steps, one by one, as a share of them."""
+    shape = TRUNKS["SmolVLM2-500M"]["vision_config"]
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(0)
+        mlp = VisionMLP(SmolVLMVisionConfig(**shape)).to(device)
+        hidden = 3 * torch.randn(2, 64, shape["hidden_size"]).to(device)  # where kinds of GELU differ
+        steps = mlp.fc2(mlp.activation_fn(mlp.fc1(hidden)))
+        return ((mlp(hidden) - steps).norm() / steps.norm()).item()
+
+
+def wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def compiled_sampler(directory: Path, device: torch.device) -> tuple[float, dict[str, float]]:
+    """How far the chunk of a compiled policy is from the plain one's, as a share of it; and seconds of each: to load
+    it, which compiles it, and of a chunk.
+    """
+    chunks, seconds = [], {}
+    for name, compiles in (("plain", False), ("compiled", True)):
+        config = replace(load_config(directory), device=str(device), compile_model=compiles)
+        start = time.perf_counter()
+        policy = HLRPSmolVLASharedPolicy.from_pretrained(directory, config=config)
+        wait_for(device)
+        seconds[f"{name}, load"] = time.perf_counter() - start
+        shape = config.core.chunk_size, config.core.max_action_dim
+        seen, noise = policy.blank_observation(), episode_noise(0, 0, shape)[None].to(device)
+
+        def act(policy=policy, seen=seen, noise=noise) -> Tensor:
+            chunk = policy.predict_action_chunk(seen, noise)
+            wait_for(device)
+            return chunk
+
+        chunks.append(act())
+        seconds |= medians({f"{name}, chunk": act}, repeats=5)
+    return ((chunks[1] - chunks[0]).norm() / chunks[0].norm()).item(), seconds
+
+
 def samples_a_second(device: torch.device, sizes: tuple[int, ...], quick: bool = False) -> dict[str, float]:
     """Training steps of both models with a frozen trunk and one camera, each as its own command computes in bfloat16:
     ours by autocast, LeRobot's with its VLM stored in bfloat16. quick: a tiny shape, whose figures say nothing
@@ -81,19 +128,15 @@ def samples_a_second(device: torch.device, sizes: tuple[int, ...], quick: bool =
         observation = observe(size, core.config.image_size)
         batch, there = to_device(our_batch(core, observation), device), to_device(observation, device)
 
-        def wait() -> None:
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-
         def train_theirs(there=there) -> None:
             theirs.step(policy(there)[0])
-            wait()
+            wait_for(device)
 
         def train_ours(batch=batch) -> None:
             with bfloat16(device):
                 loss = our_loss(core, batch)
             ours.step(loss)
-            wait()
+            wait_for(device)
 
         seconds = medians({"LeRobot": train_theirs, "ours": train_ours}, repeats=2 if quick else 10)
         found |= {f"{name}, B = {size}": size / value for name, value in seconds.items()}

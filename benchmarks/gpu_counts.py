@@ -3,9 +3,9 @@
 python benchmarks/gpu_counts.py    # the table in docs/performance.md, two minutes
 
 Kernels and casts are those of real steps of both models, of tiny widths at the 500M depth, on a CPU: how many there are
-depends on the depth alone. An operator that writes memory counts as one kernel. RMSNorm counts as on a GPU, where
-forward and backward are one kernel each. autocast follows the CPU's lists, which differ from CUDA's in LayerNorm.
-Bytes are counted at the 500M shape on fake tensors. The optimizer is left out.
+depends on the depth alone. An operator that writes memory counts as one kernel. As on a GPU, RMSNorm counts as one
+kernel forward and one backward, and the cast of a layer's weights as one. autocast follows the CPU's lists, which
+differ from CUDA's in LayerNorm. Bytes are counted at the 500M shape on fake tensors. The optimizer is left out.
 """
 
 import json
@@ -58,7 +58,7 @@ class Counter(TorchDispatchMode):
         if is_view or name.startswith("empty") or name == "new_empty":
             return out
         self.kernels += 1
-        self.casts += name in ("_to_copy", "copy_") and len({x.dtype for x in [*read, *written]}) > 1
+        self.casts += name in ("_to_copy", "copy_", "_foreach_copy_") and len({x.dtype for x in [*read, *written]}) > 1
         if not any(product in name for product in PRODUCTS):
             self.elementwise_bytes += sum(map(size_of, read + written))
         return out
@@ -79,15 +79,19 @@ class _Norm(torch.autograd.Function):
         return gradient, gradient[(0,) * (gradient.ndim - 1)] if weight.requires_grad else None
 
 
-class FusedNorms(TorchFunctionMode):
+class AsOnGPU(TorchFunctionMode):
+    """What is done otherwise on a GPU: norms are one kernel, and kernels.VisionMLP has its activation in a product."""
+
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if func == Tensor.is_cuda.__get__:
+            return True
         return _Norm.apply(args[0], kwargs["weight"]) if func is nn.functional.rms_norm else func(*args, **kwargs)
 
 
 def count(run: Callable[[], Tensor], precision: str) -> Counter:
     """Count a run and, if gradients are wanted, its backward pass, which is outside of autocast as in training."""
-    with FusedNorms(), Counter() as counter:
+    with AsOnGPU(), Counter() as counter:
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
             result = run()
         if result.requires_grad:
@@ -141,10 +145,12 @@ def lerobot_counts(trunk: Path, precision: str) -> dict[str, Counter]:
 
 
 def count_graphs(trunk: Path) -> int:
-    """Compiled graphs of a run on both heads: three lengths of text, evaluation, samples of three batch sizes."""
+    """Compiled graphs of a bf16 run on both heads: three lengths of text, evaluation, samples of three batch sizes."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     core = make_ours(trunk)
+    core.trunk.to(torch.bfloat16)  # as initial.py builds it
+    core.forward, core.sample = (torch.autocast("cpu", torch.bfloat16)(run) for run in (core.forward, core.sample))
     compile_layers(core, backend="eager")
     for length in (16, 32, 48):
         batch = our_batch(core, observe(4, core.config.image_size), heads=(ACTION, LATENT))
@@ -173,14 +179,14 @@ def count_bytes() -> dict[str, float]:
             torch.autograd.graph.saved_tensors_hooks(
                 lambda x: saved.update({x.untyped_storage()._cdata: x.untyped_storage()}) or x, lambda x: x
             ),
-            FusedNorms(),
+            AsOnGPU(),
             Counter() as step,
         ):
             with torch.autocast("cpu", torch.bfloat16):
                 loss = core(batch)[ACTION].mean()
             loss.backward()
         patches = torch.empty(128, 1024, 768, dtype=core.trunk.vlm.dtype)
-        with torch.no_grad(), Counter() as layer:
+        with torch.no_grad(), AsOnGPU(), Counter() as layer:
             core.trunk.vlm.vision_model.encoder.layers[0](patches, None)
     return {
         "element-wise, a vision layer of 128 pictures": layer.elementwise_bytes / 1e9,

@@ -31,6 +31,7 @@ What surrounds it:
     video_source, video_clips, video_dataset     reading a clip, converting it, the dataset of all clips
     augmentation    random changes of the policy's images
     attention       rotary positions, grouped queries, masks as biases
+    kernels         the same numbers in fewer GPU kernels
     model_parts     which parts of a core train, and how its layers run
     initial         what training starts from: a trunk, an artifact, a SmolVLA policy, a policy of this project
     evaluate        errors on held-out samples

@@ -40,6 +40,7 @@ STEPS = "--steps 3 --batch-size 8 --log-every 1 --save-every 3 --eval-every 3 --
 # How far losses and gradient norms of three steps, and sampled actions, may be from those of float32 on the CPU, as a
 # share of them. TF32 keeps 11 significant bits, bfloat16 8.
 TOLERANCE = {"no": 0.01, "bf16": 0.05}
+SAME_PRODUCT = 1e-5  # how far float32 products with and without their activation may be apart; another GELU is more
 MEMORY_TOLERANCE = 0.15  # what a step may take beyond the table of docs/scaling.md, as a share of it
 
 
@@ -160,6 +161,13 @@ def attention(machine: Machine) -> dict[str, Any]:
     return gpu.attention_kernels(*gpu.big_core(machine.device, "expert"))
 
 
+def activation(machine: Machine) -> dict[str, Any]:
+    """The vision tower's activation within a product (kernels.py) against one of its own, in float32."""
+    machine.needs_gpus(1, ": a CPU has no such product")
+    torch.set_float32_matmul_precision("highest")
+    return within(module("benchmarks", "gpu").activation_apart(machine.device), SAME_PRODUCT)
+
+
 def reference(machine: Machine) -> dict[str, Any]:
     """Three steps of each stage in float32 on the CPU: the numbers that the others are compared with."""
     return {stage: machine.lines(machine.on_cpu(stage))[-1]["grad_norm"] for stage in STAGES}
@@ -193,6 +201,15 @@ def sampling(precision: str, machine: Machine) -> dict[str, Any]:
     use_tf32(machine.device)
     found = sample(machine.device, low=precision == "bf16")
     return within(((found - expected).norm() / expected.norm()).item(), TOLERANCE[precision])
+
+
+def compiled_sampler(machine: Machine) -> dict[str, Any]:
+    """A chunk of a compiled policy against the plain one's; seconds to load and compile it, and of a chunk."""
+    machine.needs_gpus(1, ": the tests trace a sampler on a CPU")
+    use_tf32(machine.device)
+    policy = machine.on_cpu("stage3") / "checkpoints/last/pretrained_model"
+    share, seconds = module("benchmarks", "gpu").compiled_sampler(policy, machine.device)
+    return within(share, TOLERANCE["no"]) | seconds
 
 
 def compiling(machine: Machine) -> dict[str, Any]:
@@ -239,10 +256,12 @@ CHECKS: dict[str, Callable[[Machine], dict[str, Any]]] = {
     "environment": environment,
     "GPUs and driver": gpus,
     "attention kernels": attention,
+    "activation in a product": activation,
     "the CPU's numbers": reference,
     **{f"{s} in {IN_WORDS[p]}": partial(training, s, p) for s in STAGES for p in IN_WORDS},
     "resuming": resuming,
     **{f"sampling in {IN_WORDS[p]}": partial(sampling, p) for p in IN_WORDS},
+    "compiled sampler": compiled_sampler,
     "--model.compile": compiling,
     **{f"two GPUs, {name}": partial(several, name) for name in ("ddp_8gpu", "fsdp2_8gpu")},
     "samples a second": speed,

@@ -3,6 +3,7 @@ and its processors by their names in this module.
 """
 
 import logging
+import threading
 from collections import deque
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +27,8 @@ from smolvla_shared.model import SmolVLASharedCore
 from smolvla_shared.model_parts import frozen_parts, prepare_to_train
 from smolvla_shared.preprocess import TEXT_MULTIPLE, pad_width, prepare_images, stack_cameras
 
+CUDA_GRAPH_MODES = "max-autotune", "reduce-overhead"  # of torch.compile
+
 ACTION_IS_PAD = "action_is_pad"  # LeRobot's key, [B, T] bool: True past the episode's end
 
 
@@ -35,6 +38,19 @@ def check_has(batch: dict[str, Any], needed: list[str]) -> None:
         raise ValueError(
             f"the policy needs {needed}, but {missing} is missing from the batch, which has {sorted(batch)}: "
             "pass it, or map your names with --rename_map; cameras that may be missing go into optional_cameras"
+        )
+
+
+def check_thread(config: HLRPSmolVLASharedConfig) -> None:
+    """Raise ValueError where a compiled policy would use CUDA graphs in a thread. PyTorch keeps what belongs to them in
+    the thread that has imported them, and fails in others (torch/_inductor/cudagraph_trees.py: get_obj).
+    """
+    has_graphs = torch.device(config.device).type == "cuda" and config.compile_mode in CUDA_GRAPH_MODES
+    if has_graphs and threading.current_thread() is not threading.main_thread():
+        raise ValueError(
+            f"a policy compiled with compile_mode {config.compile_mode} runs as a CUDA graph, which PyTorch cannot use "
+            f"in the thread {threading.current_thread().name}, such as a policy server's: set compile_mode to "
+            "max-autotune-no-cudagraphs in its config.json, or compile_model to false, and remove manifest.json"
         )
 
 
@@ -290,6 +306,7 @@ class HLRPSmolVLASharedPolicy(DescribedPolicy, PreTrainedPolicy):
                 )
 
         if self.config.compile_model:
+            check_thread(self.config)
             # Called in inference mode, as LeRobot's commands do, or with tensors made in it, it would be another graph.
             with torch.inference_mode(False), torch.no_grad():
                 data, noise = map_tensors(lambda t: t.clone() if t.is_inference() else t, [data, noise])
@@ -305,16 +322,19 @@ class HLRPSmolVLASharedPolicy(DescribedPolicy, PreTrainedPolicy):
             )
         return chunk
 
-    def _warm_up(self) -> None:
-        """Compile now what the first step of an episode would wait for: one observation with a short text."""
+    def blank_observation(self) -> dict[str, Tensor]:
+        """One preprocessed observation of zeros, with a short text."""
         features = {key: feature.shape for key, feature in self.config.input_features.items()}
         seen = {key: torch.zeros(1, *shape, device=self.config.device) for key, shape in features.items()}
         text = torch.zeros(1, TEXT_MULTIPLE, dtype=torch.int64, device=self.config.device)
-        seen |= {keys.OBS_LANGUAGE_TOKENS: text, keys.OBS_LANGUAGE_ATTENTION_MASK: text == 0}
-        core = self.config.core
-        autocast = torch.autocast(torch.device(self.config.device).type, enabled=self.config.use_amp)
-        with autocast:
-            self.predict_action_chunk(seen, text.new_zeros(1, core.chunk_size, core.max_action_dim).float())
+        return seen | {keys.OBS_LANGUAGE_TOKENS: text, keys.OBS_LANGUAGE_ATTENTION_MASK: text == 0}
+
+    def _warm_up(self) -> None:
+        """Compile now what the first step of an episode would wait for."""
+        core, device = self.config.core, self.config.device
+        noise = torch.zeros(1, core.chunk_size, core.max_action_dim, device=device)
+        with torch.autocast(torch.device(device).type, enabled=self.config.use_amp):
+            self.predict_action_chunk(self.blank_observation(), noise)
         self.reset()
 
     def _check_images(self, batch: dict[str, Tensor]) -> None:

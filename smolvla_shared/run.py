@@ -53,7 +53,7 @@ from smolvla_shared.run_checkpoint import (
 )
 from smolvla_shared.run_metrics import OTHER, Recorder
 from smolvla_shared.run_optimizer import FiniteGradients, clip_gradients, learning_rate, make_optimizer
-from smolvla_shared.run_processes import describe_precision, make_accelerator
+from smolvla_shared.run_processes import Transfer, describe_precision, make_accelerator
 from smolvla_shared.run_sharding import check_plugin, distribute, gather
 from smolvla_shared.run_signals import StopSignals
 
@@ -177,7 +177,7 @@ class Run:
         step whose gradients are not finite, SystemExit(EXIT_STOPPED) after a signal (run_signals.py), and OSError if a
         checkpoint cannot be written.
         """
-        self.make_batches = make_batches
+        self.make_batches, transfer = make_batches, Transfer(self.accelerator.device)
         with self.signals.hidden():
             batches = iter(make_batches(self.step))
         while self.step < self.config.steps:
@@ -185,7 +185,7 @@ class Run:
             for _ in range(self.config.accumulation_steps):
                 raw = next(batches)
                 self.mark("data")
-                raws.append(to_device(raw, self.accelerator.device))
+                raws.append(transfer(raw))
                 self.mark("transfer")
             self.raws = raws
             yield raws

@@ -1,4 +1,6 @@
-"""The processes of a command: the Accelerator, its precision, how long processes wait, and the memory they share."""
+"""The processes of a command: the Accelerator, its precision, how long processes wait, the memory they share, and the
+way of a batch to the device.
+"""
 
 import math
 import multiprocessing
@@ -14,7 +16,7 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from smolvla_shared.batch import map_tensors
+from smolvla_shared.batch import map_tensors, to_device
 
 # How long processes wait for one that works alone, on a large checkpoint or on the last shard of a cache. After NCCL's
 # own 10 minutes the others would end the run.
@@ -96,6 +98,30 @@ def make_worker_loader(dataset: Dataset, num_workers: int, **options: Any) -> Da
     return DataLoader(
         dataset, batch_size=None, num_workers=num_workers, pin_memory=torch.cuda.is_available(), **options
     )
+
+
+class Transfer:
+    """Moves batches to the device. A GPU copies them on a stream of their own: the host is ahead of it, so that a batch
+    arrives while the step before is still computed.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def __call__[B](self, batch: B) -> B:
+        if self.stream is None:
+            return to_device(batch, self.device)
+        with torch.cuda.stream(self.stream):
+            batch = to_device(batch, self.device)
+        computing = torch.cuda.current_stream(self.device)
+        computing.wait_stream(self.stream)
+
+        def keep(tensor: Tensor) -> Tensor:
+            tensor.record_stream(computing)  # else its memory could take a later batch while a step still reads it
+            return tensor
+
+        return map_tensors(keep, batch)
 
 
 def num_bytes(batch: Any) -> int:

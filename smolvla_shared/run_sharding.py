@@ -60,8 +60,7 @@ def shard(core: SmolVLASharedCore, accelerator: Accelerator) -> None:
     of_layers = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False)
     of_rest = MixedPrecisionPolicy(cast_forward_inputs=False)
     # Also the core reshards after every forward pass: a training step must not use full weights of an evaluation.
-    cross = [layer.self_attn for layer in core.expert.layers if layer.is_cross]
-    contexts = [projection for attn in cross for projection in (attn.k_proj, attn.v_proj)]  # run before the layers
+    contexts = core.expert.context_projections  # run before the layers
     for unit in [*[contexts] * bool(contexts), *layers(core)]:
         fully_shard(unit, mesh=mesh, mp_policy=of_layers, reshard_after_forward=True)
     for rest in (core.trunk.vlm.text_model.embed_tokens, core):

@@ -30,6 +30,7 @@ from smolvla_shared.attention import (
 )
 from smolvla_shared.batch import Batch
 from smolvla_shared.config import CoreConfig, expert_mlp_width
+from smolvla_shared.kernels import LowWeights, VisionMLP
 
 Place = tuple[Rotation, Tensor]  # of the queries: their rotation, and an attention_bias
 
@@ -42,6 +43,7 @@ class Prefix:
     mask: Tensor  # [B, P] bool: False for padding, missing cameras and a missing state
     contexts: list[KeysValues] = field(default_factory=list)  # the pairs as the expert's layers attend to them
     places: dict[tuple[int, int], tuple[Place, Place]] = field(default_factory=dict)  # {(K, T): Expert.places}
+    weights: list[LowWeights] = field(default_factory=list)  # of the expert's layers
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -145,6 +147,8 @@ class Trunk(nn.Module):
             part.dtype = getattr(torch, config.torch_dtype)
         self.vlm = SmolVLMModel(vlm_config)
         self.vlm.text_model.layers = nn.ModuleList(PrefixLayer(text, index) for index in range(text.num_hidden_layers))
+        for layer in self.vlm.vision_model.encoder.layers:
+            layer.mlp.__class__ = VisionMLP  # of the same parameters
         self.vlm.to(text.dtype)  # the new layers, and the connector, which follows no config
         del self.vlm.text_model.norm  # would only act on the last layer's output, which nothing reads
         # Each patch takes the nearest of the tower's learned positions. They are found once: transformers derives them
@@ -179,7 +183,8 @@ class Trunk(nn.Module):
         trains = torch.is_grad_enabled() and needed
         with torch.set_grad_enabled(trains):  # a frozen tower is compiled once, for training and evaluation
             for layer in vision.encoder.layers:
-                patches = layer(patches, None)
+                with LowWeights(compute_dtype(patches), layer):
+                    patches = layer(patches, None)
         return self.vlm.connector(vision.post_layernorm(patches)).unflatten(0, images.shape[:2])
 
     def enclose_images(self, tokens: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
@@ -200,7 +205,9 @@ class Trunk(nn.Module):
         if len(self.image_special_tokens):
             image_tokens, image_valid = self.enclose_images(image_tokens, image_valid)
         embedded_text = self.vlm.text_model.embed_tokens(batch.text)
-        image_text = torch.cat([image_tokens.flatten(1, 2), embedded_text * scale], dim=1)  # [B, P - 1, hidden]
+        dtype = compute_dtype(image_tokens)
+        image_text = torch.cat([image_tokens.flatten(1, 2), embedded_text * scale], dim=1)
+        image_text = image_text.to(dtype)  # [B, P - 1, hidden]
         state = as_no_view(state_token[:, None]).to(image_text.dtype)
         valid = torch.cat([image_valid.flatten(1), batch.text_mask, batch.state_mask[:, None]], dim=1)  # [B, P]
 
@@ -210,14 +217,15 @@ class Trunk(nn.Module):
             parts, spans = [image_text, state], [slice(-1), slice(-1, None)]
         else:
             parts, spans = [torch.cat([image_text, state], dim=1)], [slice(None)]
-        mask, dtype, layers = prefix_attention_mask(valid), compute_dtype(image_text), self.vlm.text_model.layers
+        mask, layers = prefix_attention_mask(valid), self.vlm.text_model.layers
         groups = layers[0].self_attn.num_key_value_groups
         biases = [attention_bias(mask[:, :, span, : span.stop], dtype, groups) for span in spans]
         positions = valid.cumsum(1) - 1  # padding does not count
         rotations = [rotation(positions[:, span], self.head_dim) for span in spans]
         places, keys_values = list(zip(rotations, biases, strict=True)), []
         for layer in layers:
-            parts, layer_keys_values = layer(parts, places)
+            with LowWeights(dtype, layer):
+                parts, layer_keys_values = layer(parts, places)
             keys_values.append(layer_keys_values)
         return Prefix(keys_values, valid)
 
@@ -281,6 +289,12 @@ class Expert(nn.Module):
         )
         self.norm = nn.RMSNorm(text.hidden_size, text.rms_norm_eps)
 
+    @property
+    def context_projections(self) -> list[nn.Module]:
+        """What `ExpertLayer.context` computes with."""
+        cross = [layer.self_attn for layer in self.layers if layer.is_cross]
+        return [projection for attn in cross for projection in (attn.k_proj, attn.v_proj)]
+
     def places(self, valid: Tensor, num_draws: int, num_tokens: int, dtype: torch.dtype) -> tuple[Place, Place]:
         """Where suffix tokens stand in self-attention, and in cross-attention, to a prefix [B, P]."""
         from_zero = torch.arange(num_tokens, device=valid.device)[None]  # [1, T]
@@ -297,8 +311,13 @@ class Expert(nn.Module):
             prefix.places[shape] = self.places(prefix.mask, *shape, dtype)
         if not prefix.contexts:
             pairs = zip(self.layers, prefix.keys_values, strict=True)
-            prefix.contexts = [layer.context(keys_values, dtype) for layer, keys_values in pairs]
-        tokens, (after_prefix, from_zero) = as_no_view(tokens), prefix.places[shape]
-        for layer, context in zip(self.layers, prefix.contexts, strict=True):
-            tokens = layer(tokens, context, from_zero if layer.is_cross else after_prefix)
-        return self.norm(tokens)
+            with LowWeights(dtype, *self.context_projections):
+                prefix.contexts = [layer.context(keys_values, dtype) for layer, keys_values in pairs]
+        # The residual stream, too, has the type of the products: nothing in a layer needs a cast.
+        tokens, (after_prefix, from_zero) = as_no_view(tokens).to(dtype), prefix.places[shape]
+        for index, (layer, context) in enumerate(zip(self.layers, prefix.contexts, strict=True)):
+            if index == len(prefix.weights):
+                prefix.weights.append(LowWeights(dtype, layer))
+            with prefix.weights[index]:
+                tokens = layer(tokens, context, from_zero if layer.is_cross else after_prefix)
+        return self.norm(tokens.to(self.norm.weight.dtype))

@@ -13,6 +13,9 @@ from helpers import make_core
 from smolvla_shared import gpu_check
 from smolvla_shared.batch import Batch, FlowTarget
 from smolvla_shared.config import LATENT
+from smolvla_shared.lerobot_files import save_policy
+from smolvla_shared.preprocess import Statistics
+from smolvla_shared.trunk_files import load_trunk_tokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
@@ -31,7 +34,7 @@ def test_without_a_gpu_what_a_cpu_can_do_passes(server, tmp_path):
         assert name in passed or (not result["found"] and "GPU(s), there are 0" in result["why"])
     for name in passed[2:]:
         assert 1e-4 < results[name]["found"]["apart"] < 0.05  # it did compute in another precision
-    assert "6 passed, 0 failed, 13 did not run" in (tmp_path / "out" / "report.txt").read_text()
+    assert "6 passed, 0 failed, 15 did not run" in (tmp_path / "out" / "report.txt").read_text()
 
 
 def test_a_check_that_fails_is_called_failed(tmp_path, monkeypatch, capsys):
@@ -55,6 +58,37 @@ def test_numbers_that_are_apart_or_not_finite_fail():
     )
     with pytest.raises(ValueError, match="apart"):
         gpu_check.within(gpu_check.apart([lines[0] | {"loss/a": math.nan}], lines), 0.05)
+
+
+def test_a_compiled_sampler_is_compared_and_timed(tmp_path, monkeypatch):
+    """What a GPU is asked, here of a tiny policy on the CPU that is traced and not compiled."""
+    import gpu
+
+    core = make_core(latent_vector_dim=0, code_seq_len=0, action_dim=4, chunk_size=8)
+    tokenizer, plain = load_trunk_tokenizer("tiny", None), Statistics((0.0,) * 4, (1.0,) * 4)
+    statistics = {"state": plain, "action": plain}
+    save_policy(tmp_path / "policy", core.config, core.state_dict(), tokenizer, statistics, 4, {})
+    compile, compiled = torch.compile, []
+
+    def traced(function, mode=None, **options):
+        compiled.append(mode)
+        return compile(function, backend="eager", **options)
+
+    monkeypatch.setattr(torch, "compile", traced)
+    share, seconds = gpu.compiled_sampler(tmp_path / "policy", torch.device("cpu"))
+    assert share < 1e-5 and compiled.count("max-autotune") == 1  # the others are layers, which train
+    assert seconds.keys() == {f"{name}, {what}" for name in ("plain", "compiled") for what in ("load", "chunk")}
+    assert min(seconds.values()) > 0
+
+
+def test_another_activation_would_be_noticed():
+    """On a CPU the operator's is the exact GELU."""
+    import gpu
+    from gpu_counts import AsOnGPU
+
+    assert gpu.activation_apart(gpu_check.CPU) == 0
+    with AsOnGPU():
+        assert gpu.activation_apart(gpu_check.CPU) > 5 * gpu_check.SAME_PRODUCT
 
 
 def test_kernels_are_counted_and_both_models_train():

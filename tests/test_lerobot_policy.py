@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -11,13 +13,16 @@ import torch
 from lerobot.configs.policies import PreTrainedConfig
 from lerobot.policies.rtc.configuration_rtc import RTCConfig
 from safetensors.torch import load_file, save_file
+from torch._inductor.cudagraph_trees import get_container
 
 from smolvla_shared.batch import RawBatch
 from smolvla_shared.config import ACTION, ModelConfig
 from smolvla_shared.lerobot_files import save_policy
 from smolvla_shared.lerobot_policy import (
+    CUDA_GRAPH_MODES,
     HLRPSmolVLASharedConfig,
     HLRPSmolVLASharedPolicy,
+    check_thread,
     make_hlrp_smolvla_shared_pre_post_processors,
     to_batch,
 )
@@ -363,6 +368,29 @@ def test_a_compiled_policy_samples_in_one_graph_that_is_there_after_loading(save
     assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
     policy.predict_action_chunk(processed, torch.ones(3, T, 32))  # another shape
     assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]
+
+
+def in_a_thread(call) -> BaseException | None:
+    """What the call raises there."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(call).exception()
+
+
+def test_cuda_graphs_are_refused_in_the_threads_of_a_server(core):
+    config = make_policy(core).config
+    config.device = "cuda"
+    for mode in CUDA_GRAPH_MODES:
+        config.compile_mode = mode
+        assert re.search("compile_mode to max-autotune-no-cudagraphs", str(in_a_thread(lambda: check_thread(config))))
+        check_thread(config)
+    for device, mode in (("cpu", "max-autotune"), ("cuda", "max-autotune-no-cudagraphs"), ("cuda", "default")):
+        config.device, config.compile_mode = device, mode
+        assert in_a_thread(lambda: check_thread(config)) is None
+    # What PyTorch does there, and in which modes. If it can do so one day, there is nothing to refuse.
+    assert get_container(0).tree_manager is None
+    assert isinstance(in_a_thread(lambda: get_container(0)), AssertionError)
+    modes = torch._inductor.list_mode_options()
+    assert {mode for mode, options in modes.items() if options.get("triton.cudagraphs")} == set(CUDA_GRAPH_MODES)
 
 
 def test_a_compiled_policy_cannot_do_real_time_chunking(core):

@@ -16,6 +16,7 @@ from transformers import AutoTokenizer, SmolVLMConfig, SmolVLMModel
 from smolvla_shared import flow
 from smolvla_shared.batch import Batch, FlowTarget
 from smolvla_shared.config import CoreConfig, ModelConfig
+from smolvla_shared.kernels import LowWeights
 from smolvla_shared.losses import masked_mean
 from smolvla_shared.model import SmolVLASharedCore
 from smolvla_shared.model_parts import (
@@ -579,6 +580,28 @@ def test_autocast_to_bfloat16_stays_near_float32(core, batch, trunk_dtype, froze
     expected = core.sample(batch, "action", batch.targets["action"].noise[:, 0])
     assert relative_difference(sample, expected) < 0.03
     assert all(p.grad.isfinite().all() for p in low.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("frozen", [[], TRUNK])
+def test_weights_cast_as_one_train_as_autocast_casts_them(batch, frozen, monkeypatch):
+    core, one_head = make_core(make_config(num_cameras=2)), {"action": batch.targets["action"]}
+    freeze(core, frozen)
+    own = dict(core.named_parameters())
+
+    def step() -> dict[str, Tensor]:
+        core.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = core(replace(batch, targets=one_head))["action"].mean()
+        loss.backward()
+        return {"loss": loss} | {name: p.grad for name, p in core.named_parameters() if p.grad is not None}
+
+    as_one = step()
+    configure_layers(core.train(), ModelConfig(activation_checkpointing=True))
+    checkpointed = step()
+    monkeypatch.setattr(LowWeights, "casts", staticmethod(lambda *_: False))
+    torch.testing.assert_close(as_one, step(), rtol=0, atol=0)
+    torch.testing.assert_close(as_one, checkpointed, rtol=0, atol=0)
+    assert all(parameter is own[name] for name, parameter in core.named_parameters())
 
 
 def test_a_bfloat16_trunk_serves_a_float32_expert(core, batch):

@@ -17,11 +17,12 @@ from lerobot.processor import PolicyProcessorPipeline
 from lerobot.scripts.lerobot_eval import eval_policy
 from PIL import Image
 
+from rollout import RolloutConfig, policy_configs
 from smolvla_shared import rollout_results
 from smolvla_shared.comparison import wilson_interval
 from smolvla_shared.config import ModelConfig
 from smolvla_shared.environments import make_environment, make_environments
-from smolvla_shared.lerobot_files import save_policy
+from smolvla_shared.lerobot_files import load_config, save_policy
 from smolvla_shared.lerobot_policy import HLRPSmolVLASharedPolicy
 from smolvla_shared.model import SmolVLASharedCore
 from smolvla_shared.preprocess import Statistics
@@ -97,6 +98,14 @@ def test_episodes_do_not_depend_on_the_number_of_environments(policy_path):
         assert min(a.policy_s, a.environment_s, b.policy_s, b.environment_s) > 0
     assert len({episode.start for episode, _ in one}) == 3  # seeds do matter
     assert len({round(episode.sum_reward, 6) for episode, _ in one}) == 3
+
+
+def test_a_policy_is_compiled_where_that_is_asked_for(policy_path):
+    saved = load_config(policy_path)
+    for asked in (False, True):
+        [config] = policy_configs(RolloutConfig(policy_path=policy_path, compile=asked), saved).values()
+        assert (config.compile_model, config.compile_mode) == (asked, saved.compile_mode)
+    assert not saved.compile_model
 
 
 def test_a_camera_under_another_name_is_refused(policy_path):

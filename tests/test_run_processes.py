@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,7 +20,7 @@ from helpers import Regression, make_accelerator, make_config, passes
 from smolvla_shared import data, data_blocks, data_loader, data_rows, run, run_processes
 from smolvla_shared.cache import RowCache
 from smolvla_shared.config import DataConfig
-from smolvla_shared.run_processes import TIMEOUT, describe_precision, stated_precision
+from smolvla_shared.run_processes import TIMEOUT, Transfer, describe_precision, stated_precision
 
 CONFIGS = Path(__file__).parent.parent / "configs" / "accelerate"
 
@@ -201,3 +202,38 @@ def test_what_is_set_reaches_two_processes(server, tmp_path, video_dataset):
         most, last = found["marks"]
         assert last <= 2 < most < 30  # those of three steps at most, whatever the run's length
         assert found["shards"] == [1, 3, 5, 7, 9, 11, 13, 15, 17][rank::2]  # 5 and 4 of the missing, not 9 and 0
+
+
+def test_a_gpu_copies_batches_beside_its_computing(monkeypatch):
+    """In which order streams are used: a step waits for its copies, and their memory is kept while it reads them."""
+    done = []
+
+    class Stream:
+        def __init__(self, name: str):
+            self.name = name
+
+        def wait_stream(self, other: "Stream") -> None:
+            done.append(f"{self.name} waits for {other.name}")
+
+    @contextmanager
+    def on(stream: Stream):
+        done.append(f"on {stream.name}")
+        yield
+        done.append(f"off {stream.name}")
+
+    def to_device(value: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
+        done.append(f"to {device}")
+        return {key: tensor.clone() for key, tensor in value.items()}
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream("copies"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream("steps"))
+    monkeypatch.setattr(torch.cuda, "stream", on)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, s: done.append(f"{tensor.item()} for {s.name}"))
+    monkeypatch.setattr(run_processes, "to_device", to_device)
+    moved = Transfer(torch.device("cuda", 1))({"a": torch.tensor(3), "b": torch.tensor(4)})
+    assert (moved["a"].item(), moved["b"].item()) == (3, 4)
+    copying = ["on copies", "to cuda:1", "off copies"]
+    assert done == [*copying, "steps waits for copies", "3 for steps", "4 for steps"]
+    done.clear()
+    Transfer(torch.device("cpu"))({"a": torch.tensor(3)})
+    assert done == ["to cpu"]
