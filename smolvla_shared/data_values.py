@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from transformers import PreTrainedTokenizerFast
 
 from smolvla_shared.data_columns import MEND, ROWS_AT_ONCE
 from smolvla_shared.data_problems import differences, place, refuse
-from smolvla_shared.preprocess import TextTokenizer
 from smolvla_shared.refusals import read_json, shown
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
     from smolvla_shared.data import RobotDataset
 
 ACTION_KEYS = "action", "executed_action"
@@ -162,8 +162,10 @@ def missing_statistics(dataset: "RobotDataset", keys: list[str]) -> list[str]:
     return [f"{STATS} has no {', '.join(lacking)}, which LeRobot's own training reads: {RECOMPUTE}"] if lacking else []
 
 
-def texts_cut(datasets: "Sequence[RobotDataset]", tokenizer: PreTrainedTokenizerFast, max_tokens: int) -> list[str]:
+def texts_cut(datasets: "Sequence[RobotDataset]", tokenizer: "PreTrainedTokenizerFast", max_tokens: int) -> list[str]:
     """A line for each dataset with task texts that are longer than what a model reads of them."""
+    from smolvla_shared.preprocess import TextTokenizer
+
     whole, lines = TextTokenizer(tokenizer, 1 << 20), []
     for dataset in datasets:
         # A token is a byte or more, and a newline is added.

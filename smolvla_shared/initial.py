@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from smolvla_shared import data, data_values, data_views, lerobot_files, lerobot_smolvla
+from smolvla_shared import data, data_values, data_views, lerobot_files, lerobot_smolvla_files
 from smolvla_shared.artifact import Latents, load_artifact
 from smolvla_shared.batch import Labels
 from smolvla_shared.config import ACTION, CoreConfig, DataConfig, ModelConfig, PolicyDataConfig, StageOptions
@@ -297,7 +297,7 @@ def _of_policy(name: str) -> InitialWeights:
 
 
 def _of_smolvla(name: str) -> InitialWeights:
-    checkpoint = lerobot_smolvla.load_checkpoint(name)
+    checkpoint = lerobot_smolvla_files.load_checkpoint(name)
     try:
         statistics, problem = checkpoint.normalization(), ""
     except ValueError as error:  # only needed with --normalization artifact

@@ -11,11 +11,11 @@ import torch
 from forked import ROOT, Forked, run_forked
 from safetensors.torch import load_file
 
-from smolvla_shared import data, data_blocks, data_loader, data_order, data_split, label_cache
+from smolvla_shared import data, data_blocks, data_loader, data_order, data_split, data_views, label_cache
 from smolvla_shared.batch import RawBatch
 from smolvla_shared.cache import MANIFEST, dataset_directories
 from smolvla_shared.config import LATENT, DataConfig, PolicyDataConfig, StageOptions
-from smolvla_shared.label_cache import CODEBOOK, label
+from smolvla_shared.label_cache import CODEBOOK
 from smolvla_shared.labels import OnlineLabels, labels_pairs, latent_statistics, open_labels
 from smolvla_shared.laq import LAQ
 from smolvla_shared.laq_files import load_laq, save_laq
@@ -34,6 +34,11 @@ def label_config(cache: Path, laq_checkpoint: Path, *roots: Path, **options) -> 
     return LabelConfig(
         **{"label_cache": cache, "laq_ckpt": laq_checkpoint, "data": dataset, "batch_size": 16} | options
     )
+
+
+def label(config: LabelConfig) -> None:
+    """As the command."""
+    label_cache.label(config, data_views.open_video(config.data))
 
 
 @pytest.fixture(scope="module", params=["quantized", "continuous"])

@@ -4,6 +4,9 @@ PYTHONPATH=. python tests/test_mistakes.py > docs/mistakes.md
 """
 
 import contextlib
+import json
+import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -366,6 +369,56 @@ def test_options_and_paths_are_refused_before_anything_heavy_is_imported(command
     imports_heavy = command.startswith("examples/")  # they are read as a whole, and start as they please
     assert done.returncode == 10 * EXIT_MISTAKE + imports_heavy, done.stderr
     assert done.stderr.startswith(f"error: {said}") and len(done.stderr.splitlines()) <= 4, done.stderr
+
+
+def changed_rate(dataset: Path, directory: Path) -> Path:
+    """A copy of a dataset that says another rate."""
+    shutil.copytree(dataset, directory)
+    path = directory / "meta" / "info.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"fps": 7}))
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (
+            "train_stage2.py {s2} --data.cameras top",
+            "every dataset must have every camera, or you name them; asked for",
+        ),
+        ("train_stage2.py {s2} --data.label-camera top", "every dataset must have the label camera, but not {video}"),
+        ("train_stage2.py {s2} --data.frame-gap-s 0.07", "--data.frame-gap-s 0.07 is not a whole number of frames of"),
+        ("train_stage2.py {s2} --data.frame-gap-s 60", "no episode is longer than --data.frame-gap-s, "),
+        ("train_stage2.py {s2} --val-fraction 0.99", "{video} has 8 episode(s), too few to hold out a share of 0.99"),
+        ("train_stage2.py {s2} --data.max-episodes 90", "--data.max-episodes 90: {video} has"),
+        ("train_stage3.py --run-dir {new} --data.roots {video}", "{video} has no 'action' column, it has ["),
+        (
+            "train_stage3.py --run-dir {new} --data.roots {demos} --data.cameras top",
+            "every dataset must have every cam",
+        ),
+        ("train_stage3.py --run-dir {new} --data.roots {edited}", "{edited} cannot be trained on: "),
+        ("smolvla_shared.teacher train --run-dir {new} --data.roots {edited}", "{edited} cannot be trained on: "),
+        ("smolvla_shared.teacher train --run-dir {new} --data.roots {video} --data.cameras top", "every dataset must"),
+        ("smolvla_shared.teacher label --label-cache {new} {teacher} --data.roots {edited}", "{edited} cannot be trai"),
+        ("smolvla_shared.teacher check --out {new} {teacher} --data.roots {video} --data.cameras top", "every datas"),
+    ],
+)
+def test_what_the_data_tells_is_refused_before_anything_heavy_is_imported(
+    command, said, video_dataset, labelled_dataset, laq_checkpoint, tmp_path
+):
+    places = {"video": video_dataset, "demos": labelled_dataset, "new": tmp_path / "new"}
+    places |= {"edited": changed_rate(labelled_dataset, tmp_path / "edited"), "teacher": f"--laq-ckpt {laq_checkpoint}"}
+    places["s2"] = "--run-dir {new} --data.roots {video} {teacher}".format_map(places)
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, *command.format_map(places).split()],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 10 * EXIT_MISTAKE, done.stderr
+    assert done.stderr.startswith(f"error: {said.format_map(places)}") and len(done.stderr.splitlines()) <= 4
+    assert not (tmp_path / "new").exists()
 
 
 if __name__ == "__main__":

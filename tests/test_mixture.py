@@ -357,9 +357,10 @@ def test_cached_features_are_those_of_the_dataset_under_any_name(tmp_path, core,
 def test_labels_are_kept_under_the_datasets_own_names(tmp_path, unlike, video_dataset, image_dataset, laq_checkpoint):
     """Of each dataset's own label camera and gap; the labels of one dataset alone serve a mixture."""
     cache = {"laq_ckpt": laq_checkpoint, "label_cache": tmp_path / "labels"}
-    label(LabelConfig(**cache, data=DataConfig(roots=(video_dataset,), num_workers=0)))
+    of_one, of_all = DataConfig(roots=(video_dataset,), num_workers=0), DataConfig(mixture=unlike, num_workers=0)
+    label(LabelConfig(**cache, data=of_one), data_views.open_video(of_one))
     written = {path: path.stat().st_mtime_ns for path in (tmp_path / "labels").rglob("*")}
-    label(LabelConfig(**cache, data=DataConfig(mixture=unlike, num_workers=0)))
+    label(LabelConfig(**cache, data=of_all), data_views.open_video(of_all))
     assert all(path.stat().st_mtime_ns == at for path, at in written.items() if path.is_file())
     config = Stage2Config(
         run_dir=tmp_path, data=PolicyDataConfig(mixture=unlike), labels="cache", label_cache=cache["label_cache"]
@@ -449,10 +450,10 @@ def test_labelled_datasets_of_different_rates_are_refused(labelled_dataset, imag
     both = DataConfig(roots=(labelled_dataset, image_dataset))
     said = f"{labelled_dataset}: 20, {image_dataset}: 10 actions a second"
     with pytest.raises(ValueError, match=f"labelled datasets have different rates, .*: {said}"):
-        data_views.open_recordings(both, None)
+        data_views.open_recordings(both, None, False)
     # Video of another rate has no actions to differ.
     labelled, all_of_them = data_views.open_recordings(
-        DataConfig(roots=(labelled_dataset,)), DataConfig(roots=(image_dataset,))
+        DataConfig(roots=(labelled_dataset,)), DataConfig(roots=(image_dataset,)), True
     )
     assert [dataset.fps for dataset in all_of_them] == [20, 10] and len(labelled) == 1
 

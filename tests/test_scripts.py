@@ -303,7 +303,7 @@ def test_video_trains_the_action_head_with_decoded_actions(run_well, labelled_da
     printed = run_well(*command, "--run-dir", tmp_path / "s3")
     arguments = [*map(str, command[1:]), "--run-dir", str(tmp_path / "not made")]
     config = tyro.cli(train_stage3.Stage3Config, args=arguments)
-    _, (labelled, hidden) = data_views.open_recordings(config.data, config.video_data)
+    _, (labelled, hidden) = data_views.open_recordings(config.data, config.video_data, False)
     assert "action" in labelled.features and "action" not in hidden.features  # video's own actions are not read
     assert "actions decoded from latent actions, 2 steps each: R² on unseen episodes 1.00, 1.00, 1.00, 1.00" in printed
     assert "loss {'action': 1.0}" in printed
