@@ -6,6 +6,7 @@ PYTHONPATH=. python tests/test_mistakes.py > docs/mistakes.md
 import contextlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -22,7 +23,10 @@ import train_stage2
 import train_stage3
 from smolvla_shared.command import EXIT_MISTAKE, in_few_lines, is_mistake, parse
 from smolvla_shared.data_check import DataCheckConfig
+from smolvla_shared.gpu_check import Options
 from smolvla_shared.hub import CardConfig, PushConfig
+from smolvla_shared.lerobot_smolvla import ExportConfig, ImportConfig
+from smolvla_shared.serve import ServeConfig
 from smolvla_shared.teacher_config import CheckConfig, LabelConfig, TeacherConfig
 
 ROOT = Path(__file__).parent.parent
@@ -111,6 +115,13 @@ COMMANDS: dict[str, tuple[Any, str, str]] = {
         --run-dir laq.safetensors/run
         --run-dir nowhere --resume
         --stps 3
+        --optim.warmup-step 3
+        --lr 1e-3
+        --laq-checkpoint laq.safetensors
+        --rundir run
+        --wumba 3
+        -steps 3
+        \u2013-steps 3
         --steps
         --steps many
         --optim.lr big
@@ -204,13 +215,17 @@ COMMANDS: dict[str, tuple[Any, str, str]] = {
         rollout.RolloutConfig,
         "",
         """--policy-path nowhere
+        --policy policy
+        --policy-path policy --task reach-v3
+        --policy-path policy --episode=3
         --policy-path policy --compare nowhere.json""",
     ),
     "python -m smolvla_shared.hub push": (
         PushConfig,
         "",
         """nowhere me/my_policy
-        policy my//policy""",
+        policy my//policy
+        policy me/my_policy --dryrun""",
     ),
     "python -m smolvla_shared.hub card": (
         CardConfig,
@@ -224,6 +239,29 @@ COMMANDS: dict[str, tuple[Any, str, str]] = {
         """somebody/demos --episodes 0
         somebody/demos --max-text-tokens 0
         nowhere/at/all""",
+    ),
+    "python -m smolvla_shared.serve": (
+        ServeConfig,
+        "",
+        """--port 0
+        --port 65536
+        --fps 0
+        --inference-latency -1
+        --obs-queue-timeout nan""",
+    ),
+    "python -m smolvla_shared.gpu_check": (Options, "", "--out video"),
+    "python -m smolvla_shared.lerobot_smolvla import": (
+        ImportConfig,
+        "",
+        """./nowhere new
+        video new
+        policy video""",
+    ),
+    "python -m smolvla_shared.lerobot_smolvla export": (
+        ExportConfig,
+        "",
+        """./nowhere new
+        policy video""",
     ),
 }
 # What there is where the commands run: so a mistake about one path is about that path.
@@ -275,6 +313,32 @@ def test_a_message_names_the_option_and_fits_four_lines(command, mistake):
     names = [word.removeprefix("--").removeprefix("laq.") for word in mistake.split()]
     assert any(name in said or name.replace("-", "_") in said for name in names), said
     assert said.startswith("error: ") and len(said.splitlines()) <= 4
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--run-dir x --data.roots y --optim.warmup-step 3", "--optim.warmup-step: did you mean --optim.warmup-steps"),
+        ("--stps 3 --lr=1", "--stps: did you mean --steps\nunknown option --lr: did you mean --optim.lr"),
+        ("--data.root y", "--data.root: did you mean --data.roots"),
+        ("--no-resum", "--no-resum: did you mean --no-resume"),
+        ("--optim.lr -1 --qqqq", "--qqqq: there is none of a similar name, --help lists all"),
+    ],
+)
+def test_an_unknown_option_is_said_with_the_nearest(words, said, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "30")
+    with pytest.raises(ValueError, match="^unknown option " + re.escape(said) + "$"):
+        parse(train_stage3.Stage3Config, args=words.split())
+    assert os.environ["COLUMNS"] == "30"
+
+
+def test_an_option_that_is_given_twice_is_said(capsys, monkeypatch):
+    words = "--data.repo-ids a/b --run-dir x --steps 5 --optim.lr=1e-3 --steps 6 --optim.lr 1e-4".split()
+    assert parse(train_stage3.Stage3Config, args=words).steps == 6
+    assert capsys.readouterr().err == "given twice, the last one counts: --steps, --optim.lr\n"
+    monkeypatch.setenv("RANK", "1")  # of a launched run, in which the first process says it
+    parse(train_stage3.Stage3Config, args=words)
+    assert capsys.readouterr().err == ""
 
 
 def test_help_is_no_mistake(capsys):
@@ -355,6 +419,11 @@ except SystemExit as stop:
         ("smolvla_shared.teacher label --data.repo-ids a/b --laq-ckpt q.pt --label-cache c", "--laq-ckpt q.pt: no"),
         ("smolvla_shared.teacher check --data.repo-ids a/b --laq-ckpt q.pt --out tests", "--laq-ckpt q.pt: no"),
         ("smolvla_shared.hub push nowhere me/policy", "nowhere holds no policy (config.json), artifact (smolvla_sh"),
+        ("smolvla_shared.serve --port 0", "--port must be at least 1 and below 65,536, got 0"),
+        ("smolvla_shared.serve --host 192.0.2.1", "--host 192.0.2.1 --port 8080 cannot be served (Cannot assign"),
+        ("smolvla_shared.gpu_check --out tests", "--out tests exists: name a new directory"),
+        ("smolvla_shared.lerobot_smolvla import ./nowhere new", "no SmolVLA policy ./nowhere: there is no such dir"),
+        ("smolvla_shared.lerobot_smolvla export tests new", "no policy in tests: config.json is missing, found ["),
         ("rollout.py --policy-path nowhere", "nowhere holds no policy: config.json is missing (found: no such dire"),
     ],
 )  # fmt: skip
@@ -369,6 +438,22 @@ def test_options_and_paths_are_refused_before_anything_heavy_is_imported(command
     imports_heavy = command.startswith("examples/")  # they are read as a whole, and start as they please
     assert done.returncode == 10 * EXIT_MISTAKE + imports_heavy, done.stderr
     assert done.stderr.startswith(f"error: {said}") and len(done.stderr.splitlines()) <= 4, done.stderr
+
+
+COMMAND_NAMES = ["train_stage2.py", "train_stage3.py", "rollout.py", "smolvla_shared.teacher", "smolvla_shared.video"]
+COMMAND_NAMES += [f"smolvla_shared.{name}" for name in "hub data_check serve gpu_check lerobot_smolvla".split()]
+
+
+@pytest.mark.parametrize("command", COMMAND_NAMES)
+def test_help_is_there_before_anything_heavy_is_imported(command):
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, command, "--help"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={"PYTHONPATH": str(ROOT)},
+    )
+    assert (done.returncode, done.stderr) == (0, "") and "usage: " in done.stdout
 
 
 def changed_rate(dataset: Path, directory: Path) -> Path:
