@@ -1,7 +1,9 @@
 """lerobot_policy.py: the LeRobot policy equals the core it was saved from, anywhere, and refuses what does not fit."""
 
+import copy
 import json
 import os
+import pickle
 import subprocess
 import sys
 from dataclasses import replace
@@ -363,6 +365,21 @@ def test_a_compiled_policy_samples_in_one_graph_that_is_there_after_loading(save
     assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
     policy.predict_action_chunk(processed, torch.ones(3, T, 32))  # another shape
     assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda policy: pickle.loads(pickle.dumps(policy))], ids=["deep", ""])
+def test_a_copy_of_a_compiled_policy_samples_with_its_own_weights(core, processed, monkeypatch, copied):
+    compile, noise = torch.compile, torch.ones(3, T, 32)
+    monkeypatch.setattr(torch, "compile", lambda f, mode=None, **options: compile(f, backend="eager", **options))
+    policy = make_policy(core, compile_model=True)
+    expected = policy.predict_action_chunk(processed, noise)
+    other = copied(policy)
+    assert torch.equal(other.predict_action_chunk(processed, noise), expected)
+    with torch.no_grad():
+        for parameter in policy.model.action_head.parameters():
+            parameter.zero_()
+    assert not torch.equal(policy.predict_action_chunk(processed, noise), expected)
+    assert torch.equal(other.predict_action_chunk(processed, noise), expected)
 
 
 def test_a_compiled_policy_cannot_do_real_time_chunking(core):
