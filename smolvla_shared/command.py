@@ -68,7 +68,8 @@ def parse(options: Any, **more: Any) -> Any:
     """tyro.cli(options, **more), with paths that hold what they should; a refusal of the options' own comes back as it
     was raised, not in tyro's frame.
     """
-    said = io.StringIO()
+    said, words = io.StringIO(), more.get("args") or sys.argv[1:]
+    refuse_empty(words)
     try:
         with contextlib.redirect_stderr(said):
             config = tyro.cli(options, **more)
@@ -80,11 +81,22 @@ def parse(options: Any, **more: Any) -> Any:
             raise error from None
         if stop.code != EXIT_MISTAKE:  # --help
             raise
-        words = more.get("args") or sys.argv[1:]
         raise ValueError(unknown_options(options, more, words) or of_tyro(said.getvalue())) from None
-    say_twice(more.get("args") or sys.argv[1:])
+    say_twice(words)
     paths.check(config)
     return config
+
+
+def refuse_empty(words: list[str]) -> None:
+    """Raise ValueError for a value without a letter: a path of none would be the current directory."""
+    option = "the command line"
+    for word in words:
+        name, _, value = word.partition("=") if word.startswith("--") else (option, "", word)
+        if (not word.startswith("--") or "=" in word) and not value.strip():
+            raise ValueError(
+                f"{name} has an empty value, is a variable of the shell not set? Give it one, or leave it out"
+            )
+        option = name
 
 
 def option_names(words: Iterable[str]) -> Iterator[tuple[str, str]]:
@@ -183,6 +195,8 @@ def of_machine(error: BaseException) -> str:
     # Libraries in other languages have errors of their own, known by their words.
     if number in FULL or os.strerror(errno.ENOSPC) in text:
         return f"error: the disk is full: {text}\nMake room, or name a directory on another disk, and run this again"
+    if number == errno.ENAMETOOLONG:
+        return f"error: a name is too long: {text[:200]}\nGive a file or directory a name of at most 255 bytes"
     if number in FORBIDDEN:
         return f"error: no permission: {text}\nName a directory that is yours, or change its permissions"
     return ""

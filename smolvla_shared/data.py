@@ -78,7 +78,7 @@ class RobotDataset:
             with hub_or_cache() as problem:
                 revision = get_safe_version(self.name, CODEBASE_VERSION)
                 snapshot_download(self.name, repo_type="dataset", revision=revision, local_dir=self.root)
-        except (OSError, httpx.HTTPError, RuntimeError, CompatibilityError) as error:
+        except (OSError, ValueError, httpx.HTTPError, RuntimeError, CompatibilityError) as error:
             raise ValueError(
                 f"no LeRobotDataset {self.name}: it is not, or not whole, in {self.root}, and the hub says: "
                 f"{problem or error}"

@@ -44,10 +44,10 @@ class ServeConfig:
                 listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 listener.bind(address)
                 listener.listen()  # two may bind, one may listen
-        except OSError as error:
+        except (OSError, UnicodeError) as error:  # no address at all
             raise ValueError(
-                f"--host {self.host} --port {self.port} cannot be served ({error.strerror}): pass an address of this "
-                "machine, and a port that is free"
+                f"--host {self.host[:60]} --port {self.port} cannot be served ({getattr(error, 'strerror', error)}): "
+                "pass an address of this machine, and a port that is free"
             ) from error
 
 

@@ -28,6 +28,7 @@ from smolvla_shared.hub import CardConfig, PushConfig
 from smolvla_shared.lerobot_smolvla import ExportConfig, ImportConfig
 from smolvla_shared.serve import ServeConfig
 from smolvla_shared.teacher_config import CheckConfig, LabelConfig, TeacherConfig
+from smolvla_shared.video import VideoConfig
 
 ROOT = Path(__file__).parent.parent
 DOCUMENT = ROOT / "docs" / "mistakes.md"
@@ -130,7 +131,19 @@ COMMANDS: dict[str, tuple[Any, str, str]] = {
         --resume yes
         --mode.preset tiny
         --eval-every 5 --val-fraction 0
-        --eval-samples 5 --val-fraction 0""",
+        --eval-samples 5 --val-fraction 0
+        --steps 9999999999999
+        --data.num-workers 2000
+        --optim.lr 1e30
+        --run-dir pipe
+        --run-dir dangling
+        --run-dir ~/run
+        --data.repo-ids me/-x
+        --init-from pipe
+        --model.name dangling
+        --label-health pipe
+        --laq-ckpt pipe.safetensors
+        --data.feature-cache dangling""",
     ),
     "train_stage3.py": (
         train_stage3.Stage3Config,
@@ -218,6 +231,11 @@ COMMANDS: dict[str, tuple[Any, str, str]] = {
         --policy policy
         --policy-path policy --task reach-v3
         --policy-path policy --episode=3
+        --policy-path policy --out dangling
+        --policy-path policy --out pipe
+        --policy-path policy --flow-steps 1000000
+        --policy-path policy --num-envs 5000
+        --policy-path policy --compare pipe
         --policy-path policy --compare nowhere.json""",
     ),
     "python -m smolvla_shared.hub push": (
@@ -238,6 +256,9 @@ COMMANDS: dict[str, tuple[Any, str, str]] = {
         "",
         """somebody/demos --episodes 0
         somebody/demos --max-text-tokens 0
+        somebody/demos --out dangling
+        somebody/demos --tokenizer pipe
+        somebody/-demos
         nowhere/at/all""",
     ),
     "python -m smolvla_shared.serve": (
@@ -248,6 +269,15 @@ COMMANDS: dict[str, tuple[Any, str, str]] = {
         --fps 0
         --inference-latency -1
         --obs-queue-timeout nan""",
+    ),
+    "python -m smolvla_shared.video": (
+        VideoConfig,
+        "clips",
+        """--root dangling
+        --root pipe
+        --root new --crf 99
+        --root new --size 1000000
+        --root new --num-workers 5000""",
     ),
     "python -m smolvla_shared.gpu_check": (Options, "", "--out video"),
     "python -m smolvla_shared.lerobot_smolvla import": (
@@ -267,6 +297,7 @@ COMMANDS: dict[str, tuple[Any, str, str]] = {
 # What there is where the commands run: so a mistake about one path is about that path.
 FILES = """video/meta/info.json demos/meta/info.json laq.safetensors laq.json alone.safetensors results.json
 run_before/config.json policy/config.json labels/video/cache.json""".split()
+PIPES = "pipe", "pipe.safetensors"  # whoever opens one waits until somebody writes
 MISTAKES = [(command, mistake.strip()) for command, (_, _, of) in COMMANDS.items() for mistake in of.splitlines()]
 HEAD = """# Options and paths that are refused
 
@@ -284,12 +315,15 @@ def message(command: str, mistake: str) -> str:
     options, needed, _ = COMMANDS[command]
     # What the mistake states takes the place of what is needed.
     stated = {word for word in mistake.split() if word.startswith("--")}
-    groups = [f"--{group}" for group in needed.split("--") if group]
-    given = " ".join(group for group in groups if group.split()[0] not in stated)
+    positional, *groups = needed.split("--")
+    given = " ".join([positional, *[f"--{group}" for group in groups if f"--{group.split()[0]}" not in stated]])
     with tempfile.TemporaryDirectory() as directory, contextlib.chdir(directory):
         for name in FILES:
             Path(name).parent.mkdir(parents=True, exist_ok=True)
             Path(name).touch()
+        for name in PIPES:
+            os.mkfifo(name)
+        os.symlink("nowhere", "dangling")
         with pytest.raises(ValueError) as refused:
             parse(options, prog=command, args=f"{given} {mistake}".split())
     assert is_mistake(refused.value)
@@ -330,6 +364,26 @@ def test_an_unknown_option_is_said_with_the_nearest(words, said, monkeypatch):
     with pytest.raises(ValueError, match="^unknown option " + re.escape(said) + "$"):
         parse(train_stage3.Stage3Config, args=words.split())
     assert os.environ["COLUMNS"] == "30"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--run-dir", ""], "--run-dir has an empty value, is a variable of the shell not set"),
+        (["--run-dir="], "--run-dir has an empty value"),
+        (["--data.cameras", "top", " "], "--data.cameras has an empty value"),
+        (["", "--run-dir", "x"], "the command line has an empty value"),
+        (
+            ["--run-dir", "a\nb", "--data.repo-ids", "a/b"],
+            r"--run-dir 'a\\nb' has '\\n' in its name: name another path",
+        ),
+        (["--run-dir", "a\udcff", "--data.repo-ids", "a/b"], r"--run-dir 'a\\udcff' has '\\udcff' in its name"),
+        (["--run-dir", "x", "--data.repo-ids", "a\nb"], "--data.repo-ids a\nb is no hub id"),
+    ],
+)
+def test_a_value_that_a_shell_or_an_editor_has_spoilt_is_refused(words, said):
+    with pytest.raises(ValueError, match="^" + said):
+        parse(train_stage3.Stage3Config, args=words)
 
 
 def test_an_option_that_is_given_twice_is_said(capsys, monkeypatch):
@@ -377,6 +431,7 @@ run_command(main)
         # As libraries raise them: not by a statement of ours.
         ("throw(RuntimeError('I/O error: No space left on device (os error 28)'))", 2, "Make room, or name"),
         ("throw(PermissionError(13, 'Permission denied', 'run/x'))", 2, "Name a directory that is yours, or change"),
+        ("throw(OSError(36, 'File name too long', 5000 * 'x'))", 2, "Give a file or directory a name of at most 255"),
         ("throw(MemoryError())", 2, "Less is held at once with a smaller --batch-size"),
     ],
 )

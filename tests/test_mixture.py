@@ -1,6 +1,7 @@
 """mixture.py, data_views.py: unlike datasets in one run. Each is read as it is alone, and what it lacks is masked."""
 
 import json
+import os
 import re
 from dataclasses import replace
 from inspect import getdoc
@@ -87,6 +88,15 @@ def frame(dataset: data.RobotDataset, row: int, camera: str) -> torch.Tensor:
 # --- the file ---------------------------------------------------------------------------------------------------------
 
 
+def test_a_mixture_that_is_no_file_is_refused(tmp_path):
+    """Opening a pipe would wait until somebody writes into it."""
+    os.mkfifo(tmp_path / "pipe.yaml")
+    (tmp_path / "folder.yaml").mkdir()
+    for name in ("pipe.yaml", "folder.yaml", "nowhere.yaml"):
+        with pytest.raises(ValueError, match=f"the mixture .*{name}: no such file"):
+            read_mixture(tmp_path / name)
+
+
 def test_the_file_of_the_documentation_is_read(tmp_path):
     example = getdoc(mixture).split("\n\n", 1)[1]
     first, second = read_mixture(write(tmp_path / "mixture.yaml", example))
@@ -124,6 +134,12 @@ def test_the_file_of_the_documentation_is_read(tmp_path):
         ("datasets: [{root: a, cameras: {}}]", "cameras of a are empty"),
         ("datasets: [{root: a, cameras: {front: x, hand: x}}]", "cameras of a names x twice"),
         ("datasets: [{root: a, cameras: {front: x, front: y}}]", "is not YAML: front twice in one place"),
+        ("datasets: [{root: a, cameras: {front: ' '}}]", "cameras of a has an empty name"),
+        ("datasets: [{root: a, cameras: {'': x}}]", "cameras of a has an empty name"),
+        ("a: &a [x, x]\nb: &b [*a, *a]\ndatasets: *b", r"is not YAML: \*a refers to another place: write it out"),
+        ("datasets: &a [*a]", r"is not YAML: \*a refers to another place"),
+        ("datasets: !!python/object/apply:os.system ['touch evil']", "is not YAML: could not determine a constructor"),
+        ("datasets:\n\t- root: a", "is not YAML: while scanning for the next token"),
         ("datasets: [{root: a, cameras: [front]}]", r"cameras: expected an object, found \[\"front\"\]"),
     ],
 )
