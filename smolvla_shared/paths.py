@@ -128,7 +128,7 @@ def check_place(path: Path, option: str) -> None:
     """Raise ValueError unless a directory can be made, or written to."""
     there = next(place for place in (path.absolute(), *path.absolute().parents) if os.path.lexists(place))
     if not there.is_dir():
-        raise ValueError(f"{option} {path} cannot be a directory: {there} is a file; name another one")
+        raise ValueError(f"{option} {path} cannot be a directory: {there} is a file or a link to nothing; name another one")
     if not os.access(there, os.W_OK | os.X_OK):
         raise ValueError(f"{option} {path} cannot be written: no permission in {there}; name another directory")
 
@@ -153,12 +153,12 @@ def check_new(path: Path, option: str) -> None:
 
 
 def check_run_dir(run_dir: Path, resume: bool) -> None:
+    check_place(run_dir, "--run-dir")
     if resume and not (run_dir / "config.json").is_file():
         raise ValueError(f"--resume: there is no run at {run_dir} (no config.json); start without --resume")
     killed = run_dir.is_dir() and {path.name for path in run_dir.iterdir()} <= BEFORE_A_RUN
     if not resume and run_dir.exists() and not killed:
         raise ValueError(f"--run-dir {run_dir} exists: pass --resume to go on with it, or another directory")
-    check_place(run_dir, "--run-dir")
 
 
 @dataclass(frozen=True)
