@@ -128,7 +128,8 @@ def check_place(path: Path, option: str) -> None:
     """Raise ValueError unless a directory can be made, or written to."""
     there = next(place for place in (path.absolute(), *path.absolute().parents) if os.path.lexists(place))
     if not there.is_dir():
-        raise ValueError(f"{option} {path} cannot be a directory: {there} is a file or a link to nothing; name another one")
+        found = f"{there} is a file or a link to nothing"
+        raise ValueError(f"{option} {path} cannot be a directory: {found}; name another one")
     if not os.access(there, os.W_OK | os.X_OK):
         raise ValueError(f"{option} {path} cannot be written: no permission in {there}; name another directory")
 
