@@ -33,21 +33,21 @@ class RolloutConfig:
     # The policy: a pretrained_model directory of train_stage3.py.
     policy_path: paths.Policy
     # New directory for results.json, contact_sheet.png and videos. Default: beside the policy.
-    out: Path | None = None
+    out: paths.Directory | None = None
     # The environment.
     env: EnvironmentConfig = field(default_factory=EnvironmentConfig)
     # Episodes to run of each task; with 50 the 95% interval is at most 27 points wide.
     episodes: ranges.Count = 50
     # Environments that run side by side, in a process each; the results do not depend on it.
-    num_envs: ranges.Count = 2
+    num_envs: ranges.Processes = 2
     # Seed of the first episode; episode i uses seed + i for object positions and the policy's noise.
     seed: ranges.Seed = 0
     # Environment steps after which an episode counts as failed.
     max_steps: ranges.Count = 500
     # Actions executed of each chunk before the next chunk is predicted. Default: the value saved with the policy.
-    n_action_steps: ranges.Count | None = None
+    n_action_steps: ranges.Few | None = None
     # Euler steps that generate a chunk. Default: the value saved with the policy.
-    flow_steps: ranges.Count | None = None
+    flow_steps: ranges.Few | None = None
     # Roll out once for each value of one of the two: n_action_steps=1,5,10 or flow_steps=1,2,5,10.
     sweep: str | None = None
     # results.json of another rollout, to compare with on equal initial states.
@@ -153,7 +153,7 @@ def main(config: RolloutConfig) -> None:
     from smolvla_shared import comparison, environments, rollout_results
     from smolvla_shared.files import policy_sha256
     from smolvla_shared.lerobot_files import load_config
-    from smolvla_shared.run_processes import use_tf32
+    from smolvla_shared.run_processes import find_device, use_tf32
 
     environments.render_headless()
     tasks = config.env.task or environments.TASKS.get(config.env.type, ())[:1]
@@ -161,7 +161,7 @@ def main(config: RolloutConfig) -> None:
     seeds = range(config.seed, config.seed + config.episodes)
     environments.check_seeds(seeds)
     saved = load_config(config.policy_path)
-    saved.device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    saved.device = find_device(config.device)
     use_tf32(torch.device(saved.device))
     if said := environments.compare_rates(config.env.type, saved.fps):
         print(said)

@@ -66,27 +66,27 @@ def export_artifact(
 
 
 def main(config: Stage2Config) -> None:
-    from smolvla_shared import artifact, data, data_order, data_split, data_views
+    from smolvla_shared import data, data_split, data_views
+
+    # What a user can get wrong is refused before Run makes the run directory; what the data tells, before torch comes.
+    datasets = data_views.open_video(config.data, starts_elsewhere=config.model.init_from is not None)
+    training, held_out = data_split.split_datasets(datasets, config.val_fraction, config.seed, config.data.max_episodes)
+    dims = data.state_dims(datasets, config.model.use_state, datasets)
+
+    from smolvla_shared import artifact, data_order, evaluate, label_health, losses, preprocess
     from smolvla_shared.data_loader import SampleSpec, make_loaders
-    from smolvla_shared.evaluate import held_out_errors
     from smolvla_shared.feature_cache import prepare_features
     from smolvla_shared.initial import open_initial
-    from smolvla_shared.label_health import with_health
     from smolvla_shared.labels import latent_statistics, open_labels
-    from smolvla_shared.losses import masked_mean, valid_tokens
-    from smolvla_shared.preprocess import Preprocessor
     from smolvla_shared.run import Run, inputs, start_run
 
-    # What a user can get wrong is refused here, before Run makes the run directory.
-    datasets = data.open_datasets(config.data)
     initial = open_initial(config.model)
     options, cameras, label_camera = initial.choose_views(config, datasets, with_latents=True)
-    training, held_out = data_split.split_datasets(datasets, config.val_fraction, config.seed, config.data.max_episodes)
     labels = open_labels(config, datasets, label_camera, initial.latent_horizon)
-    dims = initial.latent_dims(labels, options, label_camera, config.latent_head)
-    dims |= data.state_dims(datasets, config.model.use_state, datasets)
+    dims |= initial.latent_dims(labels, options, label_camera, config.latent_head)
     about = labels.teacher_id, labels.kind, options.gap_s, label_camera, data.valid_pair_share(datasets, training)
-    latents = with_health(artifact.Latents(*about, labels.horizon), config.label_health, config.accept_label_health)
+    latents = artifact.Latents(*about, labels.horizon)
+    latents = label_health.with_health(latents, config.label_health, config.accept_label_health)
     accelerator, resume_from = start_run(config, config.run_dir / "artifacts" / f"{paths.ARTIFACT_NAME}.json")
 
     core = initial.build(config.model, cameras, [LATENT], accelerator.mixed_precision, **dims)
@@ -101,7 +101,7 @@ def main(config: Stage2Config) -> None:
     features = prepare_features(core, datasets, cameras, config, accelerator)
     spec = SampleSpec.of(core.config, [LATENT], labels, features, config.flow_draws)
     loaders = make_loaders(datasets, *groups, spec, config, accelerator, **config.data.augmentation)
-    preprocessor = Preprocessor(core.config, initial.tokenizer, statistics)
+    preprocessor = preprocess.Preprocessor(core.config, initial.tokenizer, statistics)
     export = export_artifact(config, core, initial.tokenizer, statistics, latents, datasets)
 
     with Run(config, accelerator, core, resume_from, export, inputs(datasets, initial.provenance, labels)) as run:
@@ -109,17 +109,17 @@ def main(config: Stage2Config) -> None:
             targets = [labels(raw) for raw in raws]  # latent actions [B, M*S, D]: what happened between two frames
             run.mark("teacher")
             batches = [preprocessor(raw, latent) for raw, latent in zip(raws, targets, strict=True)]
-            counts = valid_tokens(batches, accelerator)
+            counts = losses.valid_tokens(batches, accelerator)
             run.mark("preprocess")
             for batch in run.passes(batches):
                 errors = run.core(batch)  # {"latent": [B, M*S]}: flow-matching error of each token
-                loss = masked_mean(errors[LATENT], batch.masks[LATENT], counts[LATENT])
+                loss = losses.masked_mean(errors[LATENT], batch.masks[LATENT], counts[LATENT])
                 run.backward(loss)
                 run.record({LATENT: loss}, errors, batch.masks)
             run.update()
             if run.evaluates and loaders.held_out:
                 with run.evaluation():
-                    run.log(held_out_errors(core, loaders.held_out(), preprocessor, accelerator, labels))
+                    run.log(evaluate.held_out_errors(core, loaders.held_out(), preprocessor, accelerator, labels))
 
     weights = run.weights()
     if accelerator.is_main_process:

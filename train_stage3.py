@@ -76,8 +76,8 @@ class Stage3Config(StageOptions, RunConfig):
             raise ValueError("--video-roots, -repo-ids, -mixture need --latent-loss-weight, --decode-actions, or both")
         if self.decode_actions and not self.has_video:
             raise ValueError("--decode-actions decodes the actions of video: pass --video-roots or --video-repo-ids")
-        own_horizon = self.stage2_artifact or self.model.init_from  # where the option leaves it out; else it is 1
-        if self.decode_actions and (self.latent_horizon == 1 or not (self.latent_horizon or own_horizon)):
+        # Where the option leaves it out, it is that of what training starts from, or 1.
+        if self.decode_actions and (self.latent_horizon == 1 or not (self.latent_horizon or self.start)):
             raise ValueError("--decode-actions reads latent actions in a row: pass --latent-horizon of 2 or more")
         ranges.refuse_without(self, self.has_video, "--video-roots or --video-repo-ids", "video_share")
         needed = self.needs_labels, "--latent-loss-weight or --decode-actions"
@@ -91,9 +91,13 @@ class Stage3Config(StageOptions, RunConfig):
         return bool(self.video_roots or self.video_repo_ids or self.video_mixture)
 
     @property
-    def video_data(self) -> PolicyDataConfig:
+    def start(self) -> Path | str | None:
+        return self.stage2_artifact or self.model.init_from
+
+    @property
+    def video_data(self) -> PolicyDataConfig | None:
         named = {"repo_ids": self.video_repo_ids, "roots": self.video_roots, "mixture": self.video_mixture}
-        return replace(self.data, **named, weights=())
+        return replace(self.data, **named, weights=()) if self.has_video else None
 
     @property
     def needs_labels(self) -> bool:
@@ -127,23 +131,24 @@ def export_policy(
 
 
 def main(config: Stage3Config) -> None:
-    from smolvla_shared import action_decoder, data, data_order, data_split, data_views, evaluate
+    from smolvla_shared import data, data_split, data_views
+
+    # What a user can get wrong is refused before Run makes the run directory; what the data tells, before torch comes.
+    labelled, datasets = data_views.open_recordings(config.data, config.video_data, starts_elsewhere=bool(config.start))
+    dims = data.policy_dims(datasets, config.model.use_state, labelled) | {"chunk_size": config.chunk_size}
+
+    from smolvla_shared import action_decoder, data_order, evaluate, preprocess
     from smolvla_shared.data_loader import SampleSpec, make_loaders
     from smolvla_shared.feature_cache import prepare_features
     from smolvla_shared.initial import open_initial
     from smolvla_shared.labels import latent_statistics, open_labels
     from smolvla_shared.losses import masked_mean, valid_tokens
-    from smolvla_shared.preprocess import Preprocessor
     from smolvla_shared.run import Run, inputs, start_run
 
-    # What a user can get wrong is refused here, before Run makes the run directory.
     weight = {ACTION: 1.0} | ({LATENT: config.latent_loss_weight} if config.latent_loss_weight else {})
-    labelled, datasets = data_views.open_recordings(config.data, config.video_data if config.has_video else None)
     initial = open_initial(config.model, config.stage2_artifact)
     options, cameras, label_camera = initial.choose_views(config, datasets, with_latents=config.needs_labels)
     optional = data_views.may_be_missing(labelled, cameras)
-    dims = {"action_dim": data.common_dim(labelled, data.ACTION_KEY), "chunk_size": config.chunk_size}
-    dims |= data.state_dims(datasets, config.model.use_state, labelled)
     recorded = initial.recorded_statistics(dims) if config.normalization == "artifact" else {}
     action_decoder.check_horizon(config.decode_actions, config.latent_horizon or initial.latent_horizon)
     labels = open_labels(config, datasets, label_camera, initial.latent_horizon) if config.needs_labels else None
@@ -155,10 +160,9 @@ def main(config: Stage3Config) -> None:
     decode = action_decoder.fit(labels, len(labelled), *about) if config.decode_actions else action_decoder.AS_IS
     core = initial.build(config.model, cameras, weight, accelerator.mixed_precision, **dims)
     statistics = data.statistics(labelled, core.config, weight, training[: len(labelled)])
-    described = initial.describe(core, statistics.get("state"), datasets)
     table = data_views.describe(datasets, cameras, label_camera, initial.core.cameras)
     plan = f"Stage 3: {data_order.plan(groups, config)}; loss {weight}; statistics of the {config.normalization}"
-    accelerator.print(described, table, plan, decode, sep="\n")
+    accelerator.print(initial.describe(core, statistics.get("state"), datasets), table, plan, decode, sep="\n")
     statistics |= recorded
     if LATENT in weight:
         statistics[LATENT] = latent_statistics(labels, *about, recorded=initial.statistics.get(LATENT))
@@ -166,7 +170,7 @@ def main(config: Stage3Config) -> None:
     features = prepare_features(core, datasets, cameras, config, accelerator)
     spec = SampleSpec.of(core.config, weight, labels, features, config.flow_draws)
     loaders = make_loaders(datasets, groups, held_out, spec, config, accelerator, **config.data.augmentation)
-    preprocessor = Preprocessor(core.config, initial.tokenizer, statistics)
+    preprocessor = preprocess.Preprocessor(core.config, initial.tokenizer, statistics)
     export = partial(export_policy, config, core.config, initial, statistics, datasets, decode, optional)
 
     with Run(config, accelerator, core, resume_from, export, inputs(datasets, initial.provenance, labels)) as run:

@@ -37,7 +37,7 @@ from smolvla_shared.config import ACTION, LATENT, TINY, ModelConfig, OptimConfig
 from smolvla_shared.feature_cache import token_shape
 from smolvla_shared.flow import training_time
 from smolvla_shared.lerobot_policy import to_batch
-from smolvla_shared.lerobot_smolvla import lerobot_names
+from smolvla_shared.lerobot_smolvla_files import lerobot_names
 from smolvla_shared.losses import masked_mean
 from smolvla_shared.model import SmolVLASharedCore
 from smolvla_shared.model_parts import configure_layers, freeze, frozen_parts

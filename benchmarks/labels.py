@@ -42,11 +42,10 @@ def main(config: Benchmark) -> None:
     with tempfile.TemporaryDirectory() as directory:
         cache = Path(directory) / "labels"
         start = time.perf_counter()
-        label_cache.label(
-            label_cache.LabelConfig(
-                label_cache=cache, laq_ckpt=config.laq_ckpt, data=config.data, batch_size=config.label_batch_size
-            )
+        options = label_cache.LabelConfig(
+            label_cache=cache, laq_ckpt=config.laq_ckpt, data=config.data, batch_size=config.label_batch_size
         )
+        label_cache.label(options, data_views.open_video(options.data))
         seconds = time.perf_counter() - start
         run = StageOptions(
             data=PolicyDataConfig(**vars(config.data)),

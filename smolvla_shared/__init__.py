@@ -26,7 +26,7 @@ What surrounds it:
     mixture, data_views     unlike datasets in a YAML file; which cameras each of them shows
     data_split      held-out episodes, and how the datasets of a run are mixed
     data_columns, data_rows     their tables as memory-mapped columns; rows as ranges, and a random order of them
-    data_blocks     every frame of a dataset, once and in order
+    data_frames, data_blocks     frames of videos as tensors; every frame of a dataset, once and in order
     video           clips of any kind become a LeRobotDataset; the command
     video_source, video_clips, video_dataset     reading a clip, converting it, the dataset of all clips
     augmentation    random changes of the policy's images
@@ -46,7 +46,7 @@ What surrounds it:
     lerobot_files, lerobot_card           policies in files; a policy's card, and where its weights are from
     hub, hub_upload     policies, artifacts and teachers to the hub
     serve           LeRobot's asynchronous policy server
-    lerobot_smolvla                       LeRobot's SmolVLA checkpoints, in and out
+    lerobot_smolvla, lerobot_smolvla_files     LeRobot's SmolVLA checkpoints, in and out; the command
 
 Machinery, which the method can be understood without:
 
@@ -56,9 +56,10 @@ Machinery, which the method can be understood without:
     label_check, label_health, label_probe, label_pictures     whether labels are worth learning
     cache, feature_cache                       rows computed once; the frozen vision tower's output
     data_check, data_report, data_pictures     a look at datasets before training; the command
-    gpu_check       what nobody can test without a GPU, tried on yours
+    gpu_check, gpu_checks     what nobody can test without a GPU, tried on yours
     trunk_files, laq_files, files     trunks and teachers in files; weights and texts in files
     ranges, paths, refusals, command     the range of every number, what must be at a path; how a refusal is said
+    hashes          what a file or dataset is known by
     locks           a directory that one process at a time may write in
 
 Importing this package imports none of its modules.

@@ -20,42 +20,19 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from smolvla_shared.files import json_sha256, read_weights, write_text, write_weights
+from smolvla_shared.files import read_weights, write_text, write_weights
+from smolvla_shared.hashes import json_sha256
 from smolvla_shared.locks import LOCK_FILE, lock, unlock
 from smolvla_shared.refusals import read_json, refuse_differences
 
 MANIFEST = "cache.json"
 ROW_FIELDS = "rows", "shard_rows"  # what a RowCache adds to its key
-# Bytes that the fingerprint reads at either end of a data file: videos are too large to hash whole.
-FINGERPRINT_EDGE = 1 << 16
 # Files that a process keeps mapped at a time. A mapping takes addresses, not memory; Linux allows 65,530 of them.
 MAPPED_FILES = 4096
 # Larger caches are features of many hours of video. To hash 100 GB takes minutes before every run, and a damaged value
 # there is one of the 10^5 of one frame; where it is not finite, the run stops at its loss.
 HASHED_BYTES = 10**9
 FILL_AGAIN = "remove it and run the command that filled the cache again, which makes it again"
-
-
-def dataset_fingerprint(root: Path) -> str:
-    """sha256 of a LeRobotDataset: the same wherever the dataset is stored, another one after an edit.
-
-    Hashed are the name and size of every file, all bytes of metadata, and the first and last 64 KiB of data and videos.
-    """
-    digest = hashlib.sha256()
-    for folder in ("meta", "data", "videos", "images"):
-        for path in sorted((root / folder).rglob("*")):
-            if not path.is_file():
-                continue
-            size = path.stat().st_size
-            digest.update(f"{path.relative_to(root)} {size}\n".encode())
-            with path.open("rb") as file:
-                if folder == "meta" or size <= 2 * FINGERPRINT_EDGE:
-                    digest.update(file.read())
-                else:
-                    digest.update(file.read(FINGERPRINT_EDGE))
-                    file.seek(-FINGERPRINT_EDGE, os.SEEK_END)
-                    digest.update(file.read())
-    return digest.hexdigest()
 
 
 def dataset_directories(cache: Path, names: list[str]) -> list[Path]:

@@ -11,7 +11,10 @@ import linecache
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from difflib import SequenceMatcher
+from itertools import takewhile
 from typing import Any
 
 import tyro
@@ -21,6 +24,9 @@ from smolvla_shared import paths
 EXIT_MISTAKE = 2  # as tyro's and argparse's
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 MOST_LINES, MOST_CHARACTERS = 4, 1000
+# What a word processor or a web page makes of -- begins an option, too.
+DASHES = "-\u2010\u2011\u2012\u2013\u2014\u2212"
+NEAR = 0.6  # likeness of names from which on one is offered for the other; difflib's own
 # The machine's refusals: the disk or the quota is full, or the directory is not the user's.
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 FORBIDDEN = {errno.EROFS, errno.EACCES, errno.EPERM}
@@ -62,7 +68,8 @@ def parse(options: Any, **more: Any) -> Any:
     """tyro.cli(options, **more), with paths that hold what they should; a refusal of the options' own comes back as it
     was raised, not in tyro's frame.
     """
-    said = io.StringIO()
+    said, words = io.StringIO(), more.get("args") or sys.argv[1:]
+    refuse_empty(words)
     try:
         with contextlib.redirect_stderr(said):
             config = tyro.cli(options, **more)
@@ -74,9 +81,74 @@ def parse(options: Any, **more: Any) -> Any:
             raise error from None
         if stop.code != EXIT_MISTAKE:  # --help
             raise
-        raise ValueError(of_tyro(said.getvalue())) from None
+        raise ValueError(unknown_options(options, more, words) or of_tyro(said.getvalue())) from None
+    say_twice(words)
     paths.check(config)
     return config
+
+
+def refuse_empty(words: list[str]) -> None:
+    """Raise ValueError for a value without a letter: a path of none would be the current directory."""
+    option = "the command line"
+    for word in words:
+        name, _, value = word.partition("=") if word.startswith("--") else (option, "", word)
+        if (not word.startswith("--") or "=" in word) and not value.strip():
+            raise ValueError(
+                f"{name} has an empty value, is a variable of the shell not set? Give it one, or leave it out"
+            )
+        option = name
+
+
+def option_names(words: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """What a command line has of options: each as it was typed, and as it should look. Numbers below 0 are none."""
+    for word in words:
+        typed = word.partition("=")[0]
+        if typed[:1] in DASHES and not re.fullmatch(r"-(\d.*|\.\d.*|inf|nan)", typed):
+            yield typed, "--" + typed.lstrip(DASHES).replace("_", "-")
+
+
+def known_options(options: Any, more: dict[str, Any], words: list[str]) -> list[str]:
+    """The options of a command, as its --help lists them."""
+    subcommand = [*takewhile(lambda word: word[:1] not in DASHES, words)]
+    before, said = os.environ.get("COLUMNS"), io.StringIO()
+    os.environ["COLUMNS"] = "1000"  # or names would be broken over lines
+    try:
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(io.StringIO()):
+            tyro.cli(options, **more | {"args": [*subcommand, "--help"]})
+    except SystemExit:
+        pass
+    finally:
+        os.environ.pop("COLUMNS") if before is None else os.environ.update(COLUMNS=before)
+    # At the left of a box, of which there may be several side by side.
+    lines = re.findall(r"(?:^| {2}|[│|] )(--\w[\w.-]*(?:, --[\w.-]+)*)", said.getvalue(), re.M)
+    return [name for line in lines for name in line.split(", ")]
+
+
+def unknown_options(options: Any, more: dict[str, Any], words: list[str]) -> str:
+    """A line for each option that a command does not have, with the nearest that it has; "": there is none."""
+    if not (known := known_options(options, more, words)):
+        return ""
+    lines = []
+    for typed, name in option_names(words):
+        if typed in ("-h", "--help") or (name in known and typed.startswith("--")):
+            continue
+
+        def likeness(other: str, name: str = name) -> float:
+            """Of the names, or of the last part, which is what one remembers: --lr for --optim.lr."""
+            pairs = [(name, other), (name.rpartition(".")[2].lstrip("-"), other.rpartition(".")[2].lstrip("-"))]
+            return max(SequenceMatcher(None, *pair).ratio() - 0.01 * number for number, pair in enumerate(pairs))
+
+        best = max(known, key=likeness)
+        near = f"did you mean {best}" if likeness(best) > NEAR else "there is none of a similar name, --help lists all"
+        lines.append(f"unknown option {typed}: {near}")
+    return "\n".join(lines)
+
+
+def say_twice(words: list[str]) -> None:
+    """Say which options are given twice: as everywhere, the last one counts, so that a script's can be overridden."""
+    counts = Counter(name for _, name in option_names(words))
+    if (twice := [name for name, count in counts.items() if count > 1]) and os.environ.get("RANK", "0") == "0":
+        print(f"given twice, the last one counts: {', '.join(twice)}", file=sys.stderr)
 
 
 def of_tyro(panel: str) -> str:
@@ -123,6 +195,8 @@ def of_machine(error: BaseException) -> str:
     # Libraries in other languages have errors of their own, known by their words.
     if number in FULL or os.strerror(errno.ENOSPC) in text:
         return f"error: the disk is full: {text}\nMake room, or name a directory on another disk, and run this again"
+    if number == errno.ENAMETOOLONG:
+        return f"error: a name is too long: {text[:200]}\nGive a file or directory a name of at most 255 bytes"
     if number in FORBIDDEN:
         return f"error: no permission: {text}\nName a directory that is yours, or change its permissions"
     return ""

@@ -176,7 +176,7 @@ class DataConfig:
     # Time between the two frames of a pair, seconds. Default: the teacher's own, else 0.5 (LAPA's files do not say).
     frame_gap_s: ranges.Positive | None = None
     # Loader processes of each training process; 0: the training process loads the data itself.
-    num_workers: ranges.CountOrNone = 4
+    num_workers: ranges.ProcessesOrNone = 4
 
     def __post_init__(self):
         if not self.repo_ids and not self.roots and not self.mixture:
@@ -262,7 +262,7 @@ WARMUP_STEPS = 500  # where none are stated, and at most a tenth of the run
 @dataclass(frozen=True)
 class OptimConfig:
     # Peak learning rate of AdamW.
-    lr: ranges.Positive = 1e-4
+    lr: ranges.Rate = 1e-4
     # Steps of linear warm-up from 0. Default: 500, or a tenth of the run if that is less.
     warmup_steps: ranges.CountOrNone | None = None
     # The cosine schedule ends at this share of the peak learning rate.

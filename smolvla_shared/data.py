@@ -1,31 +1,28 @@
-"""Reading LeRobotDatasets (v3): frames, vectors, tasks and frame pairs, and what several datasets have in common."""
+"""Reading LeRobotDatasets (v3): frames, vectors, tasks and frame pairs, and what several datasets have in common.
+
+A dataset is opened, and refused, without torch and LeRobot, which take seconds to import: only what reads frames, asks
+the hub, or makes statistics imports them.
+"""
 
 import os
 from collections.abc import Collection, Iterator
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import httpx
 import numpy as np
-import torch
-from huggingface_hub import snapshot_download
-from lerobot.datasets.dataset_metadata import CODEBASE_VERSION
-from lerobot.datasets.feature_utils import get_hf_features_from_features
-from lerobot.datasets.io_utils import load_info, load_nested_dataset, load_tasks
-from lerobot.datasets.utils import DEFAULT_TASKS_PATH, CompatibilityError, get_safe_version
-from lerobot.datasets.video_utils import decode_video_frames
-from lerobot.utils.constants import HF_LEROBOT_HOME
-from lerobot.utils.import_utils import get_safe_default_video_backend
-from torch import Tensor
+import pandas as pd
 
-from smolvla_shared import data_problems, data_values, paths, preprocess
+from smolvla_shared import data_problems, data_values, paths
 from smolvla_shared.config import ACTION, CoreConfig, DataConfig
 from smolvla_shared.data_columns import ROWS_AT_ONCE, Columns
 from smolvla_shared.data_rows import Rows
-from smolvla_shared.files import hub_or_cache
 from smolvla_shared.mixture import DatasetEntry
-from smolvla_shared.preprocess import Statistics
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from smolvla_shared.preprocess import Statistics
 
 STATE_KEY, ACTION_KEY = "observation.state", "action"
 # What the robot was told to do where `action` is what an expert would have done. LeRobot takes every column whose name
@@ -70,11 +67,18 @@ class RobotDataset:
 
     def _download(self) -> None:
         """As LeRobotDataset does, which would then read all of it. Raises ValueError if the hub does not give it."""
+        import httpx
+        from huggingface_hub import snapshot_download
+        from lerobot.datasets.dataset_metadata import CODEBASE_VERSION
+        from lerobot.datasets.utils import CompatibilityError, get_safe_version
+
+        from smolvla_shared.files import hub_or_cache
+
         try:
             with hub_or_cache() as problem:
                 revision = get_safe_version(self.name, CODEBASE_VERSION)
                 snapshot_download(self.name, repo_type="dataset", revision=revision, local_dir=self.root)
-        except (OSError, httpx.HTTPError, RuntimeError, CompatibilityError) as error:
+        except (OSError, ValueError, httpx.HTTPError, RuntimeError, CompatibilityError) as error:
             raise ValueError(
                 f"no LeRobotDataset {self.name}: it is not, or not whole, in {self.root}, and the hub says: "
                 f"{problem or error}"
@@ -82,8 +86,7 @@ class RobotDataset:
 
     def _open(self) -> None:
         """Raises FileNotFoundError if a file is missing, ValueError if one cannot be understood."""
-        data_problems.refuse_info(self.root)
-        self.info = load_info(self.root)
+        self.info = data_problems.read_info(self.root)
         self.fps, self.features = self.info.fps, self.info.features
         self.camera_keys = [key for key, feature in self.features.items() if feature["dtype"] in ("image", "video")]
         self.video_keys = [key for key in self.camera_keys if self.features[key]["dtype"] == "video"]
@@ -106,7 +109,7 @@ class RobotDataset:
     def _files(self) -> Iterator[Path]:
         """All data files and videos, and the table of tasks."""
         if self.info.total_tasks:
-            yield self.root / DEFAULT_TASKS_PATH
+            yield self.root / data_problems.TASKS
         for key in ("data", *(f"videos/{key}" for key in self.video_keys)):
             path = self.info.data_path if key == "data" else self.info.video_path
             numbers = np.stack([self.episodes[f"{key}/{name}"] for name in ("chunk_index", "file_index")], axis=1)
@@ -120,11 +123,14 @@ class RobotDataset:
 
     @cached_property
     def tasks(self) -> list[str]:
-        return load_tasks(self.root).index.tolist()
+        return pd.read_parquet(self.root / data_problems.TASKS).index.tolist()
 
     @cached_property
     def images(self) -> dict[str, Any]:
         """One table for each camera that is no video, because reading a row decodes all its images."""
+        from lerobot.datasets.feature_utils import get_hf_features_from_features
+        from lerobot.datasets.io_utils import load_nested_dataset
+
         table = load_nested_dataset(self.root / "data", features=get_hf_features_from_features(self.info.features))
         cameras = [key for key in self.camera_keys if key not in self.video_keys]
         return {key: table.select_columns([key]).with_format(None) for key in cameras}
@@ -192,8 +198,12 @@ class RobotDataset:
     def vector_dim(self, key: str) -> int:
         return self.features[key]["shape"][0] if key in self.features else 0
 
-    def read_frames(self, camera: str, rows: list[int]) -> Tensor:
+    def read_frames(self, camera: str, rows: list[int]) -> "Tensor":
         """A camera's frames of these rows, [len(rows), 3, h, w] uint8."""
+        import torch
+
+        from smolvla_shared import data_frames
+
         if camera not in self.video_keys:
             images = [np.asarray(self.images[camera][row][camera]) for row in rows]
             return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
@@ -204,8 +214,8 @@ class RobotDataset:
         for chunk, file in sorted(set(zip(chunks.tolist(), files.tolist()))):
             path = self.info.video_path.format(video_key=camera, chunk_index=chunk, file_index=file)
             places = np.flatnonzero((chunks == chunk) & (files == file))
-            parts.append((places, decode(self.root / path, times[places], self.fps)))
-        return merge(parts)
+            parts.append((places, data_frames.decode(self.root / path, times[places], self.fps)))
+        return data_frames.merge(parts)
 
     def frame_shape(self, camera: str) -> tuple[int, int, int]:
         """(3, h, w) of the recorded frames."""
@@ -225,59 +235,13 @@ def vector_names(feature: dict[str, Any]) -> tuple[str, ...] | None:
     return tuple(names) if len(names) == feature["shape"][0] else None
 
 
-def video_decoder() -> str:
-    """The distribution that LeRobot decodes videos with on this machine."""
-    return {"torchcodec": "torchcodec", "pyav": "av"}[get_safe_default_video_backend()]
+def place(entry: DatasetEntry) -> Path:
+    """The directory that a dataset is in, or is downloaded to, as LeRobot has it."""
+    if entry.root:
+        return Path(entry.root).expanduser()
+    from lerobot.utils.constants import HF_LEROBOT_HOME
 
-
-@lru_cache(maxsize=100)
-def _open_video(path: Path) -> Any:
-    """A torchcodec VideoDecoder; a process keeps the last 100 open, as LeRobot does. LeRobot hands over a Python file
-    object, which is slower than a path: every read goes through Python.
-    """
-    from torchcodec.decoders import VideoDecoder  # not available on every platform
-
-    return VideoDecoder(path, seek_mode="approximate")
-
-
-def decode(path: Path, times: np.ndarray, fps: float) -> Tensor:
-    """Frames of a video at times in seconds, in any order: [len(times), 3, h, w] uint8, in the decoder's memory layout
-    (torchcodec: channels innermost).
-
-    A time's frame is number round(time * frame rate), as in LeRobot. Raises ValueError if a frame is shown more than
-    half a frame away from its time.
-    """
-    if video_decoder() != "torchcodec":
-        return decode_video_frames(path, times.tolist(), 0.5 / fps, return_uint8=True)
-    # decode_video_frames gives the same frames but copies each once more: a third of the time of decoding H.264.
-    # torchcodec reads the video in order, whatever the order of the indices.
-    decoder = _open_video(path)
-    rate, last = decoder.metadata.average_fps, decoder.metadata.num_frames - 1
-    frames = decoder.get_frames_at(indices=[min(round(time * rate), last) for time in times.tolist()])
-    away_s = np.abs(frames.pts_seconds.numpy() - times)
-    # Half a frame of the lower rate, and a little more: a 29.97 fps video of a 30 fps dataset can be half a frame off.
-    if away_s.max() >= 0.5 / min(rate, fps) + 1e-4:
-        raise ValueError(
-            f"{path}: the frame for {times[away_s.argmax()]:.3f} s is {away_s.max():.3f} s away, more than half "
-            f"a frame ({rate:.4g} fps, dataset {fps:.4g} fps): video and data of this recording do not belong "
-            "together, record or convert it again"
-        )
-    return frames.data
-
-
-def merge(parts: list[tuple[np.ndarray, Tensor]]) -> Tensor:
-    """Frames [n, 3, h, w] in the order of their places 0..n-1, from parts (places, frames). A single part, which must
-    be in order, is not copied.
-    """
-    if len(parts) == 1:
-        return parts[0][1]
-    first = parts[0][1]
-    layout = torch.channels_last if first.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
-    merged = torch.empty(sum(len(p) for p, _ in parts), *first.shape[1:], dtype=first.dtype, memory_format=layout)
-    for places, frames in parts:
-        for place, frame in zip(places, frames, strict=True):
-            merged[place] = frame
-    return merged
+    return HF_LEROBOT_HOME / entry.repo_id
 
 
 def open_datasets(config: DataConfig) -> list[RobotDataset]:
@@ -285,10 +249,7 @@ def open_datasets(config: DataConfig) -> list[RobotDataset]:
 
     Raises ValueError for datasets whose tables do not fit each other (data_problems.py).
     """
-    datasets = []
-    for entry in config.entries:
-        root = HF_LEROBOT_HOME / entry.repo_id if entry.repo_id else Path(entry.root).expanduser()
-        datasets.append(RobotDataset(entry, root, config.gap_s))
+    datasets = [RobotDataset(entry, place(entry), config.gap_s) for entry in config.entries]
     data_problems.refuse_tables(datasets)
     return datasets
 
@@ -319,13 +280,20 @@ def state_dims(datasets: list[RobotDataset], use_state: bool, labelled: list[Rob
     return {"state_dim": common_dim(datasets, STATE_KEY) if has_state else 0}
 
 
+def policy_dims(datasets: list[RobotDataset], use_state: bool, labelled: list[RobotDataset]) -> dict[str, int]:
+    """The fields of CoreConfig that say how wide actions and state are."""
+    return {"action_dim": common_dim(labelled, ACTION_KEY)} | state_dims(datasets, use_state, labelled)
+
+
 def vector_statistics(
     datasets: list[RobotDataset], key: str, rows_of: list[tuple[int, Rows]] | None = None
-) -> Statistics:
+) -> "Statistics":
     """Mean and standard deviation over the frames of (dataset index, rows) whose dataset has the feature; default: all.
 
     A dimension that never changes gets the deviation 1: divided by 0, a later change of 0.01 would be 1e6 to the model.
     """
+    from smolvla_shared.preprocess import Statistics
+
     count, mean, squares = 0, np.zeros(()), np.zeros(())  # squares: summed squared distances from the mean
     for index, rows in rows_of or [(index, dataset.rows()) for index, dataset in enumerate(datasets)]:
         for start in range(0, len(rows) if key in datasets[index].features else 0, ROWS_AT_ONCE):
@@ -341,7 +309,7 @@ def vector_statistics(
 
 def statistics(
     datasets: list[RobotDataset], core: CoreConfig, targets: Collection[str], rows_of: list[tuple[int, Rows]]
-) -> dict[str, Statistics]:
+) -> "dict[str, Statistics]":
     """The statistics that a core needs: of the state if it has one, and of actions if they are a target.
 
     rows_of: (dataset index, rows) of the training frames
@@ -357,11 +325,6 @@ def square_sides(datasets: list[RobotDataset], cameras: tuple[str, ...]) -> dict
     """
     sizes = {camera: {d.frame_shape(d.views[camera])[1:] for d in datasets if camera in d.views} for camera in cameras}
     return {camera: max(max(size) for size in found) for camera, found in sizes.items() if len(found) > 1}
-
-
-def common_size(frames: Tensor, square_side: int | None) -> Tensor:
-    """uint8 frames [n, 3, h, w] as they are, or as float32 squares in [0, 1] if a side is given."""
-    return preprocess.resize_with_pad(preprocess.unit_range(frames), square_side) if square_side else frames
 
 
 def with_pairs(datasets: list[RobotDataset], rows_of: list[tuple[int, Rows]]) -> list[tuple[int, Rows]]:

@@ -5,7 +5,6 @@
 It decodes frames, which no script does before its first step. The exit code is 1 if something is wrong.
 """
 
-import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,13 +24,13 @@ class DataCheckConfig:
     # Directories and hub ids of LeRobotDatasets (v3).
     datasets: tyro.conf.Positional[tuple[str, ...]]
     # Directory for report.txt and a picture of each dataset. Those of an earlier check are overwritten.
-    out: Path = Path("data_check")
+    out: paths.Directory = Path("data_check")
     # Episodes of each dataset of which frames are decoded: the first, the last, and some between; evenly among all.
     episodes: ranges.Count = 100
     # Decode every frame of every video, too: it finds what is damaged in between.
     every_frame: bool = False
     # Hub id, directory or preset of the trunk whose tokenizer will read the tasks. It is only loaded for long ones.
-    tokenizer: str = "smolvlm2-500m"
+    tokenizer: paths.Trunk = "smolvlm2-500m"
     # So many tokens of a task are read.
     max_text_tokens: ranges.Few = CoreConfig.max_text_tokens
 
@@ -41,7 +40,7 @@ class DataCheckConfig:
         ranges.check(self, "--")
         ranges.refuse_twice("the command line", self.datasets)
         for name in self.datasets:
-            if not Path(name).is_dir() and not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
+            if not Path(name).is_dir() and not ("/" in name and paths.HUB_ID.fullmatch(name)):
                 raise ValueError(f"there is no directory {name}: pass a LeRobotDataset's directory or its hub id")
             if Path(name).is_dir():
                 paths.check_dataset(Path(name))

@@ -5,6 +5,7 @@ Face's datasets keep (HF_DATASETS_CACHE), in a directory named by the hash of th
 """
 
 import mmap
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -15,12 +16,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from datasets.config import HF_DATASETS_CACHE
 from filelock import FileLock
+from huggingface_hub.constants import HF_HOME
 
-from smolvla_shared.files import json_sha256
+from smolvla_shared.hashes import json_sha256
 
 ROWS_AT_ONCE = 1 << 16
+# As Hugging Face's datasets has it, which takes a second to import.
+HF_DATASETS_CACHE = Path(os.environ.get("HF_DATASETS_CACHE", f"{HF_HOME}/datasets"))
 MEND = "record or convert the dataset again"
 
 
@@ -36,7 +39,7 @@ class Columns:
     def __init__(self, files: list[Path], names: list[str], rows: int):
         stats = [(str(file.resolve()), file.stat()) for file in files]
         key = [[path, stat.st_size, stat.st_mtime_ns] for path, stat in stats]
-        self.names, self.directory = names, Path(HF_DATASETS_CACHE) / "smolvla_shared" / json_sha256([key, names, rows])
+        self.names, self.directory = names, HF_DATASETS_CACHE / "smolvla_shared" / json_sha256([key, names, rows])
         if not self.directory.exists():
             self.directory.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(self.directory.with_suffix(".lock")):

@@ -14,7 +14,8 @@ from smolvla_shared.augmentation import Augmentation
 from smolvla_shared.batch import Labels, RawBatch
 from smolvla_shared.cache import RowCache
 from smolvla_shared.config import ACTION, LATENT, CoreConfig, RunConfig
-from smolvla_shared.data import ACTION_KEY, STATE_KEY, RobotDataset, common_size, merge, square_sides, with_pairs
+from smolvla_shared.data import ACTION_KEY, STATE_KEY, RobotDataset, square_sides, with_pairs
+from smolvla_shared.data_frames import common_size, merge
 from smolvla_shared.data_order import SampleKey, StepSampler
 from smolvla_shared.data_rows import RowGroup, Rows, group_rows, shuffled
 from smolvla_shared.run_processes import check_shared_memory, make_worker_loader

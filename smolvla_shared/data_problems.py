@@ -7,6 +7,7 @@ first seconds. Columns are compared as arrays, 2^16 rows at a time. No frame is 
 import math
 import string
 from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,15 +16,15 @@ import numpy as np
 import pandas as pd
 from pyarrow import ArrowException
 
-from smolvla_shared.cache import dataset_fingerprint
 from smolvla_shared.data_columns import MEND, ROWS_AT_ONCE, Columns
+from smolvla_shared.hashes import dataset_fingerprint
 from smolvla_shared.refusals import read_json, shown
 from smolvla_shared.video_source import declared_s, open_stream
 
 if TYPE_CHECKING:
     from smolvla_shared.data import RobotDataset
 
-FORMAT = "v3.0"
+FORMAT, TASKS = "v3.0", "meta/tasks.parquet"
 CONVERT = "python -m lerobot.scripts.convert_dataset_v21_to_v30 --repo-id={name} --root={root} --push-to-hub=false"
 # Video files whose headers a script reads, evenly among all. The command data_check reads all.
 HEADERS = 100
@@ -65,15 +66,31 @@ def twice(datasets: "list[RobotDataset]") -> list[str]:
 # --- meta/info.json ---------------------------------------------------------------------------------------------------
 
 
-def refuse_info(root: Path) -> None:
-    """Raise ValueError for a meta/info.json that LeRobot's reader would not understand, or misunderstand;
+@dataclass(frozen=True)
+class Info:
+    """What is read of meta/info.json. LeRobot's class of it is imported with torch and more, in seconds."""
+
+    fps: float
+    features: dict[str, dict[str, Any]]
+    total_episodes: int
+    total_frames: int
+    total_tasks: int
+    # LeRobot's defaults.
+    data_path: str = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
+    video_path: str = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
+
+
+def read_info(root: Path) -> Info:
+    """Raises ValueError for a meta/info.json that LeRobot's reader would not understand, or misunderstand;
     FileNotFoundError if there is none.
     """
     path = root / "meta" / "info.json"
     if not path.is_file():
         raise FileNotFoundError(path)
-    if problems := info_problems(root, read_json(path)):
+    if problems := info_problems(root, body := read_json(path)):
         raise ValueError(f"{path}: " + "; ".join(problems))
+    of = {key: feature | {"shape": tuple(feature["shape"])} for key, feature in body["features"].items()}
+    return Info(**{field.name: body[field.name] for field in fields(Info) if field.name in body} | {"features": of})
 
 
 def info_problems(root: Path, info: dict[str, Any]) -> list[str]:
@@ -260,11 +277,10 @@ def place(dataset: "RobotDataset", row: int) -> str:
 
 
 def task_problems(dataset: "RobotDataset") -> Iterator[str]:
-    path = dataset.root / "meta" / "tasks.parquet"
     try:
-        table = pd.read_parquet(path)
+        table = pd.read_parquet(dataset.root / TASKS)
     except (OSError, ArrowException) as error:
-        yield f"meta/tasks.parquet cannot be read ({error}): copy or download the dataset again"
+        yield f"{TASKS} cannot be read ({error}): copy or download the dataset again"
         return
     texts, total = table.index.tolist(), len(table)
     if total != dataset.info.total_tasks:

@@ -127,6 +127,7 @@ def look(dataset: RobotDataset, config: "DataCheckConfig") -> Report:
     for key in keys:
         report.problems += data_values.vector_problems(dataset, key)
     report.problems += data_values.missing_statistics(dataset, keys)
+    report.notes += [] if report.problems else data_values.sampled_statistics(dataset, keys)
     if any(data_problems.episode_problems(dataset)):
         return report  # which rows are an episode's is not known
     for key in keys:

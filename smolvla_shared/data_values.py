@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from transformers import PreTrainedTokenizerFast
 
 from smolvla_shared.data_columns import MEND, ROWS_AT_ONCE
 from smolvla_shared.data_problems import differences, place, refuse
-from smolvla_shared.preprocess import TextTokenizer
 from smolvla_shared.refusals import read_json, shown
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
     from smolvla_shared.data import RobotDataset
 
 ACTION_KEYS = "action", "executed_action"
@@ -114,6 +114,16 @@ def statistics_problems(dataset: "RobotDataset", key: str, rows: Summary) -> Ite
         if stats is not None:
             yield f"{STATS}: {key} is {shown(stats)}, it should be an object: {RECOMPUTE}"
         return
+    if (count := stats.get("count")) is not None:
+        if not (isinstance(count, list) and len(count) == 1 and type(count[0]) is int and count[0] > 0):
+            yield f"{STATS}: count of {key} is {shown(count)}, expected one number of rows: {RECOMPUTE}"
+            return
+        if count[0] > dataset.num_frames:
+            yield (
+                f"{STATS} is of {count[0]:,} rows of {key}, the dataset has {dataset.num_frames:,}: they were taken "
+                f"out, or it is a part of a dataset that has kept the statistics of the whole; {RECOMPUTE}"
+            )
+            return
     found = {}
     for name in ("mean", "std", "min", "max"):
         if name not in stats:
@@ -162,8 +172,18 @@ def missing_statistics(dataset: "RobotDataset", keys: list[str]) -> list[str]:
     return [f"{STATS} has no {', '.join(lacking)}, which LeRobot's own training reads: {RECOMPUTE}"] if lacking else []
 
 
-def texts_cut(datasets: "Sequence[RobotDataset]", tokenizer: PreTrainedTokenizerFast, max_tokens: int) -> list[str]:
+def sampled_statistics(dataset: "RobotDataset", keys: list[str]) -> list[str]:
+    """A line if statistics are of fewer rows: LeRobot's older versions took a sample."""
+    counts = {key: ((read_statistics(dataset) or {}).get(key) or {}).get("count") for key in keys}
+    said = [f"{count[0]:,} of {key}" for key, count in counts.items() if count and count[0] < dataset.num_frames]
+    rows = f"{dataset.num_frames:,} rows"
+    return [f"{STATS} is not of all {rows}, but of {', '.join(said)}: a sample, or rows were added"] if said else []
+
+
+def texts_cut(datasets: "Sequence[RobotDataset]", tokenizer: "PreTrainedTokenizerFast", max_tokens: int) -> list[str]:
     """A line for each dataset with task texts that are longer than what a model reads of them."""
+    from smolvla_shared.preprocess import TextTokenizer
+
     whole, lines = TextTokenizer(tokenizer, 1 << 20), []
     for dataset in datasets:
         # A token is a byte or more, and a newline is added.

@@ -11,11 +11,13 @@ from smolvla_shared.mixture import camera_names
 MISSING = "- (masked)"
 
 
-def open_recordings(config: DataConfig, of_video: DataConfig | None) -> tuple[list[RobotDataset], list[RobotDataset]]:
+def open_recordings(
+    config: DataConfig, of_video: DataConfig | None, starts_elsewhere: bool
+) -> tuple[list[RobotDataset], list[RobotDataset]]:
     """The labelled datasets; these and the video datasets, whose actions are hidden.
 
-    Raises ValueError for a labelled one without actions, and for labelled ones of different rates: equal actions would
-    be different motions, and chunks of different lengths in time.
+    Raises ValueError for what refuse_named refuses; for a labelled one without actions; and for labelled ones of
+    different rates: equal actions would be different motions, and chunks of different lengths in time.
     """
     labelled, video = open_datasets(config), open_datasets(of_video) if of_video else []
     for dataset in labelled:
@@ -33,7 +35,27 @@ def open_recordings(config: DataConfig, of_video: DataConfig | None) -> tuple[li
         )
     for dataset in video:
         dataset.hide_actions()
+    refuse_named(labelled + video, config, starts_elsewhere)
     return labelled, labelled + video
+
+
+def open_video(config: DataConfig, starts_elsewhere: bool = True) -> list[RobotDataset]:
+    """Datasets whose actions are not read. Raises ValueError for what refuse_named refuses."""
+    datasets = open_datasets(config)
+    refuse_named(datasets, config, starts_elsewhere)
+    return datasets
+
+
+def refuse_named(datasets: list[RobotDataset], config: DataConfig, starts_elsewhere: bool) -> None:
+    """Raise ValueError for the cameras and the frame gap that the user names, as far as they can be told wrong without
+    what training starts from, and its labels: these take seconds to import.
+
+    starts_elsewhere: whether a model to start from, or a teacher, may have cameras of its own
+    """
+    if config.cameras or not starts_elsewhere:
+        choose_cameras(datasets, config, with_pairs=bool(config.label_camera))
+    if config.frame_gap_s:
+        data.with_pairs(datasets, [(index, dataset.rows()) for index, dataset in enumerate(datasets)])
 
 
 def choose_cameras(

@@ -14,10 +14,11 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from smolvla_shared import data, data_blocks
-from smolvla_shared.cache import RowCache, dataset_directories, dataset_fingerprint
+from smolvla_shared import data, data_blocks, data_frames
+from smolvla_shared.cache import RowCache, dataset_directories
 from smolvla_shared.config import StageOptions
-from smolvla_shared.files import json_sha256, state_sha256
+from smolvla_shared.files import state_sha256
+from smolvla_shared.hashes import dataset_fingerprint, json_sha256
 from smolvla_shared.model import SmolVLASharedCore
 from smolvla_shared.model_parts import parameters_by_part
 from smolvla_shared.preprocess import prepare_images
@@ -40,7 +41,7 @@ class FeatureKey:
     # Side of the square that frames are resized to first, pixels. None: all datasets have one size.
     square_side: int | None
     camera: str
-    dataset: str  # cache.dataset_fingerprint
+    dataset: str  # hashes.dataset_fingerprint
     versions: dict[str, str]  # of the libraries that decode and compute
     preprocessing: str = PREPROCESSING
 
@@ -92,7 +93,7 @@ def prepare_features(
                 square_side=square_side.get(camera),
                 camera=view,
                 dataset=fingerprint,
-                versions={name: metadata.version(name) for name in ("torch", "lerobot", data.video_decoder())},
+                versions={name: metadata.version(name) for name in ("torch", "lerobot", data_frames.video_decoder())},
             )
             stores[camera] += (RowCache(directory / view, asdict(key), dataset.num_frames, SHARD_ROWS),)
     check_size([store for some in stores.values() for store in some if store], core, config, accelerator)
@@ -147,7 +148,7 @@ def fill(
     """Compute the image tokens of every frame. Every process computes its share."""
 
     def compute(frames: Tensor, _: Tensor) -> Tensor:
-        frames = data.common_size(frames, store.key["square_side"])
+        frames = data_frames.common_size(frames, store.key["square_side"])
         with accelerator.autocast(), core.trunk.own_precision():
             return core.trunk.embed_images(prepare_images(frames, core.config.image_size)[:, None])[:, 0]
 

@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from smolvla_shared.hashes import file_sha256, json_sha256
 from smolvla_shared.paths import check_hub_id
 from smolvla_shared.refusals import decode, read_json, refuse_schema
 
@@ -55,16 +56,6 @@ def check_weights(where: str, expected: dict[str, Tensor], found: dict[str, Tens
     problems += [f"not finite: {key}" for key, tensor in found.items() if not tensor.isfinite().all()]
     if problems:
         raise ValueError(f"{where} does not hold the model that it describes:\n  " + "\n  ".join(sorted(problems)))
-
-
-def file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def json_sha256(value: Any) -> str:
-    """sha256 of a JSON value; the order of an object's keys does not count."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def state_sha256(tensors: dict[str, Tensor]) -> str:

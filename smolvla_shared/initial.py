@@ -14,18 +14,19 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from smolvla_shared import data, data_values, data_views, lerobot_files, lerobot_smolvla
+from smolvla_shared import data, data_values, data_views, lerobot_files, lerobot_smolvla_files
 from smolvla_shared.artifact import Latents, load_artifact
 from smolvla_shared.batch import Labels
 from smolvla_shared.config import ACTION, CoreConfig, DataConfig, ModelConfig, PolicyDataConfig, StageOptions
-from smolvla_shared.files import check_weights, find_directory, public_state
+from smolvla_shared.files import check_weights, find_directory, public_state, state_sha256
+from smolvla_shared.hashes import json_sha256
 from smolvla_shared.labels import labels_pairs
 from smolvla_shared.mixture import camera_names
 from smolvla_shared.model import SmolVLASharedCore
 from smolvla_shared.model_parts import PARTS, frozen_parts, parameter_table, parameters_by_part, prepare_to_train
 from smolvla_shared.preprocess import EPS, Statistics
 from smolvla_shared.refusals import read_json, refuse_differences
-from smolvla_shared.trunk_files import load_trunk_tokenizer, load_trunk_weights, make_core_config
+from smolvla_shared.trunk_files import load_trunk_tokenizer, load_trunk_weights, make_core_config, pack_tokenizer
 
 HEADS = ("latent head", "action head")  # the parts that any initial weights may leave out
 
@@ -107,6 +108,13 @@ class InitialWeights:
         if options.cameras != named:
             names = dict(zip(self.core.cameras, options.cameras))
         return names.get(self.latents.label_camera, self.latents.label_camera)
+
+    @property
+    def sha256(self) -> str:
+        """Of all that training takes of it. A policy that LeRobot's commands saved records none of its own."""
+        statistics = {name: asdict(found) for name, found in self.statistics.items()}
+        about = asdict(self.core), pack_tokenizer(self.tokenizer), statistics
+        return json_sha256([state_sha256(self.weights), *about])
 
     @property
     def latent_horizon(self) -> int:
@@ -239,6 +247,7 @@ def open_initial(model: ModelConfig, stage2_artifact: Path | None = None) -> Ini
         config = find_directory("policy", name, ("config.json",)) / "config.json"
         is_ours = read_json(config).get("type") == lerobot_files.POLICY_TYPE
         initial = _of_policy(str(name)) if is_ours else _of_smolvla(str(name))
+        initial = replace(initial, provenance=initial.provenance | {"sha256": initial.sha256})
     stated = {"model_name": model.stated_name, "model_revision": model.revision}
     refuse_differences(
         f"the command line contradicts {initial.name} (leave these options out to take its values)",
@@ -297,7 +306,7 @@ def _of_policy(name: str) -> InitialWeights:
 
 
 def _of_smolvla(name: str) -> InitialWeights:
-    checkpoint = lerobot_smolvla.load_checkpoint(name)
+    checkpoint = lerobot_smolvla_files.load_checkpoint(name)
     try:
         statistics, problem = checkpoint.normalization(), ""
     except ValueError as error:  # only needed with --normalization artifact

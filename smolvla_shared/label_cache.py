@@ -15,19 +15,19 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from smolvla_shared import data, data_blocks, data_views, paths, ranges
+from smolvla_shared import data, data_blocks, data_frames, data_views, paths, ranges
 from smolvla_shared.batch import RawBatch
 from smolvla_shared.cache import (
     MANIFEST,
     ROW_FIELDS,
     RowCache,
     dataset_directories,
-    dataset_fingerprint,
     read_key,
     read_sealed,
     write_sealed,
 )
 from smolvla_shared.config import TeacherKind
+from smolvla_shared.hashes import dataset_fingerprint
 from smolvla_shared.laq import LAQ
 from smolvla_shared.laq_files import load_laq, teacher_id, teachers_pairs
 from smolvla_shared.preprocess import unit_range
@@ -49,7 +49,7 @@ class LabelKey:
     teacher_kind: TeacherKind
     frame_gap_s: ranges.Positive
     camera: str
-    dataset: str  # cache.dataset_fingerprint
+    dataset: str  # hashes.dataset_fingerprint
     versions: dict[str, str]  # of the libraries that decode and compute
     preprocessing: str = PREPROCESSING
 
@@ -73,7 +73,7 @@ def label_stores(
             frame_gap_s=dataset.frame_gap_s,
             camera=dataset.label_view(camera),
             dataset=dataset_fingerprint(dataset.root),
-            versions={name: metadata.version(name) for name in ("torch", "lerobot", data.video_decoder())},
+            versions={name: metadata.version(name) for name in ("torch", "lerobot", data_frames.video_decoder())},
         )
         stores.append(RowCache(directory, asdict(key), dataset.num_frames, SHARD_ROWS))
     return stores
@@ -130,11 +130,11 @@ class CachedLabels:
         return torch.cat([store[min(row + i * self.gaps[dataset], last)] for i in range(self.horizon)])
 
 
-def label(config: LabelConfig) -> None:
+def label(config: LabelConfig, datasets: list[data.RobotDataset]) -> None:
     accelerator = make_accelerator()
     laq = load_laq(config.laq_ckpt, config.laq_code_seq_len, config.laq_image_size)
     options = teachers_pairs(config.laq_ckpt, config.data, config.accept_other_pairs)
-    datasets = data.open_datasets(options)
+    data.set_frame_gap(datasets, options.gap_s)
     _, camera = data_views.choose_cameras(datasets, options)
     data.valid_pair_share(datasets, [(i, dataset.rows()) for i, dataset in enumerate(datasets)])
     stores = label_stores(config.label_cache, datasets, teacher_id(laq), config.teacher_kind, camera)

@@ -10,9 +10,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from smolvla_shared import data, data_blocks, data_values, data_views, label_health, label_pictures, label_probe, paths
-from smolvla_shared.cache import dataset_fingerprint
 from smolvla_shared.data_rows import Rows
 from smolvla_shared.files import new_directory
+from smolvla_shared.hashes import dataset_fingerprint
 from smolvla_shared.labels import OnlineLabels
 from smolvla_shared.laq import LAQ, pixel_error
 from smolvla_shared.laq_files import load_laq, teachers_pairs, teachers_source
@@ -197,11 +197,11 @@ def draw_transfer(path: Path, laq: LAQ, triples: Tensor, latents: Tensor) -> Non
     label_pictures.draw_transfer(path, {title: images.cpu() for title, images in columns.items()})
 
 
-def check(config: CheckConfig) -> None:
+def check(config: CheckConfig, datasets: list[data.RobotDataset]) -> None:
     paths.check_new(config.out, "--out")
     laq = load_laq(config.laq_ckpt, config.laq_code_seq_len, config.laq_image_size)
     options = teachers_pairs(config.laq_ckpt, config.data, config.accept_other_pairs)
-    datasets = data.open_datasets(options)
+    data.set_frame_gap(datasets, options.gap_s)
     data_values.refuse_vectors(datasets, data.STATE_KEY, data.ACTION_KEY, data.EXECUTED_ACTION_KEY)
     _, camera = data_views.choose_cameras(datasets, options)
     all_frames = [(index, dataset.rows()) for index, dataset in enumerate(datasets)]

@@ -12,8 +12,6 @@ from smolvla_shared import paths
 from smolvla_shared.config import DataConfig
 from smolvla_shared.files import (
     check_weights,
-    file_sha256,
-    json_sha256,
     public_state,
     read_sealed,
     read_weights,
@@ -22,6 +20,7 @@ from smolvla_shared.files import (
     write_text,
     write_weights,
 )
+from smolvla_shared.hashes import file_sha256, json_sha256
 from smolvla_shared.laq import LAQ
 from smolvla_shared.laq_config import SECOND_CONV, LAQConfig, slots_of_grid
 from smolvla_shared.mixture import policy_name

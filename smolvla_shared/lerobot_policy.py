@@ -5,7 +5,9 @@ and its processors by their names in this module.
 import logging
 import threading
 from collections import deque
+from collections.abc import Callable
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -113,12 +115,18 @@ class HLRPSmolVLASharedPolicy(DescribedPolicy, PreTrainedPolicy):
                 config.core = replace(config.core, torch_dtype="float32")  # as is all that trains
             self.model = SmolVLASharedCore(config.core)
             prepare_to_train(self.model, config.starting_model, {ACTION})
-        if config.compile_model:
-            options = {"mode": config.compile_mode, "fullgraph": True, "dynamic": False}
-            self.compiled_sample = torch.compile(self.model.sample, **options)
         self.init_rtc_processor()
         self.first_episode = self.num_episodes = 0  # the first of the episodes that run now, and how many run
         self.reset()
+
+    @cached_property
+    def compiled_sample(self) -> Callable[..., Tensor]:
+        options = {"mode": self.config.compile_mode, "fullgraph": True, "dynamic": False}
+        return torch.compile(self.model.sample, **options)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy gets: it compiles for itself, the compiled function is bound to the weights of this one."""
+        return {name: value for name, value in self.__dict__.items() if name != "compiled_sample"}
 
     def _build(self) -> SmolVLASharedCore:
         """A fresh core for the config's features, as train_stage3.py makes it. The config then has this core.

@@ -50,6 +50,8 @@ class DatasetEntry:
             if not self.cameras:
                 raise ValueError(f"cameras of {self.name} are empty: name at least one, or leave cameras out")
             ranges.refuse_twice(f"cameras of {self.name}", self.cameras.values())
+            if not all(name.strip() for pair in self.cameras.items() for name in pair):
+                raise ValueError(f"cameras of {self.name} has an empty name: write the policy's and the dataset's")
 
     @property
     def name(self) -> str:
@@ -58,7 +60,14 @@ class DatasetEntry:
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML takes the last of equal keys, as if the others had not been written."""
+    """PyYAML takes the last of equal keys, as if the others had not been written, and a few lines of references to
+    references (`*name`) for more than a machine can hold.
+    """
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError(f"*{self.peek_event().anchor} refers to another place: write it out")
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         counts = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
@@ -69,6 +78,7 @@ class _Loader(yaml.SafeLoader):
 
 def read_mixture(path: Path) -> tuple[DatasetEntry, ...]:
     """The datasets of a mixture file. Raises ValueError for anything else than what the module's docstring shows."""
+    paths.check_file(path, "the mixture")
     try:
         content = yaml.load(path.read_text(), _Loader)
     except OSError as error:

@@ -5,6 +5,7 @@ that read these files call the same checks.
 """
 
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 ARTIFACT_NAME = "smolvla_shared_stage2_artifact"
 TEACHER_FILE = "laq.safetensors"
 MOST_NAMES = 20
+HUB_ID = re.compile(r"[a-z0-9_][\w.-]*(/[a-z0-9_][\w.-]*)?", re.ASCII | re.IGNORECASE)
 # What a run writes before its config.json. If it is killed there, the directory is as good as new.
 BEFORE_A_RUN = {".lock", "inputs.json", "inputs.json.tmp", "config.json.tmp"}
 
@@ -61,7 +63,9 @@ def is_directory(name: str) -> bool:
 
 def check_hub_id(what: str, name: str) -> None:
     """Raise ValueError for a name that can only be that of a directory, which nobody has found."""
-    if is_directory(name):
+    if os.path.lexists(name):
+        raise ValueError(f"no {what} {name}: it is no directory, but a file, or a link to nothing; pass a directory")
+    if is_directory(name) or not HUB_ID.fullmatch(name):
         raise ValueError(f"no {what} {name}: there is no such directory, and a hub id looks like owner/name")
 
 
@@ -94,7 +98,7 @@ def no_labels(directory: Path) -> ValueError:
 
 
 def check_hub_dataset(name: str, option: str) -> None:
-    if is_directory(name) or (Path(name) / "meta" / "info.json").is_file():
+    if is_directory(name) or not HUB_ID.fullmatch(name) or (Path(name) / "meta" / "info.json").is_file():
         roots = option.replace("repo-ids", "roots")
         raise ValueError(f"{option} {name} is no hub id, which looks like owner/name: pass a directory as {roots}")
 
@@ -124,7 +128,8 @@ def check_place(path: Path, option: str) -> None:
     """Raise ValueError unless a directory can be made, or written to."""
     there = next(place for place in (path.absolute(), *path.absolute().parents) if os.path.lexists(place))
     if not there.is_dir():
-        raise ValueError(f"{option} {path} cannot be a directory: {there} is a file; name another one")
+        found = f"{there} is a file or a link to nothing"
+        raise ValueError(f"{option} {path} cannot be a directory: {found}; name another one")
     if not os.access(there, os.W_OK | os.X_OK):
         raise ValueError(f"{option} {path} cannot be written: no permission in {there}; name another directory")
 
@@ -134,6 +139,14 @@ def check_policy(path: Path) -> None:
         raise ValueError(f"{path} holds no policy: config.json is missing (found: {found_in(path)})")
 
 
+def check_name(path: Path, option: str) -> None:
+    """Raise ValueError for a path that a shell or a program has made of something else."""
+    if odd := sorted({letter for letter in str(path) if ord(letter) < 32 or "\ud800" <= letter <= "\udfff"}):
+        raise ValueError(f"{option} {str(path)!a} has {''.join(odd)!a} in its name: name another path")
+    if path.parts and path.parts[0].startswith("~"):
+        raise ValueError(f"{option} {path}: the shell has not replaced the ~, as after a =: write the directory out")
+
+
 def check_new(path: Path, option: str) -> None:
     if path.exists():
         raise ValueError(f"{option} {path} exists: name a new directory")
@@ -141,12 +154,12 @@ def check_new(path: Path, option: str) -> None:
 
 
 def check_run_dir(run_dir: Path, resume: bool) -> None:
+    check_place(run_dir, "--run-dir")
     if resume and not (run_dir / "config.json").is_file():
         raise ValueError(f"--resume: there is no run at {run_dir} (no config.json); start without --resume")
     killed = run_dir.is_dir() and {path.name for path in run_dir.iterdir()} <= BEFORE_A_RUN
     if not resume and run_dir.exists() and not killed:
         raise ValueError(f"--run-dir {run_dir} exists: pass --resume to go on with it, or another directory")
-    check_place(run_dir, "--run-dir")
 
 
 @dataclass(frozen=True)
@@ -187,6 +200,8 @@ def _check(hint: Any, value: Any, option: str, options: Any) -> None:
     origin, arguments = get_origin(hint), get_args(hint)
     if value is None:
         return
+    if isinstance(value, Path):
+        check_name(value, option)
     if is_dataclass(value):
         check(value, options, f"{option}.")
     elif origin is Annotated:

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 # What no model reaches: a number above it would ask for more memory than there is before anything else is refused.
 MAX_LAYERS, MAX_SIZE = 1000, 10**7
+MOST = 10**12  # of anything that is counted
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,10 @@ class Range:
 
 Count = Annotated[int, Range(ge=1)]
 CountOrNone = Annotated[int, Range(ge=0)]  # 0: none of them
+Processes = Annotated[int, Range(ge=1, le=1024)]
+ProcessesOrNone = Annotated[int, Range(ge=0, le=1024)]
 Pairs = Annotated[int, Range(ge=2)]
+Rate = Annotated[float, Range(gt=0, le=10)]  # of learning
 Positive = Annotated[float, Range(gt=0)]
 Norm = Annotated[float, Range(ge=1e-6, finite=False)]
 NotNegative = Annotated[float, Range(ge=0)]
@@ -43,6 +47,7 @@ ShareOfSome = Annotated[float, Range(gt=0, lt=1)]
 ShareBelowOne = Annotated[float, Range(ge=0, lt=1)]
 ShareOfHalf = Annotated[float, Range(ge=0, le=0.5)]
 Seed = Annotated[int, Range(ge=0, lt=1 << 32)]
+Port = Annotated[int, Range(ge=1, lt=1 << 16)]
 Layers = Annotated[int, Range(ge=0, le=MAX_LAYERS)]
 LayersSome = Annotated[int, Range(ge=1, le=MAX_LAYERS)]
 Codes = Annotated[int, Range(ge=2, le=1 << 16)]
@@ -74,6 +79,8 @@ def out_of_range(hint: Any, value: Any) -> list[str]:
         ranges = [range_ for range_ in hint.__metadata__ if isinstance(range_, Range)]
         if not ranges or not isinstance(value, int | float):
             return out_of_range(arguments[0], value)
+        if isinstance(value, int) and value > MOST:
+            return [f"at most {MOST:,}, got {value:.3g}" if value < 1e300 else f"at most {MOST:,}"]
         said = "" if math.isfinite(value) else " and finite"
         return [f"{range_}{said * range_.finite}, got {value}" for range_ in ranges if value not in range_]
     if origin in (Union, UnionType):

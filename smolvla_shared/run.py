@@ -34,11 +34,10 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.utils.data import DataLoader
 
 from smolvla_shared.batch import Labels, RawBatch, to_device
-from smolvla_shared.cache import dataset_fingerprint
 from smolvla_shared.command import is_out_of_memory
 from smolvla_shared.config import RunConfig
 from smolvla_shared.data import RobotDataset
-from smolvla_shared.files import json_sha256
+from smolvla_shared.hashes import dataset_fingerprint, json_sha256
 from smolvla_shared.run_checkpoint import (
     FULL_STATE,
     Export,

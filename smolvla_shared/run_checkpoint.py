@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_state_dict
 
 from smolvla_shared.config import RunConfig
-from smolvla_shared.files import file_sha256, sync, write_text
+from smolvla_shared.files import sync, write_text
+from smolvla_shared.hashes import file_sha256
 from smolvla_shared.locks import lock
 from smolvla_shared.paths import check_run_dir
 from smolvla_shared.refusals import decode, read_json

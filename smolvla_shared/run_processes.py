@@ -25,11 +25,41 @@ IN_WORDS = {"no": "float32", "bf16": "bfloat16"}
 SHARED_MEMORY = Path("/dev/shm")  # where a loader's workers put what they have read
 
 
+def find_device(name: str | None = None) -> str:
+    """A device's name; default: cuda if there is a GPU, else cpu. Raises ValueError for one that is not there."""
+    there = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+    there += ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
+    if name and name not in there:
+        raise ValueError(f"--device {name} is not here: pass one of {', '.join(there)}")
+    return name or ("cuda" if "cuda" in there else "cpu")
+
+
+# What Accelerate takes from its environment, and would do beside what these runs do: what it may be, and what to pass.
+SETTINGS = {
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ("1", "--accumulation-steps"),
+    "ACCELERATE_DYNAMO_BACKEND": ("no", "--model.compile"),
+    "ACCELERATE_USE_DEEPSPEED": ("false", "configs/accelerate/fsdp2_8gpu.yaml"),
+    "ACCELERATE_USE_MEGATRON_LM": ("false", "configs/accelerate/fsdp2_8gpu.yaml"),
+    "ACCELERATE_USE_PARALLELISM_CONFIG": ("false", "configs/accelerate/fsdp2_8gpu.yaml"),
+}
+
+
+def refuse_settings() -> None:
+    """Raise ValueError for settings of Accelerate that change a run without its options."""
+    for name, (expected, instead) in SETTINGS.items():
+        if os.environ.get(name, expected).lower() != expected:
+            raise ValueError(
+                f"{name} is {os.environ[name]}, by the Accelerate configuration or the environment, where these runs "
+                f"need {expected}: take it out, and pass {instead}"
+            )
+
+
 def make_accelerator(precision: str | None = None, **options: Any) -> Accelerator:
     """The Accelerator of a command, in the precision that `stated_precision` finds; options: the Accelerator's own.
 
-    Raises ValueError for what `stated_precision` refuses.
+    Raises ValueError for what `stated_precision` and `refuse_settings` refuse.
     """
+    refuse_settings()
     ddp = DistributedDataParallelKwargs(
         # Buffers are constants, or equal on all processes (NSVQ.note).
         broadcast_buffers=False,

@@ -65,16 +65,24 @@ def repeat_error(laq: "LAQ", batches: "Iterable[RawBatch]") -> float:
 def open_recordings(config: TeacherConfig) -> "tuple[list[RobotDataset], int, str]":
     """The datasets of video, then those of grounding; the number of the former; the label camera, which all have."""
     from smolvla_shared import data, data_views
-    from smolvla_shared.laq_files import teachers_pairs
 
-    options = teachers_pairs(config.init_from, config.data, accept_other=True) if config.init_from else config.data
-    video, labelled = data.open_datasets(options), config.grounding.data_options(options)
+    options, labelled = config.data, config.grounding.data_options(config.data)
+    video = data.open_datasets(options)
     datasets = video + (data.open_datasets(labelled) if labelled else [])
+    data_views.refuse_named(datasets, options, starts_elsewhere=config.init_from is not None)
+    if config.init_from:
+        from smolvla_shared.laq_files import teachers_pairs
+
+        options = teachers_pairs(config.init_from, options, accept_other=True)
+        data.set_frame_gap(datasets, options.gap_s)
     _, label_camera = data_views.choose_cameras(datasets, options)
     return datasets, len(video), label_camera
 
 
 def train_teacher(config: TeacherConfig) -> None:
+    # What a user can get wrong is refused before Run makes the run directory; what the data tells, before torch comes.
+    datasets, num_videos, label_camera = open_recordings(config)
+
     from smolvla_shared import data, data_loader, data_order, data_split, data_views
     from smolvla_shared.evaluate import reconstruction_errors
     from smolvla_shared.grounding import Grounding
@@ -84,13 +92,11 @@ def train_teacher(config: TeacherConfig) -> None:
     from smolvla_shared.losses import masked_mean, valid_tokens
     from smolvla_shared.run import Run, inputs, origin, start_run
 
-    # What a user can get wrong is refused here, before Run makes the run directory.
     given = given_laq(config)
     config = replace(config, optim=config.optim.of_width((given.config if given else config.laq).dim))
     accelerator, resume_from = start_run(config)
     if accelerator.is_fsdp2:
         raise ValueError("a teacher fits every GPU and is not sharded: use configs/accelerate/ddp_8gpu.yaml")
-    datasets, num_videos, label_camera = open_recordings(config)
     training, held_out = data_split.split_datasets(datasets[:num_videos], config.val_fraction, config.seed)
     pair_share = data.valid_pair_share(datasets, training)
     training, held_out = (data.with_pairs(datasets, rows) for rows in (training, held_out))
@@ -159,15 +165,19 @@ def main(arguments: list[str] | None = None) -> None:
         args=arguments,
     )
     if isinstance(config, TeacherConfig):
-        train_teacher(config)
-    elif isinstance(config, LabelConfig):
+        return train_teacher(config)
+
+    from smolvla_shared import data_views
+
+    datasets = data_views.open_video(config.data)  # refused before torch is imported
+    if isinstance(config, LabelConfig):
         from smolvla_shared.label_cache import label
 
-        label(config)
+        label(config, datasets)
     else:
         from smolvla_shared.label_check import check
 
-        check(config)
+        check(config, datasets)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ FRESH = LAQConfig(
 @dataclass(frozen=True)
 class TeacherOptim(OptimConfig):
     # Peak learning rate of AdamW. Default: 3e-3 * 64 / --laq.dim, which is about 2e-4 at LAPA's width of 1024.
-    lr: ranges.Positive | None = None
+    lr: ranges.Rate | None = None
     # Steps of linear warm-up from 0.
     warmup_steps: ranges.CountOrNone | None = 50
 

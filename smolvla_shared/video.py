@@ -25,6 +25,7 @@ import av
 import tyro
 from tqdm import tqdm
 
+from smolvla_shared import paths
 from smolvla_shared.command import parse, run_command
 from smolvla_shared.refusals import decode, read_json, refuse_differences
 from smolvla_shared.video_clips import ClipOptions, Part, attempt, convert, start_worker
@@ -42,7 +43,7 @@ class VideoConfig:
     # clip itself: its images, in the order of the numbers in their names.
     clips: tyro.conf.Positional[tuple[Path, ...]]
     # Directory of the new dataset.
-    root: Path
+    root: paths.Directory
     # The dataset's name for the camera.
     camera: str = "observation.image"
     # Frames a second of the dataset.
@@ -77,8 +78,12 @@ class VideoConfig:
     num_workers: int = field(default_factory=lambda: os.cpu_count() or 1)
 
     def __post_init__(self) -> None:
-        if self.size < 32 or self.size % 2:
-            raise ValueError(f"--size {self.size}: the longer side must be even and at least 32 pixels")
+        if not 32 <= self.size <= 8192 or self.size % 2:
+            raise ValueError(f"--size {self.size}: the longer side must be even, at least 32 and at most 8,192 pixels")
+        if not 0 <= self.crf <= 51:
+            raise ValueError(f"--crf {self.crf}: H.264's quality is 0 (best) to 51; 20 is usual")
+        if self.num_workers > 1024:
+            raise ValueError(f"--num-workers {self.num_workers}: more processes than 1,024; the cores are enough")
         for name in ("fps", "image_fps", "max_episode_s", "num_workers"):
             if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)} must be more than 0")
@@ -89,10 +94,10 @@ class VideoConfig:
 # --- which clips ------------------------------------------------------------------------------------------------------
 
 
-def find_clips(paths: tuple[Path, ...]) -> list[Path]:
+def find_clips(named: tuple[Path, ...]) -> list[Path]:
     """Every clip once, sorted. Raises ValueError for a path that does not exist, and if there are no clips."""
     found, other = set(), set()
-    for path in paths:
+    for path in named:
         if path.is_dir():
             for folder, _, names in os.walk(path, followlinks=True):
                 files = [Path(folder, name) for name in names if not name.startswith(".")]
@@ -100,15 +105,17 @@ def find_clips(paths: tuple[Path, ...]) -> list[Path]:
                 images = [file for file in files if file.suffix.lower() in IMAGES]
                 found |= set(clips) if clips or not images else {Path(folder)}
                 other |= set(files) - set(clips) - set(() if clips else images)
-        elif path.exists():
+        elif path.is_file():
             found.add(path)
+        elif path.exists():
+            raise ValueError(f"{path} is neither a file nor a folder: name clips, or folders of clips or images")
         else:
             raise ValueError(f"there is no {path}: name clips, or folders of clips or images")
     if other:
         print(f"{len(other)} files are no clips, such as {min(other)}: name a file itself if FFmpeg should try it")
     if not found:
         raise ValueError(
-            f"no clips in {', '.join(map(str, paths))}: their names should end in {' '.join(sorted(VIDEOS))}"
+            f"no clips in {', '.join(map(str, named))}: their names should end in {' '.join(sorted(VIDEOS))}"
         )
     return sorted({path.resolve(): path for path in sorted(found)}.values())
 
@@ -314,6 +321,11 @@ def main(arguments: list[str] | None = None) -> int:
     config = parse(VideoConfig, prog="python -m smolvla_shared.video", args=arguments)
     if config.root.exists():
         raise ValueError(f"--root {config.root} exists: remove it, or name another directory")
+    for folder in config.clips:
+        if folder.is_dir() and config.root.resolve().is_relative_to(folder.resolve()):
+            raise ValueError(
+                f"--root {config.root} is in {folder}, which is searched for clips: name another directory"
+            )
     clips = find_clips(config.clips)
     if config.image_fps is None and (folder := next((clip for clip in clips if clip.is_dir()), None)):
         raise ValueError(f"{folder} is a folder of images: pass --image-fps, the images a second they were taken at")

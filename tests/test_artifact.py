@@ -18,7 +18,7 @@ from smolvla_shared.artifact import (
     save_artifact,
 )
 from smolvla_shared.config import ModelConfig
-from smolvla_shared.files import json_sha256
+from smolvla_shared.hashes import json_sha256
 from smolvla_shared.model import SmolVLASharedCore
 from smolvla_shared.preprocess import Statistics
 from smolvla_shared.trunk_files import load_trunk_tokenizer, make_core_config, pack_tokenizer

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from smolvla_shared import cache as cache_module
-from smolvla_shared.cache import MANIFEST, RowCache, dataset_directories, dataset_fingerprint
+from smolvla_shared.cache import MANIFEST, RowCache, dataset_directories
+from smolvla_shared.hashes import dataset_fingerprint
 
 KEY = {"teacher_id": "abc", "frame_gap_s": 0.5, "versions": {"torch": "2.11"}}
 

@@ -23,7 +23,7 @@ from accelerate import Accelerator
 from lerobot.configs.video import RGBEncoderConfig
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
-from smolvla_shared import data, data_columns, data_loader, data_order, data_split, data_views
+from smolvla_shared import data, data_columns, data_frames, data_loader, data_order, data_split, data_views
 from smolvla_shared.batch import RawBatch
 from smolvla_shared.config import DataConfig, ModelConfig, PolicyDataConfig, RunConfig
 from smolvla_shared.data import RobotDataset
@@ -461,10 +461,10 @@ def test_a_video_that_is_not_of_its_data_is_refused(tmp_path):
             picture = np.full((48, 64, 3), 30 * shade, np.uint8)
             container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
         container.mux(stream.encode())
-    frames = data.decode(path, np.array([0.1, 0.31, 0.0, 0.9]), fps=10)
+    frames = data_frames.decode(path, np.array([0.1, 0.31, 0.0, 0.9]), fps=10)
     assert [round(frame.float().mean().item() / 30) for frame in frames] == [1, 2, 0, 7]
     with pytest.raises(ValueError, match=r"frame for 1\.100 s is 0\.225 s away.* \(8 fps, dataset 10 fps\)"):
-        data.decode(path, np.array([0.1, 1.1]), fps=10)
+        data_frames.decode(path, np.array([0.1, 1.1]), fps=10)
 
 
 @pytest.mark.slow
@@ -585,9 +585,9 @@ def test_a_dataset_of_the_hub_is_downloaded_once(video_dataset, tmp_path, monkey
         calls.append((repo_id, repo_type, revision, local_dir))
         shutil.copytree(video_dataset, local_dir, dirs_exist_ok=True)
 
-    monkeypatch.setattr(data, "snapshot_download", download)
-    monkeypatch.setattr(data, "get_safe_version", lambda repo_id, version: f"{version}.1")
-    monkeypatch.setattr(data, "HF_LEROBOT_HOME", tmp_path)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    monkeypatch.setattr("lerobot.datasets.utils.get_safe_version", lambda repo_id, version: f"{version}.1")
+    monkeypatch.setattr("lerobot.utils.constants.HF_LEROBOT_HOME", tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     root = tmp_path / "somebody" / "video"
     for _ in range(2):

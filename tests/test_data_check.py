@@ -280,6 +280,12 @@ VALUES = {
     "statistics of another width": (stats("action", mean=[0.0] * 3), r"mean of action is \[0.0, .*expected 4 numbers"),
     "statistics of one number": (stats("action", std=1.0), "std of action is 1.0, expected 4 numbers"),
     "statistics that are text": (stats(STATE, mean="0"), 'mean of observation.state is "0", expected 4 numbers'),
+    "statistics of more rows": (
+        stats("action", count=[189]),
+        r"stats.json is of 189 rows of action, the dataset has 188: they were",
+    ),
+    "statistics of no rows": (stats("action", count=[0]), r"count of action is \[0\], expected one number of rows"),
+    "statistics of half a row": (stats(STATE, count=1.5), "count of observation.state is 1.5, expected one number"),
     "a deviation of 0": (stat("action", "std", 1, lambda _: 0.0), r"action has the std 0 in dimension 1, .* 0\.050"),
     "a negative deviation": (stat("action", "std", 0, lambda std: -std), "std -0.035.* in dimension 0"),
     "an infinite deviation": (stat(STATE, "std", 0, lambda _: np.inf), "the std inf in dimension 0"),
@@ -440,6 +446,15 @@ def test_missing_statistics_stop_nothing_but_are_named(copy):
     (copy / "meta" / "stats.json").unlink()
     assert data.common_dim(open_datasets(copy), "action") == 4
     assert any("stats.json is missing, which LeRobot" in problem for problem in listed(copy))
+
+
+def test_statistics_of_a_sample_stop_nothing_but_are_named(copy):
+    """As those of LeRobot's older versions are."""
+    assert not look(copy).notes
+    stats("action", count=[100])(copy)
+    assert data.common_dim(open_datasets(copy), "action") == 4
+    (note,) = look(copy).notes
+    assert "stats.json is not of all 188 rows, but of 100 of action" in note and not listed(copy)
 
 
 def test_a_dataset_under_two_names_and_its_copy_are_refused(copy, labelled_dataset, video_dataset, tmp_path, capsys):

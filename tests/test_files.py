@@ -10,7 +10,6 @@ from torch import nn
 
 from smolvla_shared.files import (
     check_weights,
-    file_sha256,
     find_directory,
     new_directory,
     public_state,
@@ -18,6 +17,7 @@ from smolvla_shared.files import (
     write_text,
     write_weights,
 )
+from smolvla_shared.hashes import file_sha256
 
 
 def make_module() -> nn.Module:

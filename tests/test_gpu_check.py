@@ -10,7 +10,7 @@ import torch
 from forked import run_forked
 from helpers import make_core
 
-from smolvla_shared import gpu_check
+from smolvla_shared import gpu_checks
 from smolvla_shared.batch import Batch, FlowTarget
 from smolvla_shared.config import LATENT
 from smolvla_shared.lerobot_files import save_policy
@@ -27,7 +27,7 @@ def test_without_a_gpu_what_a_cpu_can_do_passes(server, tmp_path):
     code, printed = run_forked(server, ["-c", call], tmp_path / "printed.txt")
     assert code == 0, printed
     results = {result["check"]: result for result in json.loads((tmp_path / "out" / "report.json").read_text())}
-    passed = ["environment", "the CPU's numbers", *(f"{s} in bfloat16" for s in (*gpu_check.STAGES, "sampling"))]
+    passed = ["environment", "the CPU's numbers", *(f"{s} in bfloat16" for s in (*gpu_checks.STAGES, "sampling"))]
     assert [name for name, result in results.items() if result["state"] == "passed"] == passed
     assert {result["state"] for result in results.values()} == {"passed", "did not run"}
     for name, result in results.items():
@@ -38,26 +38,26 @@ def test_without_a_gpu_what_a_cpu_can_do_passes(server, tmp_path):
 
 
 def test_a_check_that_fails_is_called_failed(tmp_path, monkeypatch, capsys):
-    def far(machine: gpu_check.Machine):
-        return gpu_check.within(0.3, 0.05)
+    def far(machine: gpu_checks.Machine):
+        return gpu_checks.within(0.3, 0.05)
 
-    monkeypatch.setattr(gpu_check, "CHECKS", {"far": far, "two GPUs": lambda m: m.needs_gpus(99), "fine": lambda m: {}})
+    monkeypatch.setattr(
+        gpu_checks, "CHECKS", {"far": far, "two GPUs": lambda m: m.needs_gpus(99), "fine": lambda m: {}}
+    )
     with pytest.raises(SystemExit, match="True"):
-        gpu_check.main(gpu_check.Options(tmp_path / "out"))
+        gpu_checks.check(tmp_path / "out")
     found = [(result["state"], result["why"]) for result in json.loads((tmp_path / "out/report.json").read_text())]
     why = f"needs 99 GPU(s), there are {torch.cuda.device_count()}"
     assert found == [("failed", "ValueError: 30.00% apart, more than 5%"), ("did not run", why), ("passed", "")]
-    with pytest.raises(ValueError, match="out exists: name a new directory"):
-        gpu_check.main(gpu_check.Options(tmp_path / "out"))
 
 
 def test_numbers_that_are_apart_or_not_finite_fail():
     lines = [{"step": 1, "loss/a": 2.0, "grad_norm": 4.0, "time/data": 1.0}]
-    assert gpu_check.apart([lines[0] | {"loss/a": 2.1, "grad_norm": 3.6, "time/data": 9.0}], lines) == pytest.approx(
+    assert gpu_checks.apart([lines[0] | {"loss/a": 2.1, "grad_norm": 3.6, "time/data": 9.0}], lines) == pytest.approx(
         0.1
     )
     with pytest.raises(ValueError, match="apart"):
-        gpu_check.within(gpu_check.apart([lines[0] | {"loss/a": math.nan}], lines), 0.05)
+        gpu_checks.within(gpu_checks.apart([lines[0] | {"loss/a": math.nan}], lines), 0.05)
 
 
 def test_a_compiled_sampler_is_compared_and_timed(tmp_path, monkeypatch):

@@ -18,22 +18,22 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "smolvla_shared"
 # A module imports only modules above it.
 ORDER = """
-    ranges paths locks refusals mixture command config laq_config teacher_config
+    ranges paths locks hashes refusals mixture command config laq_config teacher_config
     batch preprocess flow losses files cache run_processes run_signals
     video_source video_clips video_dataset video
     attention kernels trunk trunk_files model model_parts laq_layers laq laq_codebook laq_files
-    data_columns data_rows data_problems data_values data data_views data_split data_order
+    data_frames data_columns data_rows data_problems data_values data data_views data_split data_order
     label_probe augmentation data_loader data_blocks label_cache labels
     action_decoder artifact label_health label_pictures
     label_check feature_cache
-    lerobot_config lerobot_processor lerobot_card lerobot_files lerobot_smolvla initial lerobot_policy
-    evaluate run_sharding run_optimizer run_metrics run_checkpoint run grounding teacher
+    lerobot_config lerobot_processor lerobot_card lerobot_files lerobot_smolvla_files lerobot_smolvla
+    initial lerobot_policy evaluate run_sharding run_optimizer run_metrics run_checkpoint run grounding teacher
     comparison environments rollouts rollout_results hub_upload hub serve
-    train_stage2 train_stage3 rollout gpu_check data_pictures data_report data_check
+    train_stage2 train_stage3 rollout gpu_checks gpu_check data_pictures data_report data_check
 """.split()
 SCRIPTS = ["train_stage2", "train_stage3", "rollout"]
 USES_LEROBOT = {
-    *"augmentation data data_report environments rollouts rollout_results serve video_dataset".split(),
+    *"augmentation data data_frames data_report environments rollouts rollout_results serve video_dataset".split(),
     *SCRIPTS,
 }
 USES_LEROBOT |= {name for name in ORDER if name.startswith("lerobot_")}

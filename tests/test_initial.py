@@ -45,6 +45,7 @@ from smolvla_shared.laq_files import load_laq
 from smolvla_shared.model import SmolVLASharedCore
 from smolvla_shared.model_parts import PARTS, parameter_table, parameters_by_part
 from smolvla_shared.preprocess import Statistics, TextTokenizer
+from smolvla_shared.run import inputs
 from smolvla_shared.trunk_files import load_trunk_tokenizer, make_core_config, pack_tokenizer
 
 HEAD = {"action_dim": 4, "chunk_size": 8}  # an action head
@@ -221,11 +222,34 @@ def test_a_core_to_train_starts_from_a_smolvla_policy(smolvla):
     assert all(not torch.equal(state[key], again[key]) for key in latent_head)
 
 
+@pytest.mark.parametrize("kind", ["policy", "smolvla"])
+def test_a_resumed_run_knows_whether_what_it_started_from_was_edited(kind, request, tmp_path):
+    """As LeRobot's commands leave a policy, without hashes of its files: the start's hash is of what was read."""
+    directory = Path(shutil.copytree(request.getfixturevalue(kind), tmp_path / "start"))
+    (directory / MANIFEST_NAME).unlink(missing_ok=True)
+
+    def known_as() -> str:
+        return inputs([], open_from(directory).provenance).hashes["initial weights"]
+
+    before, weights = known_as(), directory / "model.safetensors"
+    (directory / "README.md").write_text("nobody trains on it")
+    assert known_as() == before
+    (normalizer,) = directory.glob("*_normalizer_processor.safetensors")
+    found = []
+    for path in (weights, normalizer):
+        content, tensors = path.read_bytes(), load_file(path)
+        name = min(name for name in tensors if tensors[name].is_floating_point())
+        save_file(tensors | {name: tensors[name] * 1.01 + 1e-3}, path)
+        found.append(known_as())
+        path.write_bytes(content)
+    assert known_as() == before and len({before, *found}) == 3
+
+
 def test_what_belongs_to_a_smolvla_policy_comes_with_it(smolvla):
     initial = open_from(smolvla)
     assert initial.statistics == expected_normalization()
     assert initial.left_out == (OUTPUT_LAYER, FINAL_NORM)
-    assert initial.provenance == {"smolvla": str(smolvla)}
+    assert initial.provenance == {"smolvla": str(smolvla), "sha256": initial.sha256}
     assert initial.latents is None
     assert pack_tokenizer(initial.tokenizer) == pack_tokenizer(load_trunk_tokenizer("tiny", None))
 

@@ -394,7 +394,7 @@ def test_a_teacher_of_a_shaking_camera_fails(tmp_path):
 def test_what_a_user_can_get_wrong(laq_checkpoint, video_dataset, tmp_path):
     config = CheckConfig(out=tmp_path, laq_ckpt=laq_checkpoint, data=DataConfig(roots=(video_dataset,)))
     with pytest.raises(ValueError, match=r"--out .* exists: name a new directory"):
-        check(config)
+        check(config, [])
     for command, directory in {"check": "--out", "label": "--label-cache"}.items():
         with pytest.raises(ValueError, match=f"Missing from .* {command}: --laq-ckpt PATH"):
             main([command, "--data.roots", "x", directory, "y"])

@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 import torch
 from forked import ROOT, Forked, run_forked
+from helpers import make_accelerator
 from safetensors.torch import load_file
 
-from smolvla_shared import data, data_blocks, data_loader, data_order, data_split, label_cache
+from smolvla_shared import data, data_blocks, data_loader, data_order, data_split, data_views, label_cache
 from smolvla_shared.batch import RawBatch
-from smolvla_shared.cache import MANIFEST, dataset_directories
+from smolvla_shared.cache import MANIFEST, RowCache, dataset_directories
 from smolvla_shared.config import LATENT, DataConfig, PolicyDataConfig, StageOptions
-from smolvla_shared.label_cache import CODEBOOK, label
+from smolvla_shared.label_cache import CODEBOOK
 from smolvla_shared.labels import OnlineLabels, labels_pairs, latent_statistics, open_labels
 from smolvla_shared.laq import LAQ
 from smolvla_shared.laq_files import load_laq, save_laq
@@ -34,6 +35,11 @@ def label_config(cache: Path, laq_checkpoint: Path, *roots: Path, **options) -> 
     return LabelConfig(
         **{"label_cache": cache, "laq_ckpt": laq_checkpoint, "data": dataset, "batch_size": 16} | options
     )
+
+
+def label(config: LabelConfig) -> None:
+    """As the command."""
+    label_cache.label(config, data_views.open_video(config.data))
 
 
 @pytest.fixture(scope="module", params=["quantized", "continuous"])
@@ -186,6 +192,28 @@ def test_what_a_user_can_get_wrong(tmp_path, laq_checkpoint, video_dataset, labe
     with pytest.raises(ValueError, match=r"no episode is longer than --data.frame-gap-s"):
         label(replace(late, data=replace(late.data, frame_gap_s=3)))
     assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_cache_whose_missing_shards_have_no_pair_is_filled(num_workers, video_dataset, tmp_path):
+    """The last rows of an episode have none: there is nothing to read, and nothing to compute."""
+    (dataset,) = data.open_datasets(DataConfig(roots=(video_dataset,), frame_gap_s=0.5))
+    assert dataset.gap == 10
+    store = RowCache(tmp_path / "cache", {"of": "a test"}, dataset.num_frames, 8)
+    store.claim()
+    *others, last = store.shards()
+    assert not len(dataset.rows_with_pairs(dataset.rows(last.start, last.stop)))
+    for rows in others:
+        store.write(rows, torch.ones(len(rows), 2))
+
+    def compute(frames: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        raise AssertionError("no row is left to compute")
+
+    of_rows = {"pairs": True, "row_shape": (2,), "dtype": torch.float32, "compute": compute, "rows_at_once": 4}
+    options = {"num_workers": num_workers, "accelerator": make_accelerator()}
+    data_blocks.fill_cache(store, dataset, CAMERA, **of_rows, **options)
+    store.open()
+    assert [store[row].sum().item() for row in (0, last.start - 1, last.start, last.stop - 1)] == [2, 2, 0, 0]
 
 
 # --- the real command -------------------------------------------------------------------------------------------------

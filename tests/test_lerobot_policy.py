@@ -1,7 +1,9 @@
 """lerobot_policy.py: the LeRobot policy equals the core it was saved from, anywhere, and refuses what does not fit."""
 
+import copy
 import json
 import os
+import pickle
 import re
 import subprocess
 import sys
@@ -391,6 +393,21 @@ def test_cuda_graphs_are_refused_in_the_threads_of_a_server(core):
     assert isinstance(in_a_thread(lambda: get_container(0)), AssertionError)
     modes = torch._inductor.list_mode_options()
     assert {mode for mode, options in modes.items() if options.get("triton.cudagraphs")} == set(CUDA_GRAPH_MODES)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda policy: pickle.loads(pickle.dumps(policy))], ids=["deep", ""])
+def test_a_copy_of_a_compiled_policy_samples_with_its_own_weights(core, processed, monkeypatch, copied):
+    compile, noise = torch.compile, torch.ones(3, T, 32)
+    monkeypatch.setattr(torch, "compile", lambda f, mode=None, **options: compile(f, backend="eager", **options))
+    policy = make_policy(core, compile_model=True)
+    expected = policy.predict_action_chunk(processed, noise)
+    other = copied(policy)
+    assert torch.equal(other.predict_action_chunk(processed, noise), expected)
+    with torch.no_grad():
+        for parameter in policy.model.action_head.parameters():
+            parameter.zero_()
+    assert not torch.equal(policy.predict_action_chunk(processed, noise), expected)
+    assert torch.equal(other.predict_action_chunk(processed, noise), expected)
 
 
 def test_a_compiled_policy_cannot_do_real_time_chunking(core):

@@ -32,9 +32,9 @@ from smolvla_shared.lerobot_smolvla import (
     ImportConfig,
     export_smolvla,
     import_smolvla,
-    load_checkpoint,
     main,
 )
+from smolvla_shared.lerobot_smolvla_files import load_checkpoint
 from smolvla_shared.model import SmolVLASharedCore
 from smolvla_shared.preprocess import Statistics
 from smolvla_shared.trunk_files import load_trunk_tokenizer, make_core_config

@@ -4,6 +4,10 @@ PYTHONPATH=. python tests/test_mistakes.py > docs/mistakes.md
 """
 
 import contextlib
+import json
+import os
+import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -19,8 +23,12 @@ import train_stage2
 import train_stage3
 from smolvla_shared.command import EXIT_MISTAKE, in_few_lines, is_mistake, parse
 from smolvla_shared.data_check import DataCheckConfig
+from smolvla_shared.gpu_check import Options
 from smolvla_shared.hub import CardConfig, PushConfig
+from smolvla_shared.lerobot_smolvla import ExportConfig, ImportConfig
+from smolvla_shared.serve import ServeConfig
 from smolvla_shared.teacher_config import CheckConfig, LabelConfig, TeacherConfig
+from smolvla_shared.video import VideoConfig
 
 ROOT = Path(__file__).parent.parent
 DOCUMENT = ROOT / "docs" / "mistakes.md"
@@ -108,6 +116,13 @@ COMMANDS: dict[str, tuple[Any, str, str]] = {
         --run-dir laq.safetensors/run
         --run-dir nowhere --resume
         --stps 3
+        --optim.warmup-step 3
+        --lr 1e-3
+        --laq-checkpoint laq.safetensors
+        --rundir run
+        --wumba 3
+        -steps 3
+        \u2013-steps 3
         --steps
         --steps many
         --optim.lr big
@@ -116,7 +131,19 @@ COMMANDS: dict[str, tuple[Any, str, str]] = {
         --resume yes
         --mode.preset tiny
         --eval-every 5 --val-fraction 0
-        --eval-samples 5 --val-fraction 0""",
+        --eval-samples 5 --val-fraction 0
+        --steps 9999999999999
+        --data.num-workers 2000
+        --optim.lr 1e30
+        --run-dir pipe
+        --run-dir dangling
+        --run-dir ~/run
+        --data.repo-ids me/-x
+        --init-from pipe
+        --model.name dangling
+        --label-health pipe
+        --laq-ckpt pipe.safetensors
+        --data.feature-cache dangling""",
     ),
     "train_stage3.py": (
         train_stage3.Stage3Config,
@@ -201,13 +228,22 @@ COMMANDS: dict[str, tuple[Any, str, str]] = {
         rollout.RolloutConfig,
         "",
         """--policy-path nowhere
+        --policy policy
+        --policy-path policy --task reach-v3
+        --policy-path policy --episode=3
+        --policy-path policy --out dangling
+        --policy-path policy --out pipe
+        --policy-path policy --flow-steps 1000000
+        --policy-path policy --num-envs 5000
+        --policy-path policy --compare pipe
         --policy-path policy --compare nowhere.json""",
     ),
     "python -m smolvla_shared.hub push": (
         PushConfig,
         "",
         """nowhere me/my_policy
-        policy my//policy""",
+        policy my//policy
+        policy me/my_policy --dryrun""",
     ),
     "python -m smolvla_shared.hub card": (
         CardConfig,
@@ -220,12 +256,48 @@ COMMANDS: dict[str, tuple[Any, str, str]] = {
         "",
         """somebody/demos --episodes 0
         somebody/demos --max-text-tokens 0
+        somebody/demos --out dangling
+        somebody/demos --tokenizer pipe
+        somebody/-demos
         nowhere/at/all""",
+    ),
+    "python -m smolvla_shared.serve": (
+        ServeConfig,
+        "",
+        """--port 0
+        --port 65536
+        --fps 0
+        --inference-latency -1
+        --obs-queue-timeout nan""",
+    ),
+    "python -m smolvla_shared.video": (
+        VideoConfig,
+        "clips",
+        """--root dangling
+        --root pipe
+        --root new --crf 99
+        --root new --size 1000000
+        --root new --num-workers 5000""",
+    ),
+    "python -m smolvla_shared.gpu_check": (Options, "", "--out video"),
+    "python -m smolvla_shared.lerobot_smolvla import": (
+        ImportConfig,
+        "",
+        """./nowhere new
+        video new
+        policy video""",
+    ),
+    "python -m smolvla_shared.lerobot_smolvla export": (
+        ExportConfig,
+        "",
+        """./nowhere new
+        policy video""",
     ),
 }
 # What there is where the commands run: so a mistake about one path is about that path.
 FILES = """video/meta/info.json demos/meta/info.json laq.safetensors laq.json alone.safetensors results.json
 run_before/config.json policy/config.json labels/video/cache.json""".split()
+PIPES = "pipe", "pipe.safetensors"  # whoever opens one waits until somebody writes
 MISTAKES = [(command, mistake.strip()) for command, (_, _, of) in COMMANDS.items() for mistake in of.splitlines()]
 HEAD = """# Options and paths that are refused
 
@@ -243,12 +315,15 @@ def message(command: str, mistake: str) -> str:
     options, needed, _ = COMMANDS[command]
     # What the mistake states takes the place of what is needed.
     stated = {word for word in mistake.split() if word.startswith("--")}
-    groups = [f"--{group}" for group in needed.split("--") if group]
-    given = " ".join(group for group in groups if group.split()[0] not in stated)
+    positional, *groups = needed.split("--")
+    given = " ".join([positional, *[f"--{group}" for group in groups if f"--{group.split()[0]}" not in stated]])
     with tempfile.TemporaryDirectory() as directory, contextlib.chdir(directory):
         for name in FILES:
             Path(name).parent.mkdir(parents=True, exist_ok=True)
             Path(name).touch()
+        for name in PIPES:
+            os.mkfifo(name)
+        os.symlink("nowhere", "dangling")
         with pytest.raises(ValueError) as refused:
             parse(options, prog=command, args=f"{given} {mistake}".split())
     assert is_mistake(refused.value)
@@ -272,6 +347,52 @@ def test_a_message_names_the_option_and_fits_four_lines(command, mistake):
     names = [word.removeprefix("--").removeprefix("laq.") for word in mistake.split()]
     assert any(name in said or name.replace("-", "_") in said for name in names), said
     assert said.startswith("error: ") and len(said.splitlines()) <= 4
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--run-dir x --data.roots y --optim.warmup-step 3", "--optim.warmup-step: did you mean --optim.warmup-steps"),
+        ("--stps 3 --lr=1", "--stps: did you mean --steps\nunknown option --lr: did you mean --optim.lr"),
+        ("--data.root y", "--data.root: did you mean --data.roots"),
+        ("--no-resum", "--no-resum: did you mean --no-resume"),
+        ("--optim.lr -1 --qqqq", "--qqqq: there is none of a similar name, --help lists all"),
+    ],
+)
+def test_an_unknown_option_is_said_with_the_nearest(words, said, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "30")
+    with pytest.raises(ValueError, match="^unknown option " + re.escape(said) + "$"):
+        parse(train_stage3.Stage3Config, args=words.split())
+    assert os.environ["COLUMNS"] == "30"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--run-dir", ""], "--run-dir has an empty value, is a variable of the shell not set"),
+        (["--run-dir="], "--run-dir has an empty value"),
+        (["--data.cameras", "top", " "], "--data.cameras has an empty value"),
+        (["", "--run-dir", "x"], "the command line has an empty value"),
+        (
+            ["--run-dir", "a\nb", "--data.repo-ids", "a/b"],
+            r"--run-dir 'a\\nb' has '\\n' in its name: name another path",
+        ),
+        (["--run-dir", "a\udcff", "--data.repo-ids", "a/b"], r"--run-dir 'a\\udcff' has '\\udcff' in its name"),
+        (["--run-dir", "x", "--data.repo-ids", "a\nb"], "--data.repo-ids a\nb is no hub id"),
+    ],
+)
+def test_a_value_that_a_shell_or_an_editor_has_spoilt_is_refused(words, said):
+    with pytest.raises(ValueError, match="^" + said):
+        parse(train_stage3.Stage3Config, args=words)
+
+
+def test_an_option_that_is_given_twice_is_said(capsys, monkeypatch):
+    words = "--data.repo-ids a/b --run-dir x --steps 5 --optim.lr=1e-3 --steps 6 --optim.lr 1e-4".split()
+    assert parse(train_stage3.Stage3Config, args=words).steps == 6
+    assert capsys.readouterr().err == "given twice, the last one counts: --steps, --optim.lr\n"
+    monkeypatch.setenv("RANK", "1")  # of a launched run, in which the first process says it
+    parse(train_stage3.Stage3Config, args=words)
+    assert capsys.readouterr().err == ""
 
 
 def test_help_is_no_mistake(capsys):
@@ -310,6 +431,7 @@ run_command(main)
         # As libraries raise them: not by a statement of ours.
         ("throw(RuntimeError('I/O error: No space left on device (os error 28)'))", 2, "Make room, or name"),
         ("throw(PermissionError(13, 'Permission denied', 'run/x'))", 2, "Name a directory that is yours, or change"),
+        ("throw(OSError(36, 'File name too long', 5000 * 'x'))", 2, "Give a file or directory a name of at most 255"),
         ("throw(MemoryError())", 2, "Less is held at once with a smaller --batch-size"),
     ],
 )
@@ -352,6 +474,11 @@ except SystemExit as stop:
         ("smolvla_shared.teacher label --data.repo-ids a/b --laq-ckpt q.pt --label-cache c", "--laq-ckpt q.pt: no"),
         ("smolvla_shared.teacher check --data.repo-ids a/b --laq-ckpt q.pt --out tests", "--laq-ckpt q.pt: no"),
         ("smolvla_shared.hub push nowhere me/policy", "nowhere holds no policy (config.json), artifact (smolvla_sh"),
+        ("smolvla_shared.serve --port 0", "--port must be at least 1 and below 65,536, got 0"),
+        ("smolvla_shared.serve --host 192.0.2.1", "--host 192.0.2.1 --port 8080 cannot be served (Cannot assign"),
+        ("smolvla_shared.gpu_check --out tests", "--out tests exists: name a new directory"),
+        ("smolvla_shared.lerobot_smolvla import ./nowhere new", "no SmolVLA policy ./nowhere: there is no such dir"),
+        ("smolvla_shared.lerobot_smolvla export tests new", "no policy in tests: config.json is missing, found ["),
         ("rollout.py --policy-path nowhere", "nowhere holds no policy: config.json is missing (found: no such dire"),
     ],
 )  # fmt: skip
@@ -366,6 +493,72 @@ def test_options_and_paths_are_refused_before_anything_heavy_is_imported(command
     imports_heavy = command.startswith("examples/")  # they are read as a whole, and start as they please
     assert done.returncode == 10 * EXIT_MISTAKE + imports_heavy, done.stderr
     assert done.stderr.startswith(f"error: {said}") and len(done.stderr.splitlines()) <= 4, done.stderr
+
+
+COMMAND_NAMES = ["train_stage2.py", "train_stage3.py", "rollout.py", "smolvla_shared.teacher", "smolvla_shared.video"]
+COMMAND_NAMES += [f"smolvla_shared.{name}" for name in "hub data_check serve gpu_check lerobot_smolvla".split()]
+
+
+@pytest.mark.parametrize("command", COMMAND_NAMES)
+def test_help_is_there_before_anything_heavy_is_imported(command):
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, command, "--help"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={"PYTHONPATH": str(ROOT)},
+    )
+    assert (done.returncode, done.stderr) == (0, "") and "usage: " in done.stdout
+
+
+def changed_rate(dataset: Path, directory: Path) -> Path:
+    """A copy of a dataset that says another rate."""
+    shutil.copytree(dataset, directory)
+    path = directory / "meta" / "info.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"fps": 7}))
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (
+            "train_stage2.py {s2} --data.cameras top",
+            "every dataset must have every camera, or you name them; asked for",
+        ),
+        ("train_stage2.py {s2} --data.label-camera top", "every dataset must have the label camera, but not {video}"),
+        ("train_stage2.py {s2} --data.frame-gap-s 0.07", "--data.frame-gap-s 0.07 is not a whole number of frames of"),
+        ("train_stage2.py {s2} --data.frame-gap-s 60", "no episode is longer than --data.frame-gap-s, "),
+        ("train_stage2.py {s2} --val-fraction 0.99", "{video} has 8 episode(s), too few to hold out a share of 0.99"),
+        ("train_stage2.py {s2} --data.max-episodes 90", "--data.max-episodes 90: {video} has"),
+        ("train_stage3.py --run-dir {new} --data.roots {video}", "{video} has no 'action' column, it has ["),
+        (
+            "train_stage3.py --run-dir {new} --data.roots {demos} --data.cameras top",
+            "every dataset must have every cam",
+        ),
+        ("train_stage3.py --run-dir {new} --data.roots {edited}", "{edited} cannot be trained on: "),
+        ("smolvla_shared.teacher train --run-dir {new} --data.roots {edited}", "{edited} cannot be trained on: "),
+        ("smolvla_shared.teacher train --run-dir {new} --data.roots {video} --data.cameras top", "every dataset must"),
+        ("smolvla_shared.teacher label --label-cache {new} {teacher} --data.roots {edited}", "{edited} cannot be trai"),
+        ("smolvla_shared.teacher check --out {new} {teacher} --data.roots {video} --data.cameras top", "every datas"),
+    ],
+)
+def test_what_the_data_tells_is_refused_before_anything_heavy_is_imported(
+    command, said, video_dataset, labelled_dataset, laq_checkpoint, tmp_path
+):
+    places = {"video": video_dataset, "demos": labelled_dataset, "new": tmp_path / "new"}
+    places |= {"edited": changed_rate(labelled_dataset, tmp_path / "edited"), "teacher": f"--laq-ckpt {laq_checkpoint}"}
+    places["s2"] = "--run-dir {new} --data.roots {video} {teacher}".format_map(places)
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, *command.format_map(places).split()],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 10 * EXIT_MISTAKE, done.stderr
+    assert done.stderr.startswith(f"error: {said.format_map(places)}") and len(done.stderr.splitlines()) <= 4
+    assert not (tmp_path / "new").exists()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """mixture.py, data_views.py: unlike datasets in one run. Each is read as it is alone, and what it lacks is masked."""
 
 import json
+import os
 import re
 from dataclasses import replace
 from inspect import getdoc
@@ -87,6 +88,15 @@ def frame(dataset: data.RobotDataset, row: int, camera: str) -> torch.Tensor:
 # --- the file ---------------------------------------------------------------------------------------------------------
 
 
+def test_a_mixture_that_is_no_file_is_refused(tmp_path):
+    """Opening a pipe would wait until somebody writes into it."""
+    os.mkfifo(tmp_path / "pipe.yaml")
+    (tmp_path / "folder.yaml").mkdir()
+    for name in ("pipe.yaml", "folder.yaml", "nowhere.yaml"):
+        with pytest.raises(ValueError, match=f"the mixture .*{name}: no such file"):
+            read_mixture(tmp_path / name)
+
+
 def test_the_file_of_the_documentation_is_read(tmp_path):
     example = getdoc(mixture).split("\n\n", 1)[1]
     first, second = read_mixture(write(tmp_path / "mixture.yaml", example))
@@ -124,6 +134,12 @@ def test_the_file_of_the_documentation_is_read(tmp_path):
         ("datasets: [{root: a, cameras: {}}]", "cameras of a are empty"),
         ("datasets: [{root: a, cameras: {front: x, hand: x}}]", "cameras of a names x twice"),
         ("datasets: [{root: a, cameras: {front: x, front: y}}]", "is not YAML: front twice in one place"),
+        ("datasets: [{root: a, cameras: {front: ' '}}]", "cameras of a has an empty name"),
+        ("datasets: [{root: a, cameras: {'': x}}]", "cameras of a has an empty name"),
+        ("a: &a [x, x]\nb: &b [*a, *a]\ndatasets: *b", r"is not YAML: \*a refers to another place: write it out"),
+        ("datasets: &a [*a]", r"is not YAML: \*a refers to another place"),
+        ("datasets: !!python/object/apply:os.system ['touch evil']", "is not YAML: could not determine a constructor"),
+        ("datasets:\n\t- root: a", "is not YAML: while scanning for the next token"),
         ("datasets: [{root: a, cameras: [front]}]", r"cameras: expected an object, found \[\"front\"\]"),
     ],
 )
@@ -357,9 +373,10 @@ def test_cached_features_are_those_of_the_dataset_under_any_name(tmp_path, core,
 def test_labels_are_kept_under_the_datasets_own_names(tmp_path, unlike, video_dataset, image_dataset, laq_checkpoint):
     """Of each dataset's own label camera and gap; the labels of one dataset alone serve a mixture."""
     cache = {"laq_ckpt": laq_checkpoint, "label_cache": tmp_path / "labels"}
-    label(LabelConfig(**cache, data=DataConfig(roots=(video_dataset,), num_workers=0)))
+    of_one, of_all = DataConfig(roots=(video_dataset,), num_workers=0), DataConfig(mixture=unlike, num_workers=0)
+    label(LabelConfig(**cache, data=of_one), data_views.open_video(of_one))
     written = {path: path.stat().st_mtime_ns for path in (tmp_path / "labels").rglob("*")}
-    label(LabelConfig(**cache, data=DataConfig(mixture=unlike, num_workers=0)))
+    label(LabelConfig(**cache, data=of_all), data_views.open_video(of_all))
     assert all(path.stat().st_mtime_ns == at for path, at in written.items() if path.is_file())
     config = Stage2Config(
         run_dir=tmp_path, data=PolicyDataConfig(mixture=unlike), labels="cache", label_cache=cache["label_cache"]
@@ -449,10 +466,10 @@ def test_labelled_datasets_of_different_rates_are_refused(labelled_dataset, imag
     both = DataConfig(roots=(labelled_dataset, image_dataset))
     said = f"{labelled_dataset}: 20, {image_dataset}: 10 actions a second"
     with pytest.raises(ValueError, match=f"labelled datasets have different rates, .*: {said}"):
-        data_views.open_recordings(both, None)
+        data_views.open_recordings(both, None, False)
     # Video of another rate has no actions to differ.
     labelled, all_of_them = data_views.open_recordings(
-        DataConfig(roots=(labelled_dataset,)), DataConfig(roots=(image_dataset,))
+        DataConfig(roots=(labelled_dataset,)), DataConfig(roots=(image_dataset,)), True
     )
     assert [dataset.fps for dataset in all_of_them] == [20, 10] and len(labelled) == 1
 

@@ -50,6 +50,29 @@ def test_precision_is_stated_once(monkeypatch, option, configured, expected):
             stated_precision(option)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "instead"),
+    [
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4", "--accumulation-steps"),
+        ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", "--model.compile"),
+        ("ACCELERATE_USE_DEEPSPEED", "true", "fsdp2_8gpu.yaml"),
+    ],
+)
+def test_what_accelerate_would_do_beside_a_run_is_refused(name, value, instead, monkeypatch):
+    monkeypatch.setenv(name, {"4": "1", "INDUCTOR": "NO", "true": "False"}[value])  # as accelerate launch sets them
+    run_processes.refuse_settings()
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=f"{name} is {value}, by the .*: take it out, and pass .*{instead}"):
+        run_processes.make_accelerator(cpu=True)
+
+
+def test_a_device_that_is_not_there_is_refused():
+    assert run_processes.find_device("cpu") == "cpu"
+    for name in ("tpu", "cuda:99", "cpu:7", "\n"):
+        with pytest.raises(ValueError, match=r"is not here: pass one of cpu"):
+            run_processes.find_device(name)
+
+
 def test_a_run_in_float32_on_a_gpu_says_so(monkeypatch):
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
     cpu, gpu = torch.device("cpu"), torch.device("cuda")

@@ -8,6 +8,8 @@ from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 import tyro
@@ -50,6 +52,37 @@ def run_well(run) -> Callable[..., str]:
         return printed
 
     return run_it
+
+
+@pytest.mark.slow
+def test_held_out_episodes_are_in_no_statistics(run_well, labelled_dataset, tmp_path):
+    """Their actions are far away here; the policy's normaliser is that of the other episodes."""
+    root, (path,) = tmp_path / "data", [*(labelled_dataset / "data").rglob("*.parquet")]
+    shutil.copytree(labelled_dataset, root)
+    (root / "meta" / "stats.json").unlink()  # which would contradict the rows
+    held_out = {int(e) for e in np.random.default_rng([3, 8]).permutation(8)[:2]}  # --val-fraction 0.2 of 8, --seed 3
+    table = pd.read_parquet(path)
+    table["action"] = [a + 1e4 * (e in held_out) for a, e in zip(table["action"], table["episode_index"], strict=True)]
+    table.to_parquet(root / path.relative_to(labelled_dataset))
+    command = [
+        "train_stage3.py",
+        *SIZES,
+        "--steps",
+        "1",
+        "--seed",
+        "3",
+        "--data.roots",
+        root,
+        "--data.num-workers",
+        "0",
+    ]
+    command += ["--chunk-size", "6", "--n-action-steps", "3", "--model.preset", "tiny", "--run-dir", tmp_path / "s3"]
+    run_well(*command)
+    kept = np.stack(table["action"][~table["episode_index"].isin(held_out)].to_list()).astype(np.float64)
+    found = load_file(tmp_path / "s3" / POLICY / "policy_postprocessor_step_0_unnormalizer_processor.safetensors")
+    assert np.allclose(found["action.mean"], kept.mean(0), atol=1e-5)
+    varies = kept.std(0) > 1e-6
+    assert np.allclose(found["action.std"][varies], kept.std(0)[varies], atol=1e-5) and np.abs(kept).max() < 100
 
 
 @pytest.fixture(scope="session")
@@ -303,7 +336,7 @@ def test_video_trains_the_action_head_with_decoded_actions(run_well, labelled_da
     printed = run_well(*command, "--run-dir", tmp_path / "s3")
     arguments = [*map(str, command[1:]), "--run-dir", str(tmp_path / "not made")]
     config = tyro.cli(train_stage3.Stage3Config, args=arguments)
-    _, (labelled, hidden) = data_views.open_recordings(config.data, config.video_data)
+    _, (labelled, hidden) = data_views.open_recordings(config.data, config.video_data, False)
     assert "action" in labelled.features and "action" not in hidden.features  # video's own actions are not read
     assert "actions decoded from latent actions, 2 steps each: R² on unseen episodes 1.00, 1.00, 1.00, 1.00" in printed
     assert "loss {'action': 1.0}" in printed

@@ -147,6 +147,6 @@ def test_a_robot_with_other_joints_or_cameras_is_refused(policy):
 
 @pytest.mark.slow
 def test_a_server_without_grpc_says_what_to_install(tmp_path):
-    code = "import sys; sys.modules['grpc'] = None; from smolvla_shared import serve; serve.main()"
+    code = "import sys; sys.modules['grpc'] = None; from smolvla_shared import serve; serve.main(serve.ServeConfig())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode and "pip install 'lerobot[async]'" in done.stderr

@@ -541,6 +541,16 @@ def test_options_that_do_not_fit_are_refused(options, message):
         video.VideoConfig(clips=(), root=Path(), **options)
 
 
+def test_a_pipe_is_no_clip_and_the_dataset_is_not_among_the_clips(tmp_path):
+    """FFmpeg would wait for the pipe for ever, and a second run take the dataset's videos for clips."""
+    os.mkfifo(tmp_path / "pipe.mp4")
+    with pytest.raises(ValueError, match=r"pipe.mp4 is neither a file nor a folder: name clips"):
+        video.main([str(tmp_path / "pipe.mp4"), "--root", str(tmp_path / "new")])
+    with pytest.raises(ValueError, match=r"--root .*/new/dataset is in .*, which is searched for clips"):
+        video.main([str(tmp_path), "--root", str(tmp_path / "new" / "dataset")])
+    assert [path.name for path in tmp_path.iterdir()] == ["pipe.mp4"]
+
+
 def test_no_clips_and_an_existing_root_are_refused(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "a.txt").touch()
