@@ -93,9 +93,9 @@ class RobotDataset:
         for path in self._files():
             if not path.is_file():
                 raise FileNotFoundError(path)
-        vectors = [key for key in (STATE_KEY, ACTION_KEY, EXECUTED_ACTION_KEY) if key in self.features]
         numbers = ["index", "episode_index", "frame_index", "timestamp", "task_index"]
-        self.frames = self._columns("data", [*numbers, *vectors], self.info.total_frames)
+        self.frames = self._columns("data", numbers, self.info.total_frames)
+        self.vectors: dict[str, Columns] = {}  # of the vector features that were asked for
 
     def _columns(self, folder: str, names: list[str], rows: int) -> Columns:
         files = sorted((self.root / folder).glob("*/*.parquet"))
@@ -128,6 +128,15 @@ class RobotDataset:
         table = load_nested_dataset(self.root / "data", features=get_hf_features_from_features(self.info.features))
         cameras = [key for key in self.camera_keys if key not in self.video_keys]
         return {key: table.select_columns([key]).with_format(None) for key in cameras}
+
+    def vector(self, key: str) -> np.ndarray:  # [num_frames, A]; a feature of width 1 may be [num_frames]
+        """A vector feature, read when it is asked for: a run that does not read it does not mind what it holds.
+
+        Raises ValueError if it is none: a value is missing, or the rows differ in width.
+        """
+        if key not in self.vectors:
+            self.vectors[key] = self._columns("data", [key], self.info.total_frames)
+        return self.vectors[key][key]
 
     @property
     def episode_from(self) -> np.ndarray:  # [episodes]
@@ -330,7 +339,7 @@ def vector_statistics(
     for index, rows in rows_of or [(index, dataset.rows()) for index, dataset in enumerate(datasets)]:
         for start in range(0, len(rows) if key in datasets[index].features else 0, ROWS_AT_ONCE):
             places = np.arange(start, min(start + ROWS_AT_ONCE, len(rows)))
-            values = np.asarray(datasets[index].frames[key][rows[places]], np.float64).reshape(len(places), -1)
+            values = np.asarray(datasets[index].vector(key)[rows[places]], np.float64).reshape(len(places), -1)
             shift, share = values.mean(0) - mean, len(places) / (count + len(places))
             squares = squares + values.var(0) * len(places) + shift**2 * count * share  # Chan et al., 1979
             mean, count = mean + shift * share, count + len(places)

@@ -213,10 +213,10 @@ class SampleDataset(Dataset):
         actions = np.zeros((spec.chunk_size, spec.action_dim), np.float32)
         action_valid = np.zeros(spec.chunk_size, bool)
         if has_state:
-            state = dataset.frames[STATE_KEY][key.row].astype(np.float32).reshape(-1)  # a state of width 1 is a scalar
+            state = dataset.vector(STATE_KEY)[key.row].astype(np.float32).reshape(-1)  # a state of width 1 is a scalar
         if spec.chunk_size and ACTION_KEY in dataset.features:
             end = min(key.row + spec.chunk_size, int(dataset.episode_to[dataset.episode_of(key.row)]))
-            chunk = dataset.frames[ACTION_KEY][key.row : end].reshape(-1, spec.action_dim)
+            chunk = dataset.vector(ACTION_KEY)[key.row : end].reshape(-1, spec.action_dim)
             actions[: len(chunk)], action_valid[: len(chunk)] = chunk, True
             actions[len(chunk) :] = chunk[-1]
         return state, has_state, actions, action_valid
