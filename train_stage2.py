@@ -85,8 +85,10 @@ def main(config: Stage2Config) -> None:
     labels = open_labels(config, datasets, label_camera, initial.latent_horizon)
     dims = initial.latent_dims(labels, options, label_camera, config.latent_head)
     dims |= data.state_dims(datasets, config.model.use_state, datasets)
-    about = labels.teacher_id, labels.kind, options.gap_s, label_camera, data.valid_pair_share(datasets, training)
-    latents = with_health(artifact.Latents(*about, labels.horizon), config.label_health, config.accept_label_health)
+    about = {"label_camera": label_camera, "valid_pair_share": data.valid_pair_share(datasets, training)}
+    about |= {"horizon": labels.horizon} | data_views.gaps(datasets)
+    latents = artifact.Latents(labels.teacher_id, labels.kind, **about)
+    latents = with_health(latents, config.label_health, config.accept_label_health)
     accelerator, resume_from = start_run(config, config.run_dir / "artifacts" / f"{paths.ARTIFACT_NAME}.json")
 
     core = initial.build(config.model, cameras, [LATENT], accelerator.mixed_precision, **dims)

@@ -128,10 +128,19 @@ def may_be_missing(labelled: list[RobotDataset], cameras: tuple[str, ...]) -> tu
     return optional
 
 
+def gaps(datasets: list[RobotDataset]) -> dict[str, Any]:
+    """The times between the frames of pairs, as they are used: that of the datasets without one of their own, or the
+    smallest one if all have their own; and the others.
+    """
+    common = [d.frame_gap_s for d in datasets if not d.entry.frame_gap_s]
+    used = sorted({d.frame_gap_s for d in datasets})
+    first = common[0] if common else used[0]
+    return {"frame_gap_s": first, "own_gaps_s": tuple(gap for gap in used if gap != first)}
+
+
 def pairs_source(datasets: list[RobotDataset], label_camera: str) -> dict[str, Any]:
     """What a teacher's file records of the pairs that it was trained on."""
     own = sorted({d.frame_gap_s for d in datasets if d.entry.frame_gap_s})
-    common = [d.frame_gap_s for d in datasets if not d.entry.frame_gap_s]
-    source = {"frame_gap_s": (common or own)[0], "label_camera": label_camera}
+    source = {"frame_gap_s": gaps(datasets)["frame_gap_s"], "label_camera": label_camera}
     cameras = sorted({d.entry.label_camera for d in datasets if d.entry.label_camera})
     return source | ({"of_mixture": {"frame_gap_s": own, "label_camera": cameras}} if own or cameras else {})

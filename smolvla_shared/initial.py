@@ -129,12 +129,14 @@ class InitialWeights:
                 "use --teacher-kind quantized"
             )
         if self.latents:
+            known = {self.latents.frame_gap_s, *self.latents.own_gaps_s}
+            other = {entry.frame_gap_s or options.gap_s for entry in options.entries} - known
             refuse_differences(
                 f"{self.name} has learned other latent actions",
                 [
                     ("teacher (--laq-ckpt)", labels.teacher_id, self.latents.teacher_id),
                     ("--teacher-kind", labels.kind, self.latents.teacher_kind),
-                    ("--data.frame-gap-s", options.gap_s, self.latents.frame_gap_s),
+                    ("--data.frame-gap-s", min(other, default=self.latents.frame_gap_s), self.latents.frame_gap_s),
                     ("--data.label-camera", label_camera, self.label_camera(options)),
                     ("--latent-horizon", labels.horizon, self.latents.horizon),
                     ("--latent-head", head, own_head),

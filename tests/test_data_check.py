@@ -383,7 +383,16 @@ def test_stage_2_and_labelling_do_not_look_at_actions(case, copy, tmp_path, laq_
         run = tmp_path / f"run_{len(written)}"
         teacher = {"laq_ckpt": laq_checkpoint, "label_cache": run / "labels"}
         label(LabelConfig(**teacher, data=DataConfig(roots=(copy,), num_workers=0)))
-        options = "--data.roots", copy, "--laq-ckpt", laq_checkpoint, "--model.preset", "tiny", "--data.num-workers", "1"
+        options = (
+            "--data.roots",
+            copy,
+            "--laq-ckpt",
+            laq_checkpoint,
+            "--model.preset",
+            "tiny",
+            "--data.num-workers",
+            "1",
+        )
         run_stage(train_stage2, run / "s2", *options)
         shards = sorted((run / "labels").rglob("*.safetensors"))
         artifact = run / "s2" / "artifacts" / "smolvla_shared_stage2_artifact.safetensors"
