@@ -74,7 +74,7 @@ def main(config: Stage2Config) -> None:
     from smolvla_shared.label_health import with_health
     from smolvla_shared.labels import latent_statistics, open_labels
     from smolvla_shared.losses import masked_mean, valid_tokens
-    from smolvla_shared.preprocess import Preprocessor
+    from smolvla_shared.robots import Robots, make_preprocessor
     from smolvla_shared.run import Run, inputs, start_run
 
     # What a user can get wrong is refused here, before Run makes the run directory.
@@ -84,7 +84,8 @@ def main(config: Stage2Config) -> None:
     training, held_out = data_split.split_datasets(datasets, config.val_fraction, config.seed, config.data.max_episodes)
     labels = open_labels(config, datasets, label_camera, initial.latent_horizon)
     dims = initial.latent_dims(labels, options, label_camera, config.latent_head)
-    dims |= data.state_dims(datasets, config.model.use_state, datasets)
+    robots = Robots.find(datasets, [LATENT], config.model.use_state)
+    dims |= robots.dims
     about = {"label_camera": label_camera, "valid_pair_share": data.valid_pair_share(datasets, training)}
     about |= {"horizon": labels.horizon} | data_views.gaps(datasets)
     latents = artifact.Latents(labels.teacher_id, labels.kind, **about)
@@ -92,7 +93,7 @@ def main(config: Stage2Config) -> None:
     accelerator, resume_from = start_run(config, config.run_dir / "artifacts" / f"{paths.ARTIFACT_NAME}.json")
 
     core = initial.build(config.model, cameras, [LATENT], accelerator.mixed_precision, **dims)
-    statistics = data.statistics(datasets, core.config, [LATENT], training)
+    statistics = robots.statistics(datasets, training)
     statistics[LATENT] = latent_statistics(labels, datasets, training, config.seed, accelerator.device)
     core.learn_codes(labels.codebook, statistics[LATENT])
     paired = [data.with_pairs(datasets, rows) for rows in (training, held_out)]
@@ -103,7 +104,7 @@ def main(config: Stage2Config) -> None:
     features = prepare_features(core, datasets, cameras, config, accelerator)
     spec = SampleSpec.of(core.config, [LATENT], labels, features, config.flow_draws)
     loaders = make_loaders(datasets, *groups, spec, config, accelerator, **config.data.augmentation)
-    preprocessor = Preprocessor(core.config, initial.tokenizer, statistics)
+    preprocessor = make_preprocessor(core.config, initial.tokenizer, statistics, robots)
     export = export_artifact(config, core, initial.tokenizer, statistics, latents, datasets)
 
     with Run(config, accelerator, core, resume_from, export, inputs(datasets, initial.provenance, labels)) as run:

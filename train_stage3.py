@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from smolvla_shared.data import RobotDataset
     from smolvla_shared.initial import InitialWeights
     from smolvla_shared.preprocess import Statistics
+    from smolvla_shared.robots import Robot, Robots
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +97,12 @@ class Stage3Config(StageOptions, RunConfig):
         return replace(self.data, **named, weights=())
 
     @property
+    def of_one_robot(self) -> str:
+        """The options that do not go with several robots."""
+        stated = {"--normalization artifact": self.normalization == "artifact", "--decode-actions": self.decode_actions}
+        return ", ".join(name for name, is_stated in stated.items() if is_stated)
+
+    @property
     def needs_labels(self) -> bool:
         return self.latent_loss_weight > 0 or self.decode_actions
 
@@ -107,33 +114,31 @@ def export_policy(
     statistics: "dict[str, Statistics]",
     datasets: "list[RobotDataset]",
     decode: "ActionDecoder | AsIs",
-    optional_cameras: tuple[str, ...],
+    robots: "Robots",
+    optional_cameras: "dict[Robot, tuple[str, ...]]",
     directory: Path,
     weights: "dict[str, Tensor]",
     step: int,
 ) -> None:
-    """Write a checkpoint's policy. Labelled datasets come first: their frames have the size of the robot's images."""
-    from smolvla_shared.data_views import frame_shapes
-    from smolvla_shared.lerobot_config import feature_names
-    from smolvla_shared.lerobot_files import save_policy
+    """Write a checkpoint's policy, or that of each robot."""
+    from smolvla_shared.lerobot_files import save_policies
     from smolvla_shared.run import command, origin
 
     hub_ids = [dataset.entry.repo_id for dataset in datasets if dataset.entry.repo_id]
     more = {"actions": str(decode), "command": command(), "hub_datasets": hub_ids}
     source = origin(config, step, datasets) | initial.provenance | more
-    about = {"names": feature_names(datasets[0].features), "image_shapes": frame_shapes(datasets, core.cameras)}
-    about |= {"optional_cameras": optional_cameras, "fps": datasets[0].fps}
-    save_policy(directory, core, weights, initial.tokenizer, statistics, config.n_action_steps, source, **about)
+    about = statistics, config.n_action_steps, source, robots, datasets, optional_cameras
+    save_policies(directory, core, weights, initial.tokenizer, *about)
 
 
 def main(config: Stage3Config) -> None:
-    from smolvla_shared import action_decoder, data, data_order, data_split, data_views, evaluate
+    from smolvla_shared import action_decoder, data_order, data_split, data_views, evaluate
     from smolvla_shared.data_loader import SampleSpec, make_loaders
     from smolvla_shared.feature_cache import prepare_features
     from smolvla_shared.initial import open_initial
     from smolvla_shared.labels import latent_statistics, open_labels
     from smolvla_shared.losses import masked_mean, valid_tokens
-    from smolvla_shared.preprocess import Preprocessor
+    from smolvla_shared.robots import Robots, make_preprocessor
     from smolvla_shared.run import Run, inputs, start_run
 
     # What a user can get wrong is refused here, before Run makes the run directory.
@@ -141,9 +146,10 @@ def main(config: Stage3Config) -> None:
     labelled, datasets = data_views.open_recordings(config.data, config.video_data if config.has_video else None)
     initial = open_initial(config.model, config.stage2_artifact)
     options, cameras, label_camera = initial.choose_views(config, datasets, with_latents=config.needs_labels)
-    optional = data_views.may_be_missing(labelled, cameras)
-    dims = {"action_dim": data.common_dim(labelled, data.ACTION_KEY), "chunk_size": config.chunk_size}
-    dims |= data.state_dims(datasets, config.model.use_state, labelled)
+    robots = Robots.find(datasets, [ACTION], config.model.use_state, len(labelled))
+    robots.refuse_several(config.of_one_robot)
+    optional = {name: data_views.may_be_missing(robots.datasets_of(name, labelled), cameras) for name in robots.acting}
+    dims = robots.dims | {"chunk_size": config.chunk_size}
     recorded = initial.recorded_statistics(dims) if config.normalization == "artifact" else {}
     action_decoder.check_horizon(config.decode_actions, config.latent_horizon or initial.latent_horizon)
     labels = open_labels(config, datasets, label_camera, initial.latent_horizon) if config.needs_labels else None
@@ -154,7 +160,7 @@ def main(config: Stage3Config) -> None:
     about = datasets, training, config.seed, accelerator.device
     decode = action_decoder.fit(labels, len(labelled), *about) if config.decode_actions else action_decoder.AS_IS
     core = initial.build(config.model, cameras, weight, accelerator.mixed_precision, **dims)
-    statistics = data.statistics(labelled, core.config, weight, training[: len(labelled)])
+    statistics = robots.statistics(datasets, training, len(labelled))
     described = initial.describe(core, statistics.get("state"), datasets)
     table = data_views.describe(datasets, cameras, label_camera, initial.core.cameras)
     plan = f"Stage 3: {data_order.plan(groups, config)}; loss {weight}; statistics of the {config.normalization}"
@@ -166,8 +172,8 @@ def main(config: Stage3Config) -> None:
     features = prepare_features(core, datasets, cameras, config, accelerator)
     spec = SampleSpec.of(core.config, weight, labels, features, config.flow_draws)
     loaders = make_loaders(datasets, groups, held_out, spec, config, accelerator, **config.data.augmentation)
-    preprocessor = Preprocessor(core.config, initial.tokenizer, statistics)
-    export = partial(export_policy, config, core.config, initial, statistics, datasets, decode, optional)
+    preprocessor = make_preprocessor(core.config, initial.tokenizer, statistics, robots)
+    export = partial(export_policy, config, core.config, initial, statistics, datasets, decode, robots, optional)
 
     with Run(config, accelerator, core, resume_from, export, inputs(datasets, initial.provenance, labels)) as run:
         for raws in run.steps(loaders.train):

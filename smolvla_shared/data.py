@@ -1,7 +1,7 @@
 """Reading LeRobotDatasets (v3): frames, vectors, tasks and frame pairs, and what several datasets have in common."""
 
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,12 @@ from lerobot.utils.constants import HF_LEROBOT_HOME
 from lerobot.utils.import_utils import get_safe_default_video_backend
 from torch import Tensor
 
-from smolvla_shared import data_problems, data_values, paths, preprocess
-from smolvla_shared.config import ACTION, CoreConfig, DataConfig
-from smolvla_shared.data_columns import ROWS_AT_ONCE, Columns
+from smolvla_shared import data_problems, paths, preprocess
+from smolvla_shared.config import DataConfig
+from smolvla_shared.data_columns import Columns
 from smolvla_shared.data_rows import Rows
 from smolvla_shared.files import hub_or_cache
 from smolvla_shared.mixture import DatasetEntry
-from smolvla_shared.preprocess import Statistics
 
 STATE_KEY, ACTION_KEY = "observation.state", "action"
 # What the robot was told to do where `action` is what an expert would have done. LeRobot takes every column whose name
@@ -308,56 +307,6 @@ def set_frame_gap(datasets: list[RobotDataset], gap_s: float) -> None:
     """
     for dataset in datasets:
         dataset.frame_gap_s = dataset.entry.frame_gap_s or gap_s
-
-
-def common_dim(datasets: list[RobotDataset], key: str) -> int:
-    """Width of a vector feature, 0 if no dataset has it. Raises ValueError if the datasets' widths differ, and for
-    values that cannot be trained on (data_values.py).
-    """
-    data_values.refuse_vectors(datasets, key)
-    dims = {dataset.name: dataset.vector_dim(key) for dataset in datasets if key in dataset.features}
-    if len(set(dims.values())) > 1:
-        fix = ": leave one out" + ", or pass --model.no-use-state" * (key == STATE_KEY)
-        raise ValueError(f"the datasets' {key} have different widths, they cannot share a model: {dims}{fix}")
-    return next(iter(dims.values()), 0)
-
-
-def state_dims(datasets: list[RobotDataset], use_state: bool, labelled: list[RobotDataset]) -> dict[str, int]:
-    """The field of CoreConfig that says how wide the state is; 0: the model sees none, or no `labelled` one has any."""
-    has_state = use_state and any(STATE_KEY in dataset.features for dataset in labelled)
-    return {"state_dim": common_dim(datasets, STATE_KEY) if has_state else 0}
-
-
-def vector_statistics(
-    datasets: list[RobotDataset], key: str, rows_of: list[tuple[int, Rows]] | None = None
-) -> Statistics:
-    """Mean and standard deviation over the frames of (dataset index, rows) whose dataset has the feature; default: all.
-
-    A dimension that never changes gets the deviation 1: divided by 0, a later change of 0.01 would be 1e6 to the model.
-    """
-    count, mean, squares = 0, np.zeros(()), np.zeros(())  # squares: summed squared distances from the mean
-    for index, rows in rows_of or [(index, dataset.rows()) for index, dataset in enumerate(datasets)]:
-        for start in range(0, len(rows) if key in datasets[index].features else 0, ROWS_AT_ONCE):
-            places = np.arange(start, min(start + ROWS_AT_ONCE, len(rows)))
-            values = np.asarray(datasets[index].vector(key)[rows[places]], np.float64).reshape(len(places), -1)
-            shift, share = values.mean(0) - mean, len(places) / (count + len(places))
-            squares = squares + values.var(0) * len(places) + shift**2 * count * share  # Chan et al., 1979
-            mean, count = mean + shift * share, count + len(places)
-    deviation = np.sqrt(squares / count)
-    deviation[deviation <= 1e-6 * np.maximum(1, np.abs(mean))] = 1
-    return Statistics(mean.tolist(), deviation.tolist())
-
-
-def statistics(
-    datasets: list[RobotDataset], core: CoreConfig, targets: Collection[str], rows_of: list[tuple[int, Rows]]
-) -> dict[str, Statistics]:
-    """The statistics that a core needs: of the state if it has one, and of actions if they are a target.
-
-    rows_of: (dataset index, rows) of the training frames
-    """
-    needed = {"state": STATE_KEY} if core.state_dim else {}
-    needed |= {ACTION: ACTION_KEY} if ACTION in targets else {}
-    return {name: vector_statistics(datasets, key, rows_of) for name, key in needed.items()}
 
 
 def square_sides(datasets: list[RobotDataset], cameras: tuple[str, ...]) -> dict[str, int]:

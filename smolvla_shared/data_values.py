@@ -1,6 +1,6 @@
 """What is wrong with the vectors and texts of a LeRobotDataset: with what a policy is trained on, one value at a time.
 
-A problem is a text, as in data_problems.py. Vectors are asked for where their width is (data.common_dim), so that a
+A problem is a text, as in data_problems.py. Vectors are asked for where their width is (robots.py), so that a
 column that a run does not read may hold anything.
 """
 

@@ -120,6 +120,11 @@ def policy_card(config: "HLRPSmolVLASharedConfig", source: dict[str, Any], licen
         execution += f" It was trained on {config.fps:g} actions a second."
     if config.optional_cameras:
         execution += f" Cameras that may be missing: {', '.join(config.optional_cameras)}."
+    if config.robot:
+        execution += f" It acts with the robot {config.robot}."
+    if config.robots:
+        each = ", ".join(f"`robots/{name}`" for name in config.robots)
+        execution += f" It was trained on several robots. Load the policy of one: {each}."
     rights = "MIT." if data["license"] == "mit" else f"{data['license']}."
     if data["base_model"]:
         rights += f" The trunk's weights come from {core.model_name}, which has a licence of its own."

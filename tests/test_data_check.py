@@ -26,9 +26,10 @@ import train_stage2
 import train_stage3
 from smolvla_shared import data, data_check, data_report, data_values, data_views
 from smolvla_shared.command import in_few_lines
-from smolvla_shared.config import DataConfig, ModelConfig
+from smolvla_shared.config import ACTION, DataConfig, ModelConfig
 from smolvla_shared.initial import open_initial
 from smolvla_shared.label_cache import LabelConfig, label
+from smolvla_shared.robots import Robots
 from smolvla_shared.trunk_files import load_trunk_tokenizer
 
 CAMERA, STATE = "observation.image", "observation.state"
@@ -365,8 +366,7 @@ def test_values_that_nothing_can_be_trained_on_are_refused_where_they_are_read(c
     edit(copy)
     datasets = open_datasets(copy)  # a run that does not read them does not mind
     with pytest.raises(ValueError) as refused:
-        for name in (STATE, "action"):
-            data.common_dim(datasets, name)
+        Robots.find(datasets, [ACTION])
     said = str(refused.value)
     assert re.search(message, said), said
     assert str(copy) in said and len(in_few_lines(refused.value).splitlines()) <= 4
@@ -468,10 +468,10 @@ def test_missing_statistics_stop_nothing_but_are_named(copy):
     """This project computes its own; LeRobot's training does not."""
     stats("action", std=None)(copy)
     edit_json("stats.json", lambda body: body["action"].pop("std") and None)(copy)
-    assert data.common_dim(open_datasets(copy), "action") == 4
+    assert Robots.find(open_datasets(copy), [ACTION]).dims["action_dim"] == 4
     assert any("stats.json has no std of action, which LeRobot" in problem for problem in listed(copy))
     (copy / "meta" / "stats.json").unlink()
-    assert data.common_dim(open_datasets(copy), "action") == 4
+    assert Robots.find(open_datasets(copy), [ACTION]).dims["action_dim"] == 4
     assert any("stats.json is missing, which LeRobot" in problem for problem in listed(copy))
 
 

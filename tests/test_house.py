@@ -22,7 +22,7 @@ ORDER = """
     batch preprocess flow losses files cache run_processes run_signals
     video_source video_clips video_dataset video
     attention trunk trunk_files model model_parts laq_layers laq laq_codebook laq_files
-    data_columns data_rows data_problems data_values data data_views data_split data_order
+    data_columns data_rows data_problems data_values data data_views robots data_split data_order
     label_probe augmentation data_loader data_blocks label_cache labels
     action_decoder artifact label_health label_pictures
     label_check feature_cache
