@@ -96,7 +96,8 @@ def test_the_file_of_the_documentation_is_read(tmp_path):
     first, second = read_mixture(write(tmp_path / "mixture.yaml", example))
     assert first == DatasetEntry(root="data/my_video", weight=3.0, cameras={FRONT: CAMERA})
     names = {FRONT: "observation.images.exterior_1_left", "observation.images.wrist": "observation.images.wrist_left"}
-    assert second == DatasetEntry(repo_id="lerobot/droid_100", weight=1.0, cameras=names, frame_gap_s=0.4)
+    own = {"cameras": names, "frame_gap_s": 0.4, "robot": "panda"}
+    assert second == DatasetEntry(repo_id="lerobot/droid_100", weight=1.0, **own)
     options = tyro.cli(DataConfig, args=["--mixture", str(tmp_path / "mixture.yaml")])
     assert options.entries == (first, second)
     (example,) = re.findall(r"```yaml\n(.*?)```", Path("docs/data.md").read_text(), re.S)
@@ -125,6 +126,7 @@ def test_the_file_of_the_documentation_is_read(tmp_path):
         ("datasets: [{root: a, weight: 0}]", "weight: expected above 0, got 0"),
         ("datasets: [{root: a, weight: 1e-1}]", 'weight: expected a number, found "1e-1"'),
         ("datasets: [{root: a, frame_gap_s: -1}]", "frame_gap_s: expected above 0"),
+        ("datasets: [{root: a, robot: ../b}]", "dataset 1: robot of a: a name of letters, digits"),
         ("datasets: [{root: a, cameras: {}}]", "cameras of a are empty"),
         ("datasets: [{root: a, cameras: {front: x, hand: x}}]", "cameras of a names x twice"),
         ("datasets: [{root: a, cameras: {front: x, front: y}}]", "is not YAML: front twice in one place"),

@@ -159,6 +159,21 @@ def test_the_table_names_the_robots(two_robots):
     assert [line.split()[-1] for line in lines[:3]] == ["robot", "wide", "so100"]
 
 
+def test_different_robots_without_names_are_said(labelled_dataset, narrow, stateless, two_robots):
+    def said(options: DataConfig, *types: str | None) -> list[str]:
+        datasets = data.open_datasets(options)
+        for dataset, robot_type in zip(datasets, types, strict=True):
+            dataset.info.robot_type = robot_type
+        return data_views.unnamed_robots(datasets)
+
+    options = DataConfig(roots=(labelled_dataset, narrow, stateless))
+    assert said(options, "panda", "panda", "so100") == []  # the last has nothing to share
+    assert said(options, "panda", None, None) == []
+    (line,) = said(options, "panda", "so100", None)
+    assert f"({labelled_dataset} panda, {narrow} so100)" in line
+    assert said(DataConfig(mixture=two_robots), "panda", "so100") == []
+
+
 # --- samples ----------------------------------------------------------------------------------------------------------
 
 
