@@ -26,6 +26,7 @@ from smolvla_shared.files import (
     check_weights,
     file_sha256,
     find_directory,
+    link_or_copy,
     read_weights,
     write_manifest,
     write_weights,
@@ -76,7 +77,7 @@ def save_policy(
     rename_map:       {name of an observation as it arrives: our name}
     robot:            the name of the robot that it acts with
     robots:           those that the core was trained on, if this policy is none of theirs: it gets no processors
-    weights_of:       directory of a policy with the same weights. The file there gets one more name (a hard link)
+    weights_of:       directory of a policy with the same weights. The file there gets one more name
     """
     directory.mkdir(parents=True, exist_ok=True)
     names = names or {}
@@ -94,7 +95,7 @@ def save_policy(
     )
     config.save_pretrained(directory)
     if weights_of:
-        (directory / WEIGHTS_NAME).hardlink_to(weights_of / WEIGHTS_NAME)
+        link_or_copy(weights_of / WEIGHTS_NAME, directory / WEIGHTS_NAME)
         sha256 = file_sha256(directory / WEIGHTS_NAME)
     else:
         sha256 = write_weights(directory / WEIGHTS_NAME, {CORE_PREFIX + key: value for key, value in weights.items()})
