@@ -66,12 +66,10 @@ def export_artifact(
 
 
 def main(config: Stage2Config) -> None:
-    from smolvla_shared import artifact, data, data_order, data_split, data_views
+    from smolvla_shared import artifact, data, data_order, data_split, data_views, evaluate, label_health
     from smolvla_shared.data_loader import SampleSpec, make_loaders
-    from smolvla_shared.evaluate import held_out_errors
     from smolvla_shared.feature_cache import prepare_features
     from smolvla_shared.initial import open_initial
-    from smolvla_shared.label_health import with_health
     from smolvla_shared.labels import latent_statistics, open_labels
     from smolvla_shared.losses import masked_mean, valid_tokens
     from smolvla_shared.robots import Robots, make_preprocessor
@@ -83,13 +81,12 @@ def main(config: Stage2Config) -> None:
     options, cameras, label_camera = initial.choose_views(config, datasets, with_latents=True)
     training, held_out = data_split.split_datasets(datasets, config.val_fraction, config.seed, config.data.max_episodes)
     labels = open_labels(config, datasets, label_camera, initial.latent_horizon)
-    dims = initial.latent_dims(labels, options, label_camera, config.latent_head)
     robots = Robots.find(datasets, [LATENT], config.model.use_state)
-    dims |= robots.dims
+    dims = robots.dims | initial.latent_dims(labels, options, label_camera, config.latent_head)
     about = {"label_camera": label_camera, "valid_pair_share": data.valid_pair_share(datasets, training)}
     about |= {"horizon": labels.horizon} | data_views.gaps(datasets)
     latents = artifact.Latents(labels.teacher_id, labels.kind, **about)
-    latents = with_health(latents, config.label_health, config.accept_label_health)
+    latents = label_health.with_health(latents, config.label_health, config.accept_label_health)
     accelerator, resume_from = start_run(config, config.run_dir / "artifacts" / f"{paths.ARTIFACT_NAME}.json")
 
     core = initial.build(config.model, cameras, [LATENT], accelerator.mixed_precision, **dims)
@@ -122,7 +119,7 @@ def main(config: Stage2Config) -> None:
             run.update()
             if run.evaluates and loaders.held_out:
                 with run.evaluation():
-                    run.log(held_out_errors(core, loaders.held_out(), preprocessor, accelerator, labels))
+                    run.log(evaluate.held_out_errors(core, loaders.held_out(), preprocessor, accelerator, labels))
 
     weights = run.weights()
     if accelerator.is_main_process:

@@ -132,9 +132,8 @@ def export_policy(
 
 
 def main(config: Stage3Config) -> None:
-    from smolvla_shared import action_decoder, data_order, data_split, data_views, evaluate
+    from smolvla_shared import action_decoder, data_order, data_split, data_views, evaluate, feature_cache
     from smolvla_shared.data_loader import SampleSpec, make_loaders
-    from smolvla_shared.feature_cache import prepare_features
     from smolvla_shared.initial import open_initial
     from smolvla_shared.labels import latent_statistics, open_labels
     from smolvla_shared.losses import masked_mean, valid_tokens
@@ -169,7 +168,7 @@ def main(config: Stage3Config) -> None:
     if LATENT in weight:
         statistics[LATENT] = latent_statistics(labels, *about, recorded=initial.statistics.get(LATENT))
         core.learn_codes(labels.codebook, statistics[LATENT])
-    features = prepare_features(core, datasets, cameras, config, accelerator)
+    features = feature_cache.prepare_features(core, datasets, cameras, config, accelerator)
     spec = SampleSpec.of(core.config, weight, labels, features, config.flow_draws)
     loaders = make_loaders(datasets, groups, held_out, spec, config, accelerator, **config.data.augmentation)
     preprocessor = make_preprocessor(core.config, initial.tokenizer, statistics, robots)
