@@ -32,6 +32,8 @@ class RolloutConfig:
 
     # The policy: a pretrained_model directory of train_stage3.py.
     policy_path: paths.Policy
+    # The robot to act with, by its name in the training data. Needed if the policy was trained on several.
+    robot: str | None = None
     # New directory for results.json, contact_sheet.png and videos. Default: beside the policy.
     out: paths.Directory | None = None
     # The environment.
@@ -72,7 +74,8 @@ def check_options(config: RolloutConfig) -> Path:
     """The directory to write. Raises ValueError for what can be told before anything is loaded."""
     more = f"_and_{len(config.env.task) - 1}_more" if len(config.env.task) > 1 else ""
     name = f"rollout_{config.env.task[0] if config.env.task else config.env.type}{more}_seed{config.seed}"
-    out = config.out or config.policy_path.parent / name
+    of_robot = f"_{config.robot}" if config.robot else ""
+    out = config.out or config.policy_path.parent / f"{name}{of_robot}"
     if out.exists() and not config.resume:
         raise ValueError(f"--out {out} exists: pass --resume to go on with it, or another directory")
     if config.resume and not out.exists():
@@ -152,9 +155,10 @@ def main(config: RolloutConfig) -> None:
 
     from smolvla_shared import comparison, environments, rollout_results
     from smolvla_shared.files import policy_sha256
-    from smolvla_shared.lerobot_files import load_config
+    from smolvla_shared.lerobot_files import load_config, of_robot
     from smolvla_shared.run_processes import find_device, use_tf32
 
+    config = replace(config, policy_path=of_robot(config.policy_path, config.robot))
     environments.render_headless()
     tasks = config.env.task or environments.TASKS.get(config.env.type, ())[:1]
     environments.check_environment(config.env.type, tasks, config.max_steps, config.env.camera)

@@ -67,15 +67,15 @@ def export_artifact(
 
 def main(config: Stage2Config) -> None:
     from smolvla_shared import data, data_split, data_views
+    from smolvla_shared.robots import Robots
 
     # What a user can get wrong is refused before Run makes the run directory; what the data tells, before torch comes.
     datasets = data_views.open_video(config.data, starts_elsewhere=config.model.init_from is not None)
     training, held_out = data_split.split_datasets(datasets, config.val_fraction, config.seed, config.data.max_episodes)
-    dims = data.state_dims(datasets, config.model.use_state, datasets)
+    robots = Robots.find(datasets, [LATENT], config.model.use_state)
 
-    from smolvla_shared import artifact, data_order, evaluate, label_health, losses, preprocess
+    from smolvla_shared import artifact, data_order, evaluate, feature_cache, label_health, losses, robot_preprocessor
     from smolvla_shared.data_loader import SampleSpec, make_loaders
-    from smolvla_shared.feature_cache import prepare_features
     from smolvla_shared.initial import open_initial
     from smolvla_shared.labels import latent_statistics, open_labels
     from smolvla_shared.run import Run, inputs, start_run
@@ -83,14 +83,15 @@ def main(config: Stage2Config) -> None:
     initial = open_initial(config.model)
     options, cameras, label_camera = initial.choose_views(config, datasets, with_latents=True)
     labels = open_labels(config, datasets, label_camera, initial.latent_horizon)
-    dims |= initial.latent_dims(labels, options, label_camera, config.latent_head)
-    about = labels.teacher_id, labels.kind, options.gap_s, label_camera, data.valid_pair_share(datasets, training)
-    latents = artifact.Latents(*about, labels.horizon)
+    dims = robots.dims | initial.latent_dims(labels, options, label_camera, config.latent_head)
+    about = {"label_camera": label_camera, "valid_pair_share": data.valid_pair_share(datasets, training)}
+    about |= {"horizon": labels.horizon} | data_views.gaps(datasets)
+    latents = artifact.Latents(labels.teacher_id, labels.kind, **about)
     latents = label_health.with_health(latents, config.label_health, config.accept_label_health)
     accelerator, resume_from = start_run(config, config.run_dir / "artifacts" / f"{paths.ARTIFACT_NAME}.json")
 
     core = initial.build(config.model, cameras, [LATENT], accelerator.mixed_precision, **dims)
-    statistics = data.statistics(datasets, core.config, [LATENT], training)
+    statistics = robots.statistics(datasets, training)
     statistics[LATENT] = latent_statistics(labels, datasets, training, config.seed, accelerator.device)
     core.learn_codes(labels.codebook, statistics[LATENT])
     paired = [data.with_pairs(datasets, rows) for rows in (training, held_out)]
@@ -98,10 +99,10 @@ def main(config: Stage2Config) -> None:
     plan = f"Stage 2: {data_order.plan(groups[0], config)}"
     table = data_views.describe(datasets, cameras, label_camera, initial.core.cameras)
     accelerator.print(initial.describe(core, datasets=datasets), table, latents, plan, sep="\n")
-    features = prepare_features(core, datasets, cameras, config, accelerator)
+    features = feature_cache.prepare_features(core, datasets, cameras, config, accelerator)
     spec = SampleSpec.of(core.config, [LATENT], labels, features, config.flow_draws)
     loaders = make_loaders(datasets, *groups, spec, config, accelerator, **config.data.augmentation)
-    preprocessor = preprocess.Preprocessor(core.config, initial.tokenizer, statistics)
+    preprocessor = robot_preprocessor.make_preprocessor(core.config, initial.tokenizer, statistics, robots)
     export = export_artifact(config, core, initial.tokenizer, statistics, latents, datasets)
 
     with Run(config, accelerator, core, resume_from, export, inputs(datasets, initial.provenance, labels)) as run:
@@ -120,7 +121,6 @@ def main(config: Stage2Config) -> None:
             if run.evaluates and loaders.held_out:
                 with run.evaluation():
                     run.log(evaluate.held_out_errors(core, loaders.held_out(), preprocessor, accelerator, labels))
-
     weights = run.weights()
     if accelerator.is_main_process:
         export(config.run_dir / "artifacts", weights, run.step)

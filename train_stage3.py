@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from smolvla_shared.data import RobotDataset
     from smolvla_shared.initial import InitialWeights
     from smolvla_shared.preprocess import Statistics
+    from smolvla_shared.robots import Robot, Robots
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +101,11 @@ class Stage3Config(StageOptions, RunConfig):
         return replace(self.data, **named, weights=()) if self.has_video else None
 
     @property
+    def of_one_robot(self) -> str:  # an option that does not go with several
+        artifact = "--normalization artifact" * (self.normalization == "artifact")
+        return "--decode-actions" if self.decode_actions else artifact
+
+    @property
     def needs_labels(self) -> bool:
         return self.latent_loss_weight > 0 or self.decode_actions
 
@@ -111,44 +117,42 @@ def export_policy(
     statistics: "dict[str, Statistics]",
     datasets: "list[RobotDataset]",
     decode: "ActionDecoder | AsIs",
-    optional_cameras: tuple[str, ...],
+    robots: "Robots",
+    optional_cameras: "dict[Robot, tuple[str, ...]]",
     directory: Path,
     weights: "dict[str, Tensor]",
     step: int,
 ) -> None:
-    """Write a checkpoint's policy. Labelled datasets come first: their frames have the size of the robot's images."""
-    from smolvla_shared.data_views import frame_shapes
-    from smolvla_shared.lerobot_config import feature_names
-    from smolvla_shared.lerobot_files import save_policy
+    """Write a checkpoint's policy, or that of each robot."""
+    from smolvla_shared.lerobot_files import save_policies
     from smolvla_shared.run import command, origin
 
     hub_ids = [dataset.entry.repo_id for dataset in datasets if dataset.entry.repo_id]
     more = {"actions": str(decode), "command": command(), "hub_datasets": hub_ids}
     source = origin(config, step, datasets) | initial.provenance | more
-    about = {"names": feature_names(datasets[0].features), "image_shapes": frame_shapes(datasets, core.cameras)}
-    about |= {"optional_cameras": optional_cameras, "fps": datasets[0].fps}
-    save_policy(directory, core, weights, initial.tokenizer, statistics, config.n_action_steps, source, **about)
+    about = statistics, config.n_action_steps, source, robots, datasets, optional_cameras
+    save_policies(directory, core, weights, initial.tokenizer, *about)
 
 
 def main(config: Stage3Config) -> None:
-    from smolvla_shared import data, data_split, data_views
+    from smolvla_shared import data_split, data_views
+    from smolvla_shared.robots import Robots
 
     # What a user can get wrong is refused before Run makes the run directory; what the data tells, before torch comes.
     labelled, datasets = data_views.open_recordings(config.data, config.video_data, starts_elsewhere=bool(config.start))
-    dims = data.policy_dims(datasets, config.model.use_state, labelled) | {"chunk_size": config.chunk_size}
+    robots = Robots.find(datasets, [ACTION], config.model.use_state, len(labelled), config.of_one_robot)
 
-    from smolvla_shared import action_decoder, data_order, evaluate, preprocess
+    from smolvla_shared import action_decoder, data_order, evaluate, feature_cache, losses, robot_preprocessor
     from smolvla_shared.data_loader import SampleSpec, make_loaders
-    from smolvla_shared.feature_cache import prepare_features
     from smolvla_shared.initial import open_initial
     from smolvla_shared.labels import latent_statistics, open_labels
-    from smolvla_shared.losses import masked_mean, valid_tokens
     from smolvla_shared.run import Run, inputs, start_run
 
     weight = {ACTION: 1.0} | ({LATENT: config.latent_loss_weight} if config.latent_loss_weight else {})
     initial = open_initial(config.model, config.stage2_artifact)
     options, cameras, label_camera = initial.choose_views(config, datasets, with_latents=config.needs_labels)
-    optional = data_views.may_be_missing(labelled, cameras)
+    optional = {name: data_views.may_be_missing(robots.datasets_of(name, labelled), cameras) for name in robots.acting}
+    dims = robots.dims | {"chunk_size": config.chunk_size}
     recorded = initial.recorded_statistics(dims) if config.normalization == "artifact" else {}
     action_decoder.check_horizon(config.decode_actions, config.latent_horizon or initial.latent_horizon)
     labels = open_labels(config, datasets, label_camera, initial.latent_horizon) if config.needs_labels else None
@@ -159,7 +163,7 @@ def main(config: Stage3Config) -> None:
     about = datasets, training, config.seed, accelerator.device
     decode = action_decoder.fit(labels, len(labelled), *about) if config.decode_actions else action_decoder.AS_IS
     core = initial.build(config.model, cameras, weight, accelerator.mixed_precision, **dims)
-    statistics = data.statistics(labelled, core.config, weight, training[: len(labelled)])
+    statistics = robots.statistics(datasets, training, len(labelled))
     table = data_views.describe(datasets, cameras, label_camera, initial.core.cameras)
     plan = f"Stage 3: {data_order.plan(groups, config)}; loss {weight}; statistics of the {config.normalization}"
     accelerator.print(initial.describe(core, statistics.get("state"), datasets), table, plan, decode, sep="\n")
@@ -167,22 +171,22 @@ def main(config: Stage3Config) -> None:
     if LATENT in weight:
         statistics[LATENT] = latent_statistics(labels, *about, recorded=initial.statistics.get(LATENT))
         core.learn_codes(labels.codebook, statistics[LATENT])
-    features = prepare_features(core, datasets, cameras, config, accelerator)
+    features = feature_cache.prepare_features(core, datasets, cameras, config, accelerator)
     spec = SampleSpec.of(core.config, weight, labels, features, config.flow_draws)
     loaders = make_loaders(datasets, groups, held_out, spec, config, accelerator, **config.data.augmentation)
-    preprocessor = preprocess.Preprocessor(core.config, initial.tokenizer, statistics)
-    export = partial(export_policy, config, core.config, initial, statistics, datasets, decode, optional)
+    preprocessor = robot_preprocessor.make_preprocessor(core.config, initial.tokenizer, statistics, robots)
+    export = partial(export_policy, config, core.config, initial, statistics, datasets, decode, robots, optional)
 
     with Run(config, accelerator, core, resume_from, export, inputs(datasets, initial.provenance, labels)) as run:
         for raws in run.steps(loaders.train):
             targets = [labels(raw) if labels else None for raw in raws]  # latent actions [B, M*S, D], if any
             run.mark("teacher")
             batches = [preprocessor(decode(raw, latent), latent) for raw, latent in zip(raws, targets, strict=True)]
-            counts = valid_tokens(batches, accelerator)
+            counts = losses.valid_tokens(batches, accelerator)
             run.mark("preprocess")
             for batch in run.passes(batches):
                 errors = run.core(batch)  # {"action": [B, T], "latent": [B, M*S]}: flow-matching error of each token
-                parts = {name: masked_mean(errors[name], batch.masks[name], counts[name]) for name in errors}
+                parts = {name: losses.masked_mean(errors[name], batch.masks[name], counts[name]) for name in errors}
                 run.backward(sum(weight[name] * part for name, part in parts.items()))
                 run.record(parts, errors, batch.masks)
             run.update()

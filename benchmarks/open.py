@@ -120,7 +120,7 @@ def open_ours(root: Path) -> int:
     training, _ = data_split.split_datasets(datasets, 0.05, seed=0)
     (keys,) = data_order.StepSampler(data_rows.group_rows(training), 0, STEP_SAMPLES, 10**5, 10**5 + 1)
     for key in keys:
-        datasets[0].task(key.row), datasets[0].frames[data.ACTION_KEY][key.row]
+        datasets[0].task(key.row), datasets[0].vector(data.ACTION_KEY)[key.row]
     return len(pickle.dumps(datasets))
 
 

@@ -97,7 +97,7 @@ def shaken(video: Path, root: Path, seed: int, episodes: int = 40) -> Path:
     features = {key: dataset.features[key] for key in (camera, data.STATE_KEY)}
     features[camera] = features[camera] | {"dtype": "image"}
     created = LeRobotDataset.create("shaken", dataset.fps, features, root=root, use_videos=False)
-    vectors = dataset.frames[data.STATE_KEY]
+    vectors = dataset.vector(data.STATE_KEY)
     for start, end in zip(dataset.episode_from[::2][:episodes], dataset.episode_to[::2][:episodes]):
         for row, frame in zip(range(start, end), dataset.read_frames(camera, list(range(start, end)))):
             frame = frame.roll(tuple(rng.integers(-SHAKE, SHAKE + 1, 2).tolist()), (1, 2))

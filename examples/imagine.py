@@ -69,6 +69,8 @@ def main(config: ImagineConfig) -> None:
     options = initial.data_options(config.data, with_latents=True)
     datasets = data.open_datasets(options)
     cameras, label_camera = data_views.choose_cameras(datasets, options)
+    if initial.no_statistics:
+        raise ValueError(f"no state can be normalised: {initial.no_statistics}")
     labels = OnlineLabels(laq, initial.latents.teacher_kind, label_camera, initial.latent_horizon)
     initial.latent_dims(labels, options, label_camera)  # refuses another teacher, gap or camera
     core = SmolVLASharedCore(replace(initial.core, cameras=cameras)).eval()

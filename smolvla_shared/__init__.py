@@ -24,6 +24,8 @@ What surrounds it:
     data            reading LeRobotDatasets
     data_problems, data_values     what is wrong with their tables; with their vectors and texts
     mixture, data_views     unlike datasets in a YAML file; which cameras each of them shows
+    robots          state and actions of several robots in one run: their widths and statistics
+    robot_preprocessor  a batch of several robots
     data_split      held-out episodes, and how the datasets of a run are mixed
     data_columns, data_rows     their tables as memory-mapped columns; rows as ranges, and a random order of them
     data_frames, data_blocks     frames of videos as tensors; every frame of a dataset, once and in order

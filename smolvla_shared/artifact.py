@@ -29,7 +29,7 @@ class Latents:
 
     teacher_id: str  # sha256 of the teacher's configuration and weights (laq_files.teacher_id)
     teacher_kind: TeacherKind
-    frame_gap_s: ranges.Positive
+    frame_gap_s: ranges.Positive  # of the datasets that state none of their own, if there are such (data_views.gaps)
     label_camera: str
     # Share of the sampled pairs that did not cross an episode's end.
     valid_pair_share: ranges.Share
@@ -38,11 +38,14 @@ class Latents:
     # Verdict of `teacher check` on the labels (label_health.py), and its reasons where it is "fail" and was accepted.
     health: Literal["pass", "fail", "not measured"] = "not measured"
     health_reasons: tuple[str, ...] = ()
+    # The other gaps of a mixture whose datasets have their own.
+    own_gaps_s: tuple[ranges.Positive, ...] = ()
 
     def __str__(self) -> str:
         return (
             f"{self.teacher_kind} latents of teacher {self.teacher_id[:12]} on {self.label_camera}, "
-            f"{self.frame_gap_s:.3g} s apart, {self.horizon} in a row; "
+            f"{' or '.join(f'{gap:.3g}' for gap in (self.frame_gap_s, *self.own_gaps_s))} s apart, "
+            f"{self.horizon} in a row; "
             f"{self.valid_pair_share:.1%} of the frames have a pair; label health: "
             + (f"{self.health} (teacher check, --label-health)" if self.health == "not measured" else self.health)
         )

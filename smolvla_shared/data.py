@@ -5,7 +5,7 @@ the hub, or makes statistics imports them.
 """
 
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,16 +13,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from smolvla_shared import data_problems, data_values, paths
-from smolvla_shared.config import ACTION, CoreConfig, DataConfig
-from smolvla_shared.data_columns import ROWS_AT_ONCE, Columns
+from smolvla_shared import data_problems, paths
+from smolvla_shared.config import DataConfig
+from smolvla_shared.data_columns import Columns
 from smolvla_shared.data_rows import Rows
 from smolvla_shared.mixture import DatasetEntry
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from smolvla_shared.preprocess import Statistics
 
 STATE_KEY, ACTION_KEY = "observation.state", "action"
 # What the robot was told to do where `action` is what an expert would have done. LeRobot takes every column whose name
@@ -96,9 +94,9 @@ class RobotDataset:
         for path in self._files():
             if not path.is_file():
                 raise FileNotFoundError(path)
-        vectors = [key for key in (STATE_KEY, ACTION_KEY, EXECUTED_ACTION_KEY) if key in self.features]
         numbers = ["index", "episode_index", "frame_index", "timestamp", "task_index"]
-        self.frames = self._columns("data", [*numbers, *vectors], self.info.total_frames)
+        self.frames = self._columns("data", numbers, self.info.total_frames)
+        self.vectors: dict[str, Columns] = {}  # of the vector features that were asked for
 
     def _columns(self, folder: str, names: list[str], rows: int) -> Columns:
         files = sorted((self.root / folder).glob("*/*.parquet"))
@@ -134,6 +132,15 @@ class RobotDataset:
         table = load_nested_dataset(self.root / "data", features=get_hf_features_from_features(self.info.features))
         cameras = [key for key in self.camera_keys if key not in self.video_keys]
         return {key: table.select_columns([key]).with_format(None) for key in cameras}
+
+    def vector(self, key: str) -> np.ndarray:  # [num_frames, A]; a feature of width 1 may be [num_frames]
+        """A vector feature, read when it is asked for: a run that does not read it does not mind what it holds.
+
+        Raises ValueError if it is none: a value is missing, or the rows differ in width.
+        """
+        if key not in self.vectors:
+            self.vectors[key] = self._columns("data", [key], self.info.total_frames)
+        return self.vectors[key][key]
 
     @property
     def episode_from(self) -> np.ndarray:  # [episodes]
@@ -260,63 +267,6 @@ def set_frame_gap(datasets: list[RobotDataset], gap_s: float) -> None:
     """
     for dataset in datasets:
         dataset.frame_gap_s = dataset.entry.frame_gap_s or gap_s
-
-
-def common_dim(datasets: list[RobotDataset], key: str) -> int:
-    """Width of a vector feature, 0 if no dataset has it. Raises ValueError if the datasets' widths differ, and for
-    values that cannot be trained on (data_values.py).
-    """
-    data_values.refuse_vectors(datasets, key)
-    dims = {dataset.name: dataset.vector_dim(key) for dataset in datasets if key in dataset.features}
-    if len(set(dims.values())) > 1:
-        fix = ": leave one out" + ", or pass --model.no-use-state" * (key == STATE_KEY)
-        raise ValueError(f"the datasets' {key} have different widths, they cannot share a model: {dims}{fix}")
-    return next(iter(dims.values()), 0)
-
-
-def state_dims(datasets: list[RobotDataset], use_state: bool, labelled: list[RobotDataset]) -> dict[str, int]:
-    """The field of CoreConfig that says how wide the state is; 0: the model sees none, or no `labelled` one has any."""
-    has_state = use_state and any(STATE_KEY in dataset.features for dataset in labelled)
-    return {"state_dim": common_dim(datasets, STATE_KEY) if has_state else 0}
-
-
-def policy_dims(datasets: list[RobotDataset], use_state: bool, labelled: list[RobotDataset]) -> dict[str, int]:
-    """The fields of CoreConfig that say how wide actions and state are."""
-    return {"action_dim": common_dim(labelled, ACTION_KEY)} | state_dims(datasets, use_state, labelled)
-
-
-def vector_statistics(
-    datasets: list[RobotDataset], key: str, rows_of: list[tuple[int, Rows]] | None = None
-) -> "Statistics":
-    """Mean and standard deviation over the frames of (dataset index, rows) whose dataset has the feature; default: all.
-
-    A dimension that never changes gets the deviation 1: divided by 0, a later change of 0.01 would be 1e6 to the model.
-    """
-    from smolvla_shared.preprocess import Statistics
-
-    count, mean, squares = 0, np.zeros(()), np.zeros(())  # squares: summed squared distances from the mean
-    for index, rows in rows_of or [(index, dataset.rows()) for index, dataset in enumerate(datasets)]:
-        for start in range(0, len(rows) if key in datasets[index].features else 0, ROWS_AT_ONCE):
-            places = np.arange(start, min(start + ROWS_AT_ONCE, len(rows)))
-            values = np.asarray(datasets[index].frames[key][rows[places]], np.float64).reshape(len(places), -1)
-            shift, share = values.mean(0) - mean, len(places) / (count + len(places))
-            squares = squares + values.var(0) * len(places) + shift**2 * count * share  # Chan et al., 1979
-            mean, count = mean + shift * share, count + len(places)
-    deviation = np.sqrt(squares / count)
-    deviation[deviation <= 1e-6 * np.maximum(1, np.abs(mean))] = 1
-    return Statistics(mean.tolist(), deviation.tolist())
-
-
-def statistics(
-    datasets: list[RobotDataset], core: CoreConfig, targets: Collection[str], rows_of: list[tuple[int, Rows]]
-) -> "dict[str, Statistics]":
-    """The statistics that a core needs: of the state if it has one, and of actions if they are a target.
-
-    rows_of: (dataset index, rows) of the training frames
-    """
-    needed = {"state": STATE_KEY} if core.state_dim else {}
-    needed |= {ACTION: ACTION_KEY} if ACTION in targets else {}
-    return {name: vector_statistics(datasets, key, rows_of) for name, key in needed.items()}
 
 
 def square_sides(datasets: list[RobotDataset], cameras: tuple[str, ...]) -> dict[str, int]:

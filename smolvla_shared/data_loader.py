@@ -208,18 +208,21 @@ class SampleDataset(Dataset):
         return torch.stack(rows)
 
     def read_vectors(self, key: SampleKey) -> tuple[np.ndarray, bool, np.ndarray, np.ndarray]:
-        """State [state_dim], whether the dataset has a state, action chunk [T, A], and which actions count [T]."""
+        """State [state_dim], whether the dataset has a state, action chunk [T, A], and which actions count [T]. Those
+        of a robot with fewer dimensions are padded with zeros.
+        """
         spec, dataset = self.spec, self.datasets[key.dataset]
         state, has_state = np.zeros(spec.state_dim, np.float32), bool(spec.state_dim) and STATE_KEY in dataset.features
         actions = np.zeros((spec.chunk_size, spec.action_dim), np.float32)
         action_valid = np.zeros(spec.chunk_size, bool)
         if has_state:
-            state = dataset.frames[STATE_KEY][key.row].astype(np.float32).reshape(-1)  # a state of width 1 is a scalar
+            own = dataset.vector(STATE_KEY)[key.row].reshape(-1)  # a state of width 1 is a scalar
+            state[: len(own)] = own
         if spec.chunk_size and ACTION_KEY in dataset.features:
             end = min(key.row + spec.chunk_size, int(dataset.episode_to[dataset.episode_of(key.row)]))
-            chunk = dataset.frames[ACTION_KEY][key.row : end].reshape(-1, spec.action_dim)
-            actions[: len(chunk)], action_valid[: len(chunk)] = chunk, True
-            actions[len(chunk) :] = chunk[-1]
+            chunk = dataset.vector(ACTION_KEY)[key.row : end].reshape(end - key.row, -1)
+            own, action_valid[: len(chunk)] = actions[:, : chunk.shape[1]], True
+            own[: len(chunk)], own[len(chunk) :] = chunk, chunk[-1]
         return state, has_state, actions, action_valid
 
 

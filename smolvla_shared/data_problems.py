@@ -78,6 +78,7 @@ class Info:
     # LeRobot's defaults.
     data_path: str = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
     video_path: str = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
+    robot_type: str | None = None
 
 
 def read_info(root: Path) -> Info:
@@ -110,6 +111,8 @@ def info_problems(root: Path, info: dict[str, Any]) -> list[str]:
         return [*problems, f"features is {shown(features)}, it should be an object with a feature for each column"]
     for key, feature in features.items():
         problems += feature_problems(key, feature)
+    if not isinstance(info.get("robot_type"), str | None):
+        problems.append(f"robot_type is {shown(info['robot_type'])}, it should be a name, or null")
     has_video = any(isinstance(feature, dict) and feature.get("dtype") == "video" for feature in features.values())
     for name in ("data_path", "video_path") if has_video else ("data_path",):
         if name in info and not is_path(info[name], {"video_key", "chunk_index", "file_index"}):

@@ -131,7 +131,7 @@ def look(dataset: RobotDataset, config: "DataCheckConfig") -> Report:
     if any(data_problems.episode_problems(dataset)):
         return report  # which rows are an episode's is not known
     for key in keys:
-        if dataset.features[key]["shape"] == (dataset.frames[key][:1].size,):
+        if key in dataset.vectors and dataset.features[key]["shape"] == (dataset.vector(key)[:1].size,):
             report.vectors[key] = vector = look_at_vector(dataset, key)
             for outlier in vector.outliers:
                 said = report.problems if outlier.ranges > IMPOSSIBLE else report.notes
@@ -152,7 +152,7 @@ def cut_texts(dataset: RobotDataset, config: "DataCheckConfig") -> list[str]:
 
 
 def look_at_vector(dataset: RobotDataset, key: str) -> Vector:
-    values = dataset.frames[key].reshape(dataset.num_frames, -1)
+    values = dataset.vector(key).reshape(dataset.num_frames, -1)
     sample = np.asarray(values[:: -(-len(values) // SAMPLE)], np.float64)
     with np.errstate(invalid="ignore"):
         low, high = np.nanquantile(np.where(np.isfinite(sample), sample, np.nan), [0.01, 0.99], axis=0)

@@ -1,6 +1,6 @@
 """What is wrong with the vectors and texts of a LeRobotDataset: with what a policy is trained on, one value at a time.
 
-A problem is a text, as in data_problems.py. Vectors are asked for where their width is (data.common_dim), so that a
+A problem is a text, as in data_problems.py. Vectors are asked for where their width is (robots.py), so that a
 column that a run does not read may hold anything.
 """
 
@@ -66,7 +66,10 @@ def refuse_vectors(datasets: "list[RobotDataset]", *keys: str) -> None:
 def vector_problems(dataset: "RobotDataset", key: str) -> list[str]:
     if key not in dataset.features:
         return []
-    shape, values = dataset.features[key]["shape"], dataset.frames[key]
+    try:
+        shape, values = dataset.features[key]["shape"], dataset.vector(key)
+    except ValueError as error:
+        return [str(error)]
     if len(shape) != 1:
         return [
             f"{key} has the shape {list(shape)}, a policy reads vectors: write its {int(np.prod(shape))} numbers as "
@@ -82,7 +85,7 @@ def vector_problems(dataset: "RobotDataset", key: str) -> list[str]:
         ]
     problems = list(value_problems(dataset, key, values))
     problems = problems or list(statistics_problems(dataset, key, summarize(values)))
-    dataset.frames.release()
+    dataset.vectors[key].release()
     return problems
 
 
@@ -90,7 +93,7 @@ def value_problems(dataset: "RobotDataset", key: str, values: np.ndarray) -> Ite
     def is_bad(rows: np.ndarray) -> np.ndarray:
         return ~(np.abs(values[rows]).reshape(len(rows), -1) <= ABSURD).all(1)  # NaN compares as false
 
-    at, count = differences(dataset.frames, is_bad)
+    at, count = differences(dataset.vectors[key], is_bad)
     if at is not None:
         row = np.reshape(values[at], -1)
         (dimension, *_) = np.flatnonzero(~(np.abs(row) <= ABSURD)).tolist()

@@ -5,7 +5,7 @@ from typing import Any
 
 from smolvla_shared import data, data_problems
 from smolvla_shared.config import DataConfig
-from smolvla_shared.data import ACTION_KEY, RobotDataset, open_datasets
+from smolvla_shared.data import ACTION_KEY, STATE_KEY, RobotDataset, open_datasets
 from smolvla_shared.mixture import camera_names
 
 MISSING = "- (masked)"
@@ -102,8 +102,19 @@ def choose_cameras(
 
 def describe(datasets: list[RobotDataset], cameras: tuple[str, ...], label_camera: str, start: tuple[str, ...]) -> str:
     """The datasets and their cameras, for the first lines of a run. The arguments are those of `camera_table`."""
-    lines = data.describe(datasets, with_pairs=bool(label_camera))
-    return f"{lines}\n{camera_table(datasets, cameras, label_camera, start)}"
+    lines = [data.describe(datasets, with_pairs=bool(label_camera))]
+    lines += [camera_table(datasets, cameras, label_camera, start), *unnamed_robots(datasets)]
+    return "\n".join(lines)
+
+
+def unnamed_robots(datasets: list[RobotDataset]) -> list[str]:
+    """A line if datasets of what LeRobot calls different robots share their statistics: no mixture names robots."""
+    moving = [d for d in datasets if not d.entry.robot and {STATE_KEY, ACTION_KEY} & d.features.keys()]
+    types = {d.name: d.info.robot_type for d in moving if d.info.robot_type}
+    if len(set(types.values())) < 2:
+        return []
+    said = ", ".join(f"{name} {robot}" for name, robot in types.items())
+    return [f"different robots share one set of statistics ({said}): name the `robot` of each in --data.mixture"]
 
 
 def camera_table(
@@ -117,6 +128,9 @@ def camera_table(
     if start:
         rows.append(["starts as", *[place or "new" for _, place in zip(cameras, (*start, *[""] * len(cameras)))]])
     rows += [[d.name, *[d.views.get(camera, MISSING) for camera in cameras]] for d in datasets]
+    if any(d.entry.robot for d in datasets):
+        robots = [d.entry.robot or "-" for d in datasets]
+        rows = [[*row, last] for row, last in zip(rows, ["robot", *[""] * (len(rows) - 1 - len(robots)), *robots])]
     if label_camera:
         pairs = [f"{d.label_view(label_camera)}, {d.gap_s:.3g} s" for d in datasets]
         rows = [[*row, last] for row, last in zip(rows, ["pairs", *[""] * (len(rows) - 1 - len(pairs)), *pairs])]
@@ -150,10 +164,19 @@ def may_be_missing(labelled: list[RobotDataset], cameras: tuple[str, ...]) -> tu
     return optional
 
 
+def gaps(datasets: list[RobotDataset]) -> dict[str, Any]:
+    """The times between the frames of pairs, as they are used: that of the datasets without one of their own, or the
+    smallest one if all have their own; and the others.
+    """
+    common = [d.frame_gap_s for d in datasets if not d.entry.frame_gap_s]
+    used = sorted({d.frame_gap_s for d in datasets})
+    first = common[0] if common else used[0]
+    return {"frame_gap_s": first, "own_gaps_s": tuple(gap for gap in used if gap != first)}
+
+
 def pairs_source(datasets: list[RobotDataset], label_camera: str) -> dict[str, Any]:
     """What a teacher's file records of the pairs that it was trained on."""
     own = sorted({d.frame_gap_s for d in datasets if d.entry.frame_gap_s})
-    common = [d.frame_gap_s for d in datasets if not d.entry.frame_gap_s]
-    source = {"frame_gap_s": (common or own)[0], "label_camera": label_camera}
+    source = {"frame_gap_s": gaps(datasets)["frame_gap_s"], "label_camera": label_camera}
     cameras = sorted({d.entry.label_camera for d in datasets if d.entry.label_camera})
     return source | ({"of_mixture": {"frame_gap_s": own, "label_camera": cameras}} if own or cameras else {})

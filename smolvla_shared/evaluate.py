@@ -55,8 +55,8 @@ def held_out_errors(
                 truth = target.value[..., : mean.shape[-1]]
                 tokens = {
                     name: errors[name],
-                    f"{name}_error": (mean - truth).square().mean(-1),
-                    f"{name}_error_of_mean": truth.square().mean(-1),
+                    f"{name}_error": (mean - truth).square().nanmean(-1),  # NaN: not a dimension of the robot
+                    f"{name}_error_of_mean": truth.square().nanmean(-1),
                 }
                 if name == LATENT and codes is not None:
                     code = nearest_codes(truth, codes)  # [B, S]

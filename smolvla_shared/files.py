@@ -257,6 +257,14 @@ def new_directory(path: Path) -> Iterator[Path]:
         filled.rename(path)
 
 
+def link_or_copy(source: Path, target: Path) -> None:
+    """Give a file one more name (a hard link); where the file system has none, a copy."""
+    try:
+        target.hardlink_to(source)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
 def sync(path: Path) -> None:
     """Wait until a file or directory is on disk: otherwise a crash may leave its name without its contents."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -137,12 +137,14 @@ class InitialWeights:
                 "use --teacher-kind quantized"
             )
         if self.latents:
+            known = {self.latents.frame_gap_s, *self.latents.own_gaps_s}
+            other = {entry.frame_gap_s or options.gap_s for entry in options.entries} - known
             refuse_differences(
                 f"{self.name} has learned other latent actions",
                 [
                     ("teacher (--laq-ckpt)", labels.teacher_id, self.latents.teacher_id),
                     ("--teacher-kind", labels.kind, self.latents.teacher_kind),
-                    ("--data.frame-gap-s", options.gap_s, self.latents.frame_gap_s),
+                    ("--data.frame-gap-s", min(other, default=self.latents.frame_gap_s), self.latents.frame_gap_s),
                     ("--data.label-camera", label_camera, self.label_camera(options)),
                     ("--latent-horizon", labels.horizon, self.latents.horizon),
                     ("--latent-head", head, own_head),
@@ -159,7 +161,7 @@ class InitialWeights:
         Raises ValueError where it has none, or has them for other widths.
         """
         if self.no_statistics:
-            raise ValueError(f"--normalization artifact: {self.no_statistics}")
+            raise ValueError(f"--normalization artifact: {self.no_statistics}: use --normalization data")
         widths = {"state": dims["state_dim"], ACTION: dims["action_dim"]}
         recorded = {name: self.statistics[name] for name in widths if name in self.statistics}
         rows = [(name, widths[name], len(found.mean)) for name, found in recorded.items()]
@@ -265,13 +267,14 @@ def _of_trunk(model: ModelConfig) -> InitialWeights:
         weights=load_trunk_weights(config) if config.has_pretrained_trunk else {},
         tokenizer=load_trunk_tokenizer(config.model_name, config.model_revision),
         may_be_fresh=("expert", "state projection", *HEADS) if config.has_pretrained_trunk else tuple(PARTS),
-        no_statistics="training starts from a trunk, which has no statistics: use --normalization data",
+        no_statistics="training starts from a trunk, which has no statistics",
     )
 
 
 def _of_artifact(path: Path) -> InitialWeights:
     artifact = load_artifact(path)
     manifest = artifact.manifest
+    several = [name for name in manifest.normalization if name.startswith("state of ")]
     return InitialWeights(
         name=f"{path} ({manifest.source.run} step {manifest.source.global_step})",
         core=manifest.core,
@@ -279,6 +282,7 @@ def _of_artifact(path: Path) -> InitialWeights:
         tokenizer=artifact.tokenizer,
         may_be_fresh=("action head",),  # Stage 2 has always trained the latent head
         statistics=manifest.normalization,
+        no_statistics=f"{path} has statistics of several robots, {', '.join(several)}" if several else "",
         latents=manifest.latents,
         provenance={
             "stage2_artifact": manifest.weights.sha256,

@@ -219,8 +219,8 @@ def check(config: CheckConfig, datasets: list[data.RobotDataset]) -> None:
         reasons=tuple(failures),
         teacher_id=teacher.teacher_id,
         teacher_kind=teacher.kind,
-        frame_gap_s=options.gap_s,
         camera=camera,
+        **data_views.gaps(datasets),
     )
 
     with new_directory(config.out) as out:

@@ -299,6 +299,7 @@ class Verdict:
     teacher_kind: TeacherKind
     frame_gap_s: ranges.Positive
     camera: str
+    own_gaps_s: tuple[ranges.Positive, ...] = ()  # of a mixture, as in artifact.Latents
 
 
 def write_report(path: Path, verdict: Verdict, found: dict[str, Any], warnings: list[str]) -> None:
@@ -334,6 +335,7 @@ def with_health(latents: Latents, report: Path | None, accept: bool) -> Latents:
             ("teacher", latents.teacher_id, verdict.teacher_id),
             ("--teacher-kind", latents.teacher_kind, verdict.teacher_kind),
             ("--data.frame-gap-s", latents.frame_gap_s, verdict.frame_gap_s),
+            ("frame_gap_s of other datasets", [*latents.own_gaps_s], [*verdict.own_gaps_s]),
             ("label camera", latents.label_camera, verdict.camera),
         ],
         asked="this run",

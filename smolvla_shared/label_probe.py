@@ -32,7 +32,7 @@ def action_key(dataset: RobotDataset) -> str | None:
 
 def column(dataset: RobotDataset, key: str) -> Tensor:
     """A vector feature of all frames, [N, A] float64."""
-    values = np.array(dataset.frames[key], np.float64)
+    values = np.array(dataset.vector(key), np.float64)
     return torch.from_numpy(values).view(len(values), -1)
 
 

@@ -120,6 +120,11 @@ def policy_card(config: "HLRPSmolVLASharedConfig", source: dict[str, Any], licen
         execution += f" It was trained on {config.fps:g} actions a second."
     if config.optional_cameras:
         execution += f" Cameras that may be missing: {', '.join(config.optional_cameras)}."
+    if config.robot:
+        execution += f" It acts with the robot {config.robot}."
+    if config.robots:
+        each = ", ".join(f"`robots/{name}`" for name in config.robots)
+        execution += f" It was trained on several robots. Load the policy of one: {each}."
     rights = "MIT." if data["license"] == "mit" else f"{data['license']}."
     if data["base_model"]:
         rights += f" The trunk's weights come from {core.model_name}, which has a licence of its own."
@@ -186,9 +191,10 @@ def stage2_lines(stage2: dict[str, Any], sha256: str) -> list[str]:
 
 def teacher_lines(latents: dict[str, Any]) -> list[str]:
     """What an artifact records of the latent actions (artifact.Latents, as JSON)."""
+    gaps = " or ".join(f"{gap:.3g}" for gap in (latents["frame_gap_s"], *latents["own_gaps_s"]))
     lines = [
         f"- Teacher `{latents['teacher_id'][:12]}`: {latents['teacher_kind']} latent actions of `"
-        f"{latents['label_camera']}` over {latents['frame_gap_s']:.3g} s, {latents['horizon']} in a row",
+        f"{latents['label_camera']}` over {gaps} s, {latents['horizon']} in a row",
         f"- Verdict of `teacher check` on these latent actions: {latents['health']}",
     ]
     return lines + [f"  - {reason}" for reason in latents["health_reasons"]]

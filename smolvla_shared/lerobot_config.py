@@ -62,6 +62,11 @@ class HLRPSmolVLASharedConfig(PreTrainedConfig):
     # Names of the dimensions, in order, where the training data names them.
     action_feature_names: tuple[str, ...] | None = None
     state_feature_names: tuple[str, ...] | None = None
+    # The robot that it acts with, where the training data names it.
+    robot: str | None = None
+    # Robots that one model was trained on. Each is a policy in the directory robots/<name>, with widths and statistics
+    # of its own; this one, which has none, cannot act.
+    robots: tuple[str, ...] = ()
     # How each kind of feature is normalised, as in training.
     normalization_mapping: dict[str, NormalizationMode] = field(
         default_factory=lambda: {
@@ -133,6 +138,14 @@ class HLRPSmolVLASharedConfig(PreTrainedConfig):
                 f"{list(self.core.cameras)}"
             )
 
+    def refuse_several(self) -> None:
+        """Raise ValueError if it is open which robot the policy acts with."""
+        if self.robots:
+            raise ValueError(
+                f"which robot? This policy was trained on {', '.join(self.robots)}: pass --robot <name> to rollout.py, "
+                f"and elsewhere the directory of one of them, robots/{self.robots[0]} in the policy's own"
+            )
+
     @property
     def num_actions(self) -> int:
         """Actions in a chunk."""
@@ -161,7 +174,8 @@ class HLRPSmolVLASharedConfig(PreTrainedConfig):
         the policy's, in order.
         """
         found = dataset_to_policy_features(features)
-        names, self.fps = feature_names(features), None  # LeRobot does not say at which rate its dataset is
+        # LeRobot does not say at which rate its dataset is, and of which robot.
+        names, self.fps, self.robot = feature_names(features), None, None
         self.action_feature_names, self.state_feature_names = names.get(ACTION), names.get("state")
         if keys.OBS_STATE in (self.input_features or {}) and keys.OBS_STATE in found:
             self.input_features[keys.OBS_STATE] = found[keys.OBS_STATE]

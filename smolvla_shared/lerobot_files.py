@@ -17,25 +17,31 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
 from smolvla_shared.config import CoreConfig
+from smolvla_shared.data import RobotDataset
+from smolvla_shared.data_views import frame_shapes
 from smolvla_shared.files import (
     PROCESSORS,
     SOURCE_NAME,
     check_manifest,
     check_weights,
+    file_sha256,
     find_directory,
+    link_or_copy,
     read_weights,
     write_manifest,
     write_weights,
 )
 from smolvla_shared.lerobot_card import CONFIG_NAME, WEIGHTS_NAME, read_source, write_about
-from smolvla_shared.lerobot_config import FEATURES, HLRPSmolVLASharedConfig, input_features
+from smolvla_shared.lerobot_config import FEATURES, HLRPSmolVLASharedConfig, feature_names, input_features
 from smolvla_shared.lerobot_processor import check_processors, make_hlrp_smolvla_shared_pre_post_processors
 from smolvla_shared.model import SmolVLASharedCore
 from smolvla_shared.preprocess import Statistics
 from smolvla_shared.refusals import read_json
+from smolvla_shared.robots import Robot, Robots
 
 POLICY_TYPE = "hlrp_smolvla_shared"
 ADAPTER_NAME, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # PEFT's
+ROBOTS = "robots"  # directory of the policies of a model of several robots
 CORE_PREFIX = "model."  # of the core's weights in WEIGHTS_NAME: the policy holds the core as `self.model`
 
 
@@ -53,6 +59,9 @@ def save_policy(
     optional_cameras: tuple[str, ...] = (),
     fps: float | None = None,
     rename_map: dict[str, str] | None = None,
+    robot: str | None = None,
+    robots: tuple[str, ...] = (),
+    weights_of: Path | None = None,
 ) -> None:
     """Write a core as a LeRobot policy: config, weights and processors; source.json and README.md, its card; and
     manifest.json, the hashes of all but the card.
@@ -66,6 +75,9 @@ def save_policy(
     optional_cameras: cameras that an observation may lack
     fps:              actions a second in the training data
     rename_map:       {name of an observation as it arrives: our name}
+    robot:            the name of the robot that it acts with
+    robots:           those that the core was trained on, if this policy is none of theirs: it gets no processors
+    weights_of:       directory of a policy with the same weights. The file there gets one more name
     """
     directory.mkdir(parents=True, exist_ok=True)
     names = names or {}
@@ -74,19 +86,70 @@ def save_policy(
         n_action_steps=n_action_steps,
         optional_cameras=optional_cameras,
         fps=fps,
+        robot=robot,
+        robots=robots,
         action_feature_names=names.get("action"),
         state_feature_names=names.get("state"),
         input_features=input_features(core, image_shapes or {}),
         device=auto_select_torch_device().type,
     )
     config.save_pretrained(directory)
-    sha256 = write_weights(directory / WEIGHTS_NAME, {CORE_PREFIX + key: value for key, value in weights.items()})
-    stats = lerobot_stats(statistics)
-    for processor in make_hlrp_smolvla_shared_pre_post_processors(config, stats, tokenizer, rename_map):
-        processor.save_pretrained(directory)
+    if weights_of:
+        link_or_copy(weights_of / WEIGHTS_NAME, directory / WEIGHTS_NAME)
+        sha256 = file_sha256(directory / WEIGHTS_NAME)
+    else:
+        sha256 = write_weights(directory / WEIGHTS_NAME, {CORE_PREFIX + key: value for key, value in weights.items()})
+    if not robots:
+        stats = lerobot_stats(statistics)
+        for processor in make_hlrp_smolvla_shared_pre_post_processors(config, stats, tokenizer, rename_map):
+            processor.save_pretrained(directory)
     write_about(directory, config, source | {"weights_sha256": sha256})
     processors = [path.name for path in directory.glob(PROCESSORS)]
     write_manifest(directory, (CONFIG_NAME, WEIGHTS_NAME, SOURCE_NAME, *processors))  # the card is there to be edited
+
+
+def save_policies(
+    directory: Path,
+    core: CoreConfig,
+    weights: dict[str, Tensor],
+    tokenizer: PreTrainedTokenizerFast,
+    statistics: dict[str, Statistics],
+    n_action_steps: int,
+    source: dict[str, Any],
+    robots: Robots,
+    datasets: list[RobotDataset],
+    optional_cameras: dict[Robot, tuple[str, ...]],
+) -> None:
+    """Write a core as the policy of the robot that has demonstrations; as several, robots/<name>, if several have.
+
+    datasets: of the run, demonstrations first: a robot's first one has the size of its images
+    """
+    several = tuple(map(str, robots.acting)) if len(robots.acting) > 1 else ()
+    if several:
+        save_policy(directory, core, weights, tokenizer, {}, n_action_steps, source, robots=several)
+    for robot in robots.acting:
+        own = robots.datasets_of(robot, datasets)
+        shapes = frame_shapes([*own, *datasets], core.cameras)
+        about = {"names": feature_names(own[0].features), "image_shapes": shapes, "fps": own[0].fps}
+        about |= {"robot": robot, "optional_cameras": optional_cameras[robot]}
+        about |= {"weights_of": directory} if several else {}
+        of_robot = robots.core_of(robot, core), weights, tokenizer, robots.statistics_of(robot, statistics)
+        place = directory / ROBOTS / robot if several else directory
+        save_policy(place, *of_robot, n_action_steps, source, **about)
+
+
+def of_robot(directory: Path, robot: str | None) -> Path:
+    """The directory of the policy that acts with this robot; None: the robot is not named.
+
+    Raises ValueError if the policy is of other robots, or if it is of several and none is named.
+    """
+    config = load_config(directory, several=True)
+    if robot is None:
+        config.refuse_several()
+    elif robot not in (names := config.robots or (config.robot,)):
+        found = ", ".join(name or "a robot without a name" for name in names)
+        raise ValueError(f"there is no robot {robot} in {directory}, it acts with {found}")
+    return directory / ROBOTS / robot if config.robots else directory
 
 
 def lerobot_stats(statistics: dict[str, Statistics]) -> dict[str, dict[str, Tensor]]:
@@ -118,7 +181,10 @@ def find_policy(name: str | Path, **hub: Any) -> Path:
     return directory
 
 
-def load_config(directory: Path, cli_overrides: list[str] | None = None) -> HLRPSmolVLASharedConfig:
+def load_config(
+    directory: Path, cli_overrides: list[str] | None = None, several: bool = False
+) -> HLRPSmolVLASharedConfig:
+    """several: whether it may be of several robots"""
     path = directory / CONFIG_NAME
     if not isinstance(kind := read_json(path).get("type"), str):
         raise ValueError(f"{path} names no type of a policy, it has type {kind!r}")
@@ -128,6 +194,8 @@ def load_config(directory: Path, cli_overrides: list[str] | None = None) -> HLRP
         raise ValueError(f"{path} does not describe a policy: {error.__cause__ or error}") from error
     if not isinstance(config, HLRPSmolVLASharedConfig):
         raise ValueError(f"{directory} holds a policy of type {config.type}, expected {POLICY_TYPE}")
+    if not several:
+        config.refuse_several()
     return config
 
 

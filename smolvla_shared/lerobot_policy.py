@@ -106,6 +106,7 @@ class HLRPSmolVLASharedPolicy(DescribedPolicy, PreTrainedPolicy):
         LeRobot's factory passes dataset_stats and dataset_meta to every policy; both are unused.
         """
         super().__init__(config)
+        config.refuse_several()
         if config.core is None:
             self.model = self._build()
         else:

@@ -11,8 +11,10 @@ datasets:
       observation.images.wrist: observation.images.wrist_left
     weight: 1
     frame_gap_s: 0.4
+    robot: panda                        # for all datasets that have a state or actions, or for none
 """
 
+import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
@@ -40,12 +42,17 @@ class DatasetEntry:
     label_camera: str | None = None
     # Time between the frames of a pair, seconds. None: that of the run.
     frame_gap_s: ranges.Positive | None = None
+    # The robot that it is of: each robot has its own widths and statistics of state and actions. None: in the run, all
+    # are of one.
+    robot: str | None = None
 
     def __post_init__(self):
         if (self.root is None) == (self.repo_id is None):
             raise ValueError(
                 f"a dataset has a root or a repo_id, this one has root {self.root}, repo_id {self.repo_id}"
             )
+        if self.robot is not None and not re.fullmatch(r"\w[\w.-]*", self.robot):
+            raise ValueError(f"robot of {self.name}: a name of letters, digits, and . _ - within, got {self.robot!r}")
         if self.cameras is not None:
             if not self.cameras:
                 raise ValueError(f"cameras of {self.name} are empty: name at least one, or leave cameras out")

@@ -162,6 +162,10 @@ class Preprocessor:
         self.tokenize = TextTokenizer(tokenizer, config.max_text_tokens)
         self.statistics = statistics
 
+    def normalize(self, name: str, values: Tensor, dataset: list[int]) -> Tensor:
+        """State or actions of samples of these datasets. With several robots: robot_preprocessor.py."""
+        return self.statistics[name].normalize(values)
+
     def __call__(self, raw: RawBatch, latents: Tensor | None = None) -> Batch:
         """The Batch has a target for each entry of raw.noise; `latents` [B, S, D] are the latent target's values."""
         config, device = self.config, raw.state.device
@@ -176,7 +180,7 @@ class Preprocessor:
         state, state_mask = torch.zeros(len(raw), config.max_state_dim, device=device), raw.state_mask
         if config.state_dim:
             # A sample without a state gets zeros, the mean state, and adds nothing even where it is not masked.
-            normalized = self.statistics["state"].normalize(raw.state) * raw.state_mask[:, None]
+            normalized = self.normalize("state", raw.state, raw.dataset) * raw.state_mask[:, None]
             state = pad_width(normalized, config.max_state_dim)
         values, masks = {}, {}
         if LATENT in raw.noise:
@@ -185,7 +189,7 @@ class Preprocessor:
             slots = latents.shape[1] // raw.pair_mask.shape[1]
             masks[LATENT] = raw.pair_mask.repeat_interleave(slots, dim=1)
         if ACTION in raw.noise:
-            values[ACTION] = pad_width(self.statistics[ACTION].normalize(raw.actions), config.max_action_dim)
+            values[ACTION] = pad_width(self.normalize(ACTION, raw.actions, raw.dataset), config.max_action_dim)
             masks[ACTION] = raw.action_mask
         targets = {name: FlowTarget(values[name], masks[name], raw.noise[name], raw.time[name]) for name in values}
         return Batch(images, image_mask, text, text_mask, state, state_mask, targets)

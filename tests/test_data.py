@@ -23,15 +23,16 @@ from accelerate import Accelerator
 from lerobot.configs.video import RGBEncoderConfig
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
-from smolvla_shared import data, data_columns, data_frames, data_loader, data_order, data_split, data_views
+from smolvla_shared import data, data_columns, data_frames, data_loader, data_order, data_split, data_views, robots
 from smolvla_shared.batch import RawBatch
-from smolvla_shared.config import DataConfig, ModelConfig, PolicyDataConfig, RunConfig
+from smolvla_shared.config import ACTION, DataConfig, ModelConfig, PolicyDataConfig, RunConfig
 from smolvla_shared.data import RobotDataset
 from smolvla_shared.data_columns import Columns
 from smolvla_shared.data_loader import SampleDataset, SampleSpec
 from smolvla_shared.data_order import SampleKey, StepSampler
 from smolvla_shared.data_rows import RowGroup, Rows, group_rows, shuffled
 from smolvla_shared.preprocess import resize_with_pad
+from smolvla_shared.robots import Robots
 from smolvla_shared.trunk_files import make_core_config
 from train_stage3 import Stage3Config
 
@@ -247,7 +248,7 @@ def deviations(values):
 
 def test_statistics_are_those_of_the_frames(video, labelled):
     for key, datasets in {"observation.state": [video, labelled], "action": [video, labelled]}.items():
-        found = data.vector_statistics(datasets, key)
+        found = robots.vector_statistics(datasets, key)
         rows = [lerobot_dataset(s).hf_dataset.with_format("numpy")[key][:] for s in datasets if key in s.features]
         values = np.concatenate(rows).astype(np.float64)
         assert np.allclose(found.mean, values.mean(0), atol=1e-5)
@@ -625,11 +626,11 @@ def test_few_episodes_are_among_more_and_the_held_out_ones_stay(labelled, video,
 
 def test_statistics_of_few_episodes_are_those_of_their_frames(labelled, video):
     rows = [(0, labelled.rows(20, 41)), (1, video.rows(0, 20))]
-    found = data.vector_statistics([labelled, video], "observation.state", rows)
+    found = robots.vector_statistics([labelled, video], "observation.state", rows)
     vectors = [lerobot_dataset(d).hf_dataset.with_format("numpy")["observation.state"][:] for d in (labelled, video)]
     values = np.concatenate([vectors[0][20:41], vectors[1][:20]]).astype(np.float64)
     assert np.allclose(found.mean, values.mean(0)) and np.allclose(found.std, deviations(values))
-    assert len(data.vector_statistics([labelled, video], "action", rows).mean) == 4
+    assert len(robots.vector_statistics([labelled, video], "action", rows).mean) == 4
 
 
 def test_weights_share_out_every_batch(video, labelled):
@@ -717,11 +718,12 @@ def test_a_gap_that_is_no_whole_number_of_frames_is_refused(video_dataset, gap, 
 
 
 def test_different_widths_are_refused(video, labelled, images):
-    with pytest.raises(ValueError, match=rf"action have different widths.*{labelled.name}': 4.*{images.name}': 2"):
-        data.common_dim([video, labelled, images], "action")
-    assert data.common_dim([video, labelled], "action") == 4
-    assert data.common_dim([video, images], "observation.state") == 4
-    assert data.common_dim([video], "action") == 0
+    with pytest.raises(ValueError, match=rf"have action of different widths.*{labelled.name}': 4.*{images.name}': 2"):
+        Robots.find([video, labelled, images], [ACTION])
+    assert Robots.find([video, labelled], [ACTION]).dims == {"state_dim": 4, "action_dim": 4}
+    assert Robots.find([video, images], []).dims == {"state_dim": 4}
+    assert Robots.find([video, images], [], use_state=False).dims == {"state_dim": 0}
+    assert Robots.find([video], [ACTION]).dims["action_dim"] == 0
 
 
 def test_too_few_episodes_to_hold_one_out_are_refused(video):

@@ -16,13 +16,20 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from helpers import equal
 from lerobot.datasets.compute_stats import get_feature_stats
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
+from safetensors.torch import load_file
+from test_lerobot_smolvla import run_stage
 
+import train_stage2
+import train_stage3
 from smolvla_shared import data, data_check, data_report, data_values, data_views
 from smolvla_shared.command import in_few_lines
-from smolvla_shared.config import DataConfig, ModelConfig
+from smolvla_shared.config import ACTION, DataConfig, ModelConfig
 from smolvla_shared.initial import open_initial
+from smolvla_shared.label_cache import LabelConfig, label
+from smolvla_shared.robots import Robots
 from smolvla_shared.trunk_files import load_trunk_tokenizer
 
 CAMERA, STATE = "observation.image", "observation.state"
@@ -174,12 +181,6 @@ OPENED = {
     "info.json is cut": (lambda root: cut(root / "meta" / "info.json"), r"info.json is not JSON"),
     # parquet files
     "a damaged table": (lambda root: cut(next(root.glob("data/*/*.parquet"))), r"parquet is damaged \("),
-    "a column is not there": (rows(lambda frame: None), None),  # replaced below
-    "a null in a column": (cell("action", 5, None), "parquet: action has no value in 1 rows"),
-    "a shorter vector": (
-        retyped("action", pa.list_(pa.float32()), lambda row, vector: vector[: 2 if row == 5 else 4]),
-        "action has now 4, now 2 numbers in a row",
-    ),
     # episodes
     "an episode twice": (
         episodes("episode_index", 3, lambda _: 2),
@@ -262,12 +263,16 @@ OPENED = {
     ),
     "a video that is none": (lambda root: cut(next(root.glob("videos/*/*/*.mp4")), 100), "mp4: it cannot be read"),
 }
-OPENED["a column is not there"] = (
-    lambda root: drop_column(root, "action"),
-    "parquet has no column action: record or convert the dataset again",
-)
-
 VALUES = {
+    "a column is not there": (
+        lambda root: drop_column(root, "action"),
+        "parquet has no column action: record or convert the dataset again",
+    ),
+    "a null in a column": (cell("action", 5, None), "parquet: action has no value in 1 rows"),
+    "a shorter vector": (
+        retyped("action", pa.list_(pa.float32()), lambda row, vector: vector[: 2 if row == 5 else 4]),
+        "action has now 4, now 2 numbers in a row",
+    ),
     "NaN": (element("action", 47, 1, np.nan), r"episode 2 frame 6 has action nan in dimension 1, and 1 row\(s\)"),
     "an infinity": (element(STATE, 47, 1, -np.inf), "episode 2 frame 6 has observation.state -inf in dimension 1"),
     "an absurd value": (element("action", 5, 1, 1e30), "episode 0 frame 5 has action 1e[+]30 in dimension 1"),
@@ -367,12 +372,40 @@ def test_values_that_nothing_can_be_trained_on_are_refused_where_they_are_read(c
     edit(copy)
     datasets = open_datasets(copy)  # a run that does not read them does not mind
     with pytest.raises(ValueError) as refused:
-        for name in (STATE, "action"):
-            data.common_dim(datasets, name)
+        Robots.find(datasets, [ACTION])
     said = str(refused.value)
     assert re.search(message, said), said
     assert str(copy) in said and len(in_few_lines(refused.value).splitlines()) <= 4
     assert any(re.search(message, problem) for problem in listed(copy))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["a column is not there", "a null in a column", "a shorter vector"])
+def test_stage_2_and_labelling_do_not_look_at_actions(case, copy, tmp_path, laq_checkpoint):
+    """Their labels and their artifact are those of the same recording with sound actions."""
+    written = []
+    for edit in (lambda root: None, VALUES[case][0]):
+        edit(copy)
+        run = tmp_path / f"run_{len(written)}"
+        teacher = {"laq_ckpt": laq_checkpoint, "label_cache": run / "labels"}
+        label(LabelConfig(**teacher, data=DataConfig(roots=(copy,), num_workers=0)))
+        options = (
+            "--data.roots",
+            copy,
+            "--laq-ckpt",
+            laq_checkpoint,
+            "--model.preset",
+            "tiny",
+            "--data.num-workers",
+            "1",
+        )
+        run_stage(train_stage2, run / "s2", *options)
+        shards = sorted((run / "labels").rglob("*.safetensors"))
+        artifact = run / "s2" / "artifacts" / "smolvla_shared_stage2_artifact.safetensors"
+        written.append([load_file(path) for path in (*shards, artifact)])
+    assert equal(*written) and len(written[0]) > 1
+    with pytest.raises(ValueError, match=VALUES[case][1]):
+        run_stage(train_stage3, tmp_path / "s3", "--data.roots", copy, "--model.preset", "tiny")
 
 
 def test_a_sound_dataset_is_described_and_drawn(labelled_dataset, image_dataset, tmp_path, capsys):
@@ -441,10 +474,10 @@ def test_missing_statistics_stop_nothing_but_are_named(copy):
     """This project computes its own; LeRobot's training does not."""
     stats("action", std=None)(copy)
     edit_json("stats.json", lambda body: body["action"].pop("std") and None)(copy)
-    assert data.common_dim(open_datasets(copy), "action") == 4
+    assert Robots.find(open_datasets(copy), [ACTION]).dims["action_dim"] == 4
     assert any("stats.json has no std of action, which LeRobot" in problem for problem in listed(copy))
     (copy / "meta" / "stats.json").unlink()
-    assert data.common_dim(open_datasets(copy), "action") == 4
+    assert Robots.find(open_datasets(copy), [ACTION]).dims["action_dim"] == 4
     assert any("stats.json is missing, which LeRobot" in problem for problem in listed(copy))
 
 
@@ -452,7 +485,7 @@ def test_statistics_of_a_sample_stop_nothing_but_are_named(copy):
     """As those of LeRobot's older versions are."""
     assert not look(copy).notes
     stats("action", count=[100])(copy)
-    assert data.common_dim(open_datasets(copy), "action") == 4
+    assert Robots.find(open_datasets(copy), [ACTION]).dims["action_dim"] == 4
     (note,) = look(copy).notes
     assert "stats.json is not of all 188 rows, but of 100 of action" in note and not listed(copy)
 
@@ -524,7 +557,7 @@ def test_statistics_that_lerobot_rounds_are_no_contradiction(copy, center, sprea
     """A joint that is held: LeRobot's deviation of it is its rounding."""
     rng = np.random.default_rng(0)
     (dataset,) = open_datasets(copy)
-    values = np.array(dataset.frames[STATE], np.float32)
+    values = np.array(dataset.vector(STATE), np.float32)
     values[:, 0] = center + spread * rng.normal(size=len(values))
     of_lerobot = get_feature_stats(values, axis=0, keepdims=False)
     rows(lambda frame: frame.__setitem__(STATE, list(values)))(copy)

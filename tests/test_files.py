@@ -11,6 +11,7 @@ from torch import nn
 from smolvla_shared.files import (
     check_weights,
     find_directory,
+    link_or_copy,
     new_directory,
     public_state,
     state_sha256,
@@ -137,3 +138,17 @@ def test_a_directory_is_found_with_what_it_needs(tmp_path):
         find_directory("policy", tmp_path, ("config.json", "b"))
     with pytest.raises(ValueError, match="no policy nobody/nothing: there is no such directory, and the hub says"):
         find_directory("policy", "nobody/nothing", ())
+
+
+def test_a_second_name_takes_no_space_where_that_can_be(tmp_path, monkeypatch):
+    source = tmp_path / "a"
+    source.write_bytes(b"weights")
+    link_or_copy(source, tmp_path / "b")
+    assert os.path.samefile(source, tmp_path / "b")
+
+    def refuse(*paths):
+        raise OSError("Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    link_or_copy(source, tmp_path / "c")
+    assert not os.path.samefile(source, tmp_path / "c") and (tmp_path / "c").read_bytes() == b"weights"

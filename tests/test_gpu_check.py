@@ -86,9 +86,9 @@ def test_another_activation_would_be_noticed():
     import gpu
     from gpu_counts import AsOnGPU
 
-    assert gpu.activation_apart(gpu_check.CPU) == 0
+    assert gpu.activation_apart(gpu_checks.CPU) == 0
     with AsOnGPU():
-        assert gpu.activation_apart(gpu_check.CPU) > 5 * gpu_check.SAME_PRODUCT
+        assert gpu.activation_apart(gpu_checks.CPU) > 5 * gpu_checks.SAME_PRODUCT
 
 
 def test_kernels_are_counted_and_both_models_train():

@@ -22,7 +22,8 @@ ORDER = """
     batch preprocess flow losses files cache run_processes run_signals
     video_source video_clips video_dataset video
     attention kernels trunk trunk_files model model_parts laq_layers laq laq_codebook laq_files
-    data_frames data_columns data_rows data_problems data_values data data_views data_split data_order
+    data_frames data_columns data_rows data_problems data_values data data_views robots data_split data_order
+    robot_preprocessor
     label_probe augmentation data_loader data_blocks label_cache labels
     action_decoder artifact label_health label_pictures
     label_check feature_cache

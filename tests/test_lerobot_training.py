@@ -29,6 +29,7 @@ from smolvla_shared.lerobot_files import load_saved
 from smolvla_shared.lerobot_policy import HLRPSmolVLASharedPolicy
 from smolvla_shared.losses import masked_mean
 from smolvla_shared.preprocess import Preprocessor
+from smolvla_shared.robots import Robots
 
 T = 6
 
@@ -98,7 +99,7 @@ def test_a_fresh_policy_is_what_stage_3_trains(artifact, labelled_dataset):
         keys=["a", "b", "c"],
     )
     assert not raw.action_mask.all()
-    statistics = data.statistics(datasets, core.config, {"action": 1.0}, [(0, datasets[0].rows())])
+    statistics = Robots.find(datasets, ["action"]).statistics(datasets, [(0, datasets[0].rows())])
     ours = Preprocessor(core.config, initial.tokenizer, statistics)(raw)
     expected = masked_mean(core(ours)["action"], ours.masks["action"])
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)

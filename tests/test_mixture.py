@@ -23,19 +23,23 @@ from test_lerobot_smolvla import run_stage
 import train_stage2
 import train_stage3
 from smolvla_shared import data, data_split, data_views, lerobot_policy, mixture
+from smolvla_shared.artifact import load_artifact
 from smolvla_shared.batch import Batch, RawBatch
 from smolvla_shared.config import ACTION, DataConfig, ModelConfig, PolicyDataConfig
 from smolvla_shared.data_loader import SampleDataset, SampleSpec
 from smolvla_shared.data_order import SampleKey, StepSampler
 from smolvla_shared.feature_cache import prepare_features
 from smolvla_shared.label_cache import LabelConfig, label, label_stores
-from smolvla_shared.labels import labels_pairs, open_labels
+from smolvla_shared.label_check import check
+from smolvla_shared.label_health import read_verdict
+from smolvla_shared.labels import OnlineLabels, labels_pairs, open_labels
 from smolvla_shared.laq_files import load_laq, save_laq, teachers_pairs
 from smolvla_shared.losses import masked_mean
 from smolvla_shared.mixture import DatasetEntry, read_mixture
 from smolvla_shared.model import SmolVLASharedCore
 from smolvla_shared.model_parts import freeze
 from smolvla_shared.preprocess import Preprocessor, Statistics, resize_with_pad
+from smolvla_shared.teacher_config import CheckConfig
 from smolvla_shared.trunk_files import load_trunk_tokenizer, make_core_config
 from train_stage2 import Stage2Config
 from train_stage3 import Stage3Config
@@ -102,7 +106,8 @@ def test_the_file_of_the_documentation_is_read(tmp_path):
     first, second = read_mixture(write(tmp_path / "mixture.yaml", example))
     assert first == DatasetEntry(root="data/my_video", weight=3.0, cameras={FRONT: CAMERA})
     names = {FRONT: "observation.images.exterior_1_left", "observation.images.wrist": "observation.images.wrist_left"}
-    assert second == DatasetEntry(repo_id="lerobot/droid_100", weight=1.0, cameras=names, frame_gap_s=0.4)
+    own = {"cameras": names, "frame_gap_s": 0.4, "robot": "panda"}
+    assert second == DatasetEntry(repo_id="lerobot/droid_100", weight=1.0, **own)
     options = tyro.cli(DataConfig, args=["--mixture", str(tmp_path / "mixture.yaml")])
     assert options.entries == (first, second)
     (example,) = re.findall(r"```yaml\n(.*?)```", Path("docs/data.md").read_text(), re.S)
@@ -131,6 +136,7 @@ def test_the_file_of_the_documentation_is_read(tmp_path):
         ("datasets: [{root: a, weight: 0}]", "weight: expected above 0, got 0"),
         ("datasets: [{root: a, weight: 1e-1}]", 'weight: expected a number, found "1e-1"'),
         ("datasets: [{root: a, frame_gap_s: -1}]", "frame_gap_s: expected above 0"),
+        ("datasets: [{root: a, robot: ../b}]", "dataset 1: robot of a: a name of letters, digits"),
         ("datasets: [{root: a, cameras: {}}]", "cameras of a are empty"),
         ("datasets: [{root: a, cameras: {front: x, hand: x}}]", "cameras of a names x twice"),
         ("datasets: [{root: a, cameras: {front: x, front: y}}]", "is not YAML: front twice in one place"),
@@ -501,10 +507,47 @@ def test_stage_2_trains_on_unlike_datasets_and_goes_on_only_with_the_same(tmp_pa
     assert re.search(rf" +{CAMERA} +{WRIST} +{WRIST}, 0.3 s$", printed, re.M)
     manifest = json.loads((tmp_path / "s2" / ARTIFACT).with_suffix(".json").read_text())
     assert (manifest["core"]["cameras"], manifest["latents"]["label_camera"]) == ([FRONT, HAND], FRONT)
+    assert (manifest["latents"]["frame_gap_s"], manifest["latents"]["own_gaps_s"]) == (0.5, [0.3])
+    assert "on observation.images.front, 0.5 or 0.3 s apart" in printed
     run_stage(train_stage2, tmp_path / "s2", *options, "--steps", "2", "--resume")
     unlike.write_text(unlike.read_text().replace("weight: 3", "weight: 2"))
     with pytest.raises(ValueError, match=r"--resume would be another run.*\n  --data.mixture-entries: was "):
         run_stage(train_stage2, tmp_path / "s2", *options, "--steps", "3", "--resume")
+
+
+@pytest.mark.slow
+def test_what_is_recorded_of_the_pairs_is_what_was_used(tmp_path, video_dataset, image_dataset, laq_checkpoint, capsys):
+    """Every dataset has its own gap: the default of the run is nobody's."""
+    entries = [f"{{root: {video_dataset}, frame_gap_s: 0.4}}", f"{{root: {image_dataset}, frame_gap_s: 0.2}}"]
+    path = write(tmp_path / "own.yaml", f"datasets: [{', '.join(entries)}]")
+    data_options = PolicyDataConfig(mixture=path, cameras=(CAMERA,), num_workers=0)
+    with pytest.raises(SystemExit):
+        check(
+            CheckConfig(laq_ckpt=laq_checkpoint, data=data_options, out=tmp_path / "check", pairs=64, detailed_pairs=32)
+        )
+    verdict = read_verdict(report := tmp_path / "check" / "label_health.json")
+    assert (verdict.frame_gap_s, verdict.own_gaps_s) == (0.2, (0.4,))
+    options = ["--data.mixture", path, "--data.cameras", CAMERA, "--model.preset", "tiny", "--laq-ckpt", laq_checkpoint]
+    health = ["--label-health", report, "--accept-label-health"]
+    run_stage(train_stage2, tmp_path / "s2", *options, *health)
+    assert "0.2 or 0.4 s apart" in capsys.readouterr().out
+    latents = load_artifact(tmp_path / "s2" / ARTIFACT).manifest.latents
+    assert (latents.frame_gap_s, latents.own_gaps_s, latents.health) == (0.2, (0.4,), verdict.verdict)
+    path.write_text(path.read_text().replace("0.4", "0.5"))
+    with pytest.raises(
+        ValueError, match=r"other labels:\n  frame_gap_s of other datasets: this run \[0.5\], label_health"
+    ):
+        run_stage(train_stage2, tmp_path / "s3", *options, *health)
+    # The latent head has learned pairs of both gaps, and of no other.
+    initial = open_from(tmp_path / "s2" / ARTIFACT)
+    with pytest.raises(
+        ValueError, match=r"has learned other latent actions:\n  --data.frame-gap-s: command line 0.5, art"
+    ):
+        initial.latent_dims(
+            teacher := OnlineLabels(load_laq(laq_checkpoint), "quantized", CAMERA), DataConfig(mixture=path), CAMERA
+        )
+    path.write_text(path.read_text().replace("0.5", "0.4"))
+    assert initial.latent_dims(teacher, DataConfig(mixture=path), CAMERA)["code_seq_len"] == 4
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@ a kill, LeRobot's own evaluation with the same outcome."""
 
 import json
 import os
+import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from smolvla_shared import rollout_results
 from smolvla_shared.comparison import wilson_interval
 from smolvla_shared.config import ModelConfig
 from smolvla_shared.environments import make_environment, make_environments
-from smolvla_shared.lerobot_files import load_config, save_policy
+from smolvla_shared.lerobot_files import load_config, load_saved, save_policy
 from smolvla_shared.lerobot_policy import HLRPSmolVLASharedPolicy
 from smolvla_shared.model import SmolVLASharedCore
 from smolvla_shared.preprocess import Statistics
@@ -324,6 +325,25 @@ def test_a_sweep_is_compared_with_another_rollout(server, pusht_path, tmp_path):
         code, message = run_forked(server, pusht_command(pusht_path, tmp_path / "c", *wrong), printed)
         assert code == 2 and said in message, message
         assert not (tmp_path / "c").exists()
+
+
+@pytest.mark.slow
+def test_a_robot_of_several_is_named(server, pusht_path, tmp_path):
+    """It acts as the policy of that robot does, whose directory that is."""
+    several, printed = tmp_path / "pretrained_model", tmp_path / "printed.txt"
+    saved = load_saved(str(pusht_path))
+    save_policy(several, saved.config.core, saved.weights, saved.tokenizer, {}, 4, {}, robots=("pusht", "arm"))
+    shutil.copytree(pusht_path, several / "robots" / "pusht")
+    for options, said in {
+        (): "which robot? This policy was trained on pusht, arm: pass --robot <name> to rollout.py",
+        ("--robot", "hand"): "there is no robot hand in",
+    }.items():
+        code, message = run_forked(server, pusht_command(several, tmp_path / "none", *options), printed)
+        assert code == 2 and said in message, message
+    for path, out, options in ((several, "a", ["--robot", "pusht"]), (pusht_path, "b", [])):
+        code, message = run_forked(server, pusht_command(path, tmp_path / out, "--episodes", "2", *options), printed)
+        assert code == 0, message
+    assert outcomes(tmp_path / "a") == outcomes(tmp_path / "b")
 
 
 @pytest.mark.slow

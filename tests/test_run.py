@@ -31,7 +31,7 @@ from helpers import (
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from smolvla_shared import data, data_loader, data_rows, data_split, run
+from smolvla_shared import data, data_loader, data_rows, data_split, robots, run
 from smolvla_shared.batch import Batch, FlowTarget, RawBatch
 from smolvla_shared.config import LATENT, DataConfig, OptimConfig, RunConfig
 from smolvla_shared.evaluate import held_out_errors
@@ -349,7 +349,7 @@ def train_core(
     loaders = data_loader.make_loaders(datasets, *groups, spec, config, accelerator, random_shift=0.1)
     statistics = {
         LATENT: Statistics((0.0,) * 32, (1.0,) * 32),
-        "state": data.vector_statistics(datasets, data.STATE_KEY),
+        "state": robots.vector_statistics(datasets, data.STATE_KEY),
     }
     preprocessor = Preprocessor(core.config, load_trunk_tokenizer("tiny", None), statistics)
 

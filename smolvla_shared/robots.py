@@ -1,0 +1,166 @@
+"""What is a robot's own in a run: widths and statistics of its state and of its actions.
+
+A mixture file says which robot a dataset is of. Datasets of one robot share its widths and statistics; those of a run
+that names no robot count as one robot's. A model has the widest robot's state and actions, the others' are padded: a
+padded dimension carries nothing, and no loss counts it. robot_preprocessor.py normalises a batch of several robots.
+"""
+
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from smolvla_shared import data_values
+from smolvla_shared.config import ACTION, CoreConfig
+from smolvla_shared.data import ACTION_KEY, STATE_KEY, RobotDataset
+from smolvla_shared.data_columns import ROWS_AT_ONCE
+from smolvla_shared.data_rows import Rows
+
+if TYPE_CHECKING:
+    from smolvla_shared.preprocess import Statistics
+
+KEYS = {"state": STATE_KEY, ACTION: ACTION_KEY}
+Robot = str | None  # a robot's name; None: of the datasets of a run that names no robot
+
+
+@dataclass(frozen=True)
+class Robots:
+    """The robots of a run.
+
+    of_dataset: the robot of each dataset of the run; None, too, for a dataset that has neither state nor actions
+    widths:     of "state" and "action", as far as the run reads them: each robot's width
+    """
+
+    of_dataset: tuple[Robot, ...]
+    widths: dict[str, dict[Robot, int]]
+
+    @classmethod
+    def find(
+        cls,
+        datasets: list[RobotDataset],
+        targets: Collection[str],
+        use_state: bool = True,
+        num_labelled: int | None = None,
+        of_one_robot: str = "",
+    ) -> "Robots":
+        """The robots whose state is read, and whose actions if they are a target. Hidden actions are not.
+
+        num_labelled: so many datasets, the first, are demonstrations; without a state in one of them none is read.
+                      Default: all
+        of_one_robot: an option that was given and does not go with several robots
+
+        Raises ValueError for several robots beside such an option, for a dataset that leaves its robot open where
+        others name theirs, for datasets of one robot that differ in width, and for values that cannot be trained on
+        (data_values.py).
+        """
+        has_state = use_state and any(STATE_KEY in dataset.features for dataset in datasets[:num_labelled])
+        keys = {name: KEYS[name] for name, is_read in (("state", has_state), (ACTION, ACTION in targets)) if is_read}
+        data_values.refuse_vectors(datasets, *keys.values())
+        named = [dataset.name for dataset in datasets if dataset.entry.robot]
+        nameless = [d.name for d in datasets if not d.entry.robot and any(key in d.features for key in keys.values())]
+        if named and nameless:
+            raise ValueError(
+                f"whose state and actions are those of {', '.join(nameless)}? The robots of {', '.join(named)} have "
+                "names: give these a `robot` in --data.mixture, or --video-mixture, too, or name none"
+            )
+        robots = tuple(dataset.entry.robot for dataset in datasets)
+        widths = {name: common_widths(datasets, robots, key) for name, key in keys.items()}
+        found = cls(robots, widths)
+        if len(found.names) > 1 and of_one_robot:
+            names = ", ".join(map(str, found.names))
+            raise ValueError(
+                f"{of_one_robot} is of one robot, the datasets are of {names}: leave it out, or train on one robot"
+            )
+        return found
+
+    @property
+    def names(self) -> list[Robot]:
+        """The robots that have a state or actions, in the order of their datasets."""
+        known = {robot for widths in self.widths.values() for robot in widths}
+        return [robot for robot in dict.fromkeys(self.of_dataset) if robot in known]
+
+    @property
+    def acting(self) -> list[Robot]:
+        """The robots with demonstrations."""
+        return [robot for robot in self.names if robot in self.widths[ACTION]]
+
+    @property
+    def dims(self) -> dict[str, int]:
+        """The fields of CoreConfig that say how wide state (0: the model sees none) and actions are."""
+        widest = {name: max(widths.values(), default=0) for name, widths in self.widths.items()}
+        return {f"{name}_dim": width for name, width in ({"state": 0} | widest).items()}
+
+    def datasets_of(self, robot: Robot, datasets: list[RobotDataset]) -> list[RobotDataset]:
+        return [dataset for dataset, of in zip(datasets, self.of_dataset) if of == robot]
+
+    def core_of(self, robot: Robot, core: CoreConfig) -> CoreConfig:
+        """The model as this robot alone needs it. The weights are the same: they are of the padded widths."""
+        return replace(core, **{f"{name}_dim": widths.get(robot, 0) for name, widths in self.widths.items()})
+
+    def key(self, name: str, robot: Robot) -> str:
+        """The name of a robot's statistics: "state", or "state of so100" where the run has several robots."""
+        return name if len(self.names) == 1 else f"{name} of {robot}"
+
+    def statistics(
+        self, datasets: list[RobotDataset], rows_of: list[tuple[int, Rows]], num_labelled: int | None = None
+    ) -> "dict[str, Statistics]":
+        """The statistics of every robot, over its training frames: of its demonstrations, if it has some.
+
+        rows_of:      (dataset index, rows) of the training frames of all datasets
+        num_labelled: as in `find`
+        """
+        found = {}
+        for name, widths in self.widths.items():
+            for robot in widths:
+                of_robot = [
+                    (index, rows)
+                    for index, rows in rows_of
+                    if self.of_dataset[index] == robot and KEYS[name] in datasets[index].features
+                ]
+                labelled = [(index, rows) for index, rows in of_robot if num_labelled is None or index < num_labelled]
+                found[self.key(name, robot)] = vector_statistics(datasets, KEYS[name], labelled or of_robot)
+        return found
+
+    def statistics_of(self, robot: Robot, statistics: "dict[str, Statistics]") -> "dict[str, Statistics]":
+        """One robot's, by "state" and "action"."""
+        return {name: statistics[self.key(name, robot)] for name in self.widths if robot in self.widths[name]}
+
+
+def common_widths(datasets: list[RobotDataset], robots: tuple[Robot, ...], key: str) -> dict[Robot, int]:
+    """Width of a vector feature, by robot. Raises ValueError if the datasets of one robot differ."""
+    widths: dict[Robot, dict[str, int]] = {}
+    for dataset, robot in zip(datasets, robots, strict=True):
+        if key in dataset.features:
+            widths.setdefault(robot, {})[dataset.name] = dataset.vector_dim(key)
+    for robot, found in widths.items():
+        if len(set(found.values())) > 1:
+            fix = ", or pass --model.no-use-state" * (key == STATE_KEY)
+            of = f"of the robot {robot} " if robot else ""
+            raise ValueError(
+                f"the datasets {of}have {key} of different widths, they cannot be one robot's: {found}: leave one out, "
+                f"name the robot of each in --data.mixture{fix}"
+            )
+    return {robot: next(iter(found.values())) for robot, found in widths.items()}
+
+
+def vector_statistics(
+    datasets: list[RobotDataset], key: str, rows_of: list[tuple[int, Rows]] | None = None
+) -> "Statistics":
+    """Mean and standard deviation over the frames of (dataset index, rows) whose dataset has the feature; default: all.
+
+    A dimension that never changes gets the deviation 1: divided by 0, a later change of 0.01 would be 1e6 to the model.
+    """
+    from smolvla_shared.preprocess import Statistics
+
+    count, mean, squares = 0, np.zeros(()), np.zeros(())  # squares: summed squared distances from the mean
+    for index, rows in rows_of or [(index, dataset.rows()) for index, dataset in enumerate(datasets)]:
+        for start in range(0, len(rows) if key in datasets[index].features else 0, ROWS_AT_ONCE):
+            places = np.arange(start, min(start + ROWS_AT_ONCE, len(rows)))
+            values = np.asarray(datasets[index].vector(key)[rows[places]], np.float64).reshape(len(places), -1)
+            shift, share = values.mean(0) - mean, len(places) / (count + len(places))
+            squares = squares + values.var(0) * len(places) + shift**2 * count * share  # Chan et al., 1979
+            mean, count = mean + shift * share, count + len(places)
+    deviation = np.sqrt(squares / count)
+    deviation[deviation <= 1e-6 * np.maximum(1, np.abs(mean))] = 1
+    return Statistics(mean.tolist(), deviation.tolist())
