@@ -88,11 +88,13 @@ def parse(options: Any, **more: Any) -> Any:
 
 
 def refuse_empty(words: list[str]) -> None:
-    """Raise ValueError for a value without a letter: a path of none would be the current directory."""
+    """Raise ValueError for a value without a letter: a path of none would be the current directory. A task's text may
+    be empty.
+    """
     option = "the command line"
     for word in words:
         name, _, value = word.partition("=") if word.startswith("--") else (option, "", word)
-        if (not word.startswith("--") or "=" in word) and not value.strip():
+        if (not word.startswith("--") or "=" in word) and name != "--task" and not value.strip():
             raise ValueError(
                 f"{name} has an empty value, is a variable of the shell not set? Give it one, or leave it out"
             )

@@ -388,7 +388,8 @@ def test_stage_2_and_labelling_do_not_look_at_actions(case, copy, tmp_path, laq_
         edit(copy)
         run = tmp_path / f"run_{len(written)}"
         teacher = {"laq_ckpt": laq_checkpoint, "label_cache": run / "labels"}
-        label(LabelConfig(**teacher, data=DataConfig(roots=(copy,), num_workers=0)))
+        recordings = DataConfig(roots=(copy,), num_workers=0)
+        label(LabelConfig(**teacher, data=recordings), data_views.open_video(recordings))
         options = (
             "--data.roots",
             copy,

@@ -315,7 +315,7 @@ def test_what_belongs_to_a_policy_of_ours_comes_with_it(policy):
     initial = open_from(policy)
     assert initial.statistics == expected_normalization()
     source = json.loads((policy / "source.json").read_text())
-    assert initial.provenance == {"policy": str(policy), "started_from": source}
+    assert initial.provenance == {"policy": str(policy), "started_from": source, "sha256": initial.sha256}
     assert initial.latents is None  # the policy's files do not say which
     assert pack_tokenizer(initial.tokenizer) == pack_tokenizer(load_trunk_tokenizer("tiny", None))
 

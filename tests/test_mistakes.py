@@ -344,7 +344,7 @@ def test_the_document_says_what_the_commands_say():
 @pytest.mark.parametrize(("command", "mistake"), MISTAKES)
 def test_a_message_names_the_option_and_fits_four_lines(command, mistake):
     said = message(command, mistake)
-    names = [word.removeprefix("--").removeprefix("laq.") for word in mistake.split()]
+    names = [word.partition("=")[0].removeprefix("--").removeprefix("laq.") for word in mistake.split()]
     assert any(name in said or name.replace("-", "_") in said for name in names), said
     assert said.startswith("error: ") and len(said.splitlines()) <= 4
 
@@ -384,6 +384,10 @@ def test_an_unknown_option_is_said_with_the_nearest(words, said, monkeypatch):
 def test_a_value_that_a_shell_or_an_editor_has_spoilt_is_refused(words, said):
     with pytest.raises(ValueError, match="^" + said):
         parse(train_stage3.Stage3Config, args=words)
+
+
+def test_a_task_text_may_be_empty():
+    assert parse(VideoConfig, args=["clips", "--root", "new", "--task", ""]).task == ""
 
 
 def test_an_option_that_is_given_twice_is_said(capsys, monkeypatch):

@@ -158,7 +158,7 @@ def test_what_is_no_mixture_is_refused(tmp_path, text, message):
 
 
 def test_a_mixture_stands_for_the_other_options(tmp_path, unlike):
-    with pytest.raises(ValueError, match=r"the mixture .*nowhere.yaml cannot be read: No such file"):
+    with pytest.raises(ValueError, match=r"the mixture .*nowhere.yaml: no such file"):
         DataConfig(mixture=tmp_path / "nowhere.yaml")
     with pytest.raises(
         ValueError, match=r"--data.mixture .* takes the place of --data.roots, --data.weights: drop one"
@@ -521,10 +521,11 @@ def test_what_is_recorded_of_the_pairs_is_what_was_used(tmp_path, video_dataset,
     entries = [f"{{root: {video_dataset}, frame_gap_s: 0.4}}", f"{{root: {image_dataset}, frame_gap_s: 0.2}}"]
     path = write(tmp_path / "own.yaml", f"datasets: [{', '.join(entries)}]")
     data_options = PolicyDataConfig(mixture=path, cameras=(CAMERA,), num_workers=0)
+    options = CheckConfig(
+        laq_ckpt=laq_checkpoint, data=data_options, out=tmp_path / "check", pairs=64, detailed_pairs=32
+    )
     with pytest.raises(SystemExit):
-        check(
-            CheckConfig(laq_ckpt=laq_checkpoint, data=data_options, out=tmp_path / "check", pairs=64, detailed_pairs=32)
-        )
+        check(options, data_views.open_video(data_options))
     verdict = read_verdict(report := tmp_path / "check" / "label_health.json")
     assert (verdict.frame_gap_s, verdict.own_gaps_s) == (0.2, (0.4,))
     options = ["--data.mixture", path, "--data.cameras", CAMERA, "--model.preset", "tiny", "--laq-ckpt", laq_checkpoint]

@@ -221,7 +221,7 @@ def test_images_have_no_rate_of_their_own(tmp_path):
     (tmp_path / "frames").mkdir()
     Image.fromarray(bars(0, 96, 48)).save(tmp_path / "frames" / "0.png")
     with pytest.raises(ValueError, match=r"frames is a folder of images: pass --image-fps"):
-        run(tmp_path, "--root", tmp_path / "out")
+        run(tmp_path / "frames", "--root", tmp_path / "out")
     assert names_in(tmp_path) == ["frames"]
 
 
@@ -522,7 +522,7 @@ def test_tasks_by_pattern_and_by_captions(tmp_path, capsys):
 def test_an_unknown_pattern_is_refused(tmp_path, pattern, message):
     (tmp_path / "a.mp4").touch()
     with pytest.raises(ValueError, match=message):
-        run(tmp_path, "--root", tmp_path / "out", "--task", pattern)
+        run(tmp_path / "a.mp4", "--root", tmp_path / "out", "--task", pattern)
     assert names_in(tmp_path) == ["a.mp4"]
 
 
