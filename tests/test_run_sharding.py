@@ -270,9 +270,9 @@ def test_settings_that_would_be_ignored_are_refused(monkeypatch, setting, value,
         run_sharding.check_plugin(accelerator)
 
 
-def test_a_teacher_is_not_sharded(monkeypatch, tmp_path):
+def test_a_teacher_is_not_sharded(monkeypatch, tmp_path, video_dataset):
     monkeypatch.setattr(Accelerator, "is_fsdp2", True)
-    config = teacher.TeacherConfig(run_dir=tmp_path / "run", data=DataConfig(roots=(tmp_path,)))
+    config = teacher.TeacherConfig(run_dir=tmp_path / "run", data=DataConfig(roots=(video_dataset,)))
     with pytest.raises(ValueError, match=r"not sharded: use configs/accelerate/ddp_8gpu\.yaml"):
         teacher.train_teacher(config)
     assert not config.run_dir.exists()
