@@ -166,6 +166,7 @@ def train_tracked(config, **options):
     config.run_dir.rmdir()  # a new run makes its own
     with pytest.raises(Stop):
         train_points(config, run.start_run(config)[0], after_step=stop)
+    time.sleep(1)  # wandb names its files by the second: two runs within one would share them
     resumed = replace(config, resume=True)
     accelerator, resume_from = run.start_run(resumed)
     train_points(resumed, accelerator, resume_from=resume_from)
