@@ -4,6 +4,7 @@ A problem is a text, as in data_problems.py. Vectors are asked for where their w
 column that a run does not read may hold anything.
 """
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -107,7 +108,12 @@ def value_problems(dataset: "RobotDataset", key: str, values: np.ndarray) -> Ite
 def read_statistics(dataset: "RobotDataset") -> dict[str, Any] | None:
     """meta/stats.json; None: there is none."""
     path = dataset.root / STATS
-    return read_json(path) if path.exists() else None
+    return read_json(path) if os.path.lexists(path) else None
+
+
+def fits_float(value: Any) -> bool:
+    """Whether a JSON value is a number that float64 can hold; integers may have any number of digits."""
+    return type(value) is float or (type(value) is int and abs(value) < 10**300)
 
 
 def statistics_problems(dataset: "RobotDataset", key: str, rows: Summary) -> Iterator[str]:
@@ -132,7 +138,7 @@ def statistics_problems(dataset: "RobotDataset", key: str, rows: Summary) -> Ite
         if name not in stats:
             continue
         values = stats[name] if isinstance(stats[name], list) else [None]
-        if len(values) != len(rows.mean) or not all(type(value) in (int, float) for value in values):
+        if len(values) != len(rows.mean) or not all(map(fits_float, values)):
             yield f"{STATS}: {name} of {key} is {shown(stats[name])}, expected {len(rows.mean)} numbers: {RECOMPUTE}"
             return
         found[name] = np.array(values, np.float64)

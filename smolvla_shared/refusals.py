@@ -25,6 +25,8 @@ def refuse_differences(
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises ValueError, with the path, for everything else that may be there."""
+    if path.is_fifo() or path.is_socket() or path.is_char_device():  # reading would wait for somebody to write
+        raise ValueError(f"{path} is no file: write or copy it again")
     try:
         value = json.loads(path.read_bytes())
     except OSError as error:

@@ -295,6 +295,18 @@ VALUES = {
     "a negative deviation": (stat("action", "std", 0, lambda std: -std), "std -0.035.* in dimension 0"),
     "an infinite deviation": (stat(STATE, "std", 0, lambda _: np.inf), "the std inf in dimension 0"),
     "a tiny deviation": (stat("action", "std", 1, lambda _: 1e-12), "the std 1e-12 in dimension 1"),
+    "a mean of 401 digits": (
+        stat(STATE, "mean", 2, lambda _: 10**400),
+        "mean of observation.state .*expected 4 numbers",
+    ),
+    "statistics in a pipe": (
+        lambda root: ((root / "meta" / "stats.json").unlink(), os.mkfifo(root / "meta" / "stats.json")),
+        "stats.json is no file",
+    ),
+    "statistics behind a dead link": (
+        lambda root: ((root / "meta" / "stats.json").unlink(), (root / "meta" / "stats.json").symlink_to("nowhere")),
+        "stats.json cannot be read: No such file",
+    ),
     "a mean that is NaN": (stat(STATE, "mean", 2, lambda _: np.nan), "the mean nan in dimension 2"),
     "a mean far from the rows": (
         stat("action", "mean", 3, lambda mean: mean + 1000),
