@@ -155,6 +155,16 @@ def test_aloha():
     environments.close()
 
 
+def test_lerobots_commands_choose_the_camera():
+    config = EnvConfig.get_choice_class("metaworld_plain")
+    for camera, expected in ((None, "corner2"), ("topview", "topview")):
+        [[environments]] = [of.values() for of in config(image_size=32, camera=camera).create_envs(1).values()]
+        assert environments.envs[0].unwrapped.camera_name == expected
+        environments.close()
+    with pytest.raises(ValueError, match=r"--env\.camera top: Meta-World alone has a choice"):
+        config(image_size=32, camera="top").create_envs(1)
+
+
 def test_lerobots_commands_must_name_the_image_size_and_known_tasks():
     config = EnvConfig.get_choice_class("metaworld_plain")
     with pytest.raises(ValueError, match=r"--env\.image_size is missing"):

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 SETTING = "five tasks"
 sys.path.insert(0, str(ROOT / "examples"))
 
-from evidence import ARMS, SETTINGS, Cell, Part, Sizes, gather  # noqa: E402
+from evidence import ARMS, SETTINGS, Cell, EvidenceConfig, Part, Sizes, choose, gather  # noqa: E402
 from evidence_table import Measured, compare, holm, markdown  # noqa: E402
 from relabel import executed_latents  # noqa: E402
 
@@ -47,6 +47,23 @@ def test_arms_are_compared_on_equal_seeds_and_initial_states():
     assert rows[2]["success_by_step"] == {1: 0, 2: 14 / 15}
     line = "| push | 5 | stage 2 | 2 | 14 of 15 | 70% to 99% | +70 (p 0.16) | +50 (p 0.38) |"
     assert line in markdown(rows)
+
+
+def test_what_is_kept_was_measured_with_the_commands_of_today():
+    kept = {file.stem for file in (ROOT / "docs/evidence").glob("*-[0-9].json")}
+    cells = [cell for cell in choose(EvidenceConfig(root=Path("x"))) if cell.file(Path()).stem in kept]
+    assert len(cells) == len(kept) > 0
+    rows = gather(cells, ROOT / "docs/evidence")  # refuses what other commands have made
+    assert json.loads(json.dumps(compare(rows))) == json.loads((ROOT / "docs/evidence/table.json").read_text())
+
+
+def test_the_camera_of_a_setting_is_that_of_recordings_and_rollouts():
+    for setting, camera in (("five tasks", ""), ("five tasks from above", "topview")):
+        cell = Cell(setting, 5, "decoded", 0, Sizes())
+        for option, parts in (("--camera", (*cell.video(), cell.labelled())), ("--env.camera", cell.rollouts())):
+            for part in parts:
+                found = dict(zip(part.command.split(), part.command.split()[1:])).get(option, "")
+                assert found == camera, part.command
 
 
 def test_a_part_is_named_by_all_that_made_it():

@@ -18,7 +18,7 @@ from lerobot.processor import PolicyProcessorPipeline
 from lerobot.scripts.lerobot_eval import eval_policy
 from PIL import Image
 
-from rollout import RolloutConfig, policy_configs
+from rollout import EnvironmentConfig, RolloutConfig, main, policy_configs
 from smolvla_shared import rollout_results
 from smolvla_shared.comparison import wilson_interval
 from smolvla_shared.config import ModelConfig
@@ -107,6 +107,31 @@ def test_a_policy_is_compiled_where_that_is_asked_for(policy_path):
         [config] = policy_configs(RolloutConfig(policy_path=policy_path, compile=asked), saved).values()
         assert (config.compile_model, config.compile_mode) == (asked, saved.compile_mode)
     assert not saved.compile_model
+
+
+def test_a_rollout_shows_the_camera_that_was_asked_for(policy_path, tmp_path, monkeypatch):
+    shown = []
+
+    def make(*arguments):
+        vector = make_environments(*arguments)
+        shown.append(vector.envs[0].unwrapped.camera_name)
+        return vector
+
+    monkeypatch.setattr("smolvla_shared.environments.make_environments", make)
+    settings = []
+    for camera in (None, "corner2", "topview"):
+        config = RolloutConfig(
+            policy_path=policy_path,
+            out=tmp_path / f"{camera}",
+            env=EnvironmentConfig(task=(TASK,), camera=camera),
+            episodes=1,
+            num_envs=1,
+            max_steps=2,
+        )
+        main(config)
+        settings.append(json.loads((config.out / "results.json").read_text())["environment"])
+    assert shown == ["corner2", "corner2", "topview"]
+    assert settings[0] == settings[1] != settings[2] == settings[0] | {"camera": "topview"}
 
 
 def test_a_camera_under_another_name_is_refused(policy_path):
