@@ -17,7 +17,7 @@ demo: setup  ## run the whole pipeline on demonstrations it records itself, 12 m
 
 # One thread a process (tests/conftest.py) and a process a core beat many threads: the models of the tests are tiny.
 # The order of the files is that of tests/conftest.py.
-test: setup lint  ## check the style and run all tests, 11 minutes on two idle cores
+test: setup lint  ## check the style and run all tests, 13 minutes on two idle cores
 	@PATH="$(CURDIR)/.venv/bin:$$PATH" pytest -m "" -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 gpu-check: setup  ## try training, sampling and speed on this machine's GPUs; writes gpu_check/
