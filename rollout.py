@@ -22,8 +22,8 @@ class EnvironmentConfig:
     type: str = "metaworld"
     # One or several tasks, such as plate-slide-v3. Default: reach-v3, PushT-v0 or AlohaInsertion-v0.
     task: tuple[str, ...] = ()
-    # Meta-World's camera, such as topview; the one that the policy's data was recorded with. Default: corner2.
-    camera: str | None = None
+    # One or several of Meta-World's cameras, such as topview, as in the policy's data. Default: corner2.
+    camera: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,7 +171,8 @@ def main(config: RolloutConfig) -> None:
         print(said)
     # The environment renders the size of the images that the policy was trained on.
     image_size = next(f.shape[-1] for f in saved.input_features.values() if len(f.shape) == 3)
-    camera = {"camera": config.env.camera} if config.env.camera not in (None, environments.CAMERAS[0]) else {}
+    default = config.env.camera in ((), environments.CAMERAS[:1])
+    camera = {} if default else {"camera": " ".join(config.env.camera)}
     settings = {
         "policy_sha256": policy_sha256(config.policy_path),
         "environment": {"type": config.env.type, "tasks": list(tasks), "image_size": image_size} | camera,

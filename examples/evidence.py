@@ -26,6 +26,7 @@ from functools import cached_property
 from pathlib import Path
 
 from evidence_table import Measured, compare, markdown, plot
+from lerobot.utils.constants import OBS_IMAGE, OBS_IMAGES
 
 from smolvla_shared.command import run_command
 
@@ -43,8 +44,13 @@ class Setting:
     max_steps: int = 150
     # Options of Stage 2 and Stage 3.
     options: str = ""
-    # Meta-World's camera; "": LeRobot's choice.
-    camera: str = ""
+    # Meta-World's cameras that are recorded, and that the teacher sees; (): LeRobot's choice.
+    cameras: tuple[str, ...] = ()
+
+    @property
+    def sees(self) -> str:
+        """Options of a policy that sees the first of several cameras."""
+        return f" --data.cameras {OBS_IMAGES}.{self.cameras[0]}" if len(self.cameras) > 1 else ""
 
 
 @dataclass(frozen=True)
@@ -61,7 +67,8 @@ class Sizes:
 FIVE = "drawer-open-v3", "door-open-v3", "plate-slide-v3", "coffee-button-v3", "window-open-v3"
 SETTINGS = {
     "five tasks": Setting(FIVE),
-    "five tasks from above": Setting(FIVE, camera="topview"),
+    "five tasks from above": Setting(FIVE, cameras=("topview",)),
+    "five tasks, two cameras": Setting(FIVE, cameras=("topview", "corner2")),
     "five tasks, no state": Setting(FIVE, options="--model.no-use-state"),
 }
 QUICK_SETTING = Setting(FIVE[:1], max_steps=16)
@@ -169,7 +176,7 @@ class Cell:
         tasks = self.where.tasks
         command = f"examples/record_metaworld.py --kind labelled --root @out --tasks {' '.join(tasks)}"
         command += f" --episodes {episodes // len(tasks)} --seed {seed} --noise {noise}"
-        command += f" --camera {self.where.camera}" if self.where.camera else ""
+        command += f" --camera {' '.join(self.where.cameras)}" if self.where.cameras else ""
         return Part(name, f"{command} --image-size {IMAGE_SIZE} --num-workers 1")
 
     def video(self) -> tuple[Part, ...]:
@@ -186,13 +193,17 @@ class Cell:
 
     def stage(self, steps: int, holds_out: bool = True) -> str:
         """Options of Stage 2 and Stage 3."""
-        return f"{self.training(steps, holds_out)} --flow-draws {self.sizes.flow_draws} {STAGES} {self.where.options}"
+        options = f"{STAGES} {self.where.options}{self.where.sees}"
+        return f"{self.training(steps, holds_out)} --flow-draws {self.sizes.flow_draws} {options}"
 
     def teacher(self, learns: bool) -> Part:
         """A teacher of the video; or one that keeps its random weights."""
         video = self.video()
         training = self.training(self.sizes.teacher_steps if learns else 1) + ("" if learns else " --optim.lr 1e-12")
         command = f"-m smolvla_shared.teacher train {training} --data.frame-gap-s {GAP_S}"
+        if self.where.sees:
+            cameras = [f"{OBS_IMAGES}.{camera}" for camera in self.where.cameras]
+            command += f" --data.label-cameras {' '.join(cameras)}"
         name = "teacher" if learns else "teacher-random"
         return Part(name, f"{command} --data.roots {places(0, len(video))}", video)
 
@@ -251,7 +262,8 @@ class Cell:
         checkpoint = f"@0/checkpoints/{'last' if step is None else f'{step:06d}'}/pretrained_model"
         command = f"rollout.py --policy-path {checkpoint} --out @out --num-envs 1 --max-steps {self.where.max_steps}"
         command += f" --episodes {self.sizes.rollouts // len(self.where.tasks)} --seed {self.seed * ROLLOUT_SEEDS}"
-        command += f" --env.camera {self.where.camera}" if self.where.camera else ""
+        command += f" --env.camera {self.where.cameras[0]}" if self.where.cameras else ""
+        command += f" --rename {OBS_IMAGE} {OBS_IMAGES}.{self.where.cameras[0]}" if self.where.sees else ""
         policy = (self.policy(),)
         return tuple(Part(f"rollout-{task}", f"{command} --env.task {task}", policy) for task in self.where.tasks)
 

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import gymnasium
 import numpy as np
+from lerobot.utils.constants import OBS_IMAGE, OBS_IMAGES
 from tqdm import tqdm
 
 from smolvla_shared.command import run_command
@@ -46,8 +47,9 @@ class RecordConfig:
     seed: int = 0
     # Side of the recorded image, pixels.
     image_size: int = 96
-    # Meta-World's camera: corner2, corner, corner3, topview, behindGripper or gripperPOV. Roll out with the same one.
-    camera: str = "corner2"
+    # Meta-World's cameras: corner2, corner, corner3, topview, behindGripper or gripperPOV. One is recorded as
+    # observation.image, several as observation.images.<camera>. Roll out with those that the policy sees.
+    camera: tuple[str, ...] = ("corner2",)
     # Standard deviation of the disturbances that are added to the expert's action (of [-1, 1]) for half of the time.
     # The recorded `action` is the expert's, so a policy learns to recover (DART, arXiv 1703.09327). The column
     # `executed_action` holds what the arm was told to do, and so what the video shows.
@@ -61,40 +63,50 @@ class Job:
     task: str
     seed: int  # the first of ATTEMPTS seeds
     image_size: int
-    camera: str
+    camera: tuple[str, ...]
     noise: float
     must_succeed: bool
 
 
 @lru_cache(maxsize=1)
-def environment(task: str, image_size: int, camera: str) -> gymnasium.Env:
+def environment(task: str, image_size: int, cameras: tuple[str, ...]) -> gymnasium.Env:
     """The process's environment, kept while the task is the same: building one takes longer than an episode.
 
     Only one at a time: gymnasium's renderer draws into the context that was created last, even another environment's.
     """
     warnings.filterwarnings("ignore", category=UserWarning)  # Meta-World's experts warn at every start
-    return make_metaworld(task, image_size, camera)
+    return make_metaworld(task, image_size, cameras)
+
+
+def image_keys(cameras: tuple[str, ...]) -> list[str]:
+    """The dataset's names of what these cameras show, as a rollout calls it."""
+    return [f"{OBS_IMAGES}.{camera}" for camera in cameras] if len(cameras) > 1 else [OBS_IMAGE]
+
+
+def several(pixels: np.ndarray | dict[str, np.ndarray]) -> list[np.ndarray]:
+    return [*pixels.values()] if isinstance(pixels, dict) else [pixels]
 
 
 def attempt(job: Job, seed: int) -> tuple[list[dict[str, Any]], bool]:
     """One episode of the disturbed expert: the dataset's rows, and whether the episode succeeded."""
     env, rng = environment(job.task, job.image_size, job.camera), np.random.default_rng(seed)
     observation, _ = env.reset(seed=seed)
+    expert, text = env.unwrapped.expert_policy, env.unwrapped.task_description
     frames, disturbance = [], np.zeros(4)
     for step in range(MAX_STEPS):
         if step % 10 == 0:  # a disturbance lasts for 10 steps
             disturbance = rng.normal(0, job.noise, 4) * rng.integers(2)
-        full_state = env._env.unwrapped._get_obs()  # the expert also sees where the objects are
-        action = np.clip(env.expert_policy.get_action(full_state), -1, 1).astype(np.float32)
+        full_state = env.unwrapped._env.unwrapped._get_obs()  # the expert also sees where the objects are
+        action = np.clip(expert.get_action(full_state), -1, 1).astype(np.float32)
         executed = np.clip(action + disturbance, -1, 1).astype(np.float32)
         frames.append(
             {
-                "observation.image": observation["pixels"],
                 "observation.state": observation["agent_pos"].astype(np.float32),
                 ACTION_KEY: action,
                 EXECUTED_ACTION_KEY: executed,
-                "task": env.task_description,
+                "task": text,
             }
+            | dict(zip(image_keys(job.camera), several(observation["pixels"]), strict=True))
         )
         observation, _, terminated, _, info = env.step(executed)
         if terminated:
@@ -113,10 +125,9 @@ def demonstrate(job: Job) -> list[dict[str, Any]]:
 
 def features(config: RecordConfig) -> dict[str, dict[str, Any]]:
     size, names = config.image_size, ["x", "y", "z", "gripper"]
-    result = {
-        "observation.image": {"dtype": "video", "shape": (size, size, 3), "names": ["height", "width", "channels"]},
-        "observation.state": {"dtype": "float32", "shape": (4,), "names": names},
-    }
+    image = {"dtype": "video", "shape": (size, size, 3), "names": ["height", "width", "channels"]}
+    result = {key: image for key in image_keys(config.camera)}
+    result |= {"observation.state": {"dtype": "float32", "shape": (4,), "names": names}}
     actions = (ACTION_KEY, EXECUTED_ACTION_KEY) if config.kind == "labelled" else ()
     return result | {key: {"dtype": "float32", "shape": (4,), "names": names} for key in actions}
 
@@ -126,8 +137,10 @@ def main(config: RecordConfig) -> None:
         raise ValueError(f"--root {config.root} exists: remove it or name another directory")
     if unknown := [task for task in config.tasks if task not in metaworld_tasks()]:
         raise ValueError(f"--tasks {unknown} are no tasks of Meta-World; it has {', '.join(metaworld_tasks())}")
-    if config.camera not in CAMERAS:
-        raise ValueError(f"--camera {config.camera} is not one of Meta-World's: {', '.join(CAMERAS)}")
+    if not {*config.camera} <= {*CAMERAS} or len({*config.camera}) < len(config.camera):
+        raise ValueError(
+            f"--camera {' '.join(config.camera)}: name Meta-World's, each once; it has {', '.join(CAMERAS)}"
+        )
     import av
     import datasets
     from lerobot.configs.video import RGBEncoderConfig

@@ -19,7 +19,7 @@ import gymnasium
 import numpy as np
 from lerobot.configs import FeatureType, PolicyFeature
 from lerobot.envs.configs import EnvConfig
-from lerobot.utils.constants import ACTION, OBS_IMAGE, OBS_STATE
+from lerobot.utils.constants import ACTION, OBS_IMAGE, OBS_IMAGES, OBS_STATE
 
 # Recordings use seeds from here on, rollouts use smaller ones: a policy is judged on object positions it has not seen.
 FIRST_RECORDING_SEED = 1_000_000
@@ -66,7 +66,7 @@ def task_text(env_type: str, task: str) -> str:
     return TASK_DESCRIPTIONS[task]
 
 
-def check_environment(env_type: str, tasks: tuple[str, ...], max_steps: int, camera: str | None = None) -> None:
+def check_environment(env_type: str, tasks: tuple[str, ...], max_steps: int, cameras: tuple[str, ...] = ()) -> None:
     """Raise ValueError for an unknown type, task or camera, what is not installed, and more steps than there are."""
     if env_type not in TASKS:
         raise ValueError(f"--env.type {env_type} is not one of {', '.join(TASKS)}; lerobot-eval has more types")
@@ -78,8 +78,10 @@ def check_environment(env_type: str, tasks: tuple[str, ...], max_steps: int, cam
         raise ValueError(f"--env.task {' '.join(unknown)}: not of {env_type}, which has {', '.join(known)}")
     if len(set(tasks)) < len(tasks):
         raise ValueError(f"--env.task {' '.join(tasks)} names a task twice")
-    if camera and (env_type != "metaworld" or camera not in CAMERAS):
-        raise ValueError(f"--env.camera {camera}: Meta-World alone has a choice, of {', '.join(CAMERAS)}")
+    if cameras and (env_type != "metaworld" or not {*cameras} <= {*CAMERAS} or len({*cameras}) < len(cameras)):
+        raise ValueError(
+            f"--env.camera {' '.join(cameras)}: Meta-World alone has a choice, of {', '.join(CAMERAS)}, each once"
+        )
     if env_type == "metaworld" and max_steps > METAWORLD_STEPS:
         raise ValueError(f"{max_steps} steps: Meta-World ends every episode after {METAWORLD_STEPS}, ask for no more")
 
@@ -96,16 +98,39 @@ def check_seeds(seeds: range) -> None:
 # --- one environment --------------------------------------------------------------------------------------------------
 
 
-def make_metaworld(task: str, image_size: int, camera: str | None = None) -> gymnasium.Env:
+class SeveralCameras(gymnasium.ObservationWrapper):
+    """Meta-World as several cameras show it: pixels are {camera: [h, w, 3]}. LeRobot renders the first."""
+
+    def __init__(self, env: gymnasium.Env, cameras: tuple[str, ...]):
+        super().__init__(env)
+        self.cameras, model = cameras, env._env.model
+        self.ids = [model.camera(camera).id for camera in cameras]
+        model.cam_pos[model.camera("corner2").id] = 0.75, 0.075, 0.7  # where LeRobot puts it
+        spaces = env.observation_space.spaces
+        pixels = gymnasium.spaces.Dict({camera: spaces["pixels"] for camera in cameras})
+        self.observation_space = gymnasium.spaces.Dict(spaces | {"pixels": pixels})
+
+    def observation(self, observation: dict[str, Any]) -> dict[str, Any]:
+        images, sim = [observation["pixels"]], self.unwrapped._env
+        for camera, number in zip(self.cameras[1:], self.ids[1:]):
+            sim.mujoco_renderer.camera_id = number
+            image = sim.render()
+            images.append((np.flip(image, (0, 1)) if camera == "corner2" else image).copy())  # as LeRobot turns it
+        sim.mujoco_renderer.camera_id = self.ids[0]
+        return observation | {"pixels": dict(zip(self.cameras, images, strict=True))}
+
+
+def make_metaworld(task: str, image_size: int, cameras: tuple[str, ...] = ()) -> gymnasium.Env:
     """LeRobot's Meta-World environment, rendered at `image_size` without shadows and reflections (slow on a CPU).
 
     LeRobot's commands always render 480 x 480 of corner2, the default. Recordings and rollouts both build their
-    environments here, so that a policy sees the images that it was trained on.
+    environments here, so that a policy sees the images that it was trained on. One camera's image is
+    `observation.image`, those of several are `observation.images.<camera>`.
     """
     from lerobot.envs.metaworld import MetaworldEnv
 
     size = {"observation_width": image_size, "observation_height": image_size}
-    env = MetaworldEnv(task, camera_name=camera or CAMERAS[0], obs_type="pixels_agent_pos", **size)
+    env = MetaworldEnv(task, camera_name=(cameras or CAMERAS)[0], obs_type="pixels_agent_pos", **size)
     env._ensure_env()  # builds the physics; the renderer reads the settings below at the first frame
     model, renderer = env._env.model, env._env.mujoco_renderer
     model.vis.quality.shadowsize = 0
@@ -113,7 +138,7 @@ def make_metaworld(task: str, image_size: int, camera: str | None = None) -> gym
     model.light_castshadow[:] = 0
     model.mat_reflectance[:] = 0
     renderer.width = renderer.height = image_size
-    return env
+    return SeveralCameras(env, cameras) if len(cameras) > 1 else env
 
 
 def metaworld_physics(env: gymnasium.Env) -> list[Any]:
@@ -172,14 +197,14 @@ class Checked(gymnasium.Wrapper):
 
 
 def make_environment(
-    env_type: str, task: str, image_size: int, max_steps: int, camera: str | None = None
+    env_type: str, task: str, image_size: int, max_steps: int, cameras: tuple[str, ...] = ()
 ) -> gymnasium.Env:
-    """image_size and camera are Meta-World's alone; PushT shows 96 x 96 pixels, Aloha 480 x 640."""
+    """image_size and cameras are Meta-World's alone; PushT shows 96 x 96 pixels, Aloha 480 x 640."""
     from lerobot.envs.utils import FreezeAfterEpisodeEnd
 
     if env_type == "metaworld":
-        env = make_metaworld(task, image_size, camera)
-        env._max_episode_steps = max_steps  # LeRobot's loop asks for it
+        env = make_metaworld(task, image_size, cameras)
+        env.unwrapped._max_episode_steps = max_steps  # LeRobot's loop asks for it
     else:
         config = EnvConfig.get_choice_class(env_type)(task=task, episode_length=max_steps)
         __import__(config.package_name)  # registers the environment, also in a worker process
@@ -192,14 +217,14 @@ def make_environment(
 
 
 def make_environments(
-    env_type: str, task: str, image_size: int, max_steps: int, num_envs: int, camera: str | None = None
+    env_type: str, task: str, image_size: int, max_steps: int, num_envs: int, cameras: tuple[str, ...] = ()
 ) -> gymnasium.vector.VectorEnv:
     """Vectorised environments: one in this process, or each in a process of its own.
 
     gymnasium's renderer draws into the context that was created last, even another environment's, so that two of
     Meta-World do not share a process.
     """
-    factories = [partial(make_environment, env_type, task, image_size, max_steps, camera)] * num_envs
+    factories = [partial(make_environment, env_type, task, image_size, max_steps, cameras)] * num_envs
     if num_envs == 1:
         return gymnasium.vector.SyncVectorEnv(factories)
     preload_workers()
@@ -237,17 +262,22 @@ class MetaworldPlainConfig(EnvConfig):
     episode_length: int = METAWORLD_STEPS
     # Side of the images that the policy was trained on, pixels.
     image_size: int | None = None
-    # Meta-World's camera that the policy was trained on. Default: corner2.
+    # Meta-World's camera that the policy was trained on, or several, with commas. Default: corner2.
     camera: str | None = None
 
     def __post_init__(self):
         side = self.image_size or 0
+        several = self.cameras if len(self.cameras) > 1 else ()
+        images = {f"pixels/{camera}": f"{OBS_IMAGES}.{camera}" for camera in several} or {"pixels": OBS_IMAGE}
         self.features = {
             "action": PolicyFeature(FeatureType.ACTION, (4,)),
             "agent_pos": PolicyFeature(FeatureType.STATE, (4,)),
-            "pixels": PolicyFeature(FeatureType.VISUAL, (side, side, 3)),
-        }
-        self.features_map = {"action": ACTION, "agent_pos": OBS_STATE, "pixels": OBS_IMAGE}
+        } | {name: PolicyFeature(FeatureType.VISUAL, (side, side, 3)) for name in images}
+        self.features_map = {"action": ACTION, "agent_pos": OBS_STATE} | images
+
+    @property
+    def cameras(self) -> tuple[str, ...]:
+        return tuple(self.camera.split(",")) if self.camera else ()
 
     @property
     def gym_kwargs(self) -> dict[str, Any]:
@@ -264,8 +294,8 @@ class MetaworldPlainConfig(EnvConfig):
             )
         render_headless()
         tasks = tuple(self.task.split(","))
-        check_environment("metaworld", tasks, self.episode_length, self.camera)
-        options = {"image_size": self.image_size, "max_steps": self.episode_length, "camera": self.camera}
+        check_environment("metaworld", tasks, self.episode_length, self.cameras)
+        options = {"image_size": self.image_size, "max_steps": self.episode_length, "cameras": self.cameras}
         if n_envs == 1:
             return {task: {0: make_environments("metaworld", task, **options, num_envs=1)} for task in tasks}
         preload_workers()
