@@ -81,10 +81,10 @@ def main(config: Stage2Config) -> None:
     from smolvla_shared.run import Run, inputs, start_run
 
     initial = open_initial(config.model)
-    options, cameras, label_camera = initial.choose_views(config, datasets, with_latents=True)
-    labels = open_labels(config, datasets, label_camera, initial.latent_horizon)
-    dims = robots.dims | initial.latent_dims(labels, options, label_camera, config.latent_head)
-    about = {"label_camera": label_camera, "valid_pair_share": data.valid_pair_share(datasets, training)}
+    options, cameras, label_cameras = initial.choose_views(config, datasets, with_latents=True)
+    labels = open_labels(config, datasets, label_cameras, initial.latent_horizon)
+    dims = robots.dims | initial.latent_dims(labels, options, label_cameras, config.latent_head)
+    about = {"label_cameras": label_cameras, "valid_pair_share": data.valid_pair_share(datasets, training)}
     about |= {"horizon": labels.horizon} | data_views.gaps(datasets)
     latents = artifact.Latents(labels.teacher_id, labels.kind, **about)
     latents = label_health.with_health(latents, config.label_health, config.accept_label_health)
@@ -97,7 +97,7 @@ def main(config: Stage2Config) -> None:
     paired = [data.with_pairs(datasets, rows) for rows in (training, held_out)]
     groups = [data_split.balanced(datasets, paired[0], config.data.balance), data_split.weighted(paired[1])]
     plan = f"Stage 2: {data_order.plan(groups[0], config)}"
-    table = data_views.describe(datasets, cameras, label_camera, initial.core.cameras)
+    table = data_views.describe(datasets, cameras, label_cameras, initial.core.cameras)
     accelerator.print(initial.describe(core, datasets=datasets), table, latents, plan, sep="\n")
     features = feature_cache.prepare_features(core, datasets, cameras, config, accelerator)
     spec = SampleSpec.of(core.config, [LATENT], labels, features, config.flow_draws)

@@ -85,7 +85,7 @@ class Stage3Config(StageOptions, RunConfig):
         ranges.refuse_without(self, *needed, "teacher_kind laq_code_seq_len laq_image_size accept_other_pairs")
         ranges.refuse_without(self, *needed, "latent_horizon")
         ranges.refuse_without(self, self.latent_loss_weight > 0, "--latent-loss-weight", "latent_head")
-        ranges.refuse_without(self.data, *needed, "label_camera frame_gap_s", "--data.")
+        ranges.refuse_without(self.data, *needed, "label_cameras frame_gap_s", "--data.")
 
     @property
     def has_video(self) -> bool:
@@ -150,13 +150,13 @@ def main(config: Stage3Config) -> None:
 
     weight = {ACTION: 1.0} | ({LATENT: config.latent_loss_weight} if config.latent_loss_weight else {})
     initial = open_initial(config.model, config.stage2_artifact)
-    options, cameras, label_camera = initial.choose_views(config, datasets, with_latents=config.needs_labels)
+    options, cameras, label_cameras = initial.choose_views(config, datasets, with_latents=config.needs_labels)
     optional = {name: data_views.may_be_missing(robots.datasets_of(name, labelled), cameras) for name in robots.acting}
     dims = robots.dims | {"chunk_size": config.chunk_size}
     recorded = initial.recorded_statistics(dims) if config.normalization == "artifact" else {}
     action_decoder.check_horizon(config.decode_actions, config.latent_horizon or initial.latent_horizon)
-    labels = open_labels(config, datasets, label_camera, initial.latent_horizon) if config.needs_labels else None
-    dims |= initial.latent_dims(labels, options, label_camera, config.latent_head) if LATENT in weight else {}
+    labels = open_labels(config, datasets, label_cameras, initial.latent_horizon) if config.needs_labels else None
+    dims |= initial.latent_dims(labels, options, label_cameras, config.latent_head) if LATENT in weight else {}
     training, groups, held_out = data_split.split_with_video(datasets, len(labelled), config, config.video_share)
     accelerator, resume_from = start_run(config)
 
@@ -164,7 +164,7 @@ def main(config: Stage3Config) -> None:
     decode = action_decoder.fit(labels, len(labelled), *about) if config.decode_actions else action_decoder.AS_IS
     core = initial.build(config.model, cameras, weight, accelerator.mixed_precision, **dims)
     statistics = robots.statistics(datasets, training, len(labelled))
-    table = data_views.describe(datasets, cameras, label_camera, initial.core.cameras)
+    table = data_views.describe(datasets, cameras, label_cameras, initial.core.cameras)
     plan = f"Stage 3: {data_order.plan(groups, config)}; loss {weight}; statistics of the {config.normalization}"
     accelerator.print(initial.describe(core, statistics.get("state"), datasets), table, plan, decode, sep="\n")
     statistics |= recorded

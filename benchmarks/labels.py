@@ -109,7 +109,7 @@ def measure(config: Benchmark, run: StageOptions, datasets, cameras, online, kin
     targets = {LATENT: latent_statistics(online, datasets, frames, seed=0)}
     preprocessor = Preprocessor(core_config, load_trunk_tokenizer("tiny", None), targets)
     spec = data_loader.SampleSpec(
-        cameras, label_camera=online.camera, pair_size=online.pair_size, draws={LATENT: online.shape}
+        cameras, label_cameras=online.cameras, pair_size=online.pair_size, draws={LATENT: online.shape}
     )
     sampler = data_order.StepSampler(data_rows.group_rows(frames), 0, config.batch_size, 0, config.steps + 2)
     times: dict[str, list[tuple]] = {kind: [] for kind in kinds}

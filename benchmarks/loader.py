@@ -121,7 +121,7 @@ def our_loader(root: Path, stage: int, caches: str, options: Options) -> DataLoa
     if stage == 3:
         spec = replace(spec, chunk_size=CHUNK_SIZE, action_dim=6)
     elif caches == "none":
-        spec = replace(spec, label_camera=CAMERAS[0])
+        spec = replace(spec, label_cameras=CAMERAS[:1])
     if "features" in caches:
         spec = replace(spec, features=dict.fromkeys(CAMERAS, (feature_store(root, datasets[0].num_frames),)))
     sampler = data_order.StepSampler(data_rows.group_rows(frames), 0, options.batch_size, 0, 10**6)

@@ -64,7 +64,7 @@ def train(config: Config, name: str, video: Path, steps: int, *options: object) 
 def save(config: Config, name: str, laq: LAQ) -> Path:
     path = config.out / name / "laq.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_laq(laq, path, {"frame_gap_s": GAP_S, "label_camera": None})
+    save_laq(laq, path, {"frame_gap_s": GAP_S, "label_cameras": []})
     return path
 
 

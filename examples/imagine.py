@@ -3,9 +3,9 @@
     python examples/imagine.py --stage2-artifact runs/s2/artifacts/smolvla_shared_stage2_artifact.safetensors \
         --laq-ckpt runs/laq/checkpoints/last/pretrained_model/laq.safetensors --data.roots my/videos --out imagined.png
 
-A row of the picture is a frame of another episode. Its columns: the frame at t; what the teacher's decoder makes of it
-with the predicted latent actions, one after the other; the frame that was recorded then; and, beside either, its
-difference to the frame at t, four times as large. Take episodes that Stage 2 has not seen.
+A row of the picture is a frame of another episode, of the first label camera. Its columns: the frame at t; what the
+teacher's decoder makes of it with the predicted latent actions, one after the other; the frame that was recorded then;
+and, beside either, its difference to the frame at t, four times as large. Take episodes that Stage 2 has not seen.
 """
 
 from dataclasses import dataclass, replace
@@ -68,11 +68,11 @@ def main(config: ImagineConfig) -> None:
     initial, laq = open_initial(ModelConfig(), config.stage2_artifact), load_laq(config.laq_ckpt)
     options = initial.data_options(config.data, with_latents=True)
     datasets = data.open_datasets(options)
-    cameras, label_camera = data_views.choose_cameras(datasets, options)
+    cameras, label_cameras = data_views.choose_cameras(datasets, options)
     if initial.no_statistics:
         raise ValueError(f"no state can be normalised: {initial.no_statistics}")
-    labels = OnlineLabels(laq, initial.latents.teacher_kind, label_camera, initial.latent_horizon)
-    initial.latent_dims(labels, options, label_camera)  # refuses another teacher, gap or camera
+    labels = OnlineLabels(laq, initial.latents.teacher_kind, label_cameras, initial.latent_horizon)
+    initial.latent_dims(labels, options, label_cameras)  # refuses another teacher, gap or camera
     core = SmolVLASharedCore(replace(initial.core, cameras=cameras)).eval()
     core.load_state_dict(initial.weights)
 
@@ -95,10 +95,11 @@ def main(config: ImagineConfig) -> None:
         latents = labels.codebook[codes]
     else:
         latents = statistics.unnormalize(predicted.flatten(1)).view(predicted.shape)
-    frames = laq.resize(unit_range(raw.pairs))
+    frames = laq.resize(unit_range(raw.pairs[:, 0]))
     first, last = frames[:, 0], frames[:, -1]
     with torch.no_grad():
-        expected = roll_forward(laq, first, latents.unflatten(1, (labels.horizon, -1)))
+        in_a_row = latents.unflatten(1, (labels.horizon, len(label_cameras), -1))[:, :, 0]
+        expected = roll_forward(laq, first, in_a_row)
     columns, ahead = {"t": first}, labels.horizon * options.gap_s
     for title, images in {"expected": expected, "recorded": last}.items():
         columns |= {f"{title}, t + {ahead:.3g} s": images, f"{title} change, x 4": 0.5 + 4 * (images - first)}

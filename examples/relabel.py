@@ -64,17 +64,17 @@ def main(config: RelabelConfig) -> None:
     from smolvla_shared.label_cache import label_stores, read_codebook, write_codebook
 
     datasets = data.open_datasets(config.data)
-    _, camera = data_views.choose_cameras(datasets, config.data)
+    _, cameras = data_views.choose_cameras(datasets, config.data)
     if config.source_cache:
         kind = config.teacher_kind
-        sources = label_stores(config.source_cache, datasets, None, kind, camera)
+        sources = label_stores(config.source_cache, datasets, None, kind, cameras)
         for source in sources:
             source.open()
         teacher = f"{sources[0].key['teacher_id']}, shuffled with seed {config.seed}"
     else:
         kind, sources = "continuous", [None] * len(datasets)
         teacher = f"executed actions, {config.slots} slots"
-    stores = label_stores(config.label_cache, datasets, teacher, kind, camera)
+    stores = label_stores(config.label_cache, datasets, teacher, kind, cameras)
     for dataset, source, store in zip(datasets, sources, stores, strict=True):
         rows = dataset.rows_with_pairs(dataset.rows()).numpy()
         if source is None:

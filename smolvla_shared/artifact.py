@@ -30,7 +30,7 @@ class Latents:
     teacher_id: str  # sha256 of the teacher's configuration and weights (laq_files.teacher_id)
     teacher_kind: TeacherKind
     frame_gap_s: ranges.Positive  # of the datasets that state none of their own, if there are such (data_views.gaps)
-    label_camera: str
+    label_cameras: tuple[str, ...]
     # Share of the sampled pairs that did not cross an episode's end.
     valid_pair_share: ranges.Share
     # Latent actions in a row that the latent head predicts.
@@ -43,7 +43,7 @@ class Latents:
 
     def __str__(self) -> str:
         return (
-            f"{self.teacher_kind} latents of teacher {self.teacher_id[:12]} on {self.label_camera}, "
+            f"{self.teacher_kind} latents of teacher {self.teacher_id[:12]} on {', '.join(self.label_cameras)}, "
             f"{' or '.join(f'{gap:.3g}' for gap in (self.frame_gap_s, *self.own_gaps_s))} s apart, "
             f"{self.horizon} in a row; "
             f"{self.valid_pair_share:.1%} of the frames have a pair; label health: "

@@ -1,9 +1,10 @@
 """Batch: the one contract between data and model.
 
 Shape legend, used in every comment of this package:
-    B batch          N cameras       H, W image height and width
+    B batch          N cameras       V label cameras     H, W image height and width
     L text tokens    P prefix tokens (N cameras' image tokens, then L, then 1 for the state)
-    S latent slots   D latent width  (a latent action is S vectors of D; its public, flattened shape is [B, S*D])
+    S latent slots   D latent width  (a latent action is S vectors of D; its public, flattened shape is [B, S*D];
+                     with several label cameras, S counts the slots of all, one camera after the other)
     M horizon        a latent target is M latent actions in a row, M*S tokens; S stands for M*S wherever M is not named
     T action chunk   A action dims   K flow draws, (noise, time) pairs trained on one prefix pass
 """
@@ -29,9 +30,9 @@ class RawBatch:
     tasks: list[str]  # B task texts
     state: Tensor  # [B, state_dim] float32; zeros where a dataset has none
     state_mask: Tensor  # [B] bool
-    # The label camera's frames at t, t + gap, ..., t + M gap, [B, M + 1, 3, h, w], of which two neighbours are a pair:
-    # uint8, or float32 squares in [0, 1] of the teacher's size if the datasets' sizes differ. None if there are no
-    # labels or they come from a cache.
+    # The label cameras' frames at t, t + gap, ..., t + M gap, [B, V, M + 1, 3, h, w], of which two neighbours are a
+    # pair: uint8, or float32 squares in [0, 1] of the teacher's size if sizes differ. None if there are no labels or
+    # they come from a cache.
     pairs: Tensor | None
     pair_mask: Tensor  # [B, M] bool: False where the episode ends before a pair's second frame; M = 0 without labels
     actions: Tensor  # [B, T, A] float32; zeros where a dataset has none
@@ -57,12 +58,12 @@ class Labels(Protocol):
 
     teacher_id: str
     kind: TeacherKind
-    # M*S, D: M latent actions in a row of S codes each.
+    # M*S, D: M latent actions in a row of S codes each, those of every label camera in turn.
     shape: tuple[int, int]
     horizon: int
-    # Camera to read frame pairs from; None: no pairs needed.
-    camera: str | None
-    # Side of the square that pairs are resized to if the datasets' sizes differ, pixels.
+    # Cameras to read frame pairs from; (): no pairs needed.
+    cameras: tuple[str, ...]
+    # Side of the square that pairs are resized to if their sizes differ, pixels.
     pair_size: int
     # The teacher's codes [C, D]; with the kind `quantized` every latent token is one of them.
     codebook: Tensor

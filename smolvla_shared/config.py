@@ -171,8 +171,9 @@ class DataConfig:
     # Camera keys to use, in this order; a dataset may lack some, which are then masked. Default: those of the mixture,
     # else every camera that all datasets have, in the first dataset's order.
     cameras: tuple[str, ...] = ()
-    # Camera whose frame pairs the LAQ teacher sees. Default: the teacher's own, else the first of the cameras.
-    label_camera: str | None = None
+    # Cameras whose frame pairs the LAQ teacher sees: a latent action is the codes of all, one camera after the other.
+    # Default: the teacher's own, else the first of the cameras.
+    label_cameras: tuple[str, ...] = ()
     # Time between the two frames of a pair, seconds. Default: the teacher's own, else 0.5 (LAPA's files do not say).
     frame_gap_s: ranges.Positive | None = None
     # Loader processes of each training process; 0: the training process loads the data itself.
@@ -339,7 +340,7 @@ class TeacherOptions:
     laq_image_size: ranges.Count | None = None
     # Which latents are the labels. quantized: the codebook's entries. continuous: the latents before quantisation.
     teacher_kind: TeacherKind = "quantized"
-    # Pairs at another --data.frame-gap-s or of another --data.label-camera than those the teacher was trained on.
+    # Pairs at another --data.frame-gap-s or of another --data.label-cameras than those the teacher was trained on.
     accept_other_pairs: bool = False
 
 

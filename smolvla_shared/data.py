@@ -52,16 +52,16 @@ class RobotDataset:
             self._download()
             self._open()
         self.views = entry.cameras or {camera: camera for camera in self.camera_keys}
-        named = dict.fromkeys([*self.views.values(), *filter(None, [entry.label_camera])])
+        named = dict.fromkeys([*self.views.values(), *(entry.label_cameras or ())])
         if missing := [camera for camera in named if camera not in self.camera_keys]:
             raise ValueError(
                 f"the mixture names {', '.join(missing)} as a camera of {self.name}, which has "
                 f"{', '.join(self.camera_keys) or 'none'}"
             )
 
-    def label_view(self, camera: str) -> str:
-        """The camera that shows its pairs in a run whose label camera is `camera`, by the policy's name."""
-        return self.entry.label_camera or self.views[camera]
+    def label_views(self, cameras: tuple[str, ...]) -> tuple[str, ...]:
+        """The cameras that show its pairs in a run whose label cameras are these, by the policy's names."""
+        return self.entry.label_cameras or tuple(self.views[camera] for camera in cameras)
 
     def _download(self) -> None:
         """As LeRobotDataset does, which would then read all of it. Raises ValueError if the hub does not give it."""

@@ -10,34 +10,37 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from smolvla_shared.batch import to_device
 from smolvla_shared.cache import RowCache
 from smolvla_shared.data import RobotDataset
 from smolvla_shared.run_processes import check_shared_memory, make_worker_loader
 
 
 class FrameBlocks(Dataset):
-    """Frames of one camera at several offsets from each row of a block. Each frame is read once, in order.
+    """Frames of some cameras at several offsets from each row of a block. Each frame is read once, in order.
 
     blocks:  for each block its rows, all in one episode
     offsets: distances from a row in frames, such as (0, gap) for pairs
     """
 
-    def __init__(self, dataset: RobotDataset, camera: str, blocks: list[np.ndarray], offsets: tuple[int, ...]):
-        self.dataset, self.camera, self.blocks, self.offsets = dataset, camera, blocks, np.array(offsets)
+    def __init__(
+        self, dataset: RobotDataset, cameras: tuple[str, ...], blocks: list[np.ndarray], offsets: tuple[int, ...]
+    ):
+        self.dataset, self.cameras, self.blocks, self.offsets = dataset, cameras, blocks, np.array(offsets)
 
     def __len__(self) -> int:
         return len(self.blocks)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Frames [F, 3, h, w] uint8; the index of each row's frames among the F, [n, offsets]; whether the episode has
-        that frame, [n, offsets] bool. Where it has not, the index is that of the row's own frame.
+    def __getitem__(self, index: int) -> tuple[list[Tensor], Tensor, Tensor]:
+        """Each camera's frames [F, 3, h, w] uint8; the index of each row's frames among the F, [n, offsets]; whether
+        the episode has that frame, [n, offsets] bool. Where it has not, the index is that of the row's own frame.
         """
         rows = self.blocks[index]
         episode = self.dataset.episode_of(rows[0])
         wanted = rows[:, None] + self.offsets
         valid = (wanted >= self.dataset.episode_from[episode]) & (wanted < self.dataset.episode_to[episode])
         frames, place = np.unique(np.where(valid, wanted, rows[:, None]), return_inverse=True)
-        images = self.dataset.read_frames(self.camera, frames.tolist())
+        images = [self.dataset.read_frames(camera, frames.tolist()) for camera in self.cameras]
         return images, torch.from_numpy(place.reshape(wanted.shape)), torch.from_numpy(valid)
 
 
@@ -63,20 +66,20 @@ def deal_missing(store: RowCache, accelerator: Accelerator) -> list[range]:
 def fill_cache(
     store: RowCache,
     dataset: RobotDataset,
-    camera: str,
+    cameras: tuple[str, ...],
     pairs: bool,
     row_shape: tuple[int, ...],
     dtype: torch.dtype,
-    compute: Callable[[Tensor, Tensor], Tensor],
+    compute: Callable[[list[Tensor], Tensor], Tensor],
     rows_at_once: int,
     num_workers: int,
     accelerator: Accelerator,
 ) -> None:
-    """Fill a dataset's cache from a camera's frames. Every process fills an equal share of the missing shards.
+    """Fill a dataset's cache from some cameras' frames. Every process fills an equal share of the missing shards.
 
     pairs:   True: a row is computed from its frame and the frame a gap later, and is 0 if the episode ends before that.
              False: a row is computed from its frame alone
-    compute: (frames, indices) of up to `rows_at_once` rows (FrameBlocks), on the device -> values of these rows
+    compute: (each camera's frames, indices) of up to `rows_at_once` rows (FrameBlocks), on the device -> their values
     """
     missing = deal_missing(store, accelerator)
     plan = []
@@ -85,7 +88,7 @@ def fill_cache(
         rows = dataset.rows_with_pairs(rows) if pairs else rows
         plan.append((shard, episode_blocks(dataset, rows.numpy(), rows_at_once)))
     offsets = (0, dataset.gap) if pairs else (0,)
-    blocks = FrameBlocks(dataset, camera, [block for _, parts in plan for block in parts], offsets)
+    blocks = FrameBlocks(dataset, cameras, [block for _, parts in plan for block in parts], offsets)
     loader = make_worker_loader(blocks, num_workers)
     if any(parts for _, parts in plan):  # shards may be missing that have no pair at all
         check_shared_memory(loader)
@@ -102,7 +105,7 @@ def fill_cache(
         values = torch.zeros(len(shard), *row_shape, dtype=dtype)
         for block in parts:
             frames, places, _ = next(batches)
-            computed = compute(frames.to(accelerator.device), places.to(accelerator.device))
+            computed = compute(*to_device([frames, places], accelerator.device))
             values[torch.from_numpy(block - shard.start)] = computed.to("cpu", dtype)
         store.write(shard, values)
         progress.update(len(shard) * accelerator.num_processes)

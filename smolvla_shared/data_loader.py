@@ -34,11 +34,11 @@ class SampleSpec:
     # Actions in a chunk and width of an action; 0: no actions are read.
     chunk_size: int = 0
     action_dim: int = 0
-    # Camera whose frame pairs are read for the teacher; None: no pairs are read.
-    label_camera: str | None = None
-    # Latent actions in a row (M): M + 1 frames are read of the label camera. 0: no latent actions, no pairs.
+    # Cameras whose frame pairs are read for the teacher; (): no pairs are read.
+    label_cameras: tuple[str, ...] = ()
+    # Latent actions in a row (M): M + 1 frames are read of a label camera. 0: no latent actions, no pairs.
     horizon: int = 1
-    # Side of the teacher's square. If the datasets' sizes differ, pairs are resized to it: a label must not depend on
+    # Side of the teacher's square. If the pairs' sizes differ, they are resized to it: a label must not depend on
     # the other datasets.
     pair_size: int = 0
     # Shape [tokens, width] of each flow target's noise, the number of (noise, time) draws K of a sample, and the Beta
@@ -53,7 +53,7 @@ class SampleSpec:
     @classmethod
     def of_pairs(cls, labels: Labels) -> "SampleSpec":
         """What the labels alone need of a sample."""
-        return cls(cameras=(), label_camera=labels.camera, pair_size=labels.pair_size, horizon=labels.horizon)
+        return cls(cameras=(), label_cameras=labels.cameras, pair_size=labels.pair_size, horizon=labels.horizon)
 
     @classmethod
     def of(
@@ -71,7 +71,7 @@ class SampleSpec:
             state_dim=core.state_dim,
             chunk_size=core.chunk_size if ACTION in targets else 0,
             action_dim=core.action_dim if ACTION in targets else 0,
-            label_camera=labels.camera if labels else None,
+            label_cameras=labels.cameras if labels else (),
             horizon=labels.horizon if labels else 0,
             pair_size=labels.pair_size if labels else 0,
             draws={name: shape for name, shape in shapes.items() if name in targets},
@@ -96,23 +96,27 @@ class SampleDataset(Dataset):
         # Decided for the run, so that a frame looks the same in every batch.
         self.square_side = square_sides(datasets, spec.cameras)
         self.blank = {camera: self.black(camera) for camera in spec.cameras if camera not in spec.features}
-        self.label_views = [d.label_view(spec.label_camera) for d in datasets] if spec.label_camera else []
-        self.resizes_pairs = len({d.frame_shape(view) for d, view in zip(datasets, self.label_views)}) > 1
-        # Cameras whose images are the first frames of the pairs: what both have is sent to the training process once.
+        self.label_views = [d.label_views(spec.label_cameras) if spec.label_cameras else () for d in datasets]
+        self.resizes_pairs = len({d.frame_shape(v) for d, views in zip(datasets, self.label_views) for v in views}) > 1
+        # Cameras whose images are the first frames of the pairs, and of which label camera: what both have is sent to
+        # the training process once.
         as_they_are = [camera for camera in self.blank if not self.augment and camera not in self.square_side]
-        self.in_pairs = [c for c in as_they_are if [d.views.get(c) for d in datasets] == self.label_views]
+        by_camera = {views: place for place, views in enumerate(zip(*self.label_views))}
+        own = {camera: tuple(d.views.get(camera) for d in datasets) for camera in as_they_are}
+        self.in_pairs = {camera: by_camera[views] for camera, views in own.items() if views in by_camera}
 
     def __getitem__(self, keys: list[SampleKey]) -> RawBatch:
         # A sample's random numbers are drawn in this order: noise and times, state dropout. Augmentation has its own.
         spec, rngs = self.spec, [np.random.default_rng([self.seed, key.step, key.slot]) for key in keys]
         frames = self.read_frames(keys)
-        pairs = self.pairs(frames) if spec.label_camera else None
+        pairs = self.pairs(frames) if spec.label_cameras else None
         images = []
         for camera in spec.cameras:
             if camera in spec.features:
                 images.append(self.features(camera, keys))
             else:
-                images.append(pairs[:, 0] if camera in self.in_pairs else self.images(camera, frames, keys))
+                place = self.in_pairs.get(camera)
+                images.append(self.images(camera, frames, keys) if place is None else pairs[:, place, 0])
         has_camera = [[camera in self.datasets[key.dataset].views for camera in spec.cameras] for key in keys]
         states, state_valid, actions, action_valid = zip(*map(self.read_vectors, keys), strict=True)
         noise, time = {}, {}
@@ -152,14 +156,14 @@ class SampleDataset(Dataset):
     def read_frames(self, keys: list[SampleKey]) -> dict[tuple[int, str], Part]:
         """Decode, for the whole batch, every camera that is read of a dataset: {(dataset, its camera): part}.
 
-        Places 0..B-1 are the frames at t. For the label camera, places i B..(i + 1) B - 1 are those at t + i gap.
+        Places 0..B-1 are the frames at t. For a label camera, places i B..(i + 1) B - 1 are those at t + i gap.
         """
         spec, parts = self.spec, {}
         for index in sorted({key.dataset for key in keys}):
             dataset, places = self.datasets[index], np.flatnonzero([key.dataset == index for key in keys])
             rows = [keys[place].row for place in places]
             cameras = [dataset.views[camera] for camera in self.blank if camera in dataset.views]
-            label_views = self.label_views[index : index + 1]
+            label_views = self.label_views[index]
             for camera in dict.fromkeys((*cameras, *label_views)):
                 wanted, at = rows, places
                 if camera in label_views:
@@ -193,13 +197,16 @@ class SampleDataset(Dataset):
         shape = dataset.frame_shape(dataset.views[camera])
         return common_size(torch.zeros(1, *shape, dtype=torch.uint8), self.square_side.get(camera))
 
-    def pairs(self, frames: dict[tuple[int, str], Part]) -> Tensor:  # [B, M + 1, 3, h, w]
+    def pairs(self, frames: dict[tuple[int, str], Part]) -> Tensor:  # [B, V, M + 1, 3, h, w]
         """The teacher's frames, never augmented."""
-        parts = [part for (index, view), part in frames.items() if view == self.label_views[index]]
-        if self.resizes_pairs:
-            size = self.spec.pair_size
-            parts = [(places, preprocess.stretch(preprocess.unit_range(f), size)) for places, f in parts]
-        return merge(parts).unflatten(0, (self.spec.horizon + 1, -1)).transpose(0, 1)
+        of_cameras = []
+        for place in range(len(self.spec.label_cameras)):
+            parts = [part for (index, view), part in frames.items() if view == self.label_views[index][place]]
+            if self.resizes_pairs:
+                size = self.spec.pair_size
+                parts = [(places, preprocess.stretch(preprocess.unit_range(f), size)) for places, f in parts]
+            of_cameras.append(merge(parts).unflatten(0, (self.spec.horizon + 1, -1)))
+        return torch.stack(of_cameras).permute(2, 0, 1, 3, 4, 5)
 
     def features(self, camera: str, keys: list[SampleKey]) -> Tensor:  # [B, tokens, hidden]
         stores = self.spec.features[camera]

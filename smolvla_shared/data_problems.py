@@ -193,11 +193,11 @@ def refuse_cameras(datasets: "list[RobotDataset]", cameras: Collection[str]) -> 
     """Raise ValueError for a camera, by the policy's name, that a policy cannot read in a dataset that has it."""
     for dataset in datasets:
         own = {camera: dataset.views[camera] for camera in cameras if camera in dataset.views}
-        own |= {camera: camera for camera in [dataset.entry.label_camera] if camera}
+        own |= {camera: camera for camera in dataset.entry.label_cameras or ()}
         problems = {camera: camera_problem(view, dataset.features[view]) for camera, view in own.items()}
         if bad := [problem for problem in problems.values() if problem]:
             others = " ".join(camera for camera, problem in problems.items() if not problem)
-            fix = f": pass --data.cameras {others} (or --data.label-camera)" if others else ""
+            fix = f": pass --data.cameras {others} (or --data.label-cameras)" if others else ""
             raise ValueError(f"{dataset.name}: {'; '.join(bad)}{fix}")
 
 

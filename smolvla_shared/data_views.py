@@ -53,15 +53,15 @@ def refuse_named(datasets: list[RobotDataset], config: DataConfig, starts_elsewh
     starts_elsewhere: whether a model to start from, or a teacher, may have cameras of its own
     """
     if config.cameras or not starts_elsewhere:
-        choose_cameras(datasets, config, with_pairs=bool(config.label_camera))
+        choose_cameras(datasets, config, with_pairs=bool(config.label_cameras))
     if config.frame_gap_s:
         data.with_pairs(datasets, [(index, dataset.rows()) for index, dataset in enumerate(datasets)])
 
 
 def choose_cameras(
     datasets: list[RobotDataset], config: DataConfig, named: bool = True, with_pairs: bool = True
-) -> tuple[tuple[str, ...], str]:
-    """The policy's cameras, and the label camera ("" without pairs), by the policy's names.
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The policy's cameras, and the label cameras (() without pairs), by the policy's names.
 
     Default: the names in the mixture, else the cameras that all datasets have. A dataset may lack a camera that the
     user has named, in --data.cameras or in a mixture.
@@ -69,18 +69,20 @@ def choose_cameras(
     named: whether config.cameras are the user's
 
     Raises ValueError for a camera that no dataset has, or not every dataset if it was not named; for a dataset that has
-    none of them; and for one that lacks the label camera.
+    none of them; and for one that lacks a label camera, or has another number of them.
     """
     views = {dataset.name: [*dataset.views] for dataset in datasets}
     common = [camera for camera in datasets[0].views if all(camera in known for known in views.values())]
     mapped = camera_names(dataset.entry for dataset in datasets)
     cameras = config.cameras or mapped or tuple(common)
-    label_camera = config.label_camera or (cameras[0] if cameras else "") if with_pairs else ""
+    label_cameras = config.label_cameras or cameras[:1] if with_pairs else ()
     known = {camera for of in views.values() for camera in of} if mapped or (named and config.cameras) else {*common}
-    own = [dataset.name for dataset in datasets if dataset.entry.label_camera]
-    unlabelled = [name for name in views if label_camera and name not in own and label_camera not in views[name]]
+    own = [dataset.name for dataset in datasets if dataset.entry.label_cameras]
+    unlabelled = [name for name in views if name not in own and not {*label_cameras} <= {*views[name]}]
     listing = "; ".join(f"{name}: {', '.join(of)}" for name, of in views.items())
-    asked = f"asked for {list(cameras) or 'all they share'}, label camera {label_camera or 'none'}; found {listing}. "
+    asked = (
+        f"asked for {list(cameras) or 'all they share'}, label cameras {[*label_cameras] or 'none'}; found {listing}. "
+    )
     if not cameras or any(camera not in known for camera in cameras):
         raise ValueError(
             f"every dataset must have every camera, or you name them; {asked}Pass --data.cameras (a dataset may lack "
@@ -88,22 +90,31 @@ def choose_cameras(
         )
     if unlabelled:
         raise ValueError(
-            f"every dataset must have the label camera, but not {', '.join(unlabelled)}; {asked}"
-            "Pass --data.label-camera, or give them a label_camera of their own in --data.mixture"
+            f"every dataset must have the label cameras, but not {', '.join(unlabelled)}; {asked}"
+            "Pass --data.label-cameras, or give them label_cameras of their own in --data.mixture"
+        )
+    counts = {d.name: len(d.label_views(label_cameras)) for d in datasets if label_cameras}
+    if {*counts.values()} - {len(label_cameras)}:
+        said = ", ".join(f"{name} {count}" for name, count in counts.items())
+        raise ValueError(
+            f"the run has {len(label_cameras)} label cameras ({', '.join(label_cameras)}), its datasets have {said}: "
+            "name as many in --data.label-cameras as in the label_cameras of each dataset in --data.mixture"
         )
     if blind := [name for name, of in views.items() if not {*cameras} & {*of}]:
         raise ValueError(
             f"{', '.join(blind)} would show the policy nothing; {asked}Pass --data.cameras, or map names with "
             "--data.mixture"
         )
-    data_problems.refuse_cameras(datasets, (*cameras, label_camera))
-    return cameras, label_camera
+    data_problems.refuse_cameras(datasets, (*cameras, *label_cameras))
+    return cameras, label_cameras
 
 
-def describe(datasets: list[RobotDataset], cameras: tuple[str, ...], label_camera: str, start: tuple[str, ...]) -> str:
+def describe(
+    datasets: list[RobotDataset], cameras: tuple[str, ...], label_cameras: tuple[str, ...], start: tuple[str, ...]
+) -> str:
     """The datasets and their cameras, for the first lines of a run. The arguments are those of `camera_table`."""
-    lines = [data.describe(datasets, with_pairs=bool(label_camera))]
-    lines += [camera_table(datasets, cameras, label_camera, start), *unnamed_robots(datasets)]
+    lines = [data.describe(datasets, with_pairs=bool(label_cameras))]
+    lines += [camera_table(datasets, cameras, label_cameras, start), *unnamed_robots(datasets)]
     return "\n".join(lines)
 
 
@@ -118,11 +129,14 @@ def unnamed_robots(datasets: list[RobotDataset]) -> list[str]:
 
 
 def camera_table(
-    datasets: list[RobotDataset], cameras: tuple[str, ...], label_camera: str = "", start: tuple[str, ...] = ()
+    datasets: list[RobotDataset],
+    cameras: tuple[str, ...],
+    label_cameras: tuple[str, ...] = (),
+    start: tuple[str, ...] = (),
 ) -> str:
     """A line for each dataset with its own names of the policy's cameras, and what is left out of each.
 
-    label_camera: the run's, if it reads pairs; start: the cameras of what training starts from, whose places they take
+    label_cameras: the run's, if it reads pairs; start: the cameras of what training starts from, whose places they take
     """
     rows = [["camera of the policy", *cameras]]
     if start:
@@ -131,8 +145,8 @@ def camera_table(
     if any(d.entry.robot for d in datasets):
         robots = [d.entry.robot or "-" for d in datasets]
         rows = [[*row, last] for row, last in zip(rows, ["robot", *[""] * (len(rows) - 1 - len(robots)), *robots])]
-    if label_camera:
-        pairs = [f"{d.label_view(label_camera)}, {d.gap_s:.3g} s" for d in datasets]
+    if label_cameras:
+        pairs = [f"{' '.join(d.label_views(label_cameras))}, {d.gap_s:.3g} s" for d in datasets]
         rows = [[*row, last] for row, last in zip(rows, ["pairs", *[""] * (len(rows) - 1 - len(pairs)), *pairs])]
     widths = [max(map(len, column)) for column in zip_longest(*rows, fillvalue="")]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
@@ -174,9 +188,9 @@ def gaps(datasets: list[RobotDataset]) -> dict[str, Any]:
     return {"frame_gap_s": first, "own_gaps_s": tuple(gap for gap in used if gap != first)}
 
 
-def pairs_source(datasets: list[RobotDataset], label_camera: str) -> dict[str, Any]:
+def pairs_source(datasets: list[RobotDataset], label_cameras: tuple[str, ...]) -> dict[str, Any]:
     """What a teacher's file records of the pairs that it was trained on."""
     own = sorted({d.frame_gap_s for d in datasets if d.entry.frame_gap_s})
-    source = {"frame_gap_s": gaps(datasets)["frame_gap_s"], "label_camera": label_camera}
-    cameras = sorted({d.entry.label_camera for d in datasets if d.entry.label_camera})
-    return source | ({"of_mixture": {"frame_gap_s": own, "label_camera": cameras}} if own or cameras else {})
+    source = {"frame_gap_s": gaps(datasets)["frame_gap_s"], "label_cameras": [*label_cameras]}
+    cameras = sorted({camera for d in datasets for camera in d.entry.label_cameras or ()})
+    return source | ({"of_mixture": {"frame_gap_s": own, "label_cameras": cameras}} if own or cameras else {})

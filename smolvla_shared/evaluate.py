@@ -80,8 +80,8 @@ def reconstruction_errors(laq: LAQ, batches: Iterable[RawBatch], accelerator: Ac
     """Held-out pixel errors of the second frame: reconstructed from its codes, and by repeating the first frame."""
     sums = torch.zeros(3, device=accelerator.device)
     for raw in batches:
-        frames = laq.resize(unit_range(raw.pairs.to(accelerator.device)))
-        mask = raw.pair_mask[:, 0].to(accelerator.device)
+        frames = laq.resize(unit_range(raw.pairs.flatten(0, 1).to(accelerator.device)))
+        mask = raw.pair_mask[:, 0].to(accelerator.device).repeat_interleave(raw.pairs.shape[1])
         predicted = laq.reconstruct(frames)
         errors = [pixel_error(image, frames[:, 1]) * mask for image in (predicted, frames[:, 0])]
         sums += torch.stack([errors[0].sum(), errors[1].sum(), mask.sum()])

@@ -147,15 +147,15 @@ def fill(
 ) -> None:
     """Compute the image tokens of every frame. Every process computes its share."""
 
-    def compute(frames: Tensor, _: Tensor) -> Tensor:
-        frames = data_frames.common_size(frames, store.key["square_side"])
+    def compute(frames: list[Tensor], _: Tensor) -> Tensor:
+        frames = data_frames.common_size(frames[0], store.key["square_side"])
         with accelerator.autocast(), core.trunk.own_precision():
             return core.trunk.embed_images(prepare_images(frames, core.config.image_size)[:, None])[:, 0]
 
     data_blocks.fill_cache(
         store,
         dataset,
-        camera,
+        (camera,),
         pairs=False,
         row_shape=token_shape(core),
         dtype=getattr(torch, config.data.feature_cache_dtype),

@@ -107,7 +107,9 @@ def open_teacher(weights: Path) -> Upload:
         raise ValueError(f"{weights}: expected a .safetensors file of this package with its .json beside it")
     load_laq(weights)
     manifest, source = read_manifest(weights), read_manifest(weights).source
-    pairs = [f"- Pairs of `{source['label_camera']}`, {source['frame_gap_s']:.3g} s apart"] if source else []
+    pairs = (
+        [f"- Pairs of `{'`, `'.join(source['label_cameras'])}`, {source['frame_gap_s']:.3g} s apart"] if source else []
+    )
     grounded = ["- Grounded in a few labelled episodes"] if source.get("grounding") else []
     return Upload(
         {path.name: path for path in (weights, weights.with_suffix(".json"))},

@@ -74,7 +74,7 @@ class InitialWeights:
             return options
         return replace(
             options,
-            label_camera=options.label_camera or self.label_camera(options),
+            label_cameras=options.label_cameras or self.label_cameras(options),
             frame_gap_s=options.frame_gap_s or self.latents.frame_gap_s,
         )
 
@@ -90,9 +90,9 @@ class InitialWeights:
 
     def choose_views(
         self, config: StageOptions, datasets: list[data.RobotDataset], with_latents: bool
-    ) -> tuple[PolicyDataConfig, tuple[str, ...], str]:
-        """The data options with nothing left out, the policy's cameras, and the label camera ("" without latents). Sets
-        the frame gap.
+    ) -> tuple[PolicyDataConfig, tuple[str, ...], tuple[str, ...]]:
+        """The data options with nothing left out, the policy's cameras, and the label cameras (() without latents).
+        Sets the frame gap.
 
         Raises ValueError where the options contradict the labels or these weights, or the data lacks a camera.
         """
@@ -100,14 +100,14 @@ class InitialWeights:
         data.set_frame_gap(datasets, options.gap_s)
         return options, *data_views.choose_cameras(datasets, options, bool(config.data.cameras), with_latents)
 
-    def label_camera(self, options: DataConfig) -> str | None:
-        """The camera that its latent actions are of, under its name in the data; None where that is not known."""
+    def label_cameras(self, options: DataConfig) -> tuple[str, ...]:
+        """The cameras that its latent actions are of, under their names in the data; () where that is not known."""
         if self.latents is None:
-            return None
+            return ()
         named, names = self.mapped_cameras(options)
         if options.cameras != named:
             names = dict(zip(self.core.cameras, options.cameras))
-        return names.get(self.latents.label_camera, self.latents.label_camera)
+        return tuple(names.get(camera, camera) for camera in self.latents.label_cameras)
 
     @property
     def sha256(self) -> str:
@@ -122,7 +122,7 @@ class InitialWeights:
         return self.latents.horizon if self.latents else 1
 
     def latent_dims(
-        self, labels: Labels, options: DataConfig, label_camera: str, head: str | None = None
+        self, labels: Labels, options: DataConfig, label_cameras: tuple[str, ...], head: str | None = None
     ) -> dict[str, int]:
         """The fields of CoreConfig that give a core a latent head (--latent-head) for these labels.
 
@@ -145,7 +145,7 @@ class InitialWeights:
                     ("teacher (--laq-ckpt)", labels.teacher_id, self.latents.teacher_id),
                     ("--teacher-kind", labels.kind, self.latents.teacher_kind),
                     ("--data.frame-gap-s", min(other, default=self.latents.frame_gap_s), self.latents.frame_gap_s),
-                    ("--data.label-camera", label_camera, self.label_camera(options)),
+                    ("--data.label-cameras", " ".join(label_cameras), " ".join(self.label_cameras(options))),
                     ("--latent-horizon", labels.horizon, self.latents.horizon),
                     ("--latent-head", head, own_head),
                 ],

@@ -48,18 +48,18 @@ class LabelKey:
     teacher_id: str  # sha256 of the teacher's configuration and weights
     teacher_kind: TeacherKind
     frame_gap_s: ranges.Positive
-    camera: str
+    cameras: tuple[str, ...]
     dataset: str  # hashes.dataset_fingerprint
     versions: dict[str, str]  # of the libraries that decode and compute
     preprocessing: str = PREPROCESSING
 
 
 def label_stores(
-    cache: Path, datasets: list[data.RobotDataset], teacher: str | None, kind: TeacherKind, camera: str
+    cache: Path, datasets: list[data.RobotDataset], teacher: str | None, kind: TeacherKind, cameras: tuple[str, ...]
 ) -> list[RowCache]:
     """The label cache of each dataset, complete or not.
 
-    camera:  the run's label camera
+    cameras: the run's label cameras
     teacher: the teacher's id. None: the teacher whose labels are there; raises ValueError if there are none
     """
     directories = dataset_directories(cache, [dataset.name for dataset in datasets])
@@ -71,7 +71,7 @@ def label_stores(
             teacher_id=teacher,
             teacher_kind=kind,
             frame_gap_s=dataset.frame_gap_s,
-            camera=dataset.label_view(camera),
+            cameras=dataset.label_views(cameras),
             dataset=dataset_fingerprint(dataset.root),
             versions={name: metadata.version(name) for name in ("torch", "lerobot", data_frames.video_decoder())},
         )
@@ -99,7 +99,7 @@ def read_codebook(store: RowCache) -> Tensor:  # [C, D]
 class CachedLabels:
     """Labels from complete caches. Neither the teacher nor frame pairs are read."""
 
-    camera = None
+    cameras = ()
     pair_size = 0
 
     def __init__(self, stores: list[RowCache], gaps: list[int], horizon: int = 1):
@@ -135,26 +135,32 @@ def label(config: LabelConfig, datasets: list[data.RobotDataset]) -> None:
     laq = load_laq(config.laq_ckpt, config.laq_code_seq_len, config.laq_image_size)
     options = teachers_pairs(config.laq_ckpt, config.data, config.accept_other_pairs)
     data.set_frame_gap(datasets, options.gap_s)
-    _, camera = data_views.choose_cameras(datasets, options)
+    _, cameras = data_views.choose_cameras(datasets, options)
     data.valid_pair_share(datasets, [(i, dataset.rows()) for i, dataset in enumerate(datasets)])
-    stores = label_stores(config.label_cache, datasets, teacher_id(laq), config.teacher_kind, camera)
+    stores = label_stores(config.label_cache, datasets, teacher_id(laq), config.teacher_kind, cameras)
     unfinished = [not store.is_complete() for store in stores]  # refuses wrong keys before any work
     laq.to(accelerator.device)
     for dataset, store, todo in zip(datasets, stores, unfinished):
-        label_dataset(laq, dataset, dataset.label_view(camera), store, config, accelerator)
+        label_dataset(laq, dataset, dataset.label_views(cameras), store, config, accelerator)
         accelerator.print(f"{store.directory}: {dataset.num_frames:,} frames {'labelled' if todo else 'were labelled'}")
 
 
 @torch.no_grad()
 def label_dataset(
-    laq: LAQ, dataset: data.RobotDataset, camera: str, store: RowCache, config: LabelConfig, accelerator: Accelerator
+    laq: LAQ,
+    dataset: data.RobotDataset,
+    cameras: tuple[str, ...],
+    store: RowCache,
+    config: LabelConfig,
+    accelerator: Accelerator,
 ) -> None:
     """Fill the label cache of a dataset. Every process fills its share of the shards."""
-    continuous, slots = config.teacher_kind == "continuous", laq.config.code_seq_len
+    continuous, slots = config.teacher_kind == "continuous", len(cameras) * laq.config.code_seq_len
 
-    def compute(frames: Tensor, places: Tensor) -> Tensor:
-        latents = laq.encode(laq.resize(unit_range(frames))[places])
-        return latents.continuous if continuous else latents.indices
+    def compute(frames: list[Tensor], places: Tensor) -> Tensor:
+        pairs = torch.stack([laq.resize(unit_range(of_camera))[places] for of_camera in frames], dim=1)
+        latents = laq.encode(pairs.flatten(0, 1))
+        return (latents.continuous if continuous else latents.indices).unflatten(0, (len(places), -1)).flatten(1, 2)
 
     if accelerator.is_main_process and not (store.directory / CODEBOOK).exists():
         store.claim()
@@ -162,7 +168,7 @@ def label_dataset(
     data_blocks.fill_cache(
         store,
         dataset,
-        camera,
+        cameras,
         pairs=True,
         row_shape=(slots, laq.config.quant_dim) if continuous else (slots,),
         dtype=torch.float32 if continuous else torch.int32,

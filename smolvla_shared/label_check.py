@@ -90,19 +90,20 @@ def draw_rows(datasets: list[data.RobotDataset], config: CheckConfig) -> list[np
 def teacher_frames(
     teacher: OnlineLabels, dataset: data.RobotDataset, rows: np.ndarray, num_workers: int
 ) -> Iterator[tuple[np.ndarray, Tensor, Tensor]]:
-    """Yields blocks of n rows; their frames at t - gap, t and t + gap as the teacher sees them, [n, 3, 3, H, W]; and
+    """Yields blocks of n rows; their frames at t - gap, t and t + gap as the teacher sees them, [n, V, 3, 3, H, W]; and
     whether the episode has each of these frames, [n, 3] bool.
     """
     blocks = data_blocks.episode_blocks(dataset, rows, size=64)
     frames = data_blocks.FrameBlocks(
-        dataset, dataset.label_view(teacher.camera), blocks, (-dataset.gap, 0, dataset.gap)
+        dataset, dataset.label_views(teacher.cameras), blocks, (-dataset.gap, 0, dataset.gap)
     )
     device = teacher.laq.vq.codebooks.device
     progress = tqdm(total=len(rows), desc=Path(dataset.name).name, unit="pair")
     loader = make_worker_loader(frames, num_workers)
     check_shared_memory(loader)
     for block, (images, places, has) in zip(blocks, loader):
-        yield block, teacher.laq.resize(unit_range(images.to(device)))[places.to(device)], has
+        frames = [teacher.laq.resize(unit_range(of_camera.to(device)))[places.to(device)] for of_camera in images]
+        yield block, torch.stack(frames, dim=1), has
         progress.update(len(block))
     progress.close()
 
@@ -111,8 +112,8 @@ def teacher_frames(
 def observe(
     teacher: OnlineLabels, datasets: list[data.RobotDataset], config: CheckConfig
 ) -> tuple[label_health.Observations, Tensor, Tensor]:
-    """Run the teacher on pairs drawn from the datasets. Also returns the (past, present, future) frames [M, 3, 3, H, W]
-    and the latents [M, S, D] of the detailed pairs.
+    """Run the teacher on pairs drawn from the datasets. Also returns the (past, present, future) frames
+    [M, V, 3, 3, H, W] and the latents [M, V, S, D] of the detailed pairs.
     """
     drawn = draw_rows(datasets, config)
     total = sum(map(len, drawn))
@@ -125,16 +126,16 @@ def observe(
     seen = first_episode = 0
     for dataset, rows in zip(datasets, drawn):
         for block, frames, has in teacher_frames(teacher, dataset, rows, config.data.num_workers):
-            pairs = frames[:, 1:]
+            count, pairs = len(frames), frames[:, :, 1:].flatten(0, 1)
             codes = teacher.laq.encode(pairs)
-            latents = teacher.choose(codes)
+            latents = teacher.choose(codes).unflatten(0, (count, -1))
             new = {
                 "episodes": torch.full((len(block),), first_episode + dataset.episode_of(block[0])),
-                "indices": codes.indices,
+                "indices": codes.indices.reshape(count, -1),
                 "latents": latents.flatten(1),
-                "random_latents": control.encode(pairs).continuous.flatten(1),
-                "change": label_health.cell_change(*pairs.unbind(1)).amax(1),
-                "shift": label_health.image_shift(*pairs.cpu().unbind(1)),
+                "random_latents": control.encode(pairs).continuous.reshape(count, -1),
+                "change": label_health.cell_change(*pairs.unbind(1)).view(count, -1).amax(1),
+                "shift": label_health.image_shift(*pairs.cpu().unbind(1)).unflatten(0, (count, -1)),
             }
             some = is_detailed[seen : seen + len(block)]
             kept = {"triples": frames, "latents": latents, "has_past": has[:, 0]}
@@ -152,7 +153,7 @@ def observe(
 @torch.no_grad()
 def observe_details(
     teacher: OnlineLabels, triples: Tensor, latents: Tensor, has_past: Tensor
-) -> dict[str, Tensor]:  # [M, 3, 3, H, W], [M, S, D], [M]
+) -> dict[str, Tensor]:  # [M, V, 3, 3, H, W], [M, V, S, D], [M]
     """The costlier measurements: still pairs, (past -> now) and (future -> now) if there is a past, reconstruction."""
     laq = teacher.laq
     device = laq.vq.codebooks.device
@@ -162,14 +163,15 @@ def observe_details(
     others = torch.empty_like(latents)
     others[order] = latents[order.roll(1)]
     for frames, own, other, has in zip(*(values.split(64) for values in (triples, latents, others, has_past))):
-        frames = frames.to(device)
+        count, frames = len(frames), frames.to(device).flatten(0, 1)
         past, now, future = frames.unbind(1)
+        pairs = {"still_latents": (now, now), "past_to_now": (past, now), "future_to_now": (future, now)}
         new = {
-            "still_latents": teacher.choose(laq.encode(torch.stack([now, now], dim=1))).flatten(1),
-            "past_to_now": teacher.choose(laq.encode(torch.stack([past, now], dim=1))).flatten(1),
-            "future_to_now": teacher.choose(laq.encode(torch.stack([future, now], dim=1))).flatten(1),
-            "own_error": pixel_error(laq.reconstruct(frames[:, 1:], own.to(device)), future),
-            "other_error": pixel_error(laq.reconstruct(frames[:, 1:], other.to(device)), future),
+            name: teacher.choose(laq.encode(torch.stack(pair, dim=1))).reshape(count, -1)
+            for name, pair in pairs.items()
+        } | {
+            name: pixel_error(laq.reconstruct(frames[:, 1:], latents.to(device).flatten(0, 1)), future)
+            for name, latents in {"own_error": own, "other_error": other}.items()
         }
         for name, values in new.items():
             columns[name].append(values.cpu()[has] if name.endswith("_to_now") else values.cpu())
@@ -178,11 +180,12 @@ def observe_details(
 
 @torch.no_grad()
 def draw_transfer(path: Path, laq: LAQ, triples: Tensor, latents: Tensor) -> None:
-    """Latent transfer: decode six first frames with the pair's own latent and with another pair's.
+    """Latent transfer, of frames [M, V, 3, 3, H, W] and latents [M, V, S, D]: decode six first frames with the pair's
+    own latent and with another pair's.
 
     The pairs are from the tenth with the most motion. Beside each image stands its difference to the first frame.
     """
-    device = laq.vq.codebooks.device
+    device, triples, latents = laq.vq.codebooks.device, triples.flatten(0, 1), latents.flatten(0, 1)
     motion = pixel_error(triples[:, 2], triples[:, 1])
     liveliest = motion.argsort(descending=True)[:: max(1, len(motion) // 60)][:6]
     pairs, own = triples[liveliest, 1:].to(device), latents[liveliest].to(device)
@@ -203,13 +206,13 @@ def check(config: CheckConfig, datasets: list[data.RobotDataset]) -> None:
     options = teachers_pairs(config.laq_ckpt, config.data, config.accept_other_pairs)
     data.set_frame_gap(datasets, options.gap_s)
     data_values.refuse_vectors(datasets, data.STATE_KEY, data.ACTION_KEY, data.EXECUTED_ACTION_KEY)
-    _, camera = data_views.choose_cameras(datasets, options)
+    _, cameras = data_views.choose_cameras(datasets, options)
     all_frames = [(index, dataset.rows()) for index, dataset in enumerate(datasets)]
     valid_share = data.valid_pair_share(datasets, all_frames)
     print(data.describe(datasets, with_pairs=True))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     use_tf32(device)
-    teacher = OnlineLabels(laq.to(device), config.teacher_kind, camera)
+    teacher = OnlineLabels(laq.to(device), config.teacher_kind, cameras)
 
     seen, triples, latents = observe(teacher, datasets, config)
     found = label_health.measure(seen, laq.config.codebook_size) | {"invalid_share": 1 - valid_share}
@@ -219,7 +222,7 @@ def check(config: CheckConfig, datasets: list[data.RobotDataset]) -> None:
         reasons=tuple(failures),
         teacher_id=teacher.teacher_id,
         teacher_kind=teacher.kind,
-        camera=camera,
+        cameras=cameras,
         **data_views.gaps(datasets),
     )
 

@@ -94,10 +94,10 @@ def cell_change(first: Tensor, second: Tensor) -> Tensor:  # [B, 3, H, W] -> [B,
     return F.adaptive_avg_pool2d((second - first).abs().mean(1, keepdim=True), 8).flatten(1)
 
 
-def shift_features(shift: Tensor) -> Tensor:  # [N, 2] -> [N, 7]
+def shift_features(shift: Tensor) -> Tensor:  # [N, V, 2] -> [N, V * 7]
     """What latents that encode a shift could be linear in: its components, their squares and sizes."""
-    y, x = shift.double().unbind(1)
-    return torch.stack([y, x, y * y, x * x, x * y, y.abs(), x.abs()], 1)
+    y, x = shift.double().unbind(-1)
+    return torch.stack([y, x, y * y, x * x, x * y, y.abs(), x.abs()], -1).flatten(1)
 
 
 def explained_share(features: Tensor, targets: Tensor, episodes: Tensor) -> float | None:
@@ -136,20 +136,22 @@ class Target:
 
 @dataclass
 class Observations:
-    """What was observed of N pairs, of M of them in detail. Latents are of the kind to be learned, flattened."""
+    """What was observed of N samples, of M of them in detail: a pair of each of V label cameras, whose S codes together
+    are a latent action. Latents are of the kind to be learned, flattened.
+    """
 
     episodes: Tensor  # [N] int64, unique over all datasets
     indices: Tensor  # [N, S]
     latents: Tensor  # [N, S * D]
     random_latents: Tensor  # [N, S * D], of a randomly initialised teacher of the same shape
     change: Tensor  # [N], the largest change of a cell
-    shift: Tensor  # [N, 2], of the whole frame
+    shift: Tensor  # [N, V, 2], of the whole frame of each label camera
     targets: dict[str, Target]  # by the name of the recorded column
     still_latents: Tensor  # [M, S * D]
     past_to_now: Tensor  # [L, S * D], of the L detailed pairs with a frame a gap before
     future_to_now: Tensor  # [L, S * D]
-    own_error: Tensor  # [M], squared error of the second frame's reconstruction from the pair's own latent
-    other_error: Tensor  # [M], from another pair's latent
+    own_error: Tensor  # [M * V], squared error of the second frame's reconstruction from the pair's own latent
+    other_error: Tensor  # [M * V], from another pair's latent
 
 
 def probe_targets(seen: Observations) -> dict[str, dict[str, Any]]:
@@ -298,7 +300,7 @@ class Verdict:
     teacher_id: str
     teacher_kind: TeacherKind
     frame_gap_s: ranges.Positive
-    camera: str
+    cameras: tuple[str, ...]
     own_gaps_s: tuple[ranges.Positive, ...] = ()  # of a mixture, as in artifact.Latents
 
 
@@ -336,7 +338,7 @@ def with_health(latents: Latents, report: Path | None, accept: bool) -> Latents:
             ("--teacher-kind", latents.teacher_kind, verdict.teacher_kind),
             ("--data.frame-gap-s", latents.frame_gap_s, verdict.frame_gap_s),
             ("frame_gap_s of other datasets", [*latents.own_gaps_s], [*verdict.own_gaps_s]),
-            ("label camera", latents.label_camera, verdict.camera),
+            ("label cameras", [*latents.label_cameras], [*verdict.cameras]),
         ],
         asked="this run",
         found=report.name,

@@ -13,7 +13,7 @@ from smolvla_shared.data_rows import Rows
 from smolvla_shared.label_cache import CachedLabels, cached_key, label_stores
 from smolvla_shared.laq import LAQ, LatentActions
 from smolvla_shared.laq_files import load_laq, teacher_id, teachers_pairs
-from smolvla_shared.mixture import policy_name
+from smolvla_shared.mixture import policy_names
 from smolvla_shared.preprocess import Statistics, unit_range
 
 STATISTICS_PAIRS = 10_000
@@ -23,10 +23,10 @@ LEAST_STD = 0.1  # of the largest standard deviation
 class OnlineLabels:
     """Labels that the teacher computes in every step, on the teacher's device."""
 
-    def __init__(self, laq: LAQ, kind: TeacherKind, camera: str, horizon: int = 1):
-        self.laq, self.kind, self.camera, self.horizon = laq, kind, camera, horizon
+    def __init__(self, laq: LAQ, kind: TeacherKind, cameras: tuple[str, ...], horizon: int = 1):
+        self.laq, self.kind, self.cameras, self.horizon = laq, kind, cameras, horizon
         self.teacher_id = teacher_id(laq)
-        self.shape = horizon * laq.config.code_seq_len, laq.config.quant_dim
+        self.shape = horizon * len(cameras) * laq.config.code_seq_len, laq.config.quant_dim
         self.pair_size = laq.config.image_size
 
     @property
@@ -42,13 +42,13 @@ class OnlineLabels:
 
     @torch.no_grad()
     def __call__(self, raw: RawBatch) -> Tensor:  # [B, M*S, D]
-        frames = unit_range(raw.pairs)
-        pairs = torch.stack([frames[:, :-1], frames[:, 1:]], dim=2).flatten(0, 1)  # [B*M, 2, 3, h, w]
+        frames = unit_range(raw.pairs).transpose(1, 2)  # [B, M + 1, V, 3, h, w]
+        pairs = torch.stack([frames[:, :-1], frames[:, 1:]], dim=3).flatten(0, 2)  # [B*M*V, 2, 3, h, w]
         return self.choose(self.laq.encode(pairs)).view(len(frames), *self.shape)
 
 
 def labels_pairs[Data: DataConfig](config: StageOptions, data: Data) -> Data:
-    """The data options; frame gap and label camera that they leave out are those of the labels that `config` names.
+    """The data options; frame gap and label cameras that they leave out are those of the labels that `config` names.
 
     Raises ValueError if the options contradict the teacher (laq_files.teachers_pairs). A label cache refuses other
     pairs when it is opened.
@@ -63,12 +63,14 @@ def labels_pairs[Data: DataConfig](config: StageOptions, data: Data) -> Data:
         key = cached_key(directory)
         if entry.frame_gap_s is None:
             own.setdefault("frame_gap_s", key.frame_gap_s)
-        if entry.label_camera is None:
-            own.setdefault("label_camera", policy_name(data.entries, key.camera))
-    return replace(data, **{name: value for name, value in own.items() if getattr(data, name) is None})
+        if entry.label_cameras is None:
+            own.setdefault("label_cameras", policy_names(data.entries, key.cameras))
+    return replace(data, **{name: value for name, value in own.items() if not getattr(data, name)})
 
 
-def open_labels(config: StageOptions, datasets: list[data.RobotDataset], camera: str, horizon: int = 1) -> Labels:
+def open_labels(
+    config: StageOptions, datasets: list[data.RobotDataset], cameras: tuple[str, ...], horizon: int = 1
+) -> Labels:
     """The labels that the options name, on the CPU (Labels.to moves them).
 
     horizon: latent actions in a row (M), if the options leave it out
@@ -79,9 +81,9 @@ def open_labels(config: StageOptions, datasets: list[data.RobotDataset], camera:
     horizon = config.latent_horizon or horizon
     if config.labels == "online":
         assert laq is not None  # the scripts' options refuse this
-        return OnlineLabels(laq, config.teacher_kind, camera, horizon)
+        return OnlineLabels(laq, config.teacher_kind, cameras, horizon)
     teacher = teacher_id(laq) if laq else None
-    stores = label_stores(config.label_cache, datasets, teacher, config.teacher_kind, camera)
+    stores = label_stores(config.label_cache, datasets, teacher, config.teacher_kind, cameras)
     return CachedLabels(stores, [dataset.gap for dataset in datasets], horizon)
 
 

@@ -18,6 +18,7 @@ import torch.distributed
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from smolvla_shared.batch import RawBatch
 from smolvla_shared.laq_config import FIRST_CONV, SECOND_CONV, LAQConfig
 from smolvla_shared.laq_layers import Patchify, RelativePositionBias, Transformer, Unpatchify
 from smolvla_shared.preprocess import stretch, unit_range
@@ -46,6 +47,15 @@ class PairBatch:
     mask: Tensor  # [B] bool: False where the episode ends before the second frame
     noise: Tensor  # [B, S, D] float32, standard normal, from the data loader
     actions: Tensor | None = None  # [B, A] float32, standardised; NaN for pairs of video. None: no grounding
+
+    @classmethod
+    def of(cls, raw: RawBatch, noise: Tensor, actions: Tensor | None) -> "PairBatch":  # [B, V*S, D], [B, A]
+        """The pairs of every label camera, B * V."""
+        number = raw.pairs.shape[1]
+        noise = noise.unflatten(1, (number, -1)).flatten(0, 1)
+        mask, known = raw.pair_mask[:, 0], actions is not None
+        mask, actions = (t.repeat_interleave(number, 0) for t in (mask, actions if known else mask))
+        return cls(raw.pairs.flatten(0, 1), mask, noise, actions if known else None)
 
     @property
     def masks(self) -> dict[str, Tensor]:

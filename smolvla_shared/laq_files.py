@@ -23,7 +23,7 @@ from smolvla_shared.files import (
 from smolvla_shared.hashes import file_sha256, json_sha256
 from smolvla_shared.laq import LAQ
 from smolvla_shared.laq_config import SECOND_CONV, LAQConfig, slots_of_grid
-from smolvla_shared.mixture import policy_name
+from smolvla_shared.mixture import policy_names
 from smolvla_shared.refusals import refuse_differences
 
 SCHEMA = "smolvla_shared.laq.v1"
@@ -75,31 +75,29 @@ def teachers_pairs[Data: DataConfig](path: Path, data: Data, accept_other: bool 
     """The data options; frame gap and label camera that they leave out are those that the teacher was trained on.
 
     LAPA's files record neither. Raises ValueError if the options, or datasets of a mixture, state others, unless
-    `accept_other`.
+    `accept_other`. Some of the teacher's cameras are no other ones.
     """
     source = teachers_source(path)
-    stated = {"frame_gap_s": data.frame_gap_s, "label_camera": data.label_camera}
-    own = {name: source.get(name) for name in stated}
-    own["label_camera"] = policy_name(data.entries, own["label_camera"])
+    gap, cameras = source.get("frame_gap_s"), policy_names(data.entries, source.get("label_cameras", ()))
     if not accept_other:
-        known = {name: {source.get(name), *source.get("of_mixture", {}).get(name, ())} for name in stated}
+        of_mixture = source.get("of_mixture", {})
+        gaps, seen = {gap, *of_mixture.get("frame_gap_s", ())}, {*cameras, *of_mixture.get("label_cameras", ())}
+        seen |= {*source.get("label_cameras", ())}
+        rows = [("--data.frame-gap-s", data.frame_gap_s, gap)] if gap and data.frame_gap_s else []
+        if cameras and not {*data.label_cameras} <= {*cameras}:
+            rows.append(("--data.label-cameras", " ".join(data.label_cameras), " ".join(cameras)))
+        for entry in data.entries:
+            if gap and entry.frame_gap_s and entry.frame_gap_s not in gaps:
+                rows.append((f"frame_gap_s of {entry.name}", entry.frame_gap_s, gap))
+            if cameras and not {*(entry.label_cameras or ())} <= seen:
+                rows.append((f"label_cameras of {entry.name}", " ".join(entry.label_cameras), " ".join(cameras)))
         refuse_differences(
             f"{path} was trained on other pairs",
-            [
-                (f"--data.{name.replace('_', '-')}", stated[name], own[name])
-                for name in own
-                if None not in (stated[name], own[name])
-            ]
-            + [
-                (f"{name} of {entry.name}", getattr(entry, name), own[name])
-                for entry in data.entries
-                for name in own
-                if own[name] is not None and getattr(entry, name) not in (None, *known[name])
-            ],
+            rows,
             found="teacher",
             fix="Leave these options out, or pass --accept-other-pairs",
         )
-    return replace(data, **{name: own[name] if stated[name] is None else stated[name] for name in own})
+    return replace(data, frame_gap_s=data.frame_gap_s or gap, label_cameras=data.label_cameras or cameras)
 
 
 def load_laq(path: Path, code_seq_len: int | None = None, image_size: int | None = None) -> LAQ:

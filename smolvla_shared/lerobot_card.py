@@ -194,7 +194,7 @@ def teacher_lines(latents: dict[str, Any]) -> list[str]:
     gaps = " or ".join(f"{gap:.3g}" for gap in (latents["frame_gap_s"], *latents["own_gaps_s"]))
     lines = [
         f"- Teacher `{latents['teacher_id'][:12]}`: {latents['teacher_kind']} latent actions of `"
-        f"{latents['label_camera']}` over {gaps} s, {latents['horizon']} in a row",
+        f"{'`, `'.join(latents['label_cameras'])}` over {gaps} s, {latents['horizon']} in a row",
         f"- Verdict of `teacher check` on these latent actions: {latents['health']}",
     ]
     return lines + [f"  - {reason}" for reason in latents["health_reasons"]]

@@ -38,8 +38,8 @@ class DatasetEntry:
     weight: ranges.Positive | None = None
     # {the policy's name of a camera: the dataset's own}. None: every camera under its own name.
     cameras: dict[str, str] | None = None
-    # The camera whose frame pairs the teacher sees, as the dataset calls it. None: the label camera of the run.
-    label_camera: str | None = None
+    # The cameras whose frame pairs the teacher sees, as the dataset calls them. None: the label cameras of the run.
+    label_cameras: tuple[str, ...] | None = None
     # Time between the frames of a pair, seconds. None: that of the run.
     frame_gap_s: ranges.Positive | None = None
     # The robot that it is of: each robot has its own widths and statistics of state and actions. None: in the run, all
@@ -53,6 +53,10 @@ class DatasetEntry:
             )
         if self.robot is not None and not re.fullmatch(r"\w[\w.-]*", self.robot):
             raise ValueError(f"robot of {self.name}: a name of letters, digits, and . _ - within, got {self.robot!r}")
+        if self.label_cameras is not None:
+            if not self.label_cameras:
+                raise ValueError(f"label_cameras of {self.name} are empty: name at least one, or leave them out")
+            ranges.refuse_twice(f"label_cameras of {self.name}", self.label_cameras)
         if self.cameras is not None:
             if not self.cameras:
                 raise ValueError(f"cameras of {self.name} are empty: name at least one, or leave cameras out")
@@ -123,10 +127,8 @@ def camera_names(entries: Iterable[DatasetEntry]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name for entry in entries for name in entry.cameras or ()))
 
 
-def policy_name(entries: Iterable[DatasetEntry], camera: str | None) -> str | None:
-    """The policy's name of a camera that a dataset, or a teacher that was trained on it, calls by its own name."""
-    names = camera_names(entries)
-    if camera is None or not names or camera in names:
-        return camera
-    found = [name for entry in entries for name, own in (entry.cameras or {}).items() if own == camera]
-    return found[0] if found else camera
+def policy_names(entries: Iterable[DatasetEntry], cameras: Iterable[str]) -> tuple[str, ...]:
+    """The policy's names of cameras that a dataset, or a teacher that was trained on it, calls by its own names."""
+    names, mapped = camera_names(entries), [pair for entry in entries for pair in (entry.cameras or {}).items()]
+    found = {own: name for name, own in reversed(mapped)}
+    return tuple(camera if camera in names else found.get(camera, camera) for camera in cameras)

@@ -55,15 +55,15 @@ def repeat_error(laq: "LAQ", batches: "Iterable[RawBatch]") -> float:
     from smolvla_shared.laq import pixel_error
     from smolvla_shared.preprocess import unit_range
 
-    pairs = [laq.resize(unit_range(raw.pairs)).unbind(1) for raw in batches]
+    pairs = [laq.resize(unit_range(raw.pairs.flatten(0, 1))).unbind(1) for raw in batches]
     error = torch.cat([pixel_error(first, second) for first, second in pairs]).mean().item()
     if error == 0:
         raise ValueError("the frames of every pair are equal: try a larger --data.frame-gap-s, or another camera")
     return error
 
 
-def open_recordings(config: TeacherConfig) -> "tuple[list[RobotDataset], int, str]":
-    """The datasets of video, then those of grounding; the number of the former; the label camera, which all have."""
+def open_recordings(config: TeacherConfig) -> "tuple[list[RobotDataset], int, tuple[str, ...]]":
+    """The datasets of video, then those of grounding; the number of the former; the label cameras, which all have."""
     from smolvla_shared import data, data_views
 
     options, labelled = config.data, config.grounding.data_options(config.data)
@@ -75,13 +75,13 @@ def open_recordings(config: TeacherConfig) -> "tuple[list[RobotDataset], int, st
 
         options = teachers_pairs(config.init_from, options, accept_other=True)
         data.set_frame_gap(datasets, options.gap_s)
-    _, label_camera = data_views.choose_cameras(datasets, options)
-    return datasets, len(video), label_camera
+    _, label_cameras = data_views.choose_cameras(datasets, options)
+    return datasets, len(video), label_cameras
 
 
 def train_teacher(config: TeacherConfig) -> None:
     # What a user can get wrong is refused before Run makes the run directory; what the data tells, before torch comes.
-    datasets, num_videos, label_camera = open_recordings(config)
+    datasets, num_videos, label_cameras = open_recordings(config)
 
     from smolvla_shared import data, data_loader, data_order, data_split, data_views
     from smolvla_shared.evaluate import reconstruction_errors
@@ -116,13 +116,14 @@ def train_teacher(config: TeacherConfig) -> None:
         f"LAQ {f'from {config.init_from}' if config.init_from else 'with fresh weights'}: "
         f"{sum(p.numel() for p in laq.parameters()):,} parameters; a latent action is {laq.config.code_seq_len} codes "
         f"out of {laq.config.codebook_size}; {data_order.plan(groups, config)}; {laq.config.image_size}-pixel "
-        f"pairs of {label_camera}, {pair_share:.1%} of the frames have one" + (f"; {grounding}" if grounding else "")
+        f"pairs of {', '.join(label_cameras)}, {pair_share:.1%} of the frames have one"
+        + (f"; {grounding}" if grounding else "")
     )
     spec = data_loader.SampleSpec(
         cameras=(),
-        label_camera=label_camera,
+        label_cameras=label_cameras,
         pair_size=laq.config.image_size,
-        draws={NOISE: (laq.config.code_seq_len, laq.config.quant_dim)},
+        draws={NOISE: (len(label_cameras) * laq.config.code_seq_len, laq.config.quant_dim)},
     )
     if laq.config.predicts_change:
         laq._repeat_error.fill_(repeat_error(laq, data_loader.sample_pairs(datasets, training, spec, 512, config.seed)))
@@ -133,14 +134,14 @@ def train_teacher(config: TeacherConfig) -> None:
     def export(directory: Path, weights: "dict[str, Tensor]", step: int) -> None:
         directory.mkdir(parents=True)
         source = origin(config, step, datasets[:num_videos])
-        source |= data_views.pairs_source(datasets[:num_videos], label_camera)
+        source |= data_views.pairs_source(datasets[:num_videos], label_cameras)
         source |= {"grounding": grounding.source if grounding else None}
         save_laq(assemble_laq(laq.config, weights), directory / TEACHER_FILE, extra=source)
 
     with Run(config, accelerator, laq, resume_from, export, inputs(datasets, started_from)) as run:
         for raws in run.steps(loaders.train):
             actions = [grounding(raw) if grounding else None for raw in raws]  # [B, A] of the labelled pairs
-            batches = [PairBatch(r.pairs, r.pair_mask[:, 0], r.noise[NOISE][:, 0], a) for r, a in zip(raws, actions)]
+            batches = [PairBatch.of(raw, raw.noise[NOISE][:, 0], a) for raw, a in zip(raws, actions)]
             counts = valid_tokens(batches, accelerator)
             run.mark("preprocess")
             for batch in run.passes(batches):

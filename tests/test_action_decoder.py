@@ -19,7 +19,7 @@ CAMERA, GAP, CHUNK = "observation.image", 4, 10
 class SeesTheMotion:
     """Labels of M latent actions in a row, of one slot: the square's displacement over each gap, mixed and scaled."""
 
-    teacher_id, kind, camera, pair_size, horizon, shape = "0", "continuous", None, 0, 3, (3, 5)
+    teacher_id, kind, cameras, pair_size, horizon, shape = "0", "continuous", (), 0, 3, (3, 5)
 
     def __init__(self, datasets: list[data.RobotDataset]):
         self.positions = [label_probe.column(dataset, data.STATE_KEY)[:, :2].float() for dataset in datasets]
@@ -53,9 +53,7 @@ def test_video_gets_the_mean_action_of_each_gap(recordings):
     both = action_decoder.fit(labels, 2, recordings, rows_of(recordings), seed=0)  # the same demonstrations twice
     torch.testing.assert_close(both.ridge.weights[:, :2], decode.ridge.weights[:, :2], rtol=1e-3, atol=1e-4)
     assert min(decode.r2[:2]) > 0.95  # the square's velocity
-    assert str(decode).startswith(
-        "actions decoded from latent actions, 4 steps each: R² on unseen episodes 1.00, 1.00, "
-    )
+    assert str(decode).startswith("actions decoded from latent actions, 4 steps each: R² on unseen parts 1.00, 1.00, ")
     assert str(decode).endswith("; of video, dimension 2, 3 stays unknown")
     spec = SampleSpec(cameras=(), action_dim=4, chunk_size=CHUNK, horizon=3)
     end = int(recordings[1].episode_to[2])

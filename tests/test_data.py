@@ -38,7 +38,7 @@ from train_stage3 import Stage3Config
 
 CAMERA, WRIST = "observation.image", "observation.images.wrist"
 AUGMENTED = {"random_shift": 0.1, "random_contrast": 0.2, "random_hue": 0.05}
-SPEC = SampleSpec(cameras=(CAMERA,), state_dim=4, label_camera=CAMERA, draws={"latent": (4, 8)}, num_draws=2)
+SPEC = SampleSpec(cameras=(CAMERA,), state_dim=4, label_cameras=(CAMERA,), draws={"latent": (4, 8)}, num_draws=2)
 
 
 def open_datasets(*roots: Path, **options) -> list[RobotDataset]:
@@ -122,7 +122,7 @@ def test_a_sample_is_what_lerobot_reads(name, request):
         state_dim=dataset.vector_dim("observation.state"),
         chunk_size=chunk_size,
         action_dim=dataset.vector_dim("action"),
-        label_camera=CAMERA,
+        label_cameras=(CAMERA,),
     )
     samples = SampleDataset([dataset], spec, seed=0)
     ends = [int(end) for end in dataset.episode_to]
@@ -147,7 +147,7 @@ def test_a_sample_is_what_lerobot_reads(name, request):
 
 def test_latent_actions_in_a_row_read_a_frame_more_than_their_number(video):
     """The frames at t, t + gap, ...; where the episode ends, the last of them before it stands in, and is masked."""
-    samples = SampleDataset([video], SampleSpec(cameras=(), label_camera=CAMERA, horizon=3), seed=0)
+    samples = SampleDataset([video], SampleSpec(cameras=(), label_cameras=(CAMERA,), horizon=3), seed=0)
     (start, end), last = (int(of[7]) for of in (video.episode_from, video.episode_to)), video.num_frames - 1
     assert (end - start, end - 1) == (27, last)  # 2 gaps of 10 frames fit into it
     raw = samples[[SampleKey(0, 0, 0, row) for row in (start, start + 7, last)]]
@@ -164,7 +164,7 @@ def test_pairs_are_a_time_apart_whatever_the_frame_rate(video, images):
 
 
 def test_a_pair_cut_by_the_episodes_end_is_masked_and_not_clamped(video):
-    spec = SampleSpec(cameras=(), label_camera=CAMERA)
+    spec = SampleSpec(cameras=(), label_cameras=(CAMERA,))
     dataset, start, end = SampleDataset([video], spec, seed=0), int(video.episode_from[5]), int(video.episode_to[5])
     raw = dataset[[SampleKey(0, 0, 0, frame) for frame in range(start, end)]]
     assert raw.pair_mask[:, 0].tolist() == [True] * (end - start - 10) + [False] * 10
@@ -652,7 +652,7 @@ def test_weights_share_out_every_batch(video, labelled):
 
 def test_the_state_of_a_share_of_the_samples_is_hidden(labelled):
     """Nothing else of a sample changes, and which samples these are follows from (seed, step, slot)."""
-    spec = replace(SPEC, cameras=(), label_camera=None, horizon=0)
+    spec = replace(SPEC, cameras=(), label_cameras=(), horizon=0)
     keys = [SampleKey(step, slot, 0, slot) for step in range(10) for slot in range(16)]
     whole = SampleDataset([labelled], spec, seed=0)[keys]
     hidden = SampleDataset([labelled], spec, seed=0, state_dropout=0.25)[keys]
@@ -691,20 +691,20 @@ def test_cameras_are_those_that_all_datasets_have(video, images):
     """Unless the user names one that some lack, which is then masked there."""
     assert data_views.choose_cameras([images], DataConfig(roots=("x",))) == ((CAMERA, WRIST), CAMERA)
     assert data_views.choose_cameras([video, images], DataConfig(roots=("x",))) == ((CAMERA,), CAMERA)
-    chosen = data_views.choose_cameras([images], DataConfig(roots=("x",), cameras=(WRIST,), label_camera=CAMERA))
+    chosen = data_views.choose_cameras([images], DataConfig(roots=("x",), cameras=(WRIST,), label_cameras=(CAMERA,)))
     assert chosen == ((WRIST,), CAMERA)
-    both = DataConfig(roots=("x",), cameras=(WRIST, CAMERA), label_camera=CAMERA)
+    both = DataConfig(roots=("x",), cameras=(WRIST, CAMERA), label_cameras=(CAMERA,))
     assert data_views.choose_cameras([video, images], both) == ((WRIST, CAMERA), CAMERA)
     for options, named, message in [
         ({"cameras": (CAMERA, WRIST)}, False, "or you name them"),  # not the user's, but those of a model to start from
         ({"cameras": ("observation.images.top",)}, True, "or you name them"),
-        ({"label_camera": WRIST}, True, f"every dataset must have the label camera, but not {video.name};"),
+        ({"label_cameras": WRIST}, True, f"every dataset must have the label camera, but not {video.name};"),
         ({"cameras": (WRIST, CAMERA)}, True, f"the label camera, but not {video.name};"),
-        ({"cameras": (WRIST,), "label_camera": CAMERA}, True, f"^{video.name} would show the policy nothing"),
+        ({"cameras": (WRIST,), "label_cameras": CAMERA}, True, f"^{video.name} would show the policy nothing"),
     ]:
         with pytest.raises(ValueError, match=message) as error:
             data_views.choose_cameras([video, images], DataConfig(roots=("x",), **options), named)
-        asked = options.get("label_camera") or options["cameras"][-1]
+        asked = options.get("label_cameras") or options["cameras"][-1]
         for words in (asked, f"{video.name}: {CAMERA}", f"{images.name}: {CAMERA}, {WRIST}", "Pass --data."):
             assert words in str(error.value)
     # Where no pairs are read, nobody needs the label camera.

@@ -366,13 +366,13 @@ def test_a_trunk_brings_nothing_but_itself(smolvlm):
 
 
 def test_the_artifact_names_cameras_and_label_camera_where_the_user_does_not(tmp_path, core):
-    initial = open_from(save(tmp_path, core, replace(LATENTS, label_camera=CAMERAS[1])))
+    initial = open_from(save(tmp_path, core, replace(LATENTS, label_cameras=CAMERAS[1:2])))
     options = PolicyDataConfig(repo_ids=("a",), random_shift=0.1)
     with_latents = initial.data_options(options, with_latents=True)
-    assert with_latents == replace(options, cameras=CAMERAS, label_camera=CAMERAS[1], frame_gap_s=0.5)
+    assert with_latents == replace(options, cameras=CAMERAS, label_cameras=CAMERAS[1:2], frame_gap_s=0.5)
     # Without co-training no pairs are read, so a dataset need not have the label camera.
     assert initial.data_options(options, with_latents=False) == replace(options, cameras=CAMERAS)
-    stated = replace(options, cameras=("front",), label_camera="front", frame_gap_s=0.25)
+    stated = replace(options, cameras=("front",), label_cameras=("front",), frame_gap_s=0.25)
     assert initial.data_options(stated, with_latents=True) == stated
 
 
@@ -535,7 +535,7 @@ def test_co_training_on_other_latent_actions_is_refused(artifact, labels):
         f"  teacher (--laq-ckpt): command line {labels.teacher_id}, artifact {'0' * 64}",
         "  --teacher-kind: command line continuous, artifact quantized",
         "  --data.frame-gap-s: command line 0.25, artifact 0.5",
-        f"  --data.label-camera: command line {CAMERAS[1]}, artifact {CAMERAS[0]}",
+        f"  --data.label-cameras: command line {CAMERAS[1]}, artifact {CAMERAS[0]}",
         "  --latent-horizon: command line 2, artifact 1",
     ]
     assert problems(error) == rows
@@ -570,12 +570,12 @@ def test_a_head_that_classifies_needs_codes(labels):
 
 def test_the_label_camera_is_renamed_with_the_others(labels, core, tmp_path):
     """A camera is its place: the artifact's latents of its second camera are those of the data's second."""
-    latents = replace(LATENTS, teacher_id=labels.teacher_id, label_camera=CAMERAS[1])
+    latents = replace(LATENTS, teacher_id=labels.teacher_id, label_cameras=CAMERAS[1:2])
     initial = open_from(save(tmp_path, core, latents))
     renamed = initial.data_options(options(0.5, ("front", "hand")), with_latents=True)
-    assert renamed.label_camera == "hand"
+    assert renamed.label_cameras == "hand"
     assert initial.latent_dims(labels, renamed, "hand")
-    with pytest.raises(ValueError, match=r"--data\.label-camera: command line front, artifact hand"):
+    with pytest.raises(ValueError, match=r"--data\.label-cameras: command line front, artifact hand"):
         initial.latent_dims(labels, renamed, "front")
 
 

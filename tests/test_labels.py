@@ -62,7 +62,7 @@ def latent_config(tmp_path: Path, *roots: Path, **options) -> StageOptions:
 def raw_batch(datasets, labels, places: list[tuple[int, int]]) -> RawBatch:
     spec = data_loader.SampleSpec(
         cameras=(),
-        label_camera=labels.camera,
+        label_cameras=labels.cameras,
         pair_size=labels.pair_size,
         horizon=labels.horizon,
         draws={LATENT: labels.shape},
@@ -79,7 +79,7 @@ def test_cached_labels_are_the_online_ones_to_the_bit(cache, tmp_path, laq_check
     cached = open_labels(replace(config, labels="cache", label_cache=directory), datasets, CAMERA)
     assert isinstance(online, OnlineLabels)
     assert (cached.teacher_id, cached.kind, cached.shape) == (online.teacher_id, kind, online.shape)
-    assert (cached.camera, cached.pair_size) == (None, 0)  # no pair is read, no second frame decoded
+    assert (cached.cameras, cached.pair_size) == ((), 0)  # no pair is read, no second frame decoded
     # Batches as the command has made them: blocks of 16 rows of one episode.
     compared = 0
     for index, dataset in enumerate(datasets):

@@ -69,7 +69,7 @@ def unlike(tmp_path, video_dataset, image_dataset) -> Path:
             cameras:
               {HAND}: {WRIST}
               {FRONT}: {CAMERA}
-            label_camera: {WRIST}
+            label_cameras: {WRIST}
             frame_gap_s: 0.3
             weight: 1
         """,
@@ -172,7 +172,7 @@ def test_a_mixture_stands_for_the_other_options(tmp_path, unlike):
 
 
 def test_a_camera_that_a_dataset_does_not_have_is_refused(tmp_path, video_dataset):
-    for entry in (f"cameras: {{{FRONT}: top}}", "label_camera: top"):
+    for entry in (f"cameras: {{{FRONT}: top}}", "label_cameras: top"):
         path = write(tmp_path / "mixture.yaml", f"datasets: [{{root: {video_dataset}, {entry}}}]")
         with pytest.raises(ValueError, match=rf"names top as a camera of {video_dataset}, which has {CAMERA}$"):
             data.open_datasets(DataConfig(mixture=path))
@@ -185,10 +185,10 @@ def test_every_row_is_read_as_from_its_dataset_alone(unlike):
     """Frames, pairs at each dataset's own gap and of its own label camera, under the policy's names."""
     datasets = data.open_datasets(DataConfig(mixture=unlike))
     _, images = datasets
-    cameras, label_camera = data_views.choose_cameras(datasets, DataConfig(mixture=unlike))
-    assert (cameras, label_camera) == ((FRONT, HAND), FRONT)
-    assert [(d.gap, d.label_view(FRONT)) for d in datasets] == [(10, CAMERA), (3, WRIST)]
-    spec = SampleSpec(cameras=cameras, label_camera=label_camera, pair_size=40)
+    cameras, label_cameras = data_views.choose_cameras(datasets, DataConfig(mixture=unlike))
+    assert (cameras, label_cameras) == ((FRONT, HAND), FRONT)
+    assert [(d.gap, d.label_views((FRONT,))) for d in datasets] == [(10, (CAMERA,)), (3, (WRIST,))]
+    spec = SampleSpec(cameras=cameras, label_cameras=label_cameras, pair_size=40)
     places = [(1, 5), (0, 3), (1, 6), (0, 150)]
     raw = SampleDataset(datasets, spec, seed=0)[[SampleKey(0, slot, *place) for slot, place in enumerate(places)]]
     assert raw.image_mask.tolist() == [[True, True], [True, False]] * 2
@@ -249,9 +249,9 @@ def test_names_alone_change_nothing(tmp_path, labelled_dataset):
     path = write(tmp_path / "m.yaml", f"datasets: [{{root: {labelled_dataset}, cameras: {{{FRONT}: {CAMERA}}}}}]")
     places = [SampleKey(0, slot, 0, row) for slot, row in enumerate((3, 40, 41))]
     (plain,) = data.open_datasets(DataConfig(roots=(labelled_dataset,)))
-    one = SampleDataset([plain], SampleSpec((CAMERA,), state_dim=4, label_camera=CAMERA), seed=0)[places]
+    one = SampleDataset([plain], SampleSpec((CAMERA,), state_dim=4, label_cameras=(CAMERA,)), seed=0)[places]
     other = SampleDataset(
-        data.open_datasets(DataConfig(mixture=path)), SampleSpec((FRONT,), state_dim=4, label_camera=FRONT), seed=0
+        data.open_datasets(DataConfig(mixture=path)), SampleSpec((FRONT,), state_dim=4, label_cameras=(FRONT,)), seed=0
     )[places]
     assert equal(vars(one), vars(other))
     assert other.images[0].data_ptr() == other.pairs.data_ptr()
@@ -388,14 +388,14 @@ def test_labels_are_kept_under_the_datasets_own_names(tmp_path, unlike, video_da
         run_dir=tmp_path, data=PolicyDataConfig(mixture=unlike), labels="cache", label_cache=cache["label_cache"]
     )
     options = labels_pairs(config, config.data)
-    assert (options.label_camera, options.frame_gap_s) == (FRONT, 0.5)
+    assert (options.label_cameras, options.frame_gap_s) == (FRONT, 0.5)
     datasets = data.open_datasets(options)
     stores = label_stores(cache["label_cache"], datasets, None, "quantized", FRONT)
     assert [(store.key["camera"], store.key["frame_gap_s"]) for store in stores] == [(CAMERA, 0.5), (WRIST, 0.3)]
     # The cached labels are those that the teacher gives in the run.
     cached = open_labels(config, datasets, FRONT)
     online = open_labels(replace(config, labels="online", label_cache=None, laq_ckpt=laq_checkpoint), datasets, FRONT)
-    spec = SampleSpec((FRONT, HAND), label_camera=FRONT, pair_size=online.pair_size)
+    spec = SampleSpec((FRONT, HAND), label_cameras=(FRONT,), pair_size=online.pair_size)
     raw = SampleDataset(datasets, spec, seed=0)[[SampleKey(0, slot, slot % 2, 30 + slot) for slot in range(8)]]
     assert raw.pair_mask.any()
     known = raw.pair_mask[:, 0]
@@ -407,21 +407,21 @@ def test_other_pairs_of_a_dataset_than_the_teachers_are_refused(tmp_path, unlike
         save_laq(load_laq(laq_checkpoint), tmp_path / "laq.safetensors", source)
         return tmp_path / "laq.safetensors"
 
-    options, known = DataConfig(mixture=unlike), {"frame_gap_s": 0.5, "label_camera": CAMERA}
+    options, known = DataConfig(mixture=unlike), {"frame_gap_s": 0.5, "label_cameras": CAMERA}
     images = options.entries[1].name
     with pytest.raises(ValueError, match="trained on other pairs") as error:
         teachers_pairs(teacher(**known), options)
     assert f"\n  frame_gap_s of {images}: command line 0.3, teacher 0.5\n" in str(error.value)
-    assert f"\n  label_camera of {images}: command line {WRIST}, teacher {FRONT}\n" in str(error.value)
+    assert f"\n  label_cameras of {images}: command line {WRIST}, teacher {FRONT}\n" in str(error.value)
     accepted = teachers_pairs(teacher(**known), options, accept_other=True)
     # It was trained on the camera that the mixture calls front.
-    assert (accepted.frame_gap_s, accepted.label_camera) == (0.5, FRONT)
+    assert (accepted.frame_gap_s, accepted.label_cameras) == (0.5, FRONT)
     datasets = data.open_datasets(options)
     source = data_views.pairs_source(datasets, FRONT)
     assert source == {
         "frame_gap_s": 0.5,
-        "label_camera": FRONT,
-        "of_mixture": {"frame_gap_s": [0.3], "label_camera": [WRIST]},
+        "label_cameras": FRONT,
+        "of_mixture": {"frame_gap_s": [0.3], "label_cameras": [WRIST]},
     }
     assert teachers_pairs(teacher(**source), options).frame_gap_s == 0.5
 
@@ -430,7 +430,7 @@ def test_other_pairs_of_a_dataset_than_the_teachers_are_refused(tmp_path, unlike
 
 
 @pytest.mark.parametrize(
-    "own, mapped, chosen, label_camera",
+    "own, mapped, chosen, label_cameras",
     [
         (("image_0",), (FRONT, HAND), (FRONT, HAND), FRONT),
         ((FRONT, HAND), (HAND, FRONT), (FRONT, HAND), FRONT),
@@ -440,17 +440,17 @@ def test_other_pairs_of_a_dataset_than_the_teachers_are_refused(tmp_path, unlike
         ((FRONT, HAND), (HAND,), (HAND,), FRONT),
     ],
 )
-def test_names_of_a_mixture_take_the_places_of_the_artifacts(tmp_path, own, mapped, chosen, label_camera):
+def test_names_of_a_mixture_take_the_places_of_the_artifacts(tmp_path, own, mapped, chosen, label_cameras):
     cameras = ", ".join(f"{name}: {name}_recorded" for name in mapped)
     path = write(tmp_path / "mixture.yaml", f"datasets: [{{root: a, cameras: {{{cameras}}}}}]")
-    latents = replace(LATENTS, label_camera=own[0])
+    latents = replace(LATENTS, label_cameras=own[0])
     initial = open_from(save(tmp_path, make_artifact_core(cameras=own), latents))
     options = initial.data_options(DataConfig(mixture=path), with_latents=False)
     assert options.cameras == chosen
     stated = DataConfig(mixture=path, cameras=(HAND,))
     assert initial.data_options(stated, with_latents=False).cameras == (HAND,)
     # The label camera goes with its place.
-    assert initial.data_options(DataConfig(mixture=path), with_latents=True).label_camera == label_camera
+    assert initial.data_options(DataConfig(mixture=path), with_latents=True).label_cameras == label_cameras
 
 
 def test_a_camera_that_some_lack_is_refused_unless_the_user_names_it(tmp_path, video_dataset, two_cameras):
@@ -506,7 +506,7 @@ def test_stage_2_trains_on_unlike_datasets_and_goes_on_only_with_the_same(tmp_pa
     assert re.search(rf" +{CAMERA} +- \(masked\) +{CAMERA}, 0.5 s$", printed, re.M)
     assert re.search(rf" +{CAMERA} +{WRIST} +{WRIST}, 0.3 s$", printed, re.M)
     manifest = json.loads((tmp_path / "s2" / ARTIFACT).with_suffix(".json").read_text())
-    assert (manifest["core"]["cameras"], manifest["latents"]["label_camera"]) == ([FRONT, HAND], FRONT)
+    assert (manifest["core"]["cameras"], manifest["latents"]["label_cameras"]) == ([FRONT, HAND], FRONT)
     assert (manifest["latents"]["frame_gap_s"], manifest["latents"]["own_gaps_s"]) == (0.5, [0.3])
     assert "on observation.images.front, 0.5 or 0.3 s apart" in printed
     run_stage(train_stage2, tmp_path / "s2", *options, "--steps", "2", "--resume")

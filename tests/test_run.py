@@ -345,7 +345,7 @@ def train_core(
     labels.laq.to(device)
     core = make_core().to(device)
     freeze(core, ["vision tower", "connector"])
-    spec = data_loader.SampleSpec((camera,), state_dim=4, label_camera=camera, draws={LATENT: (4, 8)})
+    spec = data_loader.SampleSpec((camera,), state_dim=4, label_cameras=(camera,), draws={LATENT: (4, 8)})
     loaders = data_loader.make_loaders(datasets, *groups, spec, config, accelerator, random_shift=0.1)
     statistics = {
         LATENT: Statistics((0.0,) * 32, (1.0,) * 32),

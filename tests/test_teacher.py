@@ -76,7 +76,7 @@ def test_online_labels_are_what_laq_encodes(laq, dataset, image_source, kind):
     """Also in a mixture of sizes: a label does not depend on what else is in it."""
     labels = OnlineLabels(laq, kind, CAMERA)
     assert (labels.kind, labels.shape, labels.teacher_id) == (kind, (4, 8), teacher_id(laq))
-    spec = data_loader.SampleSpec(cameras=(), label_camera=labels.camera, pair_size=labels.pair_size)
+    spec = data_loader.SampleSpec(cameras=(), label_cameras=labels.cameras, pair_size=labels.pair_size)
     for datasets in [dataset], [dataset, image_source]:
         samples = data_loader.SampleDataset(datasets, spec, seed=0)
         raw = samples[[data_order.SampleKey(0, slot, slot % len(datasets), 3 + slot) for slot in range(4)]]
@@ -156,7 +156,7 @@ def test_its_checkpoints_are_loadable_teachers(run_dir, video_dataset):
         source = manifest["source"]
         assert (source["run"], source["global_step"], source["weights"]) == ("laq", int(step), "last step")
         assert source["datasets"] == [str(video_dataset)]
-        assert (source["frame_gap_s"], source["label_camera"]) == (0.5, CAMERA)
+        assert (source["frame_gap_s"], source["label_cameras"]) == (0.5, CAMERA)
         state = torch.load(run_dir / "checkpoints" / step / "training_state" / "state.pt", weights_only=True)["model"]
         published = public_state(teacher.state_dict())
         assert all(torch.equal(value, state[key]) for key, value in published.items())
@@ -289,7 +289,7 @@ def test_the_teachers_own_pairs_are_the_default(run_dir, video_dataset, tmp_path
     path = run_dir / "checkpoints" / "last" / "pretrained_model" / "laq.safetensors"
     manifest = json.loads(path.with_suffix(".json").read_text())
     manifest.pop("manifest_sha256")
-    manifest["source"] |= {"frame_gap_s": 0.2, "label_camera": CAMERA}
+    manifest["source"] |= {"frame_gap_s": 0.2, "label_cameras": CAMERA}
     other = tmp_path / "laq.safetensors"
     other.with_suffix(".json").write_text(sealed(manifest))
     other.touch()
@@ -297,7 +297,7 @@ def test_the_teachers_own_pairs_are_the_default(run_dir, video_dataset, tmp_path
     lapas.touch()
     options = DataConfig(roots=(video_dataset,))
     found = teachers_pairs(other, options)
-    assert (found.frame_gap_s, found.gap_s, found.label_camera) == (0.2, 0.2, CAMERA)
+    assert (found.frame_gap_s, found.gap_s, found.label_cameras) == (0.2, 0.2, CAMERA)
     assert teachers_pairs(other, found) == found
     stated = replace(options, frame_gap_s=0.5)
     with pytest.raises(
@@ -305,7 +305,7 @@ def test_the_teachers_own_pairs_are_the_default(run_dir, video_dataset, tmp_path
         match=r"trained on other pairs:\n  --data.frame-gap-s: command line 0.5, teacher 0.2\n.*--accept-other",
     ):
         teachers_pairs(other, stated)
-    assert teachers_pairs(other, stated, accept_other=True) == replace(stated, label_camera=CAMERA)
+    assert teachers_pairs(other, stated, accept_other=True) == replace(stated, label_cameras=(CAMERA,))
     assert teachers_pairs(lapas, options) == options
     assert (options.frame_gap_s, options.gap_s) == (None, 0.5)
 
