@@ -171,8 +171,7 @@ class DataConfig:
     # Camera keys to use, in this order; a dataset may lack some, which are then masked. Default: those of the mixture,
     # else every camera that all datasets have, in the first dataset's order.
     cameras: tuple[str, ...] = ()
-    # Cameras whose frame pairs the LAQ teacher sees: a latent action is the codes of all, one camera after the other.
-    # Default: the teacher's own, else the first of the cameras.
+    # Cameras whose pairs the teacher sees, for one latent action. Default: the teacher's own, else the first camera.
     label_cameras: tuple[str, ...] = ()
     # Time between the two frames of a pair, seconds. Default: the teacher's own, else 0.5 (LAPA's files do not say).
     frame_gap_s: ranges.Positive | None = None
@@ -186,6 +185,7 @@ class DataConfig:
             )
         ranges.check(self, "--data.")
         ranges.refuse_twice("--data.cameras", self.cameras)
+        ranges.refuse_twice("--data.label-cameras", self.label_cameras)
         ranges.refuse_twice("--data.repo-ids and --data.roots", self.repo_ids + self.roots)
         if self.weights and len(self.weights) != (number := len(self.repo_ids) + len(self.roots)):
             raise ValueError(f"--data.weights {self.weights}: pass a number for each of {number} dataset(s)")

@@ -98,8 +98,7 @@ class SampleDataset(Dataset):
         self.blank = {camera: self.black(camera) for camera in spec.cameras if camera not in spec.features}
         self.label_views = [d.label_views(spec.label_cameras) if spec.label_cameras else () for d in datasets]
         self.resizes_pairs = len({d.frame_shape(v) for d, views in zip(datasets, self.label_views) for v in views}) > 1
-        # Cameras whose images are the first frames of the pairs, and of which label camera: what both have is sent to
-        # the training process once.
+        # By camera, the label camera whose first frames are its images: what both have is sent only once.
         as_they_are = [camera for camera in self.blank if not self.augment and camera not in self.square_side]
         by_camera = {views: place for place, views in enumerate(zip(*self.label_views))}
         own = {camera: tuple(d.views.get(camera) for d in datasets) for camera in as_they_are}

@@ -75,6 +75,18 @@ def held_out_errors(
     return {f"val/{key}": total / max(count, 1) for key, (total, count) in reduced.items()}
 
 
+def repeat_error(laq: LAQ, batches: Iterable[RawBatch]) -> float:
+    """Mean squared pixel error of repeating the first frame, as the teacher sees frames.
+
+    Raises ValueError if nothing moves.
+    """
+    pairs = [laq.resize(unit_range(raw.pairs.flatten(0, 1))).unbind(1) for raw in batches]
+    error = torch.cat([pixel_error(first, second) for first, second in pairs]).mean().item()
+    if error == 0:
+        raise ValueError("the frames of every pair are equal: try a larger --data.frame-gap-s, or another camera")
+    return error
+
+
 @torch.no_grad()
 def reconstruction_errors(laq: LAQ, batches: Iterable[RawBatch], accelerator: Accelerator) -> dict[str, float]:
     """Held-out pixel errors of the second frame: reconstructed from its codes, and by repeating the first frame."""

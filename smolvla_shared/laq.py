@@ -52,10 +52,9 @@ class PairBatch:
     def of(cls, raw: RawBatch, noise: Tensor, actions: Tensor | None) -> "PairBatch":  # [B, V*S, D], [B, A]
         """The pairs of every label camera, B * V."""
         number = raw.pairs.shape[1]
-        noise = noise.unflatten(1, (number, -1)).flatten(0, 1)
-        mask, known = raw.pair_mask[:, 0], actions is not None
-        mask, actions = (t.repeat_interleave(number, 0) for t in (mask, actions if known else mask))
-        return cls(raw.pairs.flatten(0, 1), mask, noise, actions if known else None)
+        noise, mask = noise.unflatten(1, (number, -1)).flatten(0, 1), raw.pair_mask[:, 0].repeat_interleave(number)
+        actions = None if actions is None else actions.repeat_interleave(number, 0)
+        return cls(raw.pairs.flatten(0, 1), mask, noise, actions)
 
     @property
     def masks(self) -> dict[str, Tensor]:

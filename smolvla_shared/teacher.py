@@ -5,7 +5,6 @@ accelerate launch -m smolvla_shared.teacher label --laq-ckpt laq.safetensors --d
 python -m smolvla_shared.teacher check --laq-ckpt laq.safetensors --data.roots my/videos --out runs/check
 """
 
-from collections.abc import Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -20,7 +19,6 @@ from smolvla_shared.teacher_config import FRESH, CheckConfig, LabelConfig, Teach
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from smolvla_shared.batch import RawBatch
     from smolvla_shared.data import RobotDataset
     from smolvla_shared.laq import LAQ
 
@@ -45,23 +43,6 @@ def given_laq(config: TeacherConfig) -> "LAQ | None":
     return given
 
 
-def repeat_error(laq: "LAQ", batches: "Iterable[RawBatch]") -> float:
-    """Mean squared pixel error of repeating the first frame, as the teacher sees frames.
-
-    Raises ValueError if nothing moves.
-    """
-    import torch
-
-    from smolvla_shared.laq import pixel_error
-    from smolvla_shared.preprocess import unit_range
-
-    pairs = [laq.resize(unit_range(raw.pairs.flatten(0, 1))).unbind(1) for raw in batches]
-    error = torch.cat([pixel_error(first, second) for first, second in pairs]).mean().item()
-    if error == 0:
-        raise ValueError("the frames of every pair are equal: try a larger --data.frame-gap-s, or another camera")
-    return error
-
-
 def open_recordings(config: TeacherConfig) -> "tuple[list[RobotDataset], int, tuple[str, ...]]":
     """The datasets of video, then those of grounding; the number of the former; the label cameras, which all have."""
     from smolvla_shared import data, data_views
@@ -84,7 +65,7 @@ def train_teacher(config: TeacherConfig) -> None:
     datasets, num_videos, label_cameras = open_recordings(config)
 
     from smolvla_shared import data, data_loader, data_order, data_split, data_views
-    from smolvla_shared.evaluate import reconstruction_errors
+    from smolvla_shared.evaluate import reconstruction_errors, repeat_error
     from smolvla_shared.grounding import Grounding
     from smolvla_shared.laq import LAQ, PairBatch
     from smolvla_shared.laq_codebook import CodebookKeeper

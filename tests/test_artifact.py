@@ -28,7 +28,7 @@ STATISTICS = {
     "state": Statistics((0.1, 0.2, 1 / 3, 0.4), (1.0, 2.0, 3.0, 0.5)),
     "latent": Statistics(tuple(i / 7 for i in range(32)), (1.0,) * 32),
 }
-LATENTS = Latents("0" * 64, "quantized", 0.5, CAMERAS[0], 2 / 3)
+LATENTS = Latents("0" * 64, "quantized", 0.5, CAMERAS[:1], 2 / 3)
 ORIGIN = Origin("s2", 500, ("my/videos", "other"), ("expert", "latent head"), "last step", {"torch": "2", "numpy": "1"})
 
 

@@ -134,7 +134,7 @@ def test_a_sample_is_what_lerobot_reads(name, request):
             assert torch.equal(raw.images[1][0], in_bytes(expected[WRIST])), frame
         assert raw.pair_mask.tolist() == [[not expected[f"{CAMERA}_is_pad"][1]]], frame
         if raw.pair_mask:
-            assert torch.equal(raw.pairs[0], in_bytes(expected[CAMERA])), frame
+            assert torch.equal(raw.pairs[0, 0], in_bytes(expected[CAMERA])), frame
         assert raw.tasks == [expected["task"]]
         assert torch.equal(raw.action_mask[0], ~expected["action_is_pad"])
         assert torch.equal(raw.actions[0], expected["action"])
@@ -154,7 +154,7 @@ def test_latent_actions_in_a_row_read_a_frame_more_than_their_number(video):
     assert raw.pair_mask.tolist() == [[True, True, False], [True, False, False], [False, False, False]]
     recorded = lerobot_dataset(video)
     rows = [[start, start + 10, start + 20, start + 20], [start + 7, *[start + 17] * 3], [last] * 4]
-    for frames, expected in zip(raw.pairs, rows):
+    for (frames,), expected in zip(raw.pairs, rows):
         assert torch.equal(frames, torch.stack([in_bytes(recorded[row][CAMERA]) for row in expected]))
 
 
@@ -169,7 +169,7 @@ def test_a_pair_cut_by_the_episodes_end_is_masked_and_not_clamped(video):
     raw = dataset[[SampleKey(0, 0, 0, frame) for frame in range(start, end)]]
     assert raw.pair_mask[:, 0].tolist() == [True] * (end - start - 10) + [False] * 10
     last = lerobot_dataset(video)[end - 1][CAMERA]
-    for pair in raw.pairs[-10:-1]:
+    for (pair,) in raw.pairs[-10:-1]:
         assert torch.equal(pair[0], pair[1])  # the frame itself: nobody can take it for a motion
         assert not torch.equal(pair[1], last)
     assert data.valid_pair_share([video], [(0, video.rows(start, end))]) == 1 - 10 / (end - start)
@@ -218,7 +218,7 @@ def test_a_mixture_of_rates_sizes_and_columns(video, images):
     dataset = SampleDataset([video, images], spec, seed=0)
     batch = dataset[[SampleKey(0, slot, slot % 2, 2 + slot) for slot in range(4)]]
     assert batch.images[0].shape == (4, 3, 96, 96)
-    assert batch.pairs.shape == (4, 2, 3, 40, 40)
+    assert batch.pairs.shape == (4, 1, 2, 3, 40, 40)
     assert (batch.dataset, batch.row) == ([0, 1, 0, 1], [2, 3, 4, 5])
     assert batch.state_mask.tolist() == [True, False, True, False]
     assert batch.action_mask.any(1).tolist() == [False, True, False, True]
@@ -229,7 +229,7 @@ def test_a_mixture_of_rates_sizes_and_columns(video, images):
         for index, frame in enumerate((2 + slot, 2 + slot + dataset.gap)):
             picture = in_bytes(reference[frame][CAMERA])[None].float() / 255
             expected = F.interpolate(picture, (40, 40), mode="bilinear", antialias=True)[0]
-            assert torch.equal(batch.pairs[slot, index], expected), (slot, index)
+            assert torch.equal(batch.pairs[slot, 0, index], expected), (slot, index)
         picture = in_bytes(reference[2 + slot][CAMERA])[None].float() / 255
         assert torch.equal(batch.images[0][slot], resize_with_pad(picture, 96)[0])
 
@@ -428,7 +428,7 @@ def test_draws_are_a_function_of_seed_step_and_slot(video):
         assert not torch.equal(base.images[0], other.images[0])  # augmented otherwise
         assert torch.equal(base.pairs, other.pairs)  # the teacher's frames are as recorded
     plain = draw(0, 4, 2, augmentation={})
-    assert torch.equal(plain.images[0], base.pairs[:, 0])
+    assert torch.equal(plain.images[0], base.pairs[:, 0, 0])
     assert torch.equal(plain.noise["latent"], base.noise["latent"])  # augmentation has random numbers of its own
 
 
@@ -505,9 +505,9 @@ def test_held_out_batches_are_the_same_every_time(video, tmp_path):
     assert len(first) == 2
     for one, other in zip(first, second):
         assert_equal(one, other)
-        assert torch.equal(one.images[0], one.pairs[:, 0])  # not augmented
+        assert torch.equal(one.images[0], one.pairs[:, 0, 0])  # not augmented
     (augmented,) = loaders.train(0)
-    assert not torch.equal(augmented.images[0], augmented.pairs[:, 0])
+    assert not torch.equal(augmented.images[0], augmented.pairs[:, 0, 0])
     names = {
         f"{video.name} episode {e}" for e in np.searchsorted(video.episode_to, held_out[0][1].numpy(), side="right")
     }
@@ -689,26 +689,26 @@ def test_a_dataset_of_which_a_part_is_missing_is_refused(video_dataset, tmp_path
 
 def test_cameras_are_those_that_all_datasets_have(video, images):
     """Unless the user names one that some lack, which is then masked there."""
-    assert data_views.choose_cameras([images], DataConfig(roots=("x",))) == ((CAMERA, WRIST), CAMERA)
-    assert data_views.choose_cameras([video, images], DataConfig(roots=("x",))) == ((CAMERA,), CAMERA)
+    assert data_views.choose_cameras([images], DataConfig(roots=("x",))) == ((CAMERA, WRIST), (CAMERA,))
+    assert data_views.choose_cameras([video, images], DataConfig(roots=("x",))) == ((CAMERA,), (CAMERA,))
     chosen = data_views.choose_cameras([images], DataConfig(roots=("x",), cameras=(WRIST,), label_cameras=(CAMERA,)))
-    assert chosen == ((WRIST,), CAMERA)
+    assert chosen == ((WRIST,), (CAMERA,))
     both = DataConfig(roots=("x",), cameras=(WRIST, CAMERA), label_cameras=(CAMERA,))
-    assert data_views.choose_cameras([video, images], both) == ((WRIST, CAMERA), CAMERA)
+    assert data_views.choose_cameras([video, images], both) == ((WRIST, CAMERA), (CAMERA,))
     for options, named, message in [
         ({"cameras": (CAMERA, WRIST)}, False, "or you name them"),  # not the user's, but those of a model to start from
         ({"cameras": ("observation.images.top",)}, True, "or you name them"),
-        ({"label_cameras": WRIST}, True, f"every dataset must have the label camera, but not {video.name};"),
-        ({"cameras": (WRIST, CAMERA)}, True, f"the label camera, but not {video.name};"),
-        ({"cameras": (WRIST,), "label_cameras": CAMERA}, True, f"^{video.name} would show the policy nothing"),
+        ({"label_cameras": (WRIST,)}, True, f"every dataset must have the label cameras, but not {video.name};"),
+        ({"cameras": (WRIST, CAMERA)}, True, f"the label cameras, but not {video.name};"),
+        ({"cameras": (WRIST,), "label_cameras": (CAMERA,)}, True, f"^{video.name} would show the policy nothing"),
     ]:
         with pytest.raises(ValueError, match=message) as error:
             data_views.choose_cameras([video, images], DataConfig(roots=("x",), **options), named)
-        asked = options.get("label_cameras") or options["cameras"][-1]
+        (asked,) = options.get("label_cameras") or options["cameras"][-1:]
         for words in (asked, f"{video.name}: {CAMERA}", f"{images.name}: {CAMERA}, {WRIST}", "Pass --data."):
             assert words in str(error.value)
     # Where no pairs are read, nobody needs the label camera.
-    assert data_views.choose_cameras([video, images], both, with_pairs=False) == ((WRIST, CAMERA), "")
+    assert data_views.choose_cameras([video, images], both, with_pairs=False) == ((WRIST, CAMERA), ())
 
 
 @pytest.mark.parametrize("gap, near", [(0.02, "0.05, 0.1"), (0.09, "0.05, 0.1")])

@@ -528,7 +528,7 @@ def test_a_camera_that_no_policy_can_read_is_refused_where_it_is_used(image_data
     root = shutil.copytree(image_dataset, tmp_path / "copy")
     feature(CAMERA, **fields)(root)
     datasets, wrist = open_datasets(root), "observation.images.wrist"
-    for options in {}, {"cameras": (CAMERA, wrist)}, {"label_cameras": CAMERA}:
+    for options in {}, {"cameras": (CAMERA, wrist)}, {"label_cameras": (CAMERA,)}:
         with pytest.raises(ValueError) as refused:
             data_views.choose_cameras(datasets, DataConfig(roots=(root,), **options))
         assert CAMERA in str(refused.value) and said in str(refused.value)

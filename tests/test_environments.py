@@ -6,6 +6,7 @@ import mujoco
 import numpy as np
 import pytest
 from lerobot.envs.configs import EnvConfig
+from lerobot.envs.utils import env_to_policy_features, preprocess_observation
 
 from smolvla_shared.environments import (
     CAMERAS,
@@ -85,31 +86,32 @@ def test_a_simulation_that_mujoco_begins_anew_is_an_error(tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize(
-    ("env_type", "tasks", "max_steps", "camera", "message"),
+    ("env_type", "tasks", "max_steps", "cameras", "message"),
     [
-        ("metaword", (TASK,), 9, None, "--env.type metaword is not one of metaworld, pusht, aloha"),
+        ("metaword", (TASK,), 9, (), "--env.type metaword is not one of metaworld, pusht, aloha"),
         (
             "metaworld",
             (TASK, "slide-the-plate"),
             9,
-            None,
+            (),
             "--env.task slide-the-plate: not of metaworld.*plate-slide",
         ),
-        ("metaworld", (TASK, TASK), 9, None, "names a task twice"),
-        ("metaworld", (TASK,), 501, None, "501 steps: Meta-World ends every episode after 500"),
-        ("pusht", (TASK,), 9, None, "not of pusht, which has PushT-v0"),
-        ("metaworld", (TASK,), 9, "top", "--env.camera top: Meta-World alone has a choice, of corner2.*topview"),
-        ("pusht", ("PushT-v0",), 9, "topview", "--env.camera topview: Meta-World alone has a choice"),
+        ("metaworld", (TASK, TASK), 9, (), "names a task twice"),
+        ("metaworld", (TASK,), 501, (), "501 steps: Meta-World ends every episode after 500"),
+        ("pusht", (TASK,), 9, (), "not of pusht, which has PushT-v0"),
+        ("metaworld", (TASK,), 9, ("top",), "--env.camera top: Meta-World alone has a choice, of corner2.*topview"),
+        ("pusht", ("PushT-v0",), 9, ("topview",), "--env.camera topview: Meta-World alone has a choice"),
+        ("metaworld", (TASK,), 9, ("topview", "topview"), "--env.camera topview topview: .* each once"),
     ],
 )
-def test_unknown_environments_are_refused(env_type, tasks, max_steps, camera, message):
+def test_unknown_environments_are_refused(env_type, tasks, max_steps, cameras, message):
     with pytest.raises(ValueError, match=message):
-        check_environment(env_type, tasks, max_steps, camera)
+        check_environment(env_type, tasks, max_steps, cameras)
 
 
 def test_a_camera_shows_what_mujoco_renders_from_it():
     for camera in ("topview", "gripperPOV"):
-        env = make_metaworld(TASK, 64, camera)
+        env = make_metaworld(TASK, 64, (camera,))
         picture = env.reset(seed=3)[0]["pixels"].astype(np.float32)
         sim = env._env.unwrapped
         with mujoco.Renderer(sim.model, 64, 64) as renderer:
@@ -153,6 +155,32 @@ def test_aloha():
     assert observation["pixels"]["top"].shape == (1, 480, 640, 3)
     assert not info["is_success"][0]
     environments.close()
+
+
+def test_several_cameras_show_what_each_shows_alone():
+    cameras, pictures = ("topview", "corner2", "gripperPOV"), {}
+    for chosen in (cameras, *[(camera,) for camera in cameras]):  # one after the other: they share a context
+        env = make_metaworld(TASK, 32, chosen)
+        env.reset(seed=3)
+        shown = [env.step(np.full(4, 0.5, np.float32))[0]["pixels"] for _ in range(3)]
+        pictures |= {chosen: shown}
+        if len(chosen) > 1:
+            assert env.observation_space["pixels"].contains(shown[0])
+        env.close()
+    for camera in cameras:
+        for both, alone in zip(pictures[cameras], pictures[camera,], strict=True):
+            assert np.array_equal(both[camera], alone), camera
+    assert not np.array_equal(pictures["topview",][0], pictures["corner2",][0])
+
+
+def test_lerobots_commands_show_several_cameras():
+    images = {"observation.images.topview", "observation.images.corner2"}
+    config = EnvConfig.get_choice_class("metaworld_plain")(image_size=32, camera="topview,corner2")
+    [[environments]] = [of.values() for of in config.create_envs(1).values()]
+    observation, _ = environments.reset(seed=[0])
+    environments.close()
+    assert set(env_to_policy_features(config)) == {"action", "observation.state", *images}
+    assert set(preprocess_observation(observation)) == {"observation.state", *images}
 
 
 def test_lerobots_commands_choose_the_camera():

@@ -57,13 +57,30 @@ def test_what_is_kept_was_measured_with_the_commands_of_today():
     assert json.loads(json.dumps(compare(rows))) == json.loads((ROOT / "docs/evidence/table.json").read_text())
 
 
-def test_the_camera_of_a_setting_is_that_of_recordings_and_rollouts():
-    for setting, camera in (("five tasks", ""), ("five tasks from above", "topview")):
+def options_of(part: Part) -> dict[str, list[str]]:
+    """The values of each option of a part's command."""
+    found = [group.split() for group in f" {part.command}".split(" --")[1:]]
+    return {name: values for name, *values in found}
+
+
+def test_the_cameras_of_a_setting_are_those_of_recordings_and_rollouts():
+    for setting, cameras in (("five tasks", []), ("five tasks from above", ["topview"])):
         cell = Cell(setting, 5, "decoded", 0, Sizes())
-        for option, parts in (("--camera", (*cell.video(), cell.labelled())), ("--env.camera", cell.rollouts())):
+        for option, parts in (("camera", (*cell.video(), cell.labelled())), ("env.camera", cell.rollouts())):
             for part in parts:
-                found = dict(zip(part.command.split(), part.command.split()[1:])).get(option, "")
-                assert found == camera, part.command
+                assert options_of(part).get(option, []) == cameras, part.command
+
+
+def test_with_two_cameras_the_teacher_sees_both_and_the_policy_the_first():
+    cell, keys = Cell("five tasks, two cameras", 5, "decoded", 0, Sizes()), ["topview", "corner2"]
+    seen, both = "observation.images.topview", [f"observation.images.{camera}" for camera in keys]
+    assert all(options_of(part)["camera"] == keys for part in (*cell.video(), cell.labelled()))
+    assert options_of(cell.teacher(learns=True))["data.label-cameras"] == both
+    for part in (cell.policy(), cell.stage2("continuous"), replace(cell, arm="scratch").policy()):
+        assert options_of(part)["data.cameras"] == [seen]
+    for part in cell.rollouts():
+        assert options_of(part)["env.camera"] == keys[:1]
+        assert options_of(part)["rename"] == ["observation.image", seen]
 
 
 def test_a_part_is_named_by_all_that_made_it():

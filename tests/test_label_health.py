@@ -104,7 +104,7 @@ def observations(count: int = 400, **changes: torch.Tensor) -> Observations:
         "latents": latents,
         "random_latents": normal(count, 6),
         "change": torch.full((count,), 0.2),
-        "shift": torch.zeros(count, 2, dtype=torch.int64),
+        "shift": torch.zeros(count, 1, 2, dtype=torch.int64),
         "targets": {DISPLACEMENT: Target(actions, ("x", "y"))},
         "still_latents": still,
         "past_to_now": latents,
@@ -118,7 +118,7 @@ def observations(count: int = 400, **changes: torch.Tensor) -> Observations:
 def verdict_of(seen: Observations, kind="quantized", invalid_share=0.0) -> tuple[list[str], list[str]]:
     found = measure(seen, codebook_size=8) | {"invalid_share": invalid_share}
     json.dumps(found, allow_nan=False)
-    assert label_health.summary(found, Verdict("pass", (), "0", kind, 0.5, CAMERA), [])
+    assert label_health.summary(found, Verdict("pass", (), "0", kind, 0.5, (CAMERA,)), [])
     return judge(found, kind)
 
 
@@ -150,7 +150,7 @@ def test_every_failure_has_its_reason():
         "hardly more about the displacement of observation.state than a random teacher's": {"latents": normal(400, 6)},
         "slots [2] of the latent action are constants": {"indices": constant_slot},
         "camera motion: a shift of the whole frame": {
-            "shift": shift,
+            "shift": shift[:, None],
             "latents": shift.double().repeat(1, 3),
             "targets": {DISPLACEMENT: Target(shift.double(), ("x", "y"))},
         },
@@ -269,7 +269,7 @@ def test_a_teacher_that_encodes_the_action_scores_near_1(laq, laq_checkpoint, la
     )
     datasets = data.open_datasets(config.data)
     seen, triples, latents = observe(
-        OnlineLabels(sees, "continuous", CAMERA), datasets, replace(config, detailed_pairs=40)
+        OnlineLabels(sees, "continuous", (CAMERA,)), datasets, replace(config, detailed_pairs=40)
     )
     by_hand = np.array(lerobot_dataset(datasets[0]).hf_dataset["action"])
     actions = seen.targets["action"].values

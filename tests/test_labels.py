@@ -75,8 +75,8 @@ def test_cached_labels_are_the_online_ones_to_the_bit(cache, tmp_path, laq_check
     kind, directory = cache
     config = latent_config(tmp_path, video_dataset, image_dataset, teacher_kind=kind, laq_ckpt=laq_checkpoint)
     datasets = data.open_datasets(config.data)
-    online = open_labels(config, datasets, CAMERA)
-    cached = open_labels(replace(config, labels="cache", label_cache=directory), datasets, CAMERA)
+    online = open_labels(config, datasets, (CAMERA,))
+    cached = open_labels(replace(config, labels="cache", label_cache=directory), datasets, (CAMERA,))
     assert isinstance(online, OnlineLabels)
     assert (cached.teacher_id, cached.kind, cached.shape) == (online.teacher_id, kind, online.shape)
     assert (cached.cameras, cached.pair_size) == ((), 0)  # no pair is read, no second frame decoded
@@ -102,8 +102,8 @@ def test_latent_actions_in_a_row_are_those_of_the_rows_a_gap_apart(cache, laq_ch
     kind, directory = cache
     config = latent_config(directory, video_dataset, image_dataset, teacher_kind=kind, laq_ckpt=laq_checkpoint)
     datasets = data.open_datasets(config.data)
-    online, one = open_labels(config, datasets, CAMERA, horizon=2), open_labels(config, datasets, CAMERA)
-    cached = open_labels(replace(config, labels="cache", label_cache=directory), datasets, CAMERA, horizon=2)
+    online, one = open_labels(config, datasets, (CAMERA,), horizon=2), open_labels(config, datasets, (CAMERA,))
+    cached = open_labels(replace(config, labels="cache", label_cache=directory), datasets, (CAMERA,), horizon=2)
     assert cached.shape == online.shape == (8, 8)
     for index, dataset in enumerate(datasets):
         places = [(index, row) for row in range(dataset.num_frames) if dataset.episode_of(row) == 6]
@@ -117,6 +117,33 @@ def test_latent_actions_in_a_row_are_those_of_the_rows_a_gap_apart(cache, laq_ch
     found, of_one = (latent_statistics(labels, datasets, frames, 0) for labels in (cached, one))
     assert len(found.mean) == 64 and found.mean[:32] == found.mean[32:] and found.std[:32] == found.std[32:]
     assert np.allclose(found.mean[:32], of_one.mean, atol=0.3 * max(of_one.std))  # over other pairs: those in a row
+
+
+def test_several_label_cameras_give_the_codes_of_each(tmp_path, laq_checkpoint, image_dataset):
+    """Online and cached, one or two in a row, they are those of each camera alone, side by side."""
+    wrist, cache = "observation.images.wrist", tmp_path / "both"
+    pairs = DataConfig(roots=(image_dataset,), label_cameras=(CAMERA, wrist), num_workers=0)
+    for kind in ("quantized", "continuous"):
+        label(label_config(cache / kind, laq_checkpoint, image_dataset, data=pairs, teacher_kind=kind))
+        config = latent_config(tmp_path, image_dataset, laq_ckpt=laq_checkpoint, teacher_kind=kind)
+        datasets = data.open_datasets(config.data)
+        by_cache = replace(config, labels="cache", label_cache=cache / kind)
+        assert labels_pairs(replace(by_cache, laq_ckpt=None), config.data).label_cameras == (CAMERA, wrist)
+        for horizon in (1, 2):
+            online = open_labels(config, datasets, (CAMERA, wrist), horizon)
+            cached = open_labels(by_cache, datasets, (CAMERA, wrist), horizon)
+            assert online.shape == cached.shape == (horizon * 8, 8)
+            places = [(0, row) for row in range(0, datasets[0].num_frames, 3)]
+            raw = raw_batch(datasets, online, places)
+            assert raw.pairs.shape[:3] == (len(places), 2, horizon + 1)
+            single = [open_labels(config, datasets, (camera,), horizon) for camera in (CAMERA, wrist)]
+            each = [one(raw_batch(datasets, one, places)).unflatten(1, (horizon, -1)) for one in single]
+            expected, valid = torch.cat(each, dim=2), raw.pair_mask
+            for found in (online(raw), cached(raw_batch(datasets, cached, places))):
+                found = found.unflatten(1, (horizon, -1))
+                torch.testing.assert_close(found[valid], expected[valid], rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="cameras"):  # the labels are of both
+        open_labels(by_cache, datasets, (CAMERA,))
 
 
 def test_what_a_cache_consists_of(cache, laq, video_dataset, image_dataset):
@@ -158,7 +185,7 @@ def test_a_gap_between_two_frames_stays_the_one_that_was_asked_for(
     config = latent_config(tmp_path, *roots, labels="cache", label_cache=tmp_path / "labels")
     options = labels_pairs(config, config.data)
     assert options.frame_gap_s == 0.19
-    open_labels(config, data.open_datasets(options), CAMERA)
+    open_labels(config, data.open_datasets(options), (CAMERA,))
 
 
 def test_any_other_key_is_a_miss_with_both_sides(cache, tmp_path, laq, video_dataset):
@@ -166,7 +193,7 @@ def test_any_other_key_is_a_miss_with_both_sides(cache, tmp_path, laq, video_dat
     other = LAQ(laq.config)
     save_laq(other, tmp_path / "other.safetensors")
     config = latent_config(tmp_path, video_dataset, teacher_kind=kind, labels="cache", label_cache=directory)
-    open_labels(config, data.open_datasets(config.data), CAMERA)  # without --laq-ckpt: whoever's labels these are
+    open_labels(config, data.open_datasets(config.data), (CAMERA,))  # without --laq-ckpt: whoever's labels these are
     gap = replace(config, data=replace(config.data, frame_gap_s=0.25))
     for wrong, line in [
         (gap, "  frame_gap_s: asked for 0.25, found 0.5"),
@@ -177,7 +204,7 @@ def test_any_other_key_is_a_miss_with_both_sides(cache, tmp_path, laq, video_dat
         ),
     ]:
         with pytest.raises(ValueError, match="was made for something else") as error:
-            open_labels(wrong, data.open_datasets(wrong.data), CAMERA)
+            open_labels(wrong, data.open_datasets(wrong.data), (CAMERA,))
         (difference,) = str(error.value).splitlines()[1:]
         assert difference.startswith(line)
 
@@ -185,7 +212,7 @@ def test_any_other_key_is_a_miss_with_both_sides(cache, tmp_path, laq, video_dat
 def test_what_a_user_can_get_wrong(tmp_path, laq_checkpoint, video_dataset, labelled_dataset):
     config = latent_config(tmp_path, video_dataset, labels="cache", label_cache=tmp_path / "none")
     with pytest.raises(ValueError, match=r"there are no labels at .*none/.*; make them with `python -m smolvla_shared"):
-        open_labels(config, data.open_datasets(config.data), CAMERA)
+        open_labels(config, data.open_datasets(config.data), (CAMERA,))
     with pytest.raises(ValueError, match="--labels cache and --label-cache <directory> belong together"):
         latent_config(tmp_path, video_dataset, labels="cache")
     late = label_config(tmp_path / "cache", laq_checkpoint, video_dataset)
@@ -211,7 +238,7 @@ def test_a_cache_whose_missing_shards_have_no_pair_is_filled(num_workers, video_
 
     of_rows = {"pairs": True, "row_shape": (2,), "dtype": torch.float32, "compute": compute, "rows_at_once": 4}
     options = {"num_workers": num_workers, "accelerator": make_accelerator()}
-    data_blocks.fill_cache(store, dataset, CAMERA, **of_rows, **options)
+    data_blocks.fill_cache(store, dataset, (CAMERA,), **of_rows, **options)
     store.open()
     assert [store[row].sum().item() for row in (0, last.start - 1, last.start, last.stop - 1)] == [2, 2, 0, 0]
 

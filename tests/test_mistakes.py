@@ -530,7 +530,7 @@ def changed_rate(dataset: Path, directory: Path) -> Path:
             "train_stage2.py {s2} --data.cameras top",
             "every dataset must have every camera, or you name them; asked for",
         ),
-        ("train_stage2.py {s2} --data.label-cameras top", "every dataset must have the label camera, but not {video}"),
+        ("train_stage2.py {s2} --data.label-cameras top", "every dataset must have the label cameras, but not {video}"),
         ("train_stage2.py {s2} --data.frame-gap-s 0.07", "--data.frame-gap-s 0.07 is not a whole number of frames of"),
         ("train_stage2.py {s2} --data.frame-gap-s 60", "no episode is longer than --data.frame-gap-s, "),
         ("train_stage2.py {s2} --val-fraction 0.99", "{video} has 8 episode(s), too few to hold out a share of 0.99"),

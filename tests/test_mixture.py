@@ -69,7 +69,7 @@ def unlike(tmp_path, video_dataset, image_dataset) -> Path:
             cameras:
               {HAND}: {WRIST}
               {FRONT}: {CAMERA}
-            label_cameras: {WRIST}
+            label_cameras: [{WRIST}]
             frame_gap_s: 0.3
             weight: 1
         """,
@@ -172,7 +172,7 @@ def test_a_mixture_stands_for_the_other_options(tmp_path, unlike):
 
 
 def test_a_camera_that_a_dataset_does_not_have_is_refused(tmp_path, video_dataset):
-    for entry in (f"cameras: {{{FRONT}: top}}", "label_cameras: top"):
+    for entry in (f"cameras: {{{FRONT}: top}}", "label_cameras: [top]"):
         path = write(tmp_path / "mixture.yaml", f"datasets: [{{root: {video_dataset}, {entry}}}]")
         with pytest.raises(ValueError, match=rf"names top as a camera of {video_dataset}, which has {CAMERA}$"):
             data.open_datasets(DataConfig(mixture=path))
@@ -186,7 +186,7 @@ def test_every_row_is_read_as_from_its_dataset_alone(unlike):
     datasets = data.open_datasets(DataConfig(mixture=unlike))
     _, images = datasets
     cameras, label_cameras = data_views.choose_cameras(datasets, DataConfig(mixture=unlike))
-    assert (cameras, label_cameras) == ((FRONT, HAND), FRONT)
+    assert (cameras, label_cameras) == ((FRONT, HAND), (FRONT,))
     assert [(d.gap, d.label_views((FRONT,))) for d in datasets] == [(10, (CAMERA,)), (3, (WRIST,))]
     spec = SampleSpec(cameras=cameras, label_cameras=label_cameras, pair_size=40)
     places = [(1, 5), (0, 3), (1, 6), (0, 150)]
@@ -203,7 +203,7 @@ def test_every_row_is_read_as_from_its_dataset_alone(unlike):
         for place, at in enumerate((row, row + dataset.gap)):
             pair = frame(dataset, at, view)[None].float() / 255
             resized = torch.nn.functional.interpolate(pair, (40, 40), mode="bilinear", antialias=True)[0]
-            assert torch.equal(raw.pairs[slot, place], resized), (slot, place)
+            assert torch.equal(raw.pairs[slot, 0, place], resized), (slot, place)
     # Where no sample of a batch has a camera, it is as large as elsewhere.
     alone = SampleDataset(datasets, spec, seed=0)[[SampleKey(0, 0, 0, 3)]]
     assert [image.shape for image in alone.images] == [image[:1].shape for image in raw.images]
@@ -388,13 +388,15 @@ def test_labels_are_kept_under_the_datasets_own_names(tmp_path, unlike, video_da
         run_dir=tmp_path, data=PolicyDataConfig(mixture=unlike), labels="cache", label_cache=cache["label_cache"]
     )
     options = labels_pairs(config, config.data)
-    assert (options.label_cameras, options.frame_gap_s) == (FRONT, 0.5)
+    assert (options.label_cameras, options.frame_gap_s) == ((FRONT,), 0.5)
     datasets = data.open_datasets(options)
-    stores = label_stores(cache["label_cache"], datasets, None, "quantized", FRONT)
-    assert [(store.key["camera"], store.key["frame_gap_s"]) for store in stores] == [(CAMERA, 0.5), (WRIST, 0.3)]
+    stores = label_stores(cache["label_cache"], datasets, None, "quantized", (FRONT,))
+    assert [(store.key["cameras"], store.key["frame_gap_s"]) for store in stores] == [((CAMERA,), 0.5), ((WRIST,), 0.3)]
     # The cached labels are those that the teacher gives in the run.
-    cached = open_labels(config, datasets, FRONT)
-    online = open_labels(replace(config, labels="online", label_cache=None, laq_ckpt=laq_checkpoint), datasets, FRONT)
+    cached = open_labels(config, datasets, (FRONT,))
+    online = open_labels(
+        replace(config, labels="online", label_cache=None, laq_ckpt=laq_checkpoint), datasets, (FRONT,)
+    )
     spec = SampleSpec((FRONT, HAND), label_cameras=(FRONT,), pair_size=online.pair_size)
     raw = SampleDataset(datasets, spec, seed=0)[[SampleKey(0, slot, slot % 2, 30 + slot) for slot in range(8)]]
     assert raw.pair_mask.any()
@@ -407,7 +409,7 @@ def test_other_pairs_of_a_dataset_than_the_teachers_are_refused(tmp_path, unlike
         save_laq(load_laq(laq_checkpoint), tmp_path / "laq.safetensors", source)
         return tmp_path / "laq.safetensors"
 
-    options, known = DataConfig(mixture=unlike), {"frame_gap_s": 0.5, "label_cameras": CAMERA}
+    options, known = DataConfig(mixture=unlike), {"frame_gap_s": 0.5, "label_cameras": [CAMERA]}
     images = options.entries[1].name
     with pytest.raises(ValueError, match="trained on other pairs") as error:
         teachers_pairs(teacher(**known), options)
@@ -415,12 +417,12 @@ def test_other_pairs_of_a_dataset_than_the_teachers_are_refused(tmp_path, unlike
     assert f"\n  label_cameras of {images}: command line {WRIST}, teacher {FRONT}\n" in str(error.value)
     accepted = teachers_pairs(teacher(**known), options, accept_other=True)
     # It was trained on the camera that the mixture calls front.
-    assert (accepted.frame_gap_s, accepted.label_cameras) == (0.5, FRONT)
+    assert (accepted.frame_gap_s, accepted.label_cameras) == (0.5, (FRONT,))
     datasets = data.open_datasets(options)
-    source = data_views.pairs_source(datasets, FRONT)
+    source = data_views.pairs_source(datasets, (FRONT,))
     assert source == {
         "frame_gap_s": 0.5,
-        "label_cameras": FRONT,
+        "label_cameras": [FRONT],
         "of_mixture": {"frame_gap_s": [0.3], "label_cameras": [WRIST]},
     }
     assert teachers_pairs(teacher(**source), options).frame_gap_s == 0.5
@@ -432,18 +434,18 @@ def test_other_pairs_of_a_dataset_than_the_teachers_are_refused(tmp_path, unlike
 @pytest.mark.parametrize(
     "own, mapped, chosen, label_cameras",
     [
-        (("image_0",), (FRONT, HAND), (FRONT, HAND), FRONT),
-        ((FRONT, HAND), (HAND, FRONT), (FRONT, HAND), FRONT),
-        ((FRONT, HAND), (HAND, "side", FRONT), (FRONT, HAND, "side"), FRONT),
-        (("image_0", HAND), (HAND, FRONT), (FRONT, HAND), FRONT),
+        (("image_0",), (FRONT, HAND), (FRONT, HAND), (FRONT,)),
+        ((FRONT, HAND), (HAND, FRONT), (FRONT, HAND), (FRONT,)),
+        ((FRONT, HAND), (HAND, "side", FRONT), (FRONT, HAND, "side"), (FRONT,)),
+        (("image_0", HAND), (HAND, FRONT), (FRONT, HAND), (FRONT,)),
         # Nothing takes the label camera's place: it is asked for, and refused where no dataset has it.
-        ((FRONT, HAND), (HAND,), (HAND,), FRONT),
+        ((FRONT, HAND), (HAND,), (HAND,), (FRONT,)),
     ],
 )
 def test_names_of_a_mixture_take_the_places_of_the_artifacts(tmp_path, own, mapped, chosen, label_cameras):
     cameras = ", ".join(f"{name}: {name}_recorded" for name in mapped)
     path = write(tmp_path / "mixture.yaml", f"datasets: [{{root: a, cameras: {{{cameras}}}}}]")
-    latents = replace(LATENTS, label_cameras=own[0])
+    latents = replace(LATENTS, label_cameras=own[:1])
     initial = open_from(save(tmp_path, make_artifact_core(cameras=own), latents))
     options = initial.data_options(DataConfig(mixture=path), with_latents=False)
     assert options.cameras == chosen
@@ -462,7 +464,7 @@ def test_a_camera_that_some_lack_is_refused_unless_the_user_names_it(tmp_path, v
     with pytest.raises(ValueError, match="every dataset must have every camera, or you name them"):
         initial.choose_views(config, datasets, with_latents=False)
     named = replace(config, data=replace(options, cameras=(CAMERA, WRIST)))
-    assert initial.choose_views(named, datasets, with_latents=False)[1:] == ((CAMERA, WRIST), "")
+    assert initial.choose_views(named, datasets, with_latents=False)[1:] == ((CAMERA, WRIST), ())
     assert data_views.may_be_missing(datasets, (CAMERA, WRIST)) == (WRIST,)
     with pytest.raises(ValueError, match=f"no camera is in all labelled datasets: {WRIST} is not in {video_dataset}"):
         data_views.may_be_missing(datasets, (WRIST,))
@@ -482,7 +484,7 @@ def test_labelled_datasets_of_different_rates_are_refused(labelled_dataset, imag
 
 def test_the_table_shows_every_dataset_beside_the_artifact(unlike):
     datasets = data.open_datasets(DataConfig(mixture=unlike))
-    table = data_views.camera_table(datasets, (FRONT, HAND), FRONT, start=("image_0",))
+    table = data_views.camera_table(datasets, (FRONT, HAND), (FRONT,), start=("image_0",))
     rows = [re.split(r"  +", line) for line in table.splitlines()]
     assert rows == [
         ["camera of the policy", FRONT, HAND, "pairs"],
@@ -506,7 +508,7 @@ def test_stage_2_trains_on_unlike_datasets_and_goes_on_only_with_the_same(tmp_pa
     assert re.search(rf" +{CAMERA} +- \(masked\) +{CAMERA}, 0.5 s$", printed, re.M)
     assert re.search(rf" +{CAMERA} +{WRIST} +{WRIST}, 0.3 s$", printed, re.M)
     manifest = json.loads((tmp_path / "s2" / ARTIFACT).with_suffix(".json").read_text())
-    assert (manifest["core"]["cameras"], manifest["latents"]["label_cameras"]) == ([FRONT, HAND], FRONT)
+    assert (manifest["core"]["cameras"], manifest["latents"]["label_cameras"]) == ([FRONT, HAND], [FRONT])
     assert (manifest["latents"]["frame_gap_s"], manifest["latents"]["own_gaps_s"]) == (0.5, [0.3])
     assert "on observation.images.front, 0.5 or 0.3 s apart" in printed
     run_stage(train_stage2, tmp_path / "s2", *options, "--steps", "2", "--resume")
@@ -545,7 +547,9 @@ def test_what_is_recorded_of_the_pairs_is_what_was_used(tmp_path, video_dataset,
         ValueError, match=r"has learned other latent actions:\n  --data.frame-gap-s: command line 0.5, art"
     ):
         initial.latent_dims(
-            teacher := OnlineLabels(load_laq(laq_checkpoint), "quantized", CAMERA), DataConfig(mixture=path), CAMERA
+            teacher := OnlineLabels(load_laq(laq_checkpoint), "quantized", (CAMERA,)),
+            DataConfig(mixture=path),
+            (CAMERA,),
         )
     path.write_text(path.read_text().replace("0.5", "0.4"))
     assert initial.latent_dims(teacher, DataConfig(mixture=path), CAMERA)["code_seq_len"] == 4

@@ -22,19 +22,22 @@ def record(server: subprocess.Popen, root: Path, *options: str) -> tuple[int, st
 
 @pytest.mark.slow
 def test_recording(server, tmp_path):
-    for kind in ("labelled", "video"):
-        code, printed = record(server, tmp_path / kind, "--kind", kind, "--noise", "0", "--camera", "topview")
+    cameras = {"labelled": ("topview",), "video": ("topview", "corner2")}
+    for kind in cameras:
+        code, printed = record(server, tmp_path / kind, "--kind", kind, "--noise", "0", "--camera", *cameras[kind])
         assert code == 0, printed
     labelled, video = (LeRobotDataset(kind, root=tmp_path / kind) for kind in ("labelled", "video"))
     assert "action" in labelled.features
     assert "action" not in video.features
+    assert labelled.meta.camera_keys == ["observation.image"]
+    assert video.meta.camera_keys == ["observation.images.topview", "observation.images.corner2"]
     assert labelled.meta.total_episodes == video.meta.total_episodes == 2
     assert labelled.fps == 80
     found = sorted(path.name for path in tmp_path.iterdir())
     assert found == ["labelled", "labelled.txt", "video", "video.txt"]  # no temporary directory is left
 
     # Replaying the recorded actions from the recorded seed shows the recorded pictures, and ends in success.
-    env = make_metaworld(TASK, SIZE, "topview")
+    env = make_metaworld(TASK, SIZE, ("topview",))
     observation, _ = env.reset(seed=1_000_000)
     item = labelled[0]
     assert item["task"] == env.task_description
@@ -64,5 +67,5 @@ def test_an_existing_directory_and_an_unknown_task_are_refused(server, tmp_path)
     assert "['slide-the-plate'] are no tasks of Meta-World" in printed
     code, printed = record(server, tmp_path / "new", "--kind", "video", "--camera", "top")
     assert code != 0
-    assert "--camera top is not one of Meta-World's: corner2, corner" in printed
+    assert "--camera top: name Meta-World's, each once; it has corner2, corner" in printed
     assert not (tmp_path / "new").exists()

@@ -119,11 +119,11 @@ def test_a_rollout_shows_the_camera_that_was_asked_for(policy_path, tmp_path, mo
 
     monkeypatch.setattr("smolvla_shared.environments.make_environments", make)
     settings = []
-    for camera in (None, "corner2", "topview"):
+    for cameras in ((), ("corner2",), ("topview",)):
         config = RolloutConfig(
             policy_path=policy_path,
-            out=tmp_path / f"{camera}",
-            env=EnvironmentConfig(task=(TASK,), camera=camera),
+            out=tmp_path / "_".join(("out", *cameras)),
+            env=EnvironmentConfig(task=(TASK,), camera=cameras),
             episodes=1,
             num_envs=1,
             max_steps=2,

@@ -341,7 +341,7 @@ def train_core(
         data_rows.group_rows(frames) for frames in data_split.split_datasets(datasets, config.val_fraction, config.seed)
     ]
     camera = "observation.image"
-    labels = OnlineLabels(load_laq(laq_checkpoint), "quantized", camera)
+    labels = OnlineLabels(load_laq(laq_checkpoint), "quantized", (camera,))
     labels.laq.to(device)
     core = make_core().to(device)
     freeze(core, ["vision tower", "connector"])
@@ -426,7 +426,7 @@ def test_a_batch_of_a_step_that_is_not_finite_can_be_loaded(tmp_path, video_data
     for batch in broken["batches"]:
         raw = RawBatch(**batch)
         assert len(raw) == 2
-        assert raw.pairs.shape == (2, 2, 3, 96, 96)
+        assert raw.pairs.shape == (2, 1, 2, 3, 96, 96)
         assert all(key.startswith(str(video_dataset)) for key in raw.keys)
 
 

@@ -140,7 +140,7 @@ def test_a_resumed_run_keeps_its_precision(tmp_path, monkeypatch):
 
 def test_workers_that_would_fill_the_shared_memory_are_refused(monkeypatch, video_dataset, tmp_path):
     [dataset] = data.open_datasets(DataConfig(roots=(video_dataset,)))
-    blocks = data_blocks.FrameBlocks(dataset, "observation.image", [np.arange(10)] * 3, (0,))
+    blocks = data_blocks.FrameBlocks(dataset, ("observation.image",), [np.arange(10)] * 3, (0,))
     loader = run_processes.make_worker_loader(blocks, num_workers=4)
     of_batch = 10 * (3 * 96 * 96 + 8 + 1)  # frames, their places, and whether they exist
     need = 2 * (4 * 4 + 1) * of_batch  # two processes: four batches for each of four workers, and the one in use
@@ -207,7 +207,7 @@ def fill(directory: Path, video: Path, accelerator: Accelerator) -> list[int]:
     RowCache.write = lambda self, rows, values: written.append(rows.start // 10) or write(self, rows, values)
     options = {"pairs": False, "row_shape": (1,), "dtype": torch.float32, "rows_at_once": 10, "num_workers": 0}
     compute = lambda frames, _: frames.float().mean((1, 2, 3))[:, None]  # noqa: E731
-    data_blocks.fill_cache(store, dataset, "observation.image", compute=compute, accelerator=accelerator, **options)
+    data_blocks.fill_cache(store, dataset, ("observation.image",), compute=compute, accelerator=accelerator, **options)
     assert store.is_complete()
     return written
 

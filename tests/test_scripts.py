@@ -187,7 +187,7 @@ def test_stage_2_writes_an_artifact_that_says_where_it_is_from(runs, video_datas
     assert manifest.normalization.keys() == {"state", "latent"}
     assert len(manifest.normalization["latent"].mean) == 32
     assert manifest.latents.teacher_id == teacher_id(load_laq(runs / "laq" / TEACHER))
-    assert (manifest.latents.frame_gap_s, manifest.latents.label_cameras) == (0.5, "observation.image")
+    assert (manifest.latents.frame_gap_s, manifest.latents.label_cameras) == (0.5, ("observation.image",))
     assert 0 < manifest.latents.valid_pair_share < 1
     assert (manifest.source.run, manifest.source.global_step) == ("s2", 4)
     assert manifest.source.datasets == (str(video_dataset),)

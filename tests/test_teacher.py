@@ -74,7 +74,7 @@ def make_config(run_dir: Path, *roots: Path, **options) -> TeacherConfig:
 @pytest.mark.parametrize("kind", ["quantized", "continuous"])
 def test_online_labels_are_what_laq_encodes(laq, dataset, image_source, kind):
     """Also in a mixture of sizes: a label does not depend on what else is in it."""
-    labels = OnlineLabels(laq, kind, CAMERA)
+    labels = OnlineLabels(laq, kind, (CAMERA,))
     assert (labels.kind, labels.shape, labels.teacher_id) == (kind, (4, 8), teacher_id(laq))
     spec = data_loader.SampleSpec(cameras=(), label_cameras=labels.cameras, pair_size=labels.pair_size)
     for datasets in [dataset], [dataset, image_source]:
@@ -91,7 +91,7 @@ def test_online_labels_are_what_laq_encodes(laq, dataset, image_source, kind):
 
 def test_statistics_are_those_of_the_valid_pairs(laq, dataset):
     frames = np.arange(8, 72)  # of four episodes, in part without a pair
-    found = latent_statistics(OnlineLabels(laq, "quantized", CAMERA), [dataset], [(0, dataset.rows(8, 72))], seed=0)
+    found = latent_statistics(OnlineLabels(laq, "quantized", (CAMERA,)), [dataset], [(0, dataset.rows(8, 72))], seed=0)
     ends = dataset.episode_to[np.searchsorted(dataset.episode_to, frames, side="right")]
     valid = frames[frames + dataset.gap < ends]
     assert 0 < len(valid) < len(frames)
@@ -106,7 +106,7 @@ def test_statistics_are_those_of_the_valid_pairs(laq, dataset):
 def test_a_dimension_without_variance_gets_a_floor(laq, dataset):
     with torch.no_grad():
         laq.vq.codebooks[:, 3] = 0.25
-    found = latent_statistics(OnlineLabels(laq, "quantized", CAMERA), [dataset], [(0, dataset.rows())], 0)
+    found = latent_statistics(OnlineLabels(laq, "quantized", (CAMERA,)), [dataset], [(0, dataset.rows())], 0)
     constant = [3, 11, 19, 27]  # in each of the four slots
     assert [found.mean[i] for i in constant] == [0.25] * 4
     assert [found.std[i] for i in constant] == [0.1 * max(found.std)] * 4
@@ -116,7 +116,7 @@ def test_a_collapsed_teacher_is_refused(laq, dataset):
     with torch.no_grad():
         laq.vq.codebooks[:] = laq.vq.codebooks[0].clone()
     with pytest.raises(ValueError, match="same latent action: its codebook has collapsed, or the pairs do not move"):
-        latent_statistics(OnlineLabels(laq, "quantized", CAMERA), [dataset], [(0, dataset.rows())], 0)
+        latent_statistics(OnlineLabels(laq, "quantized", (CAMERA,)), [dataset], [(0, dataset.rows())], 0)
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +156,7 @@ def test_its_checkpoints_are_loadable_teachers(run_dir, video_dataset):
         source = manifest["source"]
         assert (source["run"], source["global_step"], source["weights"]) == ("laq", int(step), "last step")
         assert source["datasets"] == [str(video_dataset)]
-        assert (source["frame_gap_s"], source["label_cameras"]) == (0.5, CAMERA)
+        assert (source["frame_gap_s"], source["label_cameras"]) == (0.5, [CAMERA])
         state = torch.load(run_dir / "checkpoints" / step / "training_state" / "state.pt", weights_only=True)["model"]
         published = public_state(teacher.state_dict())
         assert all(torch.equal(value, state[key]) for key, value in published.items())
@@ -289,7 +289,7 @@ def test_the_teachers_own_pairs_are_the_default(run_dir, video_dataset, tmp_path
     path = run_dir / "checkpoints" / "last" / "pretrained_model" / "laq.safetensors"
     manifest = json.loads(path.with_suffix(".json").read_text())
     manifest.pop("manifest_sha256")
-    manifest["source"] |= {"frame_gap_s": 0.2, "label_cameras": CAMERA}
+    manifest["source"] |= {"frame_gap_s": 0.2, "label_cameras": [CAMERA]}
     other = tmp_path / "laq.safetensors"
     other.with_suffix(".json").write_text(sealed(manifest))
     other.touch()
@@ -297,7 +297,7 @@ def test_the_teachers_own_pairs_are_the_default(run_dir, video_dataset, tmp_path
     lapas.touch()
     options = DataConfig(roots=(video_dataset,))
     found = teachers_pairs(other, options)
-    assert (found.frame_gap_s, found.gap_s, found.label_cameras) == (0.2, 0.2, CAMERA)
+    assert (found.frame_gap_s, found.gap_s, found.label_cameras) == (0.2, 0.2, (CAMERA,))
     assert teachers_pairs(other, found) == found
     stated = replace(options, frame_gap_s=0.5)
     with pytest.raises(
