@@ -107,7 +107,7 @@ def unseen_r2(latents: Tensor, actions: Tensor, parts: Tensor, penalty: float) -
     """R² of each action dimension, [n, F] -> [n, A], each part of the episodes predicted by a fit to the others: to
     rows (parts [n, 3]) whose latent actions share no frame with it.
     """
-    predicted = torch.empty_like(actions)
+    predicted = torch.empty_like(actions, dtype=torch.float64)
     for part in range(PARTS):
         test, train = parts[:, 1] == part, (parts != part).all(1)
         if test.any() and train.sum() < 2:

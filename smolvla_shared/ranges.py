@@ -96,7 +96,9 @@ def refuse_without(config: Any, is_there: bool, what: str, names: str, prefix: s
     defaults = {field.name: field.default for field in fields(config)}
     stated = [name for name in names.split() if getattr(config, name) != defaults[name]]
     if stated and not is_there:
-        options = ", ".join(f"{prefix}{name.replace('_', '-')} {getattr(config, name)}" for name in stated)
+        values = {name: getattr(config, name) for name in stated}
+        given = {name: " ".join(map(str, v)) if isinstance(v, tuple) else v for name, v in values.items()}
+        options = ", ".join(f"{prefix}{name.replace('_', '-')} {value}" for name, value in given.items())
         raise ValueError(f"{options} has no effect without {what}: pass that, too, or leave it out")
 
 

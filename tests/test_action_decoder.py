@@ -1,7 +1,9 @@
 """Actions for video from latent actions: a teacher that sees the motion gives back the actions that caused it."""
 
 from itertools import pairwise
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -75,6 +77,29 @@ def test_video_gets_the_mean_action_of_each_gap(recordings):
     assert decode.tells == [True, True, False, False]
     assert found.actions[1:, :8, 2:].isnan().all() and not found.actions[..., :2].isnan().any()
     assert (found.actions[1:, :8, :2] <= decode.high[:2]).all() and (found.actions[1:, :8, :2] >= decode.low[:2]).all()
+
+
+def test_a_dimension_is_judged_by_parts_of_episodes_not_by_unseen_tasks():
+    """A motion that a camera sees with another offset in each episode, and an action that is each episode's own."""
+    generator = torch.Generator().manual_seed(0)
+    episodes, rows = torch.arange(5).repeat_interleave(80), torch.arange(400)
+    motion, noise = (torch.randn(400, 1, generator=generator) for _ in range(2))
+    appearance = torch.nn.functional.one_hot(episodes).float()
+    latents = torch.cat([motion + 3 * appearance @ torch.randn(5, 1, generator=generator), appearance], dim=1)
+    dataset = SimpleNamespace(
+        episode_from=np.arange(0, 400, 80), episode_to=np.arange(80, 401, 80), episode_of=lambda rows: rows // 80
+    )
+    parts = action_decoder.parts_of_episodes(dataset, rows, reach=8)
+    assert parts[[0, 7, 11, 12, 19, 20, 79]].tolist() == [
+        [0, 0, 0], [0, 0, 0], [0, 0, 0], [0, 0, 1], [0, 0, 1], [0, 1, 1], [3, 3, 3],
+    ]  # fmt: skip
+    found = action_decoder.unseen_r2(latents, torch.cat([motion, noise], 1), parts, 1e-2)
+    assert found[0] > 0.9 and found[1] < 0.1
+    by_episode = label_probe.probe(latents, motion, episodes, 1e-2)  # what it would be told of unseen tasks
+    assert by_episode[0] < found[0] - 0.2
+    # Nothing is left to fit to where every part touches another.
+    touching = (torch.arange(400)[:, None] + torch.tensor([-1, 0, 1])) % 2
+    assert action_decoder.unseen_r2(latents, motion, touching, 1e-2) == [None]
 
 
 def test_latents_that_tell_nothing_are_refused(recordings):

@@ -303,6 +303,24 @@ def test_a_random_teacher_fails(laq_checkpoint, labelled_dataset, tmp_path, caps
     assert_drawn(figures, report["measured"])
 
 
+def test_the_check_of_two_cameras_probes_the_codes_of_both(laq_checkpoint, image_dataset, tmp_path):
+    """Its latents are those of each camera's own check, side by side, and errors are means over the pairs of both."""
+    cameras, laq = (CAMERA, "observation.images.wrist"), load_laq(laq_checkpoint)
+    options = {"data": DataConfig(roots=(image_dataset,), num_workers=0), "laq_ckpt": laq_checkpoint, "pairs": 60}
+    config = CheckConfig(out=tmp_path, **options)
+    datasets, seen = data.open_datasets(config.data), {}
+    for chosen in (cameras, cameras[:1], cameras[1:]):
+        seen[chosen], triples, latents = observe(OnlineLabels(laq, "continuous", chosen), datasets, config)
+        assert triples.shape[1] == latents.shape[1] == len(chosen)
+    both, front, wrist = seen.values()
+    for name in ("indices", "latents", "random_latents", "shift", "still_latents"):
+        each = torch.cat([getattr(front, name), getattr(wrist, name)], dim=1)
+        torch.testing.assert_close(getattr(both, name), each, rtol=1e-4, atol=1e-5)
+    assert torch.equal(both.change, torch.maximum(front.change, wrist.change))
+    torch.testing.assert_close(both.own_error.view(-1, 2), torch.stack([front.own_error, wrist.own_error], 1))
+    assert measure(both, 8)["probe"].keys() == measure(front, 8)["probe"].keys() != set()
+
+
 def assert_drawn(figures, found) -> None:
     """The pictures show the report's numbers, and frames of pairs that differ."""
     for axis, counts in zip(figures["codes.png"].axes, found["codes"]["counts"], strict=True):

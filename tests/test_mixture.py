@@ -482,6 +482,26 @@ def test_labelled_datasets_of_different_rates_are_refused(labelled_dataset, imag
     assert [dataset.fps for dataset in all_of_them] == [20, 10] and len(labelled) == 1
 
 
+def test_every_dataset_has_as_many_label_cameras_as_the_run(tmp_path, image_dataset, video_dataset):
+    entry = f"{{root: {image_dataset}, label_cameras: [{WRIST}, {CAMERA}]}}"
+    one, two = (write(tmp_path / f"{n}.yaml", f"datasets: [{entry}, {{root: {video_dataset}}}]") for n in "ab")
+    datasets = data.open_datasets(DataConfig(mixture=one))
+    with pytest.raises(
+        ValueError, match=f"the run has 1 label cameras .*{image_dataset} 2, {video_dataset} 1: name as"
+    ):
+        data_views.choose_cameras(datasets, DataConfig(mixture=one))
+    write(two, f"datasets: [{entry}]")
+    options = DataConfig(mixture=two, label_cameras=(CAMERA, WRIST))
+    assert data_views.choose_cameras(datasets[:1], options)[1] == (CAMERA, WRIST)
+    assert datasets[0].label_views((CAMERA, WRIST)) == (WRIST, CAMERA)
+    for names, said in (("[]", "are empty"), (f"[{WRIST}, {WRIST}]", f"names {WRIST} twice")):
+        write(one, f"datasets: [{{root: {image_dataset}, label_cameras: {names}}}]")
+        with pytest.raises(ValueError, match=f"label_cameras of .* {said}"):
+            DataConfig(mixture=one)
+    with pytest.raises(ValueError, match=r"--data\.label-cameras names top twice"):
+        DataConfig(roots=(image_dataset,), label_cameras=("top", "top"))
+
+
 def test_the_table_shows_every_dataset_beside_the_artifact(unlike):
     datasets = data.open_datasets(DataConfig(mixture=unlike))
     table = data_views.camera_table(datasets, (FRONT, HAND), (FRONT,), start=("image_0",))

@@ -146,6 +146,35 @@ def test_a_short_training_learns(run_dir):
     assert usage[-1]["usage/replaced_codes"] == 0  # settled in the last fifth
 
 
+def test_a_teacher_of_two_cameras_trains_on_the_pairs_of_both(tmp_path, image_dataset, laq):
+    """Its losses are those of the pairs of either camera, and both are the cameras of its labels."""
+    cameras = (CAMERA, "observation.images.wrist")
+    (dataset,) = data.open_datasets(DataConfig(roots=(image_dataset,)))
+    spec = data_loader.SampleSpec((), label_cameras=cameras, pair_size=64, draws={"nsvq": (8, 8)})
+    keys = [data_order.SampleKey(0, slot, 0, row) for slot, row in enumerate((3, 9, int(dataset.episode_to[0]) - 2))]
+    raw = data_loader.SampleDataset([dataset], spec, seed=0)[keys]
+    actions = torch.randn(3, 2)
+    batch = PairBatch.of(raw, raw.noise["nsvq"][:, 0], actions)
+    assert batch.mask.tolist() == [True, True, True, True, False, False]
+    assert torch.equal(batch.actions, torch.stack([a for a in actions for _ in cameras]))
+    found = laq(replace(batch, actions=None))["reconstruction"]
+    for place, camera in enumerate(cameras):
+        alone = data_loader.SampleDataset([dataset], replace(spec, label_cameras=(camera,)), seed=0)[keys]
+        pairs = alone.pairs[:, 0] if place else laq.resize(alone.pairs[:, 0].float() / 255)
+        noise = raw.noise["nsvq"][:, 0].unflatten(1, (2, 4))[:, place]
+        one = PairBatch(pairs if pairs.is_floating_point() else pairs.float() / 255, alone.pair_mask[:, 0], noise)
+        torch.testing.assert_close(found[place::2], laq(one)["reconstruction"], rtol=1e-4, atol=1e-6)
+    options = {"steps": 4, "eval_every": 4, "save_every": 4, "replace_every": 4, "laq": replace(SMALL)}
+    config = make_config(tmp_path / "laq", image_dataset, **options)
+    train_teacher(replace(config, data=replace(config.data, label_cameras=cameras)))
+    path = tmp_path / "laq" / "checkpoints" / "last" / "pretrained_model" / "laq.safetensors"
+    plain = DataConfig(roots=(image_dataset,))
+    assert teachers_pairs(path, plain).label_cameras == cameras
+    assert teachers_pairs(path, replace(plain, label_cameras=cameras[1:])).label_cameras == cameras[1:]
+    with pytest.raises(ValueError, match=r"--data\.label-cameras: command line top, teacher observation.image obs"):
+        teachers_pairs(path, replace(plain, label_cameras=("top",)))
+
+
 def test_its_checkpoints_are_loadable_teachers(run_dir, video_dataset):
     ids = []
     for step in ("000040", "000080"):
