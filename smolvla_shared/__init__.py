@@ -22,7 +22,7 @@ The method, in reading order (with train_stage2.py and train_stage3.py, where th
 What surrounds it:
 
     data            reading LeRobotDatasets
-    data_problems, data_values     what is wrong with their tables; with their vectors and texts
+    data_info, data_problems, data_values     what is wrong with their info.json; tables; vectors and texts
     mixture, data_views     unlike datasets in a YAML file; which cameras each of them shows
     robots          state and actions of several robots in one run: their widths and statistics
     robot_preprocessor  a batch of several robots
@@ -61,6 +61,7 @@ Machinery, which the method can be understood without:
     gpu_check, gpu_checks     what nobody can test without a GPU, tried on yours
     trunk_files, laq_files, files     trunks and teachers in files; weights and texts in files
     ranges, paths, refusals, command     the range of every number, what must be at a path; how a refusal is said
+    launch          what `accelerate launch` sets, as far as it concerns a run
     hashes          what a file or dataset is known by
     locks           a directory that one process at a time may write in
 

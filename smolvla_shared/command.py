@@ -15,11 +15,12 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from difflib import SequenceMatcher
 from itertools import takewhile
+from pathlib import Path
 from typing import Any
 
 import tyro
 
-from smolvla_shared import paths
+from smolvla_shared import launch, paths
 
 EXIT_MISTAKE = 2  # as tyro's and argparse's
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
@@ -47,8 +48,8 @@ def run_command(main: Callable[..., None], options: Any = None) -> None:
         print("stopped by Ctrl-C", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)
     except Exception as error:
-        if is_mistake(error):
-            said = in_few_lines(error)
+        if mistake := error if is_mistake(error) else of_worker(error):
+            said = in_few_lines(mistake)
         elif not (said := of_machine(error)):
             raise
         print(said, file=sys.stderr)
@@ -65,7 +66,7 @@ def leave_processes() -> None:
 
 
 def parse(options: Any, **more: Any) -> Any:
-    """tyro.cli(options, **more), with paths that hold what they should; a refusal of the options' own comes back as it
+    """tyro.cli(options, **more), with paths and an environment that fit; a refusal of the options' own comes back as it
     was raised, not in tyro's frame.
     """
     said, words = io.StringIO(), more.get("args") or sys.argv[1:]
@@ -84,6 +85,7 @@ def parse(options: Any, **more: Any) -> Any:
         raise ValueError(unknown_options(options, more, words) or of_tyro(said.getvalue())) from None
     say_twice(words)
     paths.check(config)
+    launch.check(config)
     return config
 
 
@@ -181,6 +183,17 @@ def is_mistake(error: BaseException) -> bool:
     line = linecache.getline(last.tb_frame.f_code.co_filename, last.tb_lineno)
     is_ours = module == "__main__" or module.split(".")[0] in ("smolvla_shared", "train_stage2", "train_stage3")
     return is_ours and line.lstrip().startswith("raise ")
+
+
+def of_worker(error: BaseException) -> ValueError | None:
+    """The mistake that a worker of a DataLoader has found. torch raises its error again, with its traceback as text."""
+    if not re.match(r"Caught \w+ in DataLoader worker process", str(error)):
+        return None
+    kind, traceback = type(error).__name__, str(error).rpartition("Traceback (most recent call last):\n")[2]
+    *_, (file, line) = re.findall(r'^  File "(.+)", line \d+, in .+\n    (.+)$', traceback, re.M) or [("", "")]
+    is_ours = Path(file).parent.name == __name__.partition(".")[0] and line.startswith("raise ")
+    said = re.search(rf"^{kind}: (.*)", traceback, re.M | re.S)
+    return ValueError(said[1].rstrip()) if said and is_ours else None
 
 
 def is_out_of_memory(error: BaseException) -> bool:

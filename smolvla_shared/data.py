@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from smolvla_shared import data_problems, paths
+from smolvla_shared import data_info, data_problems, paths
 from smolvla_shared.config import DataConfig
 from smolvla_shared.data_columns import Columns
 from smolvla_shared.data_rows import Rows
 from smolvla_shared.mixture import DatasetEntry
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
     from torch import Tensor
 
 STATE_KEY, ACTION_KEY = "observation.state", "action"
@@ -28,6 +29,17 @@ STATE_KEY, ACTION_KEY = "observation.state", "action"
 EXECUTED_ACTION_KEY = "executed_action"
 # Where an episode is in a camera's video files: two numbers of the path, and its start in the file, seconds.
 VIDEO_PLACE = ("chunk_index", "file_index", "from_timestamp")
+# What a row of these tables holds, as Columns has it.
+EPISODES = {
+    "episode_index": int,
+    "length": int,
+    "dataset_from_index": int,
+    "dataset_to_index": int,
+    "data/chunk_index": int,
+    "data/file_index": int,
+}
+VIDEO = {"chunk_index": int, "file_index": int, "from_timestamp": float, "to_timestamp": float}
+FRAMES = {"index": int, "episode_index": int, "frame_index": int, "timestamp": float, "task_index": int}
 
 
 class RobotDataset:
@@ -84,25 +96,24 @@ class RobotDataset:
 
     def _open(self) -> None:
         """Raises FileNotFoundError if a file is missing, ValueError if one cannot be understood."""
-        self.info = data_problems.read_info(self.root)
+        self.info = data_info.read_info(self.root)
         self.fps, self.features = self.info.fps, self.info.features
         self.camera_keys = [key for key, feature in self.features.items() if feature["dtype"] in ("image", "video")]
         self.video_keys = [key for key in self.camera_keys if self.features[key]["dtype"] == "video"]
-        videos = [f"videos/{key}/{name}" for key in self.video_keys for name in (*VIDEO_PLACE, "to_timestamp")]
-        names = ["dataset_from_index", "dataset_to_index", "data/chunk_index", "data/file_index", *videos]
-        self.episodes = self._columns("meta/episodes", ["episode_index", "length", *names], self.info.total_episodes)
+        data_info.refuse_misplaced(self.root, self.features)
+        videos = {f"videos/{key}/{name}": kind for key in self.video_keys for name, kind in VIDEO.items()}
+        self.episodes = self._columns("meta/episodes", EPISODES | videos, self.info.total_episodes)
         for path in self._files():
             if not path.is_file():
                 raise FileNotFoundError(path)
-        numbers = ["index", "episode_index", "frame_index", "timestamp", "task_index"]
-        self.frames = self._columns("data", numbers, self.info.total_frames)
+        self.frames = self._columns("data", FRAMES, self.info.total_frames)
         self.vectors: dict[str, Columns] = {}  # of the vector features that were asked for
 
-    def _columns(self, folder: str, names: list[str], rows: int) -> Columns:
+    def _columns(self, folder: str, kinds: dict[str, type], rows: int) -> Columns:
         files = sorted((self.root / folder).glob("*/*.parquet"))
         if not files:
             raise FileNotFoundError(self.root / folder / "*" / "*.parquet")
-        return Columns(files, names, rows)
+        return Columns(files, kinds, rows)
 
     def _files(self) -> Iterator[Path]:
         """All data files and videos, and the table of tasks."""
@@ -139,7 +150,7 @@ class RobotDataset:
         Raises ValueError if it is none: a value is missing, or the rows differ in width.
         """
         if key not in self.vectors:
-            self.vectors[key] = self._columns("data", [key], self.info.total_frames)
+            self.vectors[key] = self._columns("data", {key: list}, self.info.total_frames)
         return self.vectors[key][key]
 
     @property
@@ -206,14 +217,12 @@ class RobotDataset:
         return self.features[key]["shape"][0] if key in self.features else 0
 
     def read_frames(self, camera: str, rows: list[int]) -> "Tensor":
-        """A camera's frames of these rows, [len(rows), 3, h, w] uint8."""
-        import torch
-
+        """A camera's frames of these rows, [len(rows), 3, h, w] uint8. Raises ValueError for those that are damaged."""
         from smolvla_shared import data_frames
 
         if camera not in self.video_keys:
-            images = [np.asarray(self.images[camera][row][camera]) for row in rows]
-            return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+            places = [f"{self.frame_name(row)}, {camera}" for row in rows]
+            return data_frames.as_pictures([self.image(camera, row) for row in rows], places)
         episodes = self.episode_of(rows)
         chunks, files, starts = (self.episodes[f"videos/{camera}/{name}"][episodes] for name in VIDEO_PLACE)
         times = starts + (np.asarray(rows) - self.episode_from[episodes]) / self.fps
@@ -224,22 +233,29 @@ class RobotDataset:
             parts.append((places, data_frames.decode(self.root / path, times[places], self.fps)))
         return data_frames.merge(parts)
 
+    def image(self, camera: str, row: int) -> "Image | None":
+        """A picture that is kept in its row. Raises ValueError if it is damaged."""
+        try:
+            return self.images[camera][row][camera]
+        except OSError as error:  # PIL's, and that a file is not there
+            reason = str(error).partition(" <")[0]  # PIL names the object in memory
+            raise ValueError(
+                f"{self.frame_name(row)}: its image of {camera} cannot be read ({reason}): copy or download the "
+                "dataset again"
+            ) from error
+
     def frame_shape(self, camera: str) -> tuple[int, int, int]:
         """(3, h, w) of the recorded frames."""
         first, second, third = self.features[camera]["shape"]
-        is_last = data_problems.channels_last(self.features[camera])
+        is_last = data_info.channels_last(self.features[camera])
         return (third, first, second) if is_last else (first, second, third)
 
 
 def vector_names(feature: dict[str, Any]) -> tuple[str, ...] | None:
-    """The names of a vector feature's dimensions. A dataset gives a list, lists in groups, or indices by name; None: it
-    has none, or not one for each.
-    """
-    names = feature.get("names") or []
-    if isinstance(names, dict):
-        groups = [group if isinstance(group, list) else [name] for name, group in names.items()]
-        names = [name for group in groups for name in group]
-    return tuple(names) if len(names) == feature["shape"][0] else None
+    """The names of a vector feature's dimensions; None: it has none, or one for the whole vector."""
+    names = data_info.dimension_names(feature)
+    is_each = len(names) == feature["shape"][0] and all(isinstance(name, str) for name in names)
+    return tuple(names) if is_each else None
 
 
 def place(entry: DatasetEntry) -> Path:

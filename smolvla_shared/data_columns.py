@@ -31,32 +31,37 @@ class Columns:
     """columns[name] is a column, [rows] or [rows, width]. Pickled, it is a path: a loader worker maps the same files.
 
     files: parquet files, in the order of the rows
+    kinds: the columns by name, and what a row of each holds: int, a whole number, read as int64; float, a number; list,
+           one or several numbers, as many as every other row
     rows:  how many these are in all
 
-    Raises ValueError if they hold another number of rows.
+    Raises ValueError if they hold another number of rows, or anything else.
     """
 
-    def __init__(self, files: list[Path], names: list[str], rows: int):
+    def __init__(self, files: list[Path], kinds: dict[str, type], rows: int):
         stats = [(str(file.resolve()), file.stat()) for file in files]
         key = [[path, stat.st_size, stat.st_mtime_ns] for path, stat in stats]
-        self.names, self.directory = names, HF_DATASETS_CACHE / "smolvla_shared" / json_sha256([key, names, rows])
+        key += [[name, kind.__name__] for name, kind in kinds.items()]
+        self.names, self.directory = [*kinds], HF_DATASETS_CACHE / "smolvla_shared" / json_sha256([key, rows])
         if not self.directory.exists():
             self.directory.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(self.directory.with_suffix(".lock")):
                 if not self.directory.exists():
-                    self._write(files, rows)
+                    self._write(files, kinds, rows)
 
-    def _write(self, files: list[Path], rows: int) -> None:
+    def _write(self, files: list[Path], kinds: dict[str, type], rows: int) -> None:
         part = self.directory.with_suffix(".part")
         shutil.rmtree(part, ignore_errors=True)  # of a process that was killed
         part.mkdir()
         try:
-            found = write_columns(part, files, self.names, rows)
+            found = write_columns(part, files, kinds, rows)
             if found != rows:
-                raise ValueError(
-                    f"{files[0].parent.parent} holds {found:,} rows, meta/info.json says {rows:,}: the dataset is not "
-                    "complete, copy or download it again"
+                why = (
+                    "the dataset is not complete, copy or download it again"
+                    if found < rows
+                    else "rows or files of another recording are among them, copy or download it to a new directory"
                 )
+                raise ValueError(f"{files[0].parent.parent} holds {found:,} rows, meta/info.json says {rows:,}: {why}")
             part.replace(self.directory)
         finally:
             shutil.rmtree(part, ignore_errors=True)
@@ -85,18 +90,18 @@ def array_path(directory: Path, number: int) -> Path:
     return directory / f"{number}.npy"
 
 
-def write_columns(directory: Path, files: list[Path], names: list[str], rows: int) -> int:
+def write_columns(directory: Path, files: list[Path], kinds: dict[str, type], rows: int) -> int:
     """Write each column as an array of `rows` rows, a part at a time; returns how many rows there were.
 
-    Raises ValueError for a file that is damaged, and for a column that is none of numbers, or of lists of one length.
+    Raises ValueError for a file that is damaged, and for a column that is not of its kind.
     """
-    found, first = 0, {}
+    found, first, names = 0, {}, [*kinds]
     with ExitStack() as stack:
         outs = [stack.enter_context(array_path(directory, number).open("wb")) for number in range(len(names))]
         for file in files:
             for batch in read_batches(file, names):
                 for name, out in zip(names, outs):
-                    values = to_numpy(batch.column(name), f"{file}: {name}")
+                    values = of_kind(kinds[name], to_numpy(batch.column(name), f"{file}: {name}"), f"{file}: {name}")
                     if name in first and values.shape[1:] != first[name].shape[1:]:
                         widths = [array.shape[1] if array.ndim > 1 else 1 for array in (values, first[name])]
                         raise ValueError(f"{file}: {name} has {widths[0]} numbers in a row, before {widths[1]}: {MEND}")
@@ -111,15 +116,19 @@ def write_columns(directory: Path, files: list[Path], names: list[str], rows: in
 
 
 def read_batches(file: Path, names: list[str]) -> Iterator[pa.RecordBatch]:
-    """Raises ValueError for a file that is damaged or lacks a column."""
+    """Raises ValueError for a file that is damaged, lacks a column, or has one twice."""
     try:
         parquet = pq.ParquetFile(file)
-        missing = [name for name in names if name not in parquet.schema_arrow.names]
-        yield from () if missing else parquet.iter_batches(ROWS_AT_ONCE, columns=names)
+        counts = {name: parquet.schema_arrow.names.count(name) for name in names}
+        is_sound = set(counts.values()) == {1}
+        yield from parquet.iter_batches(ROWS_AT_ONCE, columns=names) if is_sound else ()
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{file} is damaged ({error}): copy or download it again") from error
-    if missing:
-        raise ValueError(f"{file} has no column {', '.join(missing)}: {MEND}")
+    if not is_sound:
+        missing = [name for name, count in counts.items() if count == 0]
+        several = [name for name, count in counts.items() if count > 1]
+        what = f"has no column {', '.join(missing)}" if missing else f"has the column {', '.join(several)} twice"
+        raise ValueError(f"{file} {what}: {MEND}")
 
 
 def to_numpy(column: pa.Array, where: str) -> np.ndarray:
@@ -138,3 +147,18 @@ def to_numpy(column: pa.Array, where: str) -> np.ndarray:
     if values.dtype.kind not in "biuf":
         raise ValueError(f"{where} holds {column.type}, not numbers: {MEND}")
     return values if len(values) == len(column) else values.reshape(len(column), -1)
+
+
+def of_kind(kind: type, values: np.ndarray, where: str) -> np.ndarray:
+    """The values of a column of this kind. Raises ValueError, with `where`, if it is of another."""
+    if kind is list:
+        return values
+    if values.ndim > 1:
+        raise ValueError(f"{where} has {values.shape[1]} numbers in a row, expected one: {MEND}")
+    if kind is float:
+        return values
+    with np.errstate(invalid="ignore"):  # NaN
+        whole = values.astype(np.int64, copy=False)
+    if (bad := whole != values).any():
+        raise ValueError(f"{where} has {values[bad][0]} in a row, expected whole numbers: {MEND}")
+    return whole

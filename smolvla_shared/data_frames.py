@@ -1,5 +1,6 @@
 """Frames of videos as LeRobot decodes them, and frames of several videos and sizes as one tensor."""
 
+import re
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from lerobot.utils.import_utils import get_safe_default_video_backend
 from torch import Tensor
 
 from smolvla_shared import preprocess
+from smolvla_shared.data_columns import MEND
 
 
 def video_decoder() -> str:
@@ -32,9 +34,17 @@ def decode(path: Path, times: np.ndarray, fps: float) -> Tensor:
     """Frames of a video at times in seconds, in any order: [len(times), 3, h, w] uint8, in the decoder's memory layout
     (torchcodec: channels innermost).
 
-    A time's frame is number round(time * frame rate), as in LeRobot. Raises ValueError if a frame is shown more than
-    half a frame away from its time.
+    A time's frame is number round(time * frame rate), as in LeRobot. Raises ValueError if the video is damaged, and if
+    a frame is shown more than half a frame away from its time.
     """
+    try:
+        return _decode(path, times, fps)
+    except (RuntimeError, IndexError) as error:  # torchcodec's
+        reason = re.sub(r"^.*\.cpp:\d+, ", "", str(error).partition("\n")[0])
+        raise ValueError(f"{path} is damaged ({reason}): copy or download the dataset again") from error
+
+
+def _decode(path: Path, times: np.ndarray, fps: float) -> Tensor:
     if video_decoder() != "torchcodec":
         return decode_video_frames(path, times.tolist(), 0.5 / fps, return_uint8=True)
     # decode_video_frames gives the same frames but copies each once more: a third of the time of decoding H.264.
@@ -51,6 +61,22 @@ def decode(path: Path, times: np.ndarray, fps: float) -> Tensor:
             "together, record or convert it again"
         )
     return frames.data
+
+
+def as_pictures(images: list[Any], places: list[str]) -> Tensor:
+    """PIL's images as frames [n, 3, h, w] uint8. Raises ValueError, with its place, for one that differs from a picture
+    of three channels of 8 bits, or in size from the first.
+    """
+    for image, place in zip(images, places, strict=True):
+        if image is None:
+            raise ValueError(f"{place} has no image: {MEND}")
+        if image.mode != "RGB" or image.size != images[0].size:
+            size, first = ("{} x {}".format(*one.size) for one in (image, images[0]))
+            raise ValueError(
+                f"{place}: its image has the mode {image.mode} and {size} pixels (width x height), expected RGB and "
+                f"{first}: {MEND}"
+            )
+    return torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2)
 
 
 def merge(parts: list[tuple[np.ndarray, Tensor]]) -> Tensor:

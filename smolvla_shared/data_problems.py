@@ -4,29 +4,30 @@ A problem is a text: where it is, what was found, and what to do. Every command 
 first seconds. Columns are compared as arrays, 2^16 rows at a time. No frame is decoded here: data_check.py does that.
 """
 
+import io
 import math
-import string
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import av
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
+from PIL import Image
 from pyarrow import ArrowException
 
 from smolvla_shared.data_columns import MEND, ROWS_AT_ONCE, Columns
+from smolvla_shared.data_info import camera_problem, channels
 from smolvla_shared.hashes import dataset_fingerprint
-from smolvla_shared.refusals import read_json, shown
+from smolvla_shared.refusals import shown
 from smolvla_shared.video_source import declared_s, open_stream
 
 if TYPE_CHECKING:
     from smolvla_shared.data import RobotDataset
 
-FORMAT, TASKS = "v3.0", "meta/tasks.parquet"
-CONVERT = "python -m lerobot.scripts.convert_dataset_v21_to_v30 --repo-id={name} --root={root} --push-to-hub=false"
-# Video files whose headers a script reads, evenly among all. The command data_check reads all.
+TASKS = "meta/tasks.parquet"
+# Files of videos, and of rows with images, whose first bytes a script reads, evenly among all. data_check reads all.
 HEADERS = 100
 
 
@@ -44,7 +45,8 @@ def refuse(dataset: "RobotDataset", problems: Collection[str]) -> None:
 def refuse_tables(datasets: "list[RobotDataset]") -> None:
     """Raise ValueError for a dataset whose tables or videos do not fit each other, and for one that is given twice."""
     for dataset in datasets:
-        refuse(dataset, [*table_problems(dataset), *header_problems(dataset, HEADERS)])
+        frames = [*header_problems(dataset, HEADERS), *image_problems(dataset, HEADERS)]
+        refuse(dataset, [*table_problems(dataset), *frames])
     if problems := twice(datasets):
         raise ValueError(problems[0])
 
@@ -61,132 +63,6 @@ def twice(datasets: "list[RobotDataset]") -> list[str]:
             ):
                 problems.append(f"{dataset.name} is a copy of {other.name}: name one of them")
     return problems
-
-
-# --- meta/info.json ---------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Info:
-    """What is read of meta/info.json. LeRobot's class of it is imported with torch and more, in seconds."""
-
-    fps: float
-    features: dict[str, dict[str, Any]]
-    total_episodes: int
-    total_frames: int
-    total_tasks: int
-    # LeRobot's defaults.
-    data_path: str = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
-    video_path: str = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
-    robot_type: str | None = None
-
-
-def read_info(root: Path) -> Info:
-    """Raises ValueError for a meta/info.json that LeRobot's reader would not understand, or misunderstand;
-    FileNotFoundError if there is none.
-    """
-    path = root / "meta" / "info.json"
-    if not path.is_file():
-        raise FileNotFoundError(path)
-    if problems := info_problems(root, body := read_json(path)):
-        raise ValueError(f"{path}: " + "; ".join(problems))
-    of = {key: feature | {"shape": tuple(feature["shape"])} for key, feature in body["features"].items()}
-    return Info(**{field.name: body[field.name] for field in fields(Info) if field.name in body} | {"features": of})
-
-
-def info_problems(root: Path, info: dict[str, Any]) -> list[str]:
-    version = info.get("codebase_version")
-    if version != FORMAT and (not isinstance(version, str) or not version.startswith("v3.")):
-        convert = f"convert it: {CONVERT.format(name=root.resolve().name, root=root)}"
-        fix = convert if version == "v2.1" else "versions before v2.1 are converted to v2.1 first, by an older LeRobot"
-        return [f"the dataset has the format {shown(version)}, {FORMAT} is read: {fix}"]
-    problems = []
-    if not is_number(fps := info.get("fps")) or not 0 < fps < 10_000:
-        problems.append(f"fps is {shown(fps)}, it should be the frames of a second")
-    for name in ("total_episodes", "total_frames", "total_tasks"):
-        if type(value := info.get(name)) is not int or value < (name != "total_tasks"):
-            problems.append(f"{name} is {shown(value)}, it should be a number of at least {int(name != 'total_tasks')}")
-    features = info.get("features")
-    if not isinstance(features, dict) or not features:
-        return [*problems, f"features is {shown(features)}, it should be an object with a feature for each column"]
-    for key, feature in features.items():
-        problems += feature_problems(key, feature)
-    if not isinstance(info.get("robot_type"), str | None):
-        problems.append(f"robot_type is {shown(info['robot_type'])}, it should be a name, or null")
-    has_video = any(isinstance(feature, dict) and feature.get("dtype") == "video" for feature in features.values())
-    for name in ("data_path", "video_path") if has_video else ("data_path",):
-        if name in info and not is_path(info[name], {"video_key", "chunk_index", "file_index"}):
-            problems.append(f"{name} is {shown(info[name])}, it should be a path with {{chunk_index}}, {{file_index}}")
-    return problems
-
-
-def feature_problems(key: str, feature: Any) -> list[str]:
-    if not isinstance(feature, dict):
-        return [f"feature {key} is {shown(feature)}, it should be an object with dtype, shape and names"]
-    problems, shape, dtype = [], feature.get("shape"), feature.get("dtype")
-    if not isinstance(dtype, str) or not (dtype in ("image", "video", "string", "language") or is_dtype(dtype)):
-        problems.append(f"feature {key}: dtype is {shown(dtype)}, it should be a type such as float32, or video")
-    sizes = shape if isinstance(shape, list) else [0]
-    if any(type(size) is not int or size < 1 for size in sizes) or not sizes:
-        problems.append(f"feature {key}: shape is {shown(shape)}, it should be a list of sizes, such as [7]")
-    return problems
-
-
-def is_dtype(name: str) -> bool:
-    try:
-        return np.dtype(name).kind in "biuf"
-    except TypeError:
-        return False
-
-
-def is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
-
-
-def is_path(value: Any, fields: set[str]) -> bool:
-    """A relative path whose fields have these names and a few digits: a width of 10^9 would ask for so much memory."""
-    if not isinstance(value, str) or not value or Path(value).is_absolute() or ".." in Path(value).parts:
-        return False
-    try:
-        parts = list(string.Formatter().parse(value))
-    except ValueError:
-        return False
-    return all(name is None or (name in fields and spec in ("", "03d", "06d")) for _, name, spec, _ in parts)
-
-
-# --- cameras ----------------------------------------------------------------------------------------------------------
-
-
-def channels_last(feature: dict[str, Any]) -> bool:
-    """Recordings use both orders; LeRobot, too, goes by the names. Ports of Open X-Embodiment say rgb."""
-    return feature["names"][2] in ("channel", "channels", "rgb")
-
-
-def channels(feature: dict[str, Any]) -> int | None:
-    """Channels of a camera's frames; None: its names do not tell which of the three sizes it is."""
-    shape, names = feature["shape"], feature.get("names")
-    if len(shape) != 3 or not isinstance(names, list | tuple) or len(names) != 3:
-        return None
-    return shape[2] if channels_last(feature) else shape[0]
-
-
-def is_depth(feature: dict[str, Any]) -> bool:
-    marks = [feature.get(name) or {} for name in ("info", "video_info")]
-    is_marked = any(mark.get("is_depth_map") or mark.get("video.is_depth_map") for mark in marks)
-    return is_marked or channels(feature) == 1
-
-
-def camera_problem(key: str, feature: dict[str, Any]) -> str | None:
-    """Why a policy cannot read a camera."""
-    count = channels(feature)
-    if is_depth(feature):
-        return f"{key} is a depth camera ({count or 'no'} channel), a policy reads pictures of 3: leave it out"
-    if count is None:
-        return (
-            f"{key} has the shape {list(feature['shape'])} and the names {shown(feature.get('names'))}: write "
-            '"names": ["height", "width", "channels"], in the order of the shape, into its feature in meta/info.json'
-        )
-    return f"{key} has {count} channels, a policy reads pictures of 3: leave it out" if count != 3 else None
 
 
 def refuse_cameras(datasets: "list[RobotDataset]", cameras: Collection[str]) -> None:
@@ -286,9 +162,15 @@ def task_problems(dataset: "RobotDataset") -> Iterator[str]:
         yield f"{TASKS} cannot be read ({error}): copy or download the dataset again"
         return
     texts, total = table.index.tolist(), len(table)
+    if "task" in table or "task_index" not in table:
+        yield (
+            f"{TASKS} has the index {shown(table.index.name)} and the columns {shown([*table])}, it should have the "
+            f"index task and the column task_index: mend it with pandas, or {MEND}"
+        )
+        return
     if total != dataset.info.total_tasks:
         yield f"meta/tasks.parquet has {total} tasks, meta/info.json says {dataset.info.total_tasks}: {MEND}"
-    numbers = table["task_index"].tolist() if "task_index" in table else []
+    numbers = table["task_index"].tolist()
     if numbers != list(range(total)):
         yield (
             f"meta/tasks.parquet numbers its tasks {shown(numbers)}, a task's row must be its number: sort the table "
@@ -358,12 +240,28 @@ def header_problems(dataset: "RobotDataset", limit: int | None = None) -> Iterat
         until = np.full(len(places), -np.inf)
         with np.errstate(invalid="ignore"):  # place_problems names a time that is NaN
             np.maximum.at(until, of.ravel(), last)  # time of the last frame that is read
-        some = np.unique(np.linspace(0, len(places) - 1, min(limit or len(places), len(places))).round().astype(int))
-        for index in some.tolist():
+        for index in evenly(len(places), limit):
             chunk, file = places[index].tolist()
             path = dataset.info.video_path.format(video_key=camera, chunk_index=chunk, file_index=file)
             if problem := header_problem(dataset, camera, dataset.root / path, float(until[index])):
                 yield f"{path}: {problem}"
+
+
+def evenly(count: int, limit: int | None) -> list[int]:
+    """`limit` of `count` numbers from 0 on, the first and the last among them; None: all."""
+    return np.unique(np.linspace(0, count - 1, min(limit or count, count)).round().astype(int)).tolist()
+
+
+def reach(container: Any, stream: Any, until: float) -> float:
+    """The time of the last frame up to `until`, seconds, whose bytes are in the file; none is decoded."""
+    last = -math.inf
+    container.seek(int(until / stream.time_base), stream=stream)
+    for packet in container.demux(stream):
+        if packet.pts is not None and not packet.is_corrupt:
+            last = max(last, float(packet.pts * stream.time_base))
+        if last >= until:
+            break
+    return last
 
 
 def header_problem(dataset: "RobotDataset", camera: str, path: Path, until: float) -> str | None:
@@ -372,16 +270,56 @@ def header_problem(dataset: "RobotDataset", camera: str, path: Path, until: floa
             rate, frames = float(stream.average_rate or 0), stream.frames
             start, seconds = float((stream.start_time or 0) * stream.time_base), declared_s(container, stream)
             size = stream.height, stream.width
+            frames = frames or round(seconds * rate)
+            reached = reach(container, stream, start + until) - start if 0 <= until * rate < frames else until
     except (av.FFmpegError, OSError, ValueError) as error:
         return f"it cannot be read ({error}): copy or download the dataset again"
-    frames = frames or round(seconds * rate)
     if rate and abs(rate - dataset.fps) > 0.01 * dataset.fps:
         return f"it has {rate:.4g} frames a second, the dataset {dataset.fps:g}: {MEND}"
     if frames and rate and until * rate > frames - 0.5 + 1e-3:
         return f"it has {frames} frames at {rate:.4g} fps, an episode ends with that at {until:.3f} s: {MEND}"
     if start > 0.5 / dataset.fps:
         return f"it starts at {start:.3f} s instead of 0: {MEND}"
+    if reached < until - 0.5 / dataset.fps:
+        return f"it is cut before {until:.3f} s, where an episode ends: copy or download the dataset again"
     if channels(dataset.features[camera]) and size != dataset.frame_shape(camera)[1:]:
         expected = "{} x {}".format(*dataset.frame_shape(camera)[1:])
         return f"its frames have {size[0]} x {size[1]} pixels (height x width), meta/info.json says {expected}: {MEND}"
+    return None
+
+
+def image_problems(dataset: "RobotDataset", limit: int | None = None) -> Iterator[str]:
+    """What the first row of each file tells of the images in it, of the cameras that a policy can read.
+
+    limit: as in header_problems
+    """
+    cameras = {key: dataset.features[key] for key in dataset.camera_keys if key not in dataset.video_keys}
+    cameras = [key for key, feature in cameras.items() if camera_problem(key, feature) is None]
+    files = sorted((dataset.root / "data").glob("*/*.parquet")) if cameras else []
+    for index in evenly(len(files), limit):
+        try:
+            rows = next(pq.ParquetFile(files[index]).iter_batches(1, columns=cameras)).to_pylist()
+        except (ArrowException, OSError, StopIteration):
+            continue  # the columns of numbers are read from it, too, by a reader that names what is wrong
+        for camera in cameras:
+            if problem := image_problem(dataset, camera, rows[0].get(camera)):
+                yield f"{files[index].relative_to(dataset.root)}: its first image of {camera} {problem}"
+
+
+def image_problem(dataset: "RobotDataset", camera: str, cell: dict[str, Any] | None) -> str | None:
+    """cell: {"bytes": of a PNG or another file, "path": its name}"""
+    if not isinstance(cell, dict) or not cell.get("bytes"):
+        return f"is not there: {MEND}"
+    try:
+        with Image.open(io.BytesIO(cell["bytes"])) as image:
+            mode, size = image.mode, (image.height, image.width)
+            image.load()
+            image.load()
+    except OSError as error:
+        return f"cannot be read ({str(error).partition(' <')[0]}): copy or download the dataset again"
+    if mode != "RGB":
+        return f"has the mode {mode}, a policy reads RGB: {MEND}"
+    if size != (expected := dataset.frame_shape(camera)[1:]):
+        sizes = "{} x {} pixels (height x width), meta/info.json says {} x {}".format(*size, *expected)
+        return f"has {sizes}: {MEND}"
     return None

@@ -10,7 +10,7 @@ import numpy as np
 from lerobot.utils.constants import HF_LEROBOT_HOME
 from tqdm import tqdm
 
-from smolvla_shared import data, data_pictures, data_problems, data_values
+from smolvla_shared import data, data_info, data_pictures, data_problems, data_values
 from smolvla_shared.config import DEFAULT_GAP_S, PRESETS
 from smolvla_shared.data import RobotDataset
 from smolvla_shared.data_problems import place
@@ -122,11 +122,12 @@ def two_rates(datasets: list[RobotDataset]) -> list[str]:
 
 def look(dataset: RobotDataset, config: "DataCheckConfig") -> Report:
     report = Report(dataset, data_problems.table_problems(dataset))
-    report.problems += data_problems.header_problems(dataset)
+    report.problems += [*data_problems.header_problems(dataset), *data_problems.image_problems(dataset)]
     keys = [key for key in (data.STATE_KEY, data.ACTION_KEY, data.EXECUTED_ACTION_KEY) if key in dataset.features]
     for key in keys:
         report.problems += data_values.vector_problems(dataset, key)
     report.problems += data_values.missing_statistics(dataset, keys)
+    report.problems = [*dict.fromkeys(report.problems)]
     report.notes += [] if report.problems else data_values.sampled_statistics(dataset, keys)
     if any(data_problems.episode_problems(dataset)):
         return report  # which rows are an episode's is not known
@@ -183,16 +184,17 @@ def look_at_cameras(report: Report, config: "DataCheckConfig") -> None:
     episodes = np.unique(np.linspace(0, count - 1, min(config.episodes, count)).round().astype(int)).tolist()
     for camera in dataset.camera_keys:
         feature = dataset.features[camera]
-        if problem := data_problems.camera_problem(camera, feature):
-            (report.notes if data_problems.is_depth(feature) else report.problems).append(problem)
+        if problem := data_info.camera_problem(camera, feature):
+            (report.notes if data_info.is_depth(feature) else report.problems).append(problem)
             continue
         report.cameras[camera] = seen = Seen()
         broken = [*look_at_episodes(dataset, camera, episodes, seen)]
         report.problems += broken[:MOST_LINES]
         if seen.pictures and seen.spread < 2:
             report.problems.append(f"every frame of {camera} that was decoded is of one colour: was it covered or off?")
-        if config.every_frame and camera in dataset.video_keys:
-            report.problems += decode_all(dataset, camera)
+        if config.every_frame:
+            decode = decode_all if camera in dataset.video_keys else open_all
+            report.problems += [*decode(dataset, camera)][:MOST_LINES]
 
 
 def look_at_episodes(dataset: RobotDataset, camera: str, episodes: list[int], seen: Seen) -> Iterator[str]:
@@ -214,6 +216,17 @@ def look_at_episodes(dataset: RobotDataset, camera: str, episodes: list[int], se
         seen.spread = max(seen.spread, float(frames.std()))
         for first, second in zip(frames[2 : 2 + len(firsts)], frames[2 + len(firsts) :]):
             seen.motion += changes(np.stack([block_means(first), block_means(second)]), 1).tolist()
+
+
+def open_all(dataset: RobotDataset, camera: str) -> Iterator[str]:
+    for row in tqdm(range(dataset.num_frames), desc=f"every image of {camera}", unit="image"):
+        try:
+            found = tuple(dataset.read_frames(camera, [row]).shape[2:])
+        except ValueError as error:
+            yield str(error)
+            continue
+        if found != (expected := dataset.frame_shape(camera)[1:]):
+            yield f"{place(dataset, row)}: its image of {camera} has {found} pixels, meta/info.json says {expected}"
 
 
 def decode_all(dataset: RobotDataset, camera: str) -> Iterator[str]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from smolvla_shared.data_columns import MEND, ROWS_AT_ONCE
+from smolvla_shared.data_info import is_dtype, names_problem
 from smolvla_shared.data_problems import differences, place, refuse
 from smolvla_shared.refusals import read_json, shown
 
@@ -79,10 +80,18 @@ def vector_problems(dataset: "RobotDataset", key: str) -> list[str]:
     width = values.shape[1] if values.ndim > 1 else 1
     if width != shape[0]:
         return [f"{key} has {width} numbers in a row, meta/info.json says {shape[0]}: {MEND}"]
+    if problem := names_problem(key, dataset.features[key]):
+        return [problem]
     if key in ACTION_KEYS and values.dtype.kind not in "f":
         return [
             f"{key} is of type {values.dtype}, a policy learns real numbers: record them as float32, unless they "
             "number choices, which no policy of this kind learns"
+        ]
+    dtype = dataset.features[key]["dtype"]
+    if not is_dtype(dtype) or (np.dtype(dtype).kind == "f") != (values.dtype.kind == "f"):
+        return [
+            f"{key} is of type {values.dtype} in the rows, {dtype} in meta/info.json, into which LeRobot would convert "
+            "it: write the type of the rows there"
         ]
     problems = list(value_problems(dataset, key, values))
     problems = problems or list(statistics_problems(dataset, key, summarize(values)))
@@ -118,7 +127,11 @@ def fits_float(value: Any) -> bool:
 
 def statistics_problems(dataset: "RobotDataset", key: str, rows: Summary) -> Iterator[str]:
     """What in meta/stats.json contradicts the rows. Where it has nothing, nothing contradicts: missing_statistics."""
-    stats = (read_statistics(dataset) or {}).get(key)
+    try:
+        stats = (read_statistics(dataset) or {}).get(key)
+    except ValueError as error:
+        yield str(error)
+        return
     if not isinstance(stats, dict):
         if stats is not None:
             yield f"{STATS}: {key} is {shown(stats)}, it should be an object: {RECOMPUTE}"
@@ -142,6 +155,8 @@ def statistics_problems(dataset: "RobotDataset", key: str, rows: Summary) -> Ite
             yield f"{STATS}: {name} of {key} is {shown(stats[name])}, expected {len(rows.mean)} numbers: {RECOMPUTE}"
             return
         found[name] = np.array(values, np.float64)
+    if {"min", "max"} <= found.keys() and (found["min"] > found["max"]).any():
+        yield f"{STATS}: min of {key} is above its max: {RECOMPUTE}"
     # A dimension that never changes has the deviation 0, or what rounding makes of it. LeRobot makes more of it: its
     # variance is the mean of float32 squares minus the mean's square (measured: 0.31% of the mean at most).
     scale = np.maximum(rows.std, 1e-4 * np.maximum(1, np.abs(rows.mean)))
@@ -169,7 +184,10 @@ def statistics_problems(dataset: "RobotDataset", key: str, rows: Summary) -> Ite
 
 def missing_statistics(dataset: "RobotDataset", keys: list[str]) -> list[str]:
     """What meta/stats.json lacks of these features. This project computes its own; LeRobot's training needs these."""
-    stats = read_statistics(dataset)
+    try:
+        stats = read_statistics(dataset)
+    except ValueError as error:
+        return [str(error)]
     if stats is None:
         return [f"{STATS} is missing, which LeRobot's own training reads: {RECOMPUTE}"]
     lacking = [

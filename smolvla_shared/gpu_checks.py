@@ -20,9 +20,10 @@ import torch
 import tyro
 from accelerate.state import AcceleratorState
 
+from smolvla_shared.launch import IN_WORDS
 from smolvla_shared.lerobot_policy import HLRPSmolVLASharedPolicy
 from smolvla_shared.run import versions
-from smolvla_shared.run_processes import IN_WORDS, use_tf32
+from smolvla_shared.run_processes import use_tf32
 from smolvla_shared.teacher import train_teacher
 from smolvla_shared.teacher_config import TeacherConfig
 

@@ -23,16 +23,34 @@ def refuse_differences(
         raise ValueError("\n".join([f"{title}:", *differences, *filter(None, [fix])]))
 
 
+def from_json(text: str | bytes) -> Any:
+    """A JSON value. Raises ValueError for what is not JSON, and for an object with a key twice: Python would take the
+    last of its two values, others the first.
+    """
+    return json.loads(text, object_pairs_hook=_object)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"an object has the key {shown(key)} twice")
+        found[key] = value
+    return found
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises ValueError, with the path, for everything else that may be there."""
     if path.is_fifo() or path.is_socket() or path.is_char_device():  # reading would wait for somebody to write
         raise ValueError(f"{path} is no file: write or copy it again")
     try:
-        value = json.loads(path.read_bytes())
+        value = from_json(path.read_bytes())
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:  # not JSON, or not text
-        raise ValueError(f"{path} is not JSON ({error}): it is damaged, write or copy it again") from error
+        raise ValueError(
+            f"{path} is not JSON ({error}): it is damaged or was edited, write or copy it again"
+        ) from error
     if not isinstance(value, dict):
         raise ValueError(f"{path} should hold a JSON object, it holds {shown(value)}")
     return value

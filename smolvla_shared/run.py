@@ -74,7 +74,7 @@ def start_run(config: RunConfig, product: Path | None = None) -> tuple[Accelerat
 
     Seeds the initial weights; does not make the run directory yet. Raises ValueError for trackers that are not
     installed, an Accelerate configuration that would be ignored, and what run_checkpoint.check_run and
-    run_processes.stated_precision refuse.
+    launch.stated_precision refuse.
     """
     if missing := [name for name in config.trackers if not find_spec(name)]:
         raise ValueError(f"--trackers {' '.join(missing)}: not installed here: pip install {' '.join(missing)}")

@@ -17,11 +17,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from smolvla_shared.batch import map_tensors, to_device
+from smolvla_shared.launch import IN_WORDS, refuse_settings, stated_precision
 
 # How long processes wait for one that works alone, on a large checkpoint or on the last shard of a cache. After NCCL's
 # own 10 minutes the others would end the run.
 TIMEOUT = timedelta(hours=2)
-IN_WORDS = {"no": "float32", "bf16": "bfloat16"}
 SHARED_MEMORY = Path("/dev/shm")  # where a loader's workers put what they have read
 
 
@@ -32,26 +32,6 @@ def find_device(name: str | None = None) -> str:
     if name and name not in there:
         raise ValueError(f"--device {name} is not here: pass one of {', '.join(there)}")
     return name or ("cuda" if "cuda" in there else "cpu")
-
-
-# What Accelerate takes from its environment, and would do beside what these runs do: what it may be, and what to pass.
-SETTINGS = {
-    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ("1", "--accumulation-steps"),
-    "ACCELERATE_DYNAMO_BACKEND": ("no", "--model.compile"),
-    "ACCELERATE_USE_DEEPSPEED": ("false", "configs/accelerate/fsdp2_8gpu.yaml"),
-    "ACCELERATE_USE_MEGATRON_LM": ("false", "configs/accelerate/fsdp2_8gpu.yaml"),
-    "ACCELERATE_USE_PARALLELISM_CONFIG": ("false", "configs/accelerate/fsdp2_8gpu.yaml"),
-}
-
-
-def refuse_settings() -> None:
-    """Raise ValueError for settings of Accelerate that change a run without its options."""
-    for name, (expected, instead) in SETTINGS.items():
-        if os.environ.get(name, expected).lower() != expected:
-            raise ValueError(
-                f"{name} is {os.environ[name]}, by the Accelerate configuration or the environment, where these runs "
-                f"need {expected}: take it out, and pass {instead}"
-            )
 
 
 def make_accelerator(precision: str | None = None, **options: Any) -> Accelerator:
@@ -73,30 +53,6 @@ def make_accelerator(precision: str | None = None, **options: Any) -> Accelerato
     )
     use_tf32(accelerator.device)
     return accelerator
-
-
-def stated_precision(option: str | None) -> tuple[str, str]:
-    """The precision of a run, "no" (float32) or "bf16", and who stated it.
-
-    option: --precision; None: not given
-
-    Raises ValueError if the Accelerate configuration asks for bf16 and --precision for float32, or if the former asks
-    for anything else. Its "no" is no contradiction: `accelerate launch` also says "no" where nobody has said anything.
-    """
-    configured = os.environ.get("ACCELERATE_MIXED_PRECISION")
-    if configured not in (None, *IN_WORDS):
-        raise ValueError(
-            f"the Accelerate configuration asks for mixed_precision {configured}, but runs compute in float32 (no) or "
-            "bf16: change it there, or pass --mixed_precision bf16 to accelerate launch"
-        )
-    if (option, configured) == ("no", "bf16"):
-        raise ValueError(
-            "--precision no, but the Accelerate configuration asks for mixed_precision bf16: leave --precision out, or "
-            "pass --mixed_precision no to accelerate launch"
-        )
-    if option:
-        return option, "--precision"
-    return (configured, "the Accelerate configuration") if configured else ("no", "the default")
 
 
 def describe_precision(option: str | None, device: torch.device) -> str:

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from smolvla_shared import paths
 from smolvla_shared.command import parse, run_command
-from smolvla_shared.refusals import decode, read_json, refuse_differences
+from smolvla_shared.refusals import decode, from_json, read_json, refuse_differences
 from smolvla_shared.video_clips import ClipOptions, Part, attempt, convert, start_worker
 from smolvla_shared.video_source import IMAGES, VIDEOS, Look, fitted, look, stamp
 
@@ -125,7 +125,7 @@ def read_captions(path: Path) -> dict[str, str]:
     form = f"--captions {path} should be a JSON list of objects, or a CSV file with a header, with `id` and `label`"
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            rows = json.load(file) if path.suffix.lower() == ".json" else list(csv.DictReader(file))
+            rows = from_json(file.read()) if path.suffix.lower() == ".json" else list(csv.DictReader(file))
     except (OSError, ValueError, csv.Error) as error:
         raise ValueError(f"{form}: {error}") from error
     captions: dict[str, str] = {}

@@ -534,17 +534,17 @@ def test_columns_are_what_the_parquet_files_hold(tmp_path):
         paths.append(tmp_path / f"{number}.parquet")
         tables.append(pa.table(columns))
         pq.write_table(tables[-1], paths[-1], row_group_size=4)
-    names = ["vector", "videos/a/number", "bool", "one"]
-    found = Columns(paths, names, 38)
-    for name in names:
+    columns = {"vector": list, "videos/a/number": int, "bool": list, "one": float}
+    found = Columns(paths, columns, 38)
+    for name in columns:
         expected = np.array([value for table in tables for value in table[name].to_pylist()]).squeeze()
         assert np.array_equal(found[name], expected.astype(found[name].dtype)), name
-    kinds = [(found[name].shape, str(found[name].dtype)) for name in names]
+    kinds = [(found[name].shape, str(found[name].dtype)) for name in columns]
     assert kinds == [((38, 3), "float32"), ((38,), "int64"), ((38,), "bool"), ((38,), "float64")]
     with pytest.raises(ValueError, match=r"holds 38 rows, meta/info.json says 39: the dataset is not complete"):
-        Columns(paths, names, 39)
+        Columns(paths, columns, 39)
     pq.write_table(tables[0].slice(0, 6), paths[0])  # another file of the same name
-    assert len(Columns(paths, names, 37)["bool"]) == 37
+    assert len(Columns(paths, columns, 37)["bool"]) == 37
 
 
 def test_columns_are_written_once(tmp_path, monkeypatch):
@@ -561,7 +561,7 @@ def test_columns_are_written_once(tmp_path, monkeypatch):
 
     monkeypatch.setattr(data_columns, "write_columns", slowly)
     with ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(lambda _: Columns([path], ["a"], 9), range(4)))
+        found = list(pool.map(lambda _: Columns([path], {"a": int}, 9), range(4)))
     assert len(calls) == 1
     assert {columns.directory for columns in found} == {found[0].directory}
     assert not found[0].directory.with_suffix(".part").exists()

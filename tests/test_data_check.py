@@ -1,5 +1,6 @@
 """Datasets that are broken in one way each: refused when a command opens them, and listed by data_check."""
 
+import io
 import json
 import os
 import re
@@ -19,13 +20,15 @@ import pytest
 from helpers import equal
 from lerobot.datasets.compute_stats import get_feature_stats
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
+from PIL import Image
 from safetensors.torch import load_file
 from test_lerobot_smolvla import run_stage
+from torch.utils.data import DataLoader, Dataset
 
 import train_stage2
 import train_stage3
 from smolvla_shared import data, data_check, data_report, data_values, data_views
-from smolvla_shared.command import in_few_lines
+from smolvla_shared.command import EXIT_MISTAKE, in_few_lines, run_command
 from smolvla_shared.config import ACTION, DataConfig, ModelConfig
 from smolvla_shared.initial import open_initial
 from smolvla_shared.label_cache import LabelConfig, label
@@ -156,8 +159,68 @@ def retyped(column: str, of: pa.DataType, change: Callable[[int, list], list]) -
     return write
 
 
+def twice(name: str, key: str) -> Callable[[Path], None]:
+    """A JSON file whose object has a key twice. The last of its values is the one that it had."""
+
+    def edit(root: Path) -> None:
+        path = root / "meta" / name
+        path.write_text("{" + f'"{key}": 7, ' + path.read_text().lstrip()[1:])
+
+    return edit
+
+
+def table(pattern: str, change: Callable[[pa.Table], pa.Table]) -> Callable[[Path], None]:
+    """A parquet file with other columns."""
+
+    def edit(root: Path) -> None:
+        (path,) = root.glob(pattern)
+        pq.write_table(change(pq.read_table(path)), path)
+
+    return edit
+
+
+def typed(pattern: str, column: str, change: Callable[[int, Any], Any]) -> Callable[[Path], None]:
+    """A column of another type: that of what `change` makes of a row's number and value."""
+
+    def edit(found: pa.Table) -> pa.Table:
+        values = [change(row, value) for row, value in enumerate(found[column].to_pylist())]
+        return found.set_column(found.schema.get_field_index(column), column, pa.array(values))
+
+    return table(pattern, lambda found: edit(found).replace_schema_metadata())
+
+
+EPISODES, START = "meta/episodes/*/*.parquet", f"videos/{CAMERA}/from_timestamp"
 OPENED = {
     # meta/info.json
+    "a rate twice": (
+        twice("info.json", "fps"),
+        r'info.json is not JSON \(an object has the key "fps" twice\): it is da',
+    ),
+    "a newer format": (info(lambda body: body.update(codebase_version="v4.0")), "record, convert or download it in"),
+    "a path of one file": (
+        info(lambda body: body.update(video_path="videos/{video_key}/chunk-000/file-{file_index:03d}.mp4")),
+        r"video_path is .*with {video_key}, {chunk_index}, {file_index}$",
+    ),
+    "no path of videos": (
+        info(lambda body: body.update(video_path=None)),
+        'or, if the rows hold the frames, the dtype of observation.image should be "image"',
+    ),
+    "a video that is said to be images": (
+        feature(CAMERA, dtype="image"),
+        'feature observation.image has the dtype "image", but its frames are in videos: write "video"',
+    ),
+    "a video that is said to be numbers": (
+        feature(CAMERA, dtype="uint8"),
+        'feature observation.image has the dtype "uint8", but its frames are in videos: write "video"',
+    ),
+    "numbers that are said to be a video": (
+        feature(STATE, dtype="video"),
+        'observation.state has the dtype "video", but it is numbers: write their type, such as float32',
+    ),
+    "a camera that is not there": (
+        info(lambda body: body["features"].update(wrist=body["features"][CAMERA])),
+        'feature wrist has the dtype "video", but the dataset has no frames of it: take the feature out',
+    ),
     "format v2.1": (
         info(lambda body: body.update(codebase_version="v2.1")),
         r'format "v2.1".*convert it: python -m lerobot.scripts.convert_dataset_v21_to_v30 --repo-id=copy --root=\S* '
@@ -180,6 +243,46 @@ OPENED = {
     "info.json is a list": (info(lambda body: [body]), "info.json should hold a JSON object"),
     "info.json is cut": (lambda root: cut(root / "meta" / "info.json"), r"info.json is not JSON"),
     # parquet files
+    "a column twice": (
+        table(EPISODES, lambda found: found.append_column("length", found["length"])),
+        "file-000.parquet has the column length twice",
+    ),
+    "an episode that is no number": (
+        typed(EPISODES, "episode_index", lambda row, value: str(value)),
+        "episode_index holds string, not numbers",
+    ),
+    "half an episode": (
+        typed(EPISODES, "episode_index", lambda row, value: value + row / 2),
+        "episode_index has 1.5 in a row, expected whole numbers",
+    ),
+    "a file that is no number": (
+        typed(EPISODES, "data/file_index", lambda row, value: float("nan") if row == 3 else value),
+        "data/file_index has nan in a row, expected whole numbers",
+    ),
+    "two lengths of an episode": (
+        typed(EPISODES, "length", lambda row, value: [value, value]),
+        "length has 2 numbers in a row, expected one",
+    ),
+    "two starts of a video": (
+        typed(EPISODES, START, lambda row, value: [value, value]),
+        f"{START} has 2 numbers in a row, expected one",
+    ),
+    "no length of episodes": (
+        table(EPISODES, lambda found: found.drop_columns(["length"])),
+        "file-000.parquet has no column length",
+    ),
+    "half a task": (
+        typed("data/*/*.parquet", "task_index", lambda row, value: value + 0.5),
+        "task_index has [01].5 in a row, expected whole numbers",
+    ),
+    "a row without a task": (
+        typed("data/*/*.parquet", "task_index", lambda row, value: None if row == 5 else value),
+        "task_index has no value in 1 rows",
+    ),
+    "another recording's rows beside its own": (
+        lambda root: shutil.copy(path := next(root.glob("data/*/*.parquet")), path.with_name("file-001.parquet")),
+        "holds 376 rows, meta/info.json says 188: rows or files of another recording are among them, copy",
+    ),
     "a damaged table": (lambda root: cut(next(root.glob("data/*/*.parquet"))), r"parquet is damaged \("),
     # episodes
     "an episode twice": (
@@ -235,6 +338,14 @@ OPENED = {
         r"numbers its tasks \[1, 0\], a task's row must be its number",
     ),
     "no task text": (tasks("push the square", None), "task 1 is null, it should be a text"),
+    "task texts in a column": (
+        lambda root: pq.write_table(
+            pa.table({"task_index": [0, 1], "task": ["push", "pull"]}), root / "meta" / "tasks.parquet"
+        ),
+        r'has the index null and the columns \["task_index", "task"\], it should have the index task and the column',
+    ),
+    "tasks that are numbers": (tasks(5, 6), "task 0 is 5, it should be a text"),
+    "no tasks": (lambda root: (root / "meta" / "tasks.parquet").unlink(), "is not complete, missing: .*tasks.parquet"),
     "a task of control characters": (tasks("push", "pull\x00"), r"task 1 has the control characters \['\\x00'\]"),
     # videos
     "a video that starts late": (
@@ -261,6 +372,18 @@ OPENED = {
         video(size=(48, 64)),
         r"its frames have 48 x 64 pixels \(height x width\), meta/info.json says 96 x 96",
     ),
+    "a video that is cut": (
+        lambda root: cut(next(root.glob("videos/*/*/*.mp4"))),
+        "mp4: it is cut before 9.350 s, where",
+    ),
+    "a video without its last bytes": (
+        lambda root: cut(path := next(root.glob("videos/*/*/*.mp4")), path.stat().st_size - 10),
+        "mp4: it is cut before 9.350 s, where an episode ends",
+    ),
+    "a camera whose names are not of its shape": (
+        feature(CAMERA, names=["channels", "height", "width"]),
+        r'has the shape \[96, 96, 3\] and the names \["channels", "height", "width"\]: write "names"',
+    ),
     "a video that is none": (lambda root: cut(next(root.glob("videos/*/*/*.mp4")), 100), "mp4: it cannot be read"),
 }
 VALUES = {
@@ -276,6 +399,41 @@ VALUES = {
     "NaN": (element("action", 47, 1, np.nan), r"episode 2 frame 6 has action nan in dimension 1, and 1 row\(s\)"),
     "an infinity": (element(STATE, 47, 1, -np.inf), "episode 2 frame 6 has observation.state -inf in dimension 1"),
     "an absurd value": (element("action", 5, 1, 1e30), "episode 0 frame 5 has action 1e[+]30 in dimension 1"),
+    **{
+        f"names of {kind}": (
+            feature("action", names=names),
+            "action has 4 numbers in a row and the names .*write 4 names",
+        )
+        for kind, names in {
+            "numbers": [1, 2, 3, 4],
+            "one number": 7,
+            "groups of numbers": {"arm": [1, 2, 3, 4]},
+            "lists": [["x", "y"], ["z", "grip"]],
+            "groups in groups": {"arm": {"x": 0}},
+            "null": ["x", None, "z", "grip"],
+            "three": ["x", "y", "z"],
+            "five": ["x", "y", "z", "grip", "stop"],
+            "an index twice": {"x": 0, "y": 0, "z": 1, "grip": 2},
+        }.items()
+    },
+    "actions that are said to be integers": (
+        feature("action", dtype="int64"),
+        "action is of type float32 in the rows, int64 in meta/info.json, into which LeRobot would convert it",
+    ),
+    "a state that is said to be text": (
+        feature(STATE, dtype="string"),
+        "float32 in the rows, string in meta/info.json",
+    ),
+    "a state of integers": (
+        retyped(STATE, pa.list_(pa.int64(), 4), lambda _, vector: [int(value) for value in vector]),
+        "observation.state is of type int64 in the rows, float32 in meta/info.json",
+    ),
+    "statistics twice": (twice("stats.json", "action"), r'is not JSON \(an object has the key "action" twice\)'),
+    "statistics that are a list": (edit_json("stats.json", lambda body: [body]), "should hold a JSON object"),
+    "a least value above the most": (
+        stat("action", "min", 3, lambda low: low + 9),
+        "min of action is above its max",
+    ),
     "integer actions": (
         retyped("action", pa.list_(pa.int64(), 4), lambda _, vector: [int(100 * value) for value in vector]),
         "action is of type int64, a policy learns real",
@@ -342,6 +500,11 @@ def copy(labelled_dataset, tmp_path) -> Path:
     return shutil.copytree(labelled_dataset, tmp_path / "copy")
 
 
+@pytest.fixture
+def image_copy(image_dataset, tmp_path) -> Path:
+    return shutil.copytree(image_dataset, tmp_path / "copy")
+
+
 def open_datasets(*roots: Path, **options) -> list[data.RobotDataset]:
     return data.open_datasets(DataConfig(roots=roots, **options))
 
@@ -372,8 +535,9 @@ def listed(root: Path) -> list[str]:
 def test_what_does_not_fit_is_refused_when_a_dataset_is_opened(case, copy):
     edit, message = OPENED[case]
     edit(copy)
-    with pytest.raises(ValueError, match=message) as refused:
-        open_datasets(copy)
+    with pytest.raises(ValueError) as refused:
+        data_views.choose_cameras(open_datasets(copy), DataConfig(roots=(copy,)))
+    assert re.search(message, str(refused.value)), refused.value
     assert str(copy) in str(refused.value) and len(in_few_lines(refused.value).splitlines()) <= 4
     assert any(re.search(message, problem) for problem in listed(copy))
 
@@ -637,3 +801,128 @@ def test_every_frame_finds_what_is_damaged_between(copy, capsys):
     path.write_bytes(bytes(content))
     code, printed = checked(capsys, copy, "--episodes", "1", "--every-frame")
     assert code == 1 and "file-000.mp4 is damaged" in printed
+
+
+def names_of(root: Path, names: Any) -> tuple[str, ...] | None:
+    feature("action", names=names)(root)
+    (dataset,) = open_datasets(root)
+    data_values.refuse_vectors([dataset], "action")
+    return data.vector_names(dataset.features["action"])
+
+
+def test_names_of_every_form_are_those_of_the_dimensions(copy):
+    expected = ("x", "y", "z", "grip")
+    for names in [*expected], {"arm": ["x", "y", "z"], "hand": ["grip"]}, {"grip": 3, "z": 2, "x": 0, "y": 1}:
+        assert names_of(copy, names) == expected
+    for names in None, [], ["actions"], {"arm": ["actions"]}:  # one for the whole vector names no dimension
+        assert names_of(copy, names) is None
+
+
+def test_whole_numbers_of_another_type_are_those_numbers(copy, labelled_dataset):
+    """As tables that pandas has merged have them."""
+    for pattern, names in {EPISODES: data.EPISODES, "data/*/*.parquet": data.FRAMES}.items():
+        for name in names:
+            typed(pattern, name, lambda _, value: float(value))(copy)
+    (found,), (expected,) = open_datasets(copy), open_datasets(labelled_dataset)
+    for of in "episodes", "frames":
+        for name in getattr(expected, of).names:
+            assert np.array_equal(getattr(found, of)[name], getattr(expected, of)[name]), name
+    assert [found.task(row) for row in range(188)] == [expected.task(row) for row in range(188)]
+    assert equal(found.read_frames(CAMERA, [3, 187]), expected.read_frames(CAMERA, [3, 187]))
+
+
+def image(row: int, content: bytes | None) -> Callable[[Path], None]:
+    """The image file of a row."""
+
+    def change(found: pa.Table) -> pa.Table:
+        index = found.schema.get_field_index(CAMERA)
+        cells = found[CAMERA].to_pylist()
+        cells[row] = content and {"bytes": content, "path": None}
+        return found.set_column(index, found.schema.field(index), pa.array(cells, found.schema.field(index).type))
+
+    return table("data/*/*.parquet", change)
+
+
+def png(mode: str, width: int = 64, height: int = 48) -> bytes:
+    Image.new(mode, (width, height)).save(content := io.BytesIO(), format="PNG")
+    return content.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("content", "first", "later"),
+    [
+        (None, "is not there", "has no image"),
+        (
+            b"no picture",
+            r"cannot be read \(cannot identify image file\)",
+            r"cannot be read \(cannot identify image file\)",
+        ),
+        (png("RGB")[:60], "cannot be read", "cannot be read"),
+        (
+            png("L"),
+            "has the mode L, a policy reads RGB",
+            "has the mode L and 64 x 48 pixels .*, expected RGB and 64 x 48",
+        ),
+        (png("I;16"), "has the mode I;16, a", "has the mode I;16 and 64 x 48"),
+        (png("RGBA"), "has the mode RGBA, a", "has the mode RGBA and 64 x 48"),
+        (png("RGB", 20, 30), "has 30 x 20 pixels .*says 48 x 64", "20 x 30 pixels .*, expected RGB and 64 x 48"),
+    ],
+)
+def test_an_image_that_no_policy_can_read_is_refused(image_copy, capsys, content, first, later):
+    """The first of a file when the dataset is opened, another one when it is read, or by --every-frame."""
+    image(5, content)(image_copy)
+    (dataset,) = open_datasets(image_copy)
+    with pytest.raises(ValueError, match=f"episode 0 frame 5.*{later}"):
+        dataset.read_frames(CAMERA, [4, 5])
+    code, printed = checked(capsys, image_copy, "--episodes", "1", "--every-frame")
+    (problem,) = problems_of(printed)
+    assert code == 1 and "episode 0 frame 5" in problem
+    image(0, content)(image_copy)
+    with pytest.raises(ValueError, match=rf"file-000.parquet: its first image of {CAMERA} {first}"):
+        open_datasets(image_copy)
+
+
+@pytest.mark.parametrize("path", [None, "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"])
+def test_images_that_are_said_to_be_a_video_are_refused(image_copy, path):
+    feature(CAMERA, dtype="video")(image_copy)
+    info(lambda body: body.update(video_path=path))(image_copy)
+    with pytest.raises(ValueError, match=f'{CAMERA}.*"image"') as refused:
+        open_datasets(image_copy)
+    assert ("its frames are in the rows" in str(refused.value)) == (path is not None)
+
+
+class Frames(Dataset):
+    """The first frame of a recording; a number is a bug."""
+
+    def __init__(self, recording: data.RobotDataset | int):
+        self.recording = recording
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int) -> Any:
+        return self.recording.read_frames(CAMERA, [index])
+
+
+def damage(path: Path) -> None:
+    """The first frames of a video, behind its header."""
+    content = bytearray(path.read_bytes())
+    start = content.index(b"mdat") + 4
+    content[start : start + 6000] = bytes(6000)
+    path.write_bytes(bytes(content))
+
+
+def test_what_a_loaders_worker_refuses_is_said_as_what_the_command_refuses(copy, capsys):
+    damage(next(copy.glob("videos/*/*/*.mp4")))
+    (recording,) = open_datasets(copy)
+
+    def load(recording: data.RobotDataset | int) -> None:
+        list(DataLoader(Frames(recording), batch_size=None, num_workers=1, multiprocessing_context="fork"))
+
+    with pytest.raises(SystemExit) as stopped:
+        run_command(lambda: load(recording))
+    with pytest.raises(ValueError, match=r"file-000.mp4 is damaged .*: copy or download the dataset again") as refused:
+        recording.read_frames(CAMERA, [0])
+    assert stopped.value.code == EXIT_MISTAKE and capsys.readouterr().err.splitlines() == [f"error: {refused.value}"]
+    with pytest.raises(AttributeError, match="Caught AttributeError in DataLoader worker process 0"):
+        run_command(lambda: load(7))

@@ -515,6 +515,45 @@ def test_help_is_there_before_anything_heavy_is_imported(command):
     assert (done.returncode, done.stderr) == (0, "") and "usage: " in done.stdout
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4", "take it out, and pass --accumulation-steps"),
+        ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", "take it out, and pass --model.compile"),
+        ("ACCELERATE_USE_DEEPSPEED", "true", "take it out, and pass configs/accelerate/fsdp2_8gpu.yaml"),
+        ("ACCELERATE_MIXED_PRECISION", "fp16", "or pass --mixed_precision bf16 to accelerate launch"),
+        ("ACCELERATE_MIXED_PRECISION", "bf16", "leave --precision out, or pass --mixed_precision no to accelerate"),
+    ],
+)
+def test_what_accelerate_would_do_beside_a_run_is_refused_before_anything_heavy_is_imported(
+    name, value, said, laq_checkpoint, tmp_path
+):
+    """By every command that trains."""
+    teacher = f"--laq-ckpt {laq_checkpoint}"
+    for command in ("train_stage2.py " + teacher, "train_stage3.py", "smolvla_shared.teacher train"):
+        words = f"{command} --data.repo-ids a/b --run-dir {tmp_path / 'run'} --precision no".split()
+        environment = {"PYTHONPATH": str(ROOT), name: value}
+        done = subprocess.run(
+            [sys.executable, "-c", RUN, *words], capture_output=True, text=True, cwd=ROOT, env=environment
+        )
+        assert done.returncode == 10 * EXIT_MISTAKE, done.stderr
+        assert done.stderr.startswith("error: ") and said in done.stderr and len(done.stderr.splitlines()) <= 4
+        assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_device_that_is_not_here_stops_a_rollout_before_it_begins(tmp_path):
+    from test_wrong_inputs import write_policy
+
+    write_policy(tmp_path / "policy")
+    words = f"rollout.py --policy-path {tmp_path / 'policy'} --device cuda:99 --out {tmp_path / 'out'}".split()
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert done.returncode == EXIT_MISTAKE, done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: --device cuda:99 is not here: pass one of cpu")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["policy"]
+
+
 def changed_rate(dataset: Path, directory: Path) -> Path:
     """A copy of a dataset that says another rate."""
     shutil.copytree(dataset, directory)

@@ -8,7 +8,7 @@ import os
 import pickle
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -269,6 +269,24 @@ def test_a_mutation_is_refused_by_name_or_changes_nothing(written, kind, place, 
         else:
             assert equal(found, expected), f"{kind} {path.name}: {place} gave something else"
     assert sorted(directory.parent.iterdir()) == before  # nothing is written elsewhere
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_key_that_is_twice_is_refused(written, kind):
+    """Its hash in a sealed file is that of the object with the last of the two values, and whoever reads the first
+    would read another one.
+    """
+    directory, _ = written[kind]
+    paths = [path for path in files_of(directory) if path.suffix == ".json" and "tokenizer" not in path.name]
+    assert paths
+    for path in paths:
+        key, data = next(iter(json.loads(path.read_bytes()))), path.read_bytes()
+        twice = b"{" + json.dumps(key).encode() + b": 0, " + data.lstrip()[1:]
+        is_hashed = kind == "policy" and path.name != MANIFEST_NAME
+        without_hashes = in_place_of(directory / MANIFEST_NAME, None) if is_hashed else nullcontext()
+        said = pytest.raises(ValueError, match=rf'{path.name} is not JSON \(an object has the key "{key}" twice\)')
+        with without_hashes, in_place_of(path, twice), said:
+            KINDS[kind].read(directory)
 
 
 def resealed(data: bytes) -> bytes:
