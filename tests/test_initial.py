@@ -530,7 +530,7 @@ def test_co_training_on_other_latent_actions_is_refused(artifact, labels):
     initial = open_from(artifact)
     labels.kind, labels.horizon = "continuous", 2
     with pytest.raises(ValueError, match=f"{artifact} .*has learned other latent actions:\n") as error:
-        initial.latent_dims(labels, options(0.25), CAMERAS[1])
+        initial.latent_dims(labels, options(0.25), CAMERAS[1:2])
     rows = [
         f"  teacher (--laq-ckpt): command line {labels.teacher_id}, artifact {'0' * 64}",
         "  --teacher-kind: command line continuous, artifact quantized",
@@ -541,13 +541,13 @@ def test_co_training_on_other_latent_actions_is_refused(artifact, labels):
     assert problems(error) == rows
     labels.kind, labels.horizon = "quantized", 1
     with pytest.raises(ValueError) as error:  # what agrees is not listed
-        initial.latent_dims(labels, options(0.5), CAMERAS[0])
+        initial.latent_dims(labels, options(0.5), CAMERAS[:1])
     assert problems(error) == rows[:1]
 
 
 def test_co_training_on_the_artifacts_latent_actions_fits_its_head(labels, core, tmp_path):
     initial = open_from(save(tmp_path, core, replace(LATENTS, teacher_id=labels.teacher_id)))
-    dims = initial.latent_dims(labels, options(0.5), CAMERAS[0])
+    dims = initial.latent_dims(labels, options(0.5), CAMERAS[:1])
     assert dims == {"latent_vector_dim": 32, "code_seq_len": 4, "codebook_size": 0}  # 4 codes of 8 dimensions
     assert torch.equal(build(initial, **dims).latent_head.out_proj.weight, core.latent_head.out_proj.weight)
 
@@ -555,17 +555,17 @@ def test_co_training_on_the_artifacts_latent_actions_fits_its_head(labels, core,
 def test_the_latent_head_is_the_artifacts_unless_another_is_stated(labels, core, tmp_path):
     initial = open_from(save(tmp_path, core, replace(LATENTS, teacher_id=labels.teacher_id)))
     with pytest.raises(ValueError) as error:
-        initial.latent_dims(labels, options(0.5), CAMERAS[0], "codes")
+        initial.latent_dims(labels, options(0.5), CAMERAS[:1], "codes")
     assert problems(error) == ["  --latent-head: command line codes, artifact flow"]
 
 
 def test_a_head_that_classifies_needs_codes(labels):
     initial = open_initial(ModelConfig(preset="tiny"))
-    dims = initial.latent_dims(labels, options(0.5), CAMERAS[0], "codes")
+    dims = initial.latent_dims(labels, options(0.5), CAMERAS[:1], "codes")
     assert dims["codebook_size"] == len(labels.codebook)
     labels.kind = "continuous"
     with pytest.raises(ValueError, match="classifies codes, --teacher-kind continuous has none"):
-        initial.latent_dims(labels, options(0.5), CAMERAS[0], "codes")
+        initial.latent_dims(labels, options(0.5), CAMERAS[:1], "codes")
 
 
 def test_the_label_camera_is_renamed_with_the_others(labels, core, tmp_path):
@@ -574,9 +574,9 @@ def test_the_label_camera_is_renamed_with_the_others(labels, core, tmp_path):
     initial = open_from(save(tmp_path, core, latents))
     renamed = initial.data_options(options(0.5, ("front", "hand")), with_latents=True)
     assert renamed.label_cameras == ("hand",)
-    assert initial.latent_dims(labels, renamed, "hand")
+    assert initial.latent_dims(labels, renamed, ("hand",))
     with pytest.raises(ValueError, match=r"--data\.label-cameras: command line front, artifact hand"):
-        initial.latent_dims(labels, renamed, "front")
+        initial.latent_dims(labels, renamed, ("front",))
 
 
 @pytest.mark.parametrize("name", ["policy", "smolvla", "smolvlm"])
