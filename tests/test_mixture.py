@@ -572,7 +572,7 @@ def test_what_is_recorded_of_the_pairs_is_what_was_used(tmp_path, video_dataset,
             (CAMERA,),
         )
     path.write_text(path.read_text().replace("0.5", "0.4"))
-    assert initial.latent_dims(teacher, DataConfig(mixture=path), CAMERA)["code_seq_len"] == 4
+    assert initial.latent_dims(teacher, DataConfig(mixture=path), (CAMERA,))["code_seq_len"] == 4
 
 
 @pytest.mark.slow
@@ -593,6 +593,6 @@ def test_a_robot_with_two_cameras_starts_from_video_of_one(tmp_path, robots, vid
     shapes = {name: of["shape"] for name, of in config["input_features"].items() if of["type"] == "VISUAL"}
     assert shapes == {FRONT: [3, 96, 96], HAND: [3, 48, 64]}
     assert config["fps"] == 20
-    with pytest.raises(ValueError, match="every dataset must have the label camera, but not"):
+    with pytest.raises(ValueError, match="every dataset must have the label cameras, but not"):
         run_stage(train_stage3, tmp_path / "s4", *options, "--video-roots", video_dataset)
     assert not (tmp_path / "s4").exists()

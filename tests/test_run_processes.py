@@ -206,7 +206,7 @@ def fill(directory: Path, video: Path, accelerator: Accelerator) -> list[int]:
     written, write = [], RowCache.write
     RowCache.write = lambda self, rows, values: written.append(rows.start // 10) or write(self, rows, values)
     options = {"pairs": False, "row_shape": (1,), "dtype": torch.float32, "rows_at_once": 10, "num_workers": 0}
-    compute = lambda frames, _: frames.float().mean((1, 2, 3))[:, None]  # noqa: E731
+    compute = lambda frames, _: frames[0].float().mean((1, 2, 3))[:, None]  # noqa: E731
     data_blocks.fill_cache(store, dataset, ("observation.image",), compute=compute, accelerator=accelerator, **options)
     assert store.is_complete()
     return written

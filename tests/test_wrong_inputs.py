@@ -35,7 +35,7 @@ from smolvla_shared.trunk_files import load_trunk_tokenizer, pack_tokenizer
 
 MUTATIONS = int(os.environ.get("MUTATIONS", 500))
 ROWS = 50
-KEY = LabelKey("a" * 64, "quantized", 0.5, "observation.image", "b" * 64, {"torch": "2.11"})
+KEY = LabelKey("a" * 64, "quantized", 0.5, ("observation.image",), "b" * 64, {"torch": "2.11"})
 STATISTICS = {"state": Statistics([0.5] * 4, [1.5] * 4), "action": Statistics([0.1] * 4, [0.3] * 4)}
 
 
@@ -49,7 +49,7 @@ class Kind:
 
 def write_artifact(directory: Path) -> None:
     core = make_core()
-    latents = Latents("c" * 64, "quantized", 0.5, "observation.image", 0.9)
+    latents = Latents("c" * 64, "quantized", 0.5, ("observation.image",), 0.9)
     source = Origin("run", 3, ("video",), ("expert",), "last step", {"torch": "2.11"})
     statistics = {"state": STATISTICS["state"], "latent": Statistics([0.0] * 32, [1.0] * 32)}
     tokenizer = load_trunk_tokenizer("tiny", None)
@@ -116,7 +116,7 @@ def read_checkpoint(directory: Path) -> Any:
 
 
 def write_health(directory: Path) -> None:
-    verdict = Verdict("fail", ("the latents tell nothing",), "e" * 64, "quantized", 0.5, "observation.image")
+    verdict = Verdict("fail", ("the latents tell nothing",), "e" * 64, "quantized", 0.5, ("observation.image",))
     write_report(directory / "label_health.json", verdict, {"pairs": 100, "gain": 0.01}, [])
 
 
