@@ -43,7 +43,7 @@ class Manifest:
     config: LAQConfig
     weights: Weights
     teacher_id: str
-    # What its training used (run.origin, frame gap, label camera, grounding); {}: not recorded.
+    # What its training used (run.origin, frame gap, label cameras, grounding); {}: not recorded.
     source: dict[str, Any] = field(default_factory=dict)
     kind: str = "laq"
     schema_version: str = SCHEMA
@@ -153,7 +153,13 @@ def assemble_laq(config: LAQConfig, state: dict[str, Tensor]) -> LAQ:
 def read_manifest(path: Path) -> Manifest:
     """The .json beside our .safetensors, read strictly. Raises ValueError if it is missing, or its fields are wrong."""
     paths.check_teacher(path)
-    return read_sealed(Manifest, path.with_suffix(".json"), SCHEMA)
+    manifest = read_sealed(Manifest, path.with_suffix(".json"), SCHEMA)
+    if "label_camera" in manifest.source:  # it would be ignored, and another camera labelled
+        raise ValueError(
+            f"{path.with_suffix('.json')} names one label_camera, {manifest.source['label_camera']}, where "
+            "label_cameras are read: an older version wrote it, train the teacher again"
+        )
+    return manifest
 
 
 def infer_config(path: Path, state: dict[str, Tensor], code_seq_len: int | None, image_size: int | None) -> LAQConfig:

@@ -173,6 +173,15 @@ def test_a_teacher_of_two_cameras_trains_on_the_pairs_of_both(tmp_path, image_da
     assert teachers_pairs(path, replace(plain, label_cameras=cameras[1:])).label_cameras == cameras[1:]
     with pytest.raises(ValueError, match=r"--data\.label-cameras: command line top, teacher observation.image obs"):
         teachers_pairs(path, replace(plain, label_cameras=("top",)))
+    save_laq(laq, tmp_path / "older.safetensors", {"frame_gap_s": 0.5, "label_camera": "observation.image"})
+    older, said = (
+        tmp_path / "older.safetensors",
+        r"older\.json names one label_camera, observation\.image, where .* train",
+    )
+    with pytest.raises(ValueError, match=said):
+        teachers_pairs(older, plain)
+    with pytest.raises(ValueError, match=said):
+        load_laq(older)
 
 
 def test_its_checkpoints_are_loadable_teachers(run_dir, video_dataset):
