@@ -171,7 +171,7 @@ class DataConfig:
     # Camera keys to use, in this order; a dataset may lack some, which are then masked. Default: those of the mixture,
     # else every camera that all datasets have, in the first dataset's order.
     cameras: tuple[str, ...] = ()
-    # Cameras whose pairs the teacher sees, for one latent action. Default: the teacher's own, else the first camera.
+    # Cameras of the teacher's pairs: a latent action is of all. Default: the teacher's own, else the first camera.
     label_cameras: tuple[str, ...] = ()
     # Time between the two frames of a pair, seconds. Default: the teacher's own, else 0.5 (LAPA's files do not say).
     frame_gap_s: ranges.Positive | None = None
