@@ -54,6 +54,9 @@ class RecordConfig:
     # The recorded `action` is the expert's, so a policy learns to recover (DART, arXiv 1703.09327). The column
     # `executed_action` holds what the arm was told to do, and so what the video shows.
     noise: float = 0.3
+    # An episode's first frame comes after up to so many steps in a random direction: other people's video does not start
+    # where the demonstrations do, and shows how to come back from there.
+    start_steps: int = 0
     # Processes that simulate and render.
     num_workers: int = 2
 
@@ -65,6 +68,7 @@ class Job:
     image_size: int
     camera: tuple[str, ...]
     noise: float
+    start_steps: int
     must_succeed: bool
 
 
@@ -92,6 +96,13 @@ def attempt(job: Job, seed: int) -> tuple[list[dict[str, Any]], bool]:
     env, rng = environment(job.task, job.image_size, job.camera), np.random.default_rng(seed)
     observation, _ = env.reset(seed=seed)
     expert, text = env.unwrapped.expert_policy, env.unwrapped.task_description
+    if job.start_steps:
+        motion = rng.uniform(-1, 1, 4).astype(np.float32)
+        for _ in range(rng.integers(job.start_steps + 1)):
+            observation, _, terminated, *_ = env.step(motion)
+            if terminated:  # the task is solved already: start at rest
+                observation, _ = env.reset(seed=seed)
+                break
     frames, disturbance = [], np.zeros(4)
     for step in range(MAX_STEPS):
         if step % 10 == 0:  # a disturbance lasts for 10 steps
@@ -150,7 +161,7 @@ def main(config: RecordConfig) -> None:
     datasets.disable_progress_bars()
     # Each (kind, --seed) has its own range of seeds, and each episode in it has ATTEMPTS of its own.
     start = FIRST_RECORDING_SEED + SEEDS_PER_RECORDING * (2 * config.seed + (config.kind == "video"))
-    options = {name: getattr(config, name) for name in ("image_size", "camera", "noise")}
+    options = {name: getattr(config, name) for name in ("image_size", "camera", "noise", "start_steps")}
     options["must_succeed"] = config.kind == "labelled"
     tasks = [task for task in config.tasks for _ in range(config.episodes)]
     jobs = [Job(task, start + ATTEMPTS * index, **options) for index, task in enumerate(tasks)]

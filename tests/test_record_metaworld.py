@@ -23,8 +23,10 @@ def record(server: subprocess.Popen, root: Path, *options: str) -> tuple[int, st
 @pytest.mark.slow
 def test_recording(server, tmp_path):
     cameras = {"labelled": ("topview",), "video": ("topview", "corner2")}
+    starts = {"labelled": 0, "video": 20}
     for kind in cameras:
-        code, printed = record(server, tmp_path / kind, "--kind", kind, "--noise", "0", "--camera", *cameras[kind])
+        options = "--kind", kind, "--noise", "0", "--start-steps", starts[kind], "--camera", *cameras[kind]
+        code, printed = record(server, tmp_path / kind, *options)
         assert code == 0, printed
     labelled, video = (LeRobotDataset(kind, root=tmp_path / kind) for kind in ("labelled", "video"))
     assert "action" in labelled.features
@@ -35,6 +37,10 @@ def test_recording(server, tmp_path):
     assert labelled.fps == 80
     found = sorted(path.name for path in tmp_path.iterdir())
     assert found == ["labelled", "labelled.txt", "video", "video.txt"]  # no temporary directory is left
+
+    # The arm starts at rest, or where a random motion took it.
+    first = {kind: recorded[0]["observation.state"][:3] for kind, recorded in (("labelled", labelled), ("video", video))}
+    assert (first["labelled"] - first["video"]).norm() > 0.01  # metres
 
     # Replaying the recorded actions from the recorded seed shows the recorded pictures, and ends in success.
     env = make_metaworld(TASK, SIZE, ("topview",))
