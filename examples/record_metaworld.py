@@ -54,8 +54,8 @@ class RecordConfig:
     # The recorded `action` is the expert's, so a policy learns to recover (DART, arXiv 1703.09327). The column
     # `executed_action` holds what the arm was told to do, and so what the video shows.
     noise: float = 0.3
-    # An episode's first frame comes after up to so many steps in a random direction: other people's video does not start
-    # where the demonstrations do, and shows how to come back from there.
+    # An episode's first frame comes after up to so many steps in a random direction: other people's video does not
+    # start where the demonstrations do, and shows how to come back from there.
     start_steps: int = 0
     # Processes that simulate and render.
     num_workers: int = 2
