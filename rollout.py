@@ -9,21 +9,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from smolvla_shared import paths, ranges
 from smolvla_shared.command import run_command
+from smolvla_shared.rollout_options import SWEPT, EnvironmentConfig, sweep_values
 
 if TYPE_CHECKING:
     from smolvla_shared.lerobot_policy import HLRPSmolVLASharedConfig
-
-SWEPT = ("n_action_steps", "flow_steps")
-
-
-@dataclass(frozen=True)
-class EnvironmentConfig:
-    # Environment: metaworld, pusht or aloha.
-    type: str = "metaworld"
-    # One or several tasks, such as plate-slide-v3. Default: reach-v3, PushT-v0 or AlohaInsertion-v0.
-    task: tuple[str, ...] = ()
-    # One or several of Meta-World's cameras, such as topview, as in the policy's data. Default: corner2.
-    camera: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,15 +72,6 @@ def check_options(config: RolloutConfig) -> Path:
     return out
 
 
-def sweep_values(text: str) -> tuple[str, list[int]]:
-    """n_action_steps=1,5,10 -> its name and values."""
-    name, _, values = text.partition("=")
-    numbers = [int(value) if value.isdecimal() else 0 for value in values.split(",")]
-    if name not in SWEPT or min(numbers) < 1 or len(set(numbers)) < len(numbers):
-        raise ValueError(f"--sweep {text}: expected {' or '.join(SWEPT)}, then = and different whole numbers: 1,5,10")
-    return name, numbers
-
-
 def policy_configs(config: RolloutConfig, saved: "HLRPSmolVLASharedConfig") -> dict[str, "HLRPSmolVLASharedConfig"]:
     """The policy's config, by subdirectory of --out: one, or one for each value of --sweep."""
 
@@ -137,7 +117,7 @@ def roll_out(
         if not seeds:
             continue
         size = settings["environment"]["image_size"], config.max_steps, config.num_envs
-        vector = environments.make_environments(env_type, task, *size, config.env.camera)
+        vector = environments.make_environments(env_type, task, *size, config.env.camera, config.env.start_steps)
         text = environments.task_text(env_type, task)
         run = rollouts.run_episodes(
             policy, preprocess, postprocess, vector, task, text, seeds, config.max_steps, config.rename
@@ -161,7 +141,7 @@ def main(config: RolloutConfig) -> None:
     config = replace(config, policy_path=of_robot(config.policy_path, config.robot))
     environments.render_headless()
     tasks = config.env.task or environments.TASKS.get(config.env.type, ())[:1]
-    environments.check_environment(config.env.type, tasks, config.max_steps, config.env.camera)
+    environments.check_environment(config.env.type, tasks, config.max_steps, config.env.camera, config.env.start_steps)
     seeds = range(config.seed, config.seed + config.episodes)
     environments.check_seeds(seeds)
     saved = load_config(config.policy_path)
@@ -171,11 +151,12 @@ def main(config: RolloutConfig) -> None:
         print(said)
     # The environment renders the size of the images that the policy was trained on.
     image_size = next(f.shape[-1] for f in saved.input_features.values() if len(f.shape) == 3)
-    default = config.env.camera in ((), environments.CAMERAS[:1])
-    camera = {} if default else {"camera": " ".join(config.env.camera)}
+    camera = "" if config.env.camera == environments.CAMERAS[:1] else " ".join(config.env.camera)
+    more = {"camera": camera, "start_steps": config.env.start_steps}  # where they are the default, as if not there
+    shown = {"type": config.env.type, "tasks": list(tasks), "image_size": image_size}
     settings = {
         "policy_sha256": policy_sha256(config.policy_path),
-        "environment": {"type": config.env.type, "tasks": list(tasks), "image_size": image_size} | camera,
+        "environment": shown | {name: value for name, value in more.items() if value},
         "seed": config.seed,
         "max_steps": config.max_steps,
         "rename": config.rename,

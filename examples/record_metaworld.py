@@ -20,6 +20,7 @@ import numpy as np
 from lerobot.utils.constants import OBS_IMAGE, OBS_IMAGES
 from tqdm import tqdm
 
+from smolvla_shared import ranges
 from smolvla_shared.command import run_command
 from smolvla_shared.data import ACTION_KEY, EXECUTED_ACTION_KEY
 from smolvla_shared.environments import CAMERAS, FIRST_RECORDING_SEED, make_metaworld, metaworld_tasks, render_headless
@@ -54,9 +55,9 @@ class RecordConfig:
     # The recorded `action` is the expert's, so a policy learns to recover (DART, arXiv 1703.09327). The column
     # `executed_action` holds what the arm was told to do, and so what the video shows.
     noise: float = 0.3
-    # An episode's first frame comes after up to so many steps in a random direction: other people's video does not
-    # start where the demonstrations do, and shows how to come back from there.
-    start_steps: int = 0
+    # The arm first takes up to so many steps in a random direction, and the episode begins there: other people's video
+    # does not start where the demonstrations do (rollout.py --env.start-steps).
+    start_steps: ranges.CountOrNone = 0
     # Processes that simulate and render.
     num_workers: int = 2
 
@@ -73,13 +74,13 @@ class Job:
 
 
 @lru_cache(maxsize=1)
-def environment(task: str, image_size: int, cameras: tuple[str, ...]) -> gymnasium.Env:
+def environment(task: str, image_size: int, cameras: tuple[str, ...], start_steps: int) -> gymnasium.Env:
     """The process's environment, kept while the task is the same: building one takes longer than an episode.
 
     Only one at a time: gymnasium's renderer draws into the context that was created last, even another environment's.
     """
     warnings.filterwarnings("ignore", category=UserWarning)  # Meta-World's experts warn at every start
-    return make_metaworld(task, image_size, cameras)
+    return make_metaworld(task, image_size, cameras, start_steps)
 
 
 def image_keys(cameras: tuple[str, ...]) -> list[str]:
@@ -93,16 +94,10 @@ def several(pixels: np.ndarray | dict[str, np.ndarray]) -> list[np.ndarray]:
 
 def attempt(job: Job, seed: int) -> tuple[list[dict[str, Any]], bool]:
     """One episode of the disturbed expert: the dataset's rows, and whether the episode succeeded."""
-    env, rng = environment(job.task, job.image_size, job.camera), np.random.default_rng(seed)
+    env = environment(job.task, job.image_size, job.camera, job.start_steps)
+    rng = np.random.default_rng(seed)
     observation, _ = env.reset(seed=seed)
     expert, text = env.unwrapped.expert_policy, env.unwrapped.task_description
-    if job.start_steps:
-        motion = rng.uniform(-1, 1, 4).astype(np.float32)
-        for _ in range(rng.integers(job.start_steps + 1)):
-            observation, _, terminated, *_ = env.step(motion)
-            if terminated:  # the task is solved already: start at rest
-                observation, _ = env.reset(seed=seed)
-                break
     frames, disturbance = [], np.zeros(4)
     for step in range(MAX_STEPS):
         if step % 10 == 0:  # a disturbance lasts for 10 steps

@@ -43,6 +43,7 @@ What surrounds it:
     grounding       a teacher that also learns from a few labelled demonstrations
     environments    Meta-World without shadows, PushT, Aloha, and the hash of where an episode begins
     rollouts, rollout_results     episodes of a policy in environments; their files, tables and pictures
+    rollout_options               where and how a policy is rolled out
     comparison      success rates: Wilson's interval, McNemar's test
     lerobot_config, lerobot_policy, lerobot_processor     the policy as LeRobot sees it
     lerobot_files, lerobot_card           policies in files; a policy's card, and where its weights are from

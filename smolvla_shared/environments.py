@@ -2,7 +2,7 @@
 
 Importing this module registers `metaworld_plain`, so that `lerobot-eval --env.type=metaworld_plain` shows a policy what
 rollout.py and examples/record_metaworld.py show it. An environment is fixed by (type, task, image size, maximal steps,
-camera).
+cameras, start steps).
 """
 
 import hashlib
@@ -66,7 +66,9 @@ def task_text(env_type: str, task: str) -> str:
     return TASK_DESCRIPTIONS[task]
 
 
-def check_environment(env_type: str, tasks: tuple[str, ...], max_steps: int, cameras: tuple[str, ...] = ()) -> None:
+def check_environment(
+    env_type: str, tasks: tuple[str, ...], max_steps: int, cameras: tuple[str, ...] = (), start_steps: int = 0
+) -> None:
     """Raise ValueError for an unknown type, task or camera, what is not installed, and more steps than there are."""
     if env_type not in TASKS:
         raise ValueError(f"--env.type {env_type} is not one of {', '.join(TASKS)}; lerobot-eval has more types")
@@ -82,8 +84,11 @@ def check_environment(env_type: str, tasks: tuple[str, ...], max_steps: int, cam
         raise ValueError(
             f"--env.camera {' '.join(cameras)}: Meta-World alone has a choice, of {', '.join(CAMERAS)}, each once"
         )
-    if env_type == "metaworld" and max_steps > METAWORLD_STEPS:
-        raise ValueError(f"{max_steps} steps: Meta-World ends every episode after {METAWORLD_STEPS}, ask for no more")
+    if start_steps and env_type != "metaworld":
+        raise ValueError(f"--env.start-steps {start_steps}: Meta-World alone has starts of its own")
+    if env_type == "metaworld" and max_steps + start_steps > METAWORLD_STEPS:
+        asked = f"{max_steps} steps" + f" after {start_steps} of --env.start-steps" * (start_steps > 0)
+        raise ValueError(f"{asked}: Meta-World ends every episode after {METAWORLD_STEPS}, ask for no more")
 
 
 def check_seeds(seeds: range) -> None:
@@ -98,12 +103,30 @@ def check_seeds(seeds: range) -> None:
 # --- one environment --------------------------------------------------------------------------------------------------
 
 
+class RandomStart(gymnasium.Wrapper):
+    """Episodes begin where up to `steps` steps in one random direction took the arm, by the seed of the reset."""
+
+    def __init__(self, env: gymnasium.Env, steps: int):
+        super().__init__(env)
+        self.steps = steps
+
+    def reset(self, *, seed: int | None = None, **options: Any) -> tuple[Any, dict[str, Any]]:
+        observation, info = self.env.reset(seed=seed, **options)
+        rng = np.random.default_rng(seed)
+        motion = rng.uniform(-1, 1, self.action_space.shape).astype(np.float32)
+        for _ in range(rng.integers(self.steps + 1)):
+            observation, _, terminated, *_ = self.env.step(motion)
+            if terminated:  # the motion solved the task: this episode begins at rest
+                return self.env.reset(seed=seed, **options)
+        return observation, info
+
+
 class SeveralCameras(gymnasium.ObservationWrapper):
     """Meta-World as several cameras show it: pixels are {camera: [h, w, 3]}. LeRobot renders the first."""
 
     def __init__(self, env: gymnasium.Env, cameras: tuple[str, ...]):
         super().__init__(env)
-        self.cameras, model = cameras, env._env.model
+        self.cameras, model = cameras, env.unwrapped._env.model
         self.ids = [model.camera(camera).id for camera in cameras]
         model.cam_pos[model.camera("corner2").id] = 0.75, 0.075, 0.7  # where LeRobot puts it
         spaces = env.observation_space.spaces
@@ -120,12 +143,12 @@ class SeveralCameras(gymnasium.ObservationWrapper):
         return observation | {"pixels": dict(zip(self.cameras, images, strict=True))}
 
 
-def make_metaworld(task: str, image_size: int, cameras: tuple[str, ...] = ()) -> gymnasium.Env:
+def make_metaworld(task: str, image_size: int, cameras: tuple[str, ...] = (), start_steps: int = 0) -> gymnasium.Env:
     """LeRobot's Meta-World environment, rendered at `image_size` without shadows and reflections (slow on a CPU).
 
     LeRobot's commands always render 480 x 480 of corner2, the default. Recordings and rollouts both build their
     environments here, so that a policy sees the images that it was trained on. One camera's image is
-    `observation.image`, those of several are `observation.images.<camera>`.
+    `observation.image`, those of several are `observation.images.<camera>`. start_steps: of RandomStart.
     """
     from lerobot.envs.metaworld import MetaworldEnv
 
@@ -138,6 +161,7 @@ def make_metaworld(task: str, image_size: int, cameras: tuple[str, ...] = ()) ->
     model.light_castshadow[:] = 0
     model.mat_reflectance[:] = 0
     renderer.width = renderer.height = image_size
+    env = RandomStart(env, start_steps) if start_steps else env
     return SeveralCameras(env, cameras) if len(cameras) > 1 else env
 
 
@@ -197,13 +221,13 @@ class Checked(gymnasium.Wrapper):
 
 
 def make_environment(
-    env_type: str, task: str, image_size: int, max_steps: int, cameras: tuple[str, ...] = ()
+    env_type: str, task: str, image_size: int, max_steps: int, cameras: tuple[str, ...] = (), start_steps: int = 0
 ) -> gymnasium.Env:
-    """image_size and cameras are Meta-World's alone; PushT shows 96 x 96 pixels, Aloha 480 x 640."""
+    """image_size, cameras and start_steps are Meta-World's alone; PushT shows 96 x 96 pixels, Aloha 480 x 640."""
     from lerobot.envs.utils import FreezeAfterEpisodeEnd
 
     if env_type == "metaworld":
-        env = make_metaworld(task, image_size, cameras)
+        env = make_metaworld(task, image_size, cameras, start_steps)
         env.unwrapped._max_episode_steps = max_steps  # LeRobot's loop asks for it
     else:
         config = EnvConfig.get_choice_class(env_type)(task=task, episode_length=max_steps)
@@ -217,14 +241,20 @@ def make_environment(
 
 
 def make_environments(
-    env_type: str, task: str, image_size: int, max_steps: int, num_envs: int, cameras: tuple[str, ...] = ()
+    env_type: str,
+    task: str,
+    image_size: int,
+    max_steps: int,
+    num_envs: int,
+    cameras: tuple[str, ...] = (),
+    start_steps: int = 0,
 ) -> gymnasium.vector.VectorEnv:
     """Vectorised environments: one in this process, or each in a process of its own.
 
     gymnasium's renderer draws into the context that was created last, even another environment's, so that two of
     Meta-World do not share a process.
     """
-    factories = [partial(make_environment, env_type, task, image_size, max_steps, cameras)] * num_envs
+    factories = [partial(make_environment, env_type, task, image_size, max_steps, cameras, start_steps)] * num_envs
     if num_envs == 1:
         return gymnasium.vector.SyncVectorEnv(factories)
     preload_workers()
@@ -264,6 +294,8 @@ class MetaworldPlainConfig(EnvConfig):
     image_size: int | None = None
     # Meta-World's camera that the policy was trained on, or several, with commas. Default: corner2.
     camera: str | None = None
+    # As rollout.py --env.start-steps.
+    start_steps: int = 0
 
     def __post_init__(self):
         side = self.image_size or 0
@@ -294,8 +326,9 @@ class MetaworldPlainConfig(EnvConfig):
             )
         render_headless()
         tasks = tuple(self.task.split(","))
-        check_environment("metaworld", tasks, self.episode_length, self.cameras)
-        options = {"image_size": self.image_size, "max_steps": self.episode_length, "cameras": self.cameras}
+        check_environment("metaworld", tasks, self.episode_length, self.cameras, self.start_steps)
+        options = {"image_size": self.image_size, "max_steps": self.episode_length}
+        options |= {"cameras": self.cameras, "start_steps": self.start_steps}
         if n_envs == 1:
             return {task: {0: make_environments("metaworld", task, **options, num_envs=1)} for task in tasks}
         preload_workers()

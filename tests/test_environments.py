@@ -109,6 +109,13 @@ def test_unknown_environments_are_refused(env_type, tasks, max_steps, cameras, m
         check_environment(env_type, tasks, max_steps, cameras)
 
 
+def test_starts_that_an_environment_does_not_have_are_refused():
+    with pytest.raises(ValueError, match=r"--env\.start-steps 5: Meta-World alone has starts of its own"):
+        check_environment("pusht", ("PushT-v0",), 9, start_steps=5)
+    with pytest.raises(ValueError, match=r"490 steps after 20 of --env\.start-steps: Meta-World ends .* after 500"):
+        check_environment("metaworld", (TASK,), 490, start_steps=20)
+
+
 def test_a_camera_shows_what_mujoco_renders_from_it():
     for camera in ("topview", "gripperPOV"):
         env = make_metaworld(TASK, 64, (camera,))
@@ -155,6 +162,25 @@ def test_aloha():
     assert observation["pixels"]["top"].shape == (1, 480, 640, 3)
     assert not info["is_success"][0]
     environments.close()
+
+
+def test_a_random_start_is_that_of_its_seed_and_moves_the_arm():
+    """The arm is where the same motion takes it from rest, the object where it is without one."""
+    rest, moved = make_metaworld(TASK, 32), make_metaworld(TASK, 32, start_steps=20)
+    for seed in (3, 4):
+        found = [moved.reset(seed=seed)[0] for _ in range(2)]
+        assert np.array_equal(found[0]["agent_pos"], found[1]["agent_pos"])
+        at_rest, _ = rest.reset(seed=seed)
+        rng = np.random.default_rng(seed)
+        motion, steps = rng.uniform(-1, 1, 4).astype(np.float32), rng.integers(21)
+        for _ in range(steps):
+            expected, *_ = rest.step(motion)
+        np.testing.assert_allclose(found[0]["agent_pos"], expected["agent_pos"], atol=1e-6)
+        assert np.linalg.norm(found[0]["agent_pos"][:3] - at_rest["agent_pos"][:3]) > 0.02  # metres
+        goals = [env.unwrapped._env.unwrapped._target_pos for env in (rest, moved)]
+        np.testing.assert_allclose(*goals)
+    rest.close()
+    moved.close()
 
 
 def test_several_cameras_show_what_each_shows_alone():

@@ -109,7 +109,7 @@ def test_a_policy_is_compiled_where_that_is_asked_for(policy_path):
     assert not saved.compile_model
 
 
-def test_a_rollout_shows_the_camera_that_was_asked_for(policy_path, tmp_path, monkeypatch):
+def test_a_rollout_has_the_camera_and_starts_that_were_asked_for(policy_path, tmp_path, monkeypatch):
     shown = []
 
     def make(*arguments):
@@ -119,19 +119,20 @@ def test_a_rollout_shows_the_camera_that_was_asked_for(policy_path, tmp_path, mo
 
     monkeypatch.setattr("smolvla_shared.environments.make_environments", make)
     settings = []
-    for cameras in ((), ("corner2",), ("topview",)):
+    for cameras, steps in (((), 0), (("corner2",), 0), (("topview",), 0), (("topview",), 5)):
         config = RolloutConfig(
             policy_path=policy_path,
-            out=tmp_path / "_".join(("out", *cameras)),
-            env=EnvironmentConfig(task=(TASK,), camera=cameras),
+            out=tmp_path / "_".join(("out", *cameras, f"{steps}")),
+            env=EnvironmentConfig(task=(TASK,), camera=cameras, start_steps=steps),
             episodes=1,
             num_envs=1,
             max_steps=2,
         )
         main(config)
         settings.append(json.loads((config.out / "results.json").read_text())["environment"])
-    assert shown == ["corner2", "corner2", "topview"]
+    assert shown == ["corner2", "corner2", "topview", "topview"]
     assert settings[0] == settings[1] != settings[2] == settings[0] | {"camera": "topview"}
+    assert settings[3] == settings[2] | {"start_steps": 5}
 
 
 def test_a_camera_under_another_name_is_refused(policy_path):
