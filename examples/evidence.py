@@ -38,7 +38,7 @@ class Setting:
     """The tasks of one policy: it has seen video of all of them, and an equal number of demonstrations of each."""
 
     tasks: tuple[str, ...]
-    # Disturbances of the demonstrations (record_metaworld.py --noise). Those of the video are 0.3.
+    # Disturbances of the demonstrations (record_metaworld.py --noise).
     noise: float = 0.0
     # Environment steps after which an episode of a rollout has failed.
     max_steps: int = 150
@@ -46,6 +46,11 @@ class Setting:
     options: str = ""
     # Meta-World's cameras that are recorded, and that the teacher sees; (): LeRobot's choice.
     cameras: tuple[str, ...] = ()
+    # Disturbances of the video, and where it and the rollouts begin: after up to so many steps of a random motion.
+    # Demonstrations begin at rest.
+    video_noise: float = 0.3
+    video_start: int = 0
+    start: int = 0
 
     @property
     def sees(self) -> str:
@@ -65,10 +70,13 @@ class Sizes:
 
 
 FIVE = "drawer-open-v3", "door-open-v3", "plate-slide-v3", "coffee-button-v3", "window-open-v3"
+TWO = "topview", "corner2"
 SETTINGS = {
     "five tasks": Setting(FIVE),
     "five tasks from above": Setting(FIVE, cameras=("topview",)),
-    "five tasks, two cameras": Setting(FIVE, cameras=("topview", "corner2")),
+    "five tasks, two cameras": Setting(FIVE, cameras=TWO),
+    "five tasks, video of other starts": Setting(FIVE, cameras=TWO, video_noise=0.0, video_start=20),
+    "five tasks, other starts": Setting(FIVE, cameras=TWO, video_noise=0.0, video_start=20, start=20),
     "five tasks, no state": Setting(FIVE, options="--model.no-use-state"),
 }
 QUICK_SETTING = Setting(FIVE[:1], max_steps=16)
@@ -171,17 +179,20 @@ class Cell:
     def where(self) -> Setting:
         return SETTINGS.get(self.setting, QUICK_SETTING)
 
-    def record(self, name: str, episodes: int, seed: int, noise: float) -> Part:
+    def record(self, name: str, episodes: int, seed: int, noise: float, start_steps: int = 0) -> Part:
         """`episodes` of all tasks together, an equal number of each."""
         tasks = self.where.tasks
         command = f"examples/record_metaworld.py --kind labelled --root @out --tasks {' '.join(tasks)}"
         command += f" --episodes {episodes // len(tasks)} --seed {seed} --noise {noise}"
         command += f" --camera {' '.join(self.where.cameras)}" if self.where.cameras else ""
+        command += f" --start-steps {start_steps}" if start_steps else ""
         return Part(name, f"{command} --image-size {IMAGE_SIZE} --num-workers 1")
 
     def video(self) -> tuple[Part, ...]:
         """Recorded with actions, which Stage 2 does not read: the arms `true actions` and `all labels` do."""
-        return (self.record("video", self.sizes.video_episodes, VIDEO_SEED, 0.3),)
+        return (
+            self.record("video", self.sizes.video_episodes, VIDEO_SEED, self.where.video_noise, self.where.video_start),
+        )
 
     def labelled(self) -> Part:
         return self.record("demonstrations", self.demonstrations, self.seed, self.where.noise)
@@ -264,6 +275,7 @@ class Cell:
         command += f" --episodes {self.sizes.rollouts // len(self.where.tasks)} --seed {self.seed * ROLLOUT_SEEDS}"
         command += f" --env.camera {self.where.cameras[0]}" if self.where.cameras else ""
         command += f" --rename {OBS_IMAGE} {OBS_IMAGES}.{self.where.cameras[0]}" if self.where.sees else ""
+        command += f" --env.start-steps {self.where.start}" if self.where.start else ""
         policy = (self.policy(),)
         return tuple(Part(f"rollout-{task}", f"{command} --env.task {task}", policy) for task in self.where.tasks)
 
