@@ -190,9 +190,8 @@ class Cell:
 
     def video(self) -> tuple[Part, ...]:
         """Recorded with actions, which Stage 2 does not read: the arms `true actions` and `all labels` do."""
-        return (
-            self.record("video", self.sizes.video_episodes, VIDEO_SEED, self.where.video_noise, self.where.video_start),
-        )
+        noise, start = self.where.video_noise, self.where.video_start
+        return (self.record("video", self.sizes.video_episodes, VIDEO_SEED, noise, start),)
 
     def labelled(self) -> Part:
         return self.record("demonstrations", self.demonstrations, self.seed, self.where.noise)
