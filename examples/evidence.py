@@ -46,8 +46,7 @@ class Setting:
     options: str = ""
     # Meta-World's cameras that are recorded, and that the teacher sees; (): LeRobot's choice.
     cameras: tuple[str, ...] = ()
-    # Disturbances of the video, and where it and the rollouts begin: after up to so many steps of a random motion.
-    # Demonstrations begin at rest.
+    # Of the video. It and the rollouts begin after up to so many steps of a random motion, demonstrations at rest.
     video_noise: float = 0.3
     video_start: int = 0
     start: int = 0

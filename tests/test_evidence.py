@@ -71,6 +71,19 @@ def test_the_cameras_of_a_setting_are_those_of_recordings_and_rollouts():
                 assert options_of(part).get(option, []) == cameras, part.command
 
 
+def test_the_starts_of_a_setting_are_those_of_video_and_rollouts():
+    for setting, video, rollouts in (
+        ("five tasks, two cameras", [], []),
+        ("five tasks, video of other starts", ["20"], []),
+        ("five tasks, other starts", ["20"], ["20"]),
+    ):
+        cell = Cell(setting, 5, "decoded", 0, Sizes())
+        assert options_of(cell.video()[0]).get("start-steps", []) == video
+        assert options_of(cell.video()[0])["noise"] == ["0.0" if video else "0.3"]
+        assert "start-steps" not in options_of(cell.labelled())
+        assert all(options_of(part).get("env.start-steps", []) == rollouts for part in cell.rollouts())
+
+
 def test_with_two_cameras_the_teacher_sees_both_and_the_policy_the_first():
     cell, keys = Cell("five tasks, two cameras", 5, "decoded", 0, Sizes()), ["topview", "corner2"]
     seen, both = "observation.images.topview", [f"observation.images.{camera}" for camera in keys]
