@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# The whole way once, on a CPU: record video and a few demonstrations in Meta-World, train a teacher on the video,
-# train the core on the teacher's latent actions, fine-tune on the demonstrations, and let the policy act.
-# These are the commands for your own data, too, with smaller sizes. 11 minutes on two idle cores.
+# The whole way once, on a CPU: record video and one demonstration of each of three Meta-World tasks, train a teacher on
+# the video, train the core on the teacher's latent actions, fine-tune it on the demonstrations and on the actions that
+# the teacher's latent actions stand for. Beside it a policy of the demonstrations alone; then both act.
+# These are the commands for your own data, too, with smaller sizes. MINUTES minutes on two idle cores.
 #
 #   examples/quickstart.sh              # runs/quickstart, seed 0
 #   SEED=1 RUN=runs/seed1 examples/quickstart.sh
@@ -10,7 +11,7 @@ cd "$(dirname "$0")/.."
 
 SEED=${SEED:-0}
 RUN=${RUN:-runs/quickstart}
-TASK=plate-slide-v3
+TASKS="drawer-open-v3 plate-slide-v3 coffee-button-v3"
 if [ -e "$RUN" ]; then
     echo "$RUN exists: remove it, or name another directory with RUN=..." >&2
     exit 1
@@ -22,43 +23,56 @@ launch() { accelerate launch --config-file configs/accelerate/cpu.yaml "$@"; }
 step() { printf '\n== %s\n' "$1" && echo "$1 $SECONDS" >> "$RUN/steps.txt"; }
 
 step "1 record"
-# Action-free video of several tasks: no action column at all. Then a few labelled demonstrations of the target task.
-python examples/record_metaworld.py --kind video --root "$RUN/data/video" --seed "$SEED" --episodes 20 \
-    --tasks plate-slide-v3 window-open-v3 handle-press-v3 button-press-topdown-v3
-python examples/record_metaworld.py --kind labelled --root "$RUN/data/labelled" --seed "$SEED" --episodes 25 --tasks $TASK
+# Action-free video: no action column at all. It begins wherever the arm happens to be, demonstrations begin at rest.
+# Two cameras see it: from above one does not see how high the arm is.
+CAMERAS="--camera topview corner2 --image-size 64"
+python examples/record_metaworld.py --kind video --root "$RUN/data/video" --seed "$SEED" --tasks $TASKS --episodes 25 \
+    --noise 0 --start-steps 20 $CAMERAS
+python examples/record_metaworld.py --kind labelled --root "$RUN/data/demonstrations" --seed "$SEED" --tasks $TASKS \
+    --episodes 1 --noise 0 $CAMERAS
 
 step "2 teacher"
-# A small LAQ learns codes for what happens within 0.05 s (4 frames at 80 fps) of video.
+# A small LAQ learns latent actions: what happens within 0.05 s (4 frames at 80 fps) of video, as both cameras see it.
 launch -m smolvla_shared.teacher train --run-dir "$RUN/laq" --data.roots "$RUN/data/video" --seed "$SEED" \
-    --data.frame-gap-s 0.05 --data.num-workers 1 --steps 1200 --batch-size 16 --save-every 600 --eval-every 600
+    --data.label-cameras observation.images.topview observation.images.corner2 --data.frame-gap-s 0.05 \
+    --data.num-workers 1 --steps 1200 --batch-size 16 --save-every 600 --eval-every 600
 
 step "3 labels"
-# Are its codes worth learning? The demonstrations tell how much of the executed action is in them, the arm's position
-# how much of the motion. Then all labels. The frame gap is the teacher's from here on.
+# Are its codes worth learning? The arm's position tells how much of the motion is in them. Then all labels, continuous
+# ones. Cameras and frame gap are the teacher's from here on.
 LAQ="$RUN/laq/checkpoints/last/pretrained_model/laq.safetensors"
-python -m smolvla_shared.teacher check --laq-ckpt "$LAQ" --data.roots "$RUN/data/video" "$RUN/data/labelled" \
-    --data.num-workers 1 --pairs 3000 --seed "$SEED" --out "$RUN/check"
-launch -m smolvla_shared.teacher label --laq-ckpt "$LAQ" --data.roots "$RUN/data/video" \
-    --data.num-workers 1 --label-cache "$RUN/labels"
+python -m smolvla_shared.teacher check --laq-ckpt "$LAQ" --data.roots "$RUN/data/video" --data.num-workers 1 \
+    --pairs 2000 --seed "$SEED" --out "$RUN/check"
+launch -m smolvla_shared.teacher label --laq-ckpt "$LAQ" --data.roots "$RUN/data/video" "$RUN/data/demonstrations" \
+    --teacher-kind continuous --data.num-workers 1 --label-cache "$RUN/labels"
 
 step "4 stage 2"
-# The core learns to predict the teacher's latent actions from one frame, the task text and the arm's position.
-launch train_stage2.py --run-dir "$RUN/stage2" --labels cache --label-cache "$RUN/labels" \
-    --label-health "$RUN/check/label_health.json" \
-    --data.roots "$RUN/data/video" --seed "$SEED" --model.preset tiny --data.num-workers 1 \
-    --steps 500 --batch-size 32 --flow-draws 4 --optim.lr 1e-3 --optim.warmup-steps 100 --save-every 250 --eval-every 250
+# The core learns to predict 0.2 s of latent actions from a frame of one camera, the task text and the arm's position.
+LABELS="--labels cache --label-cache $RUN/labels --teacher-kind continuous"
+POLICY="--seed $SEED --data.cameras observation.images.topview --data.num-workers 1 --batch-size 16 --flow-draws 4
+    --optim.lr 1e-3 --optim.warmup-steps 50"
+launch train_stage2.py --run-dir "$RUN/stage2" --data.roots "$RUN/data/video" $LABELS --latent-horizon 4 \
+    --label-health "$RUN/check/label_health.json" --model.preset tiny $POLICY \
+    --steps 600 --save-every 300 --eval-every 300
 
 step "5 stage 3"
-# The action head, and the shared weights with it, learn from the labelled demonstrations.
-launch train_stage3.py --run-dir "$RUN/stage3" \
+# The action head, and the shared weights with it, learn from the demonstrations and from the video's decoded actions.
+# Beside it the same without any video.
+POLICY="$POLICY --chunk-size 16 --n-action-steps 8 --steps 1200 --ema-decay 0.99 --save-every 600"
+launch train_stage3.py --run-dir "$RUN/stage3" --data.roots "$RUN/data/demonstrations" --video-roots "$RUN/data/video" \
     --stage2-artifact "$RUN/stage2/artifacts/smolvla_shared_stage2_artifact.safetensors" \
-    --data.roots "$RUN/data/labelled" --seed "$SEED" --data.num-workers 1 --chunk-size 16 --n-action-steps 8 \
-    --steps 600 --batch-size 32 --flow-draws 4 --optim.lr 1e-3 --optim.warmup-steps 100 --ema-decay 0.99 \
-    --save-every 300 --eval-every 200
+    --decode-actions --video-share 0.75 $LABELS --latent-horizon 5 $POLICY
+launch train_stage3.py --run-dir "$RUN/scratch" --data.roots "$RUN/data/demonstrations" --model.preset tiny $POLICY
 
 step "6 rollout"
-python rollout.py --policy-path "$RUN/stage3/checkpoints/last/pretrained_model" --env.type metaworld --env.task $TASK \
-    --episodes 20 --num-envs 2 --seed $((100 * SEED)) --max-steps 200 --out "$RUN/rollout" --videos all
+# On equal initial states that neither has seen, the arm anywhere.
+act() {
+    python rollout.py --policy-path "$RUN/$1/checkpoints/last/pretrained_model" --out "$RUN/rollout_$1" "${@:2}" \
+        --env.task $TASKS --env.camera topview --rename observation.image observation.images.topview \
+        --env.start-steps 20 --episodes 10 --num-envs 2 --seed $((100 * SEED)) --max-steps 150 --videos all
+}
+act scratch
+act stage3 --compare "$RUN/rollout_scratch/results.json"
 
 step "end"
 python examples/summarize.py "$RUN"

@@ -15,6 +15,14 @@ def last_value(run: Path, key: str) -> float:
     return [line[key] for line in lines if key in line][-1]
 
 
+def successes(rollout: Path) -> dict:
+    """Successes by task, and of all tasks together."""
+    results = json.loads((rollout / "results.json").read_text())
+    tasks = {task: f"{row['successes']} of {row['episodes']}" for task, row in results["by_task"].items()}
+    interval = [f"{100 * bound:.0f}%" for bound in results["wilson_95"]]
+    return tasks | {"all": f"{results['successes']} of {results['episodes']}, {' to '.join(interval)}"}
+
+
 def summarize(run: Path) -> dict:
     """Results of all steps, and their minutes from steps.txt, whose lines are "<step> <second when it began>"."""
     marks = [line.rsplit(" ", 1) for line in (run / "steps.txt").read_text().splitlines()]
@@ -22,7 +30,6 @@ def summarize(run: Path) -> dict:
         name: round((int(next_start) - int(start)) / 60, 1)
         for (name, start), (_, next_start) in itertools.pairwise(marks)
     }
-    rollout = json.loads((run / "rollout" / "results.json").read_text())
     health = json.loads((run / "check" / "label_health.json").read_text())
     probe = {
         f"{target}: {name}": [value and round(value, 2) for value in row[name]]
@@ -41,18 +48,15 @@ def summarize(run: Path) -> dict:
             "held_out_latent_error": last_value(run / "stage2", "val/latent_error"),
             "error_of_predicting_the_mean": last_value(run / "stage2", "val/latent_error_of_mean"),
         },
-        "stage3": {
-            "held_out_action_error": last_value(run / "stage3", "val/action_error"),
-            "error_of_predicting_the_mean": last_value(run / "stage3", "val/action_error_of_mean"),
-        },
-        "rollout": {key: rollout[key] for key in ("success_rate", "successes", "episodes", "wilson_95")},
+        "demonstrations alone": successes(run / "rollout_scratch"),
+        "video first": successes(run / "rollout_stage3"),
         "minutes": minutes | {"total": round(sum(minutes.values()), 1)},
         "files": {
             "teacher": str(run / "laq/checkpoints/last/pretrained_model/laq.safetensors"),
             "label_health": str(run / "check"),
             "artifact": str(run / "stage2/artifacts/smolvla_shared_stage2_artifact.safetensors"),
             "policy": str(run / "stage3/checkpoints/last/pretrained_model"),
-            "videos": str(run / "rollout"),
+            "videos": str(run / "rollout_stage3"),
         },
     }
 
