@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from smolvla_shared.config import CoreConfig
     from smolvla_shared.data import RobotDataset
     from smolvla_shared.initial import InitialWeights
-    from smolvla_shared.preprocess import Statistics
+    from smolvla_shared.normalization import Statistics
     from smolvla_shared.robots import Robot, Robots
 
 
@@ -84,6 +84,7 @@ class Stage3Config(StageOptions, RunConfig):
         needed = self.needs_labels, "--latent-loss-weight or --decode-actions"
         ranges.refuse_without(self, *needed, "teacher_kind laq_code_seq_len laq_image_size accept_other_pairs")
         ranges.refuse_without(self, *needed, "latent_horizon")
+        ranges.refuse_without(self, self.normalization == "data", "--normalization data", "normalization_mode")
         ranges.refuse_without(self, self.latent_loss_weight > 0, "--latent-loss-weight", "latent_head")
         ranges.refuse_without(self.data, *needed, "label_cameras frame_gap_s", "--data.")
 
@@ -102,8 +103,7 @@ class Stage3Config(StageOptions, RunConfig):
 
     @property
     def of_one_robot(self) -> str:  # an option that does not go with several
-        artifact = "--normalization artifact" * (self.normalization == "artifact")
-        return "--decode-actions" if self.decode_actions else artifact
+        return "--decode-actions" * self.decode_actions or "--normalization artifact" * (self.normalization != "data")
 
     @property
     def needs_labels(self) -> bool:
@@ -163,10 +163,10 @@ def main(config: Stage3Config) -> None:
     about = datasets, training, config.seed, accelerator.device
     decode = action_decoder.fit(labels, len(labelled), *about) if config.decode_actions else action_decoder.AS_IS
     core = initial.build(config.model, cameras, weight, accelerator.mixed_precision, **dims)
-    statistics = robots.statistics(datasets, training, len(labelled))
+    statistics = robots.statistics(datasets, training, len(labelled), initial.normalization_mode(config))
     table = data_views.describe(datasets, cameras, label_cameras, initial.core.cameras)
     plan = f"Stage 3: {data_order.plan(groups, config)}; loss {weight}; statistics of the {config.normalization}"
-    accelerator.print(initial.describe(core, statistics.get("state"), datasets), table, plan, decode, sep="\n")
+    accelerator.print(initial.describe(core, statistics, datasets, recorded), table, plan, decode, sep="\n")
     statistics |= recorded
     if LATENT in weight:
         statistics[LATENT] = latent_statistics(labels, *about, recorded=initial.statistics.get(LATENT))

@@ -24,6 +24,7 @@ What surrounds it:
     data            reading LeRobotDatasets
     data_info, data_problems, data_values     what is wrong with their info.json; tables; vectors and texts
     mixture, data_views     unlike datasets in a YAML file; which cameras each of them shows
+    normalization   statistics of state, actions and latent actions, and what they make of values
     robots          state and actions of several robots in one run: their widths and statistics
     robot_preprocessor  a batch of several robots
     data_split      held-out episodes, and how the datasets of a run are mixed

@@ -36,6 +36,12 @@ def feature_names(features: dict[str, dict[str, Any]]) -> dict[str, tuple[str, .
     return {name: vector_names(features[key]) for name, key in FEATURES.items() if key in features}
 
 
+def mapping(modes: dict[str, str]) -> dict[str, NormalizationMode]:
+    """LeRobot's normalization_mapping of our modes (config.NormalizationMode) of "state" and "action"."""
+    of = {name: NormalizationMode(modes.get(name, "mean_std").upper()) for name in FEATURES}
+    return {"VISUAL": NormalizationMode.IDENTITY, "STATE": of["state"], "ACTION": of[ACTION]}
+
+
 @PreTrainedConfig.register_subclass("hlrp_smolvla_shared")
 @dataclass
 class HLRPSmolVLASharedConfig(PreTrainedConfig):
@@ -68,13 +74,7 @@ class HLRPSmolVLASharedConfig(PreTrainedConfig):
     # of its own; this one, which has none, cannot act.
     robots: tuple[str, ...] = ()
     # How each kind of feature is normalised, as in training.
-    normalization_mapping: dict[str, NormalizationMode] = field(
-        default_factory=lambda: {
-            "VISUAL": NormalizationMode.IDENTITY,
-            "STATE": NormalizationMode.MEAN_STD,
-            "ACTION": NormalizationMode.MEAN_STD,
-        }
-    )
+    normalization_mapping: dict[str, NormalizationMode] = field(default_factory=lambda: mapping({}))
     # Real-time chunking (arXiv 2506.07339); lerobot-rollout --inference.type=rtc sets it.
     rtc_config: RTCConfig | None = None
     push_to_hub: bool = False

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lerobot.configs import NormalizationMode
 from lerobot.configs.policies import PreTrainedConfig
 from lerobot.processor import PolicyProcessorPipeline
 from lerobot.utils import constants as keys
@@ -32,10 +31,10 @@ from smolvla_shared.files import (
     write_weights,
 )
 from smolvla_shared.lerobot_card import CONFIG_NAME, WEIGHTS_NAME, read_source, write_about
-from smolvla_shared.lerobot_config import FEATURES, HLRPSmolVLASharedConfig, feature_names, input_features
+from smolvla_shared.lerobot_config import FEATURES, HLRPSmolVLASharedConfig, feature_names, input_features, mapping
 from smolvla_shared.lerobot_processor import check_processors, make_hlrp_smolvla_shared_pre_post_processors
 from smolvla_shared.model import SmolVLASharedCore
-from smolvla_shared.preprocess import Statistics
+from smolvla_shared.normalization import KINDS, Statistics, of_mode
 from smolvla_shared.refusals import read_json
 from smolvla_shared.robots import Robot, Robots
 
@@ -83,6 +82,7 @@ def save_policy(
     names = names or {}
     config = HLRPSmolVLASharedConfig(
         core=core,
+        normalization_mapping=mapping({name: of.mode for name, of in statistics.items()}),
         n_action_steps=n_action_steps,
         optional_cameras=optional_cameras,
         fps=fps,
@@ -126,7 +126,8 @@ def save_policies(
     """
     several = tuple(map(str, robots.acting)) if len(robots.acting) > 1 else ()
     if several:
-        save_policy(directory, core, weights, tokenizer, {}, n_action_steps, source, robots=several)
+        of_one = robots.statistics_of(robots.acting[0], statistics)  # all are of one mode
+        save_policy(directory, core, weights, tokenizer, of_one, n_action_steps, source, robots=several)
     for robot in robots.acting:
         own = robots.datasets_of(robot, datasets)
         shapes = frame_shapes([*own, *datasets], core.cameras)
@@ -153,9 +154,9 @@ def of_robot(directory: Path, robot: str | None) -> Path:
 
 
 def lerobot_stats(statistics: dict[str, Statistics]) -> dict[str, dict[str, Tensor]]:
-    """Statistics of state and action as LeRobot's processors take them: {feature: {"mean": [A], "std": [A]}}."""
+    """Statistics of state and action as LeRobot's processors take them: {feature: {"mean": [A], "std": [A], ...}}."""
     return {
-        feature: dict(zip(("mean", "std"), statistics[name].tensors(), strict=True))
+        feature: {of: torch.tensor(values) for of, values in statistics[name].named().items()}
         for name, feature in FEATURES.items()
         if name in statistics
     }
@@ -246,14 +247,14 @@ class SavedPolicy:
 
     @property
     def statistics(self) -> dict[str, Statistics]:
-        """Of "action" and, if the core has a state, "state". Raises ValueError where others than mean and deviation
-        normalise.
+        """Of "action" and, if the core has a state, "state". Raises ValueError where others than KINDS normalise, or
+        some are missing.
         """
-        modes = {name: self.config.normalization_mapping[name.upper()] for name in FEATURES}
-        if other := {name: mode.value for name, mode in modes.items() if mode is not NormalizationMode.MEAN_STD}:
-            raise ValueError(f"this policy normalises {other}, here it is always by mean and standard deviation")
+        modes = {name: self.config.normalization_mapping[name.upper()].value.lower() for name in FEATURES}
+        if other := {name: mode.upper() for name, mode in modes.items() if mode not in KINDS}:
+            raise ValueError(f"this policy normalises {other}, here it is by mean and standard deviation or quantiles")
         return {
-            name: Statistics(*(torch.as_tensor(self.stats[feature][of]).tolist() for of in ("mean", "std")))
+            name: of_mode(modes[name], {of: torch.as_tensor(x).tolist() for of, x in self.stats[feature].items()})
             for name, feature in FEATURES.items()
             if feature in self.stats
         }

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from smolvla_shared import data_values
-from smolvla_shared.config import ACTION, CoreConfig
+from smolvla_shared.config import ACTION, CoreConfig, NormalizationMode
 from smolvla_shared.data import ACTION_KEY, STATE_KEY, RobotDataset
 from smolvla_shared.data_columns import ROWS_AT_ONCE
 from smolvla_shared.data_rows import Rows
 
 if TYPE_CHECKING:
-    from smolvla_shared.preprocess import Statistics
+    from smolvla_shared.normalization import Statistics
 
 KEYS = {"state": STATE_KEY, ACTION: ACTION_KEY}
 Robot = str | None  # a robot's name; None: of the datasets of a run that names no robot
@@ -103,7 +103,11 @@ class Robots:
         return name if len(self.names) == 1 else f"{name} of {robot}"
 
     def statistics(
-        self, datasets: list[RobotDataset], rows_of: list[tuple[int, Rows]], num_labelled: int | None = None
+        self,
+        datasets: list[RobotDataset],
+        rows_of: list[tuple[int, Rows]],
+        num_labelled: int | None = None,
+        mode: NormalizationMode = "mean_std",
     ) -> "dict[str, Statistics]":
         """The statistics of every robot, over its training frames: of its demonstrations, if it has some.
 
@@ -119,7 +123,7 @@ class Robots:
                     if self.of_dataset[index] == robot and KEYS[name] in datasets[index].features
                 ]
                 labelled = [(index, rows) for index, rows in of_robot if num_labelled is None or index < num_labelled]
-                found[self.key(name, robot)] = vector_statistics(datasets, KEYS[name], labelled or of_robot)
+                found[self.key(name, robot)] = vector_statistics(datasets, KEYS[name], labelled or of_robot, mode)
         return found
 
     def statistics_of(self, robot: Robot, statistics: "dict[str, Statistics]") -> "dict[str, Statistics]":
@@ -145,22 +149,52 @@ def common_widths(datasets: list[RobotDataset], robots: tuple[Robot, ...], key: 
 
 
 def vector_statistics(
-    datasets: list[RobotDataset], key: str, rows_of: list[tuple[int, Rows]] | None = None
+    datasets: list[RobotDataset],
+    key: str,
+    rows_of: list[tuple[int, Rows]] | None = None,
+    mode: NormalizationMode = "mean_std",
 ) -> "Statistics":
-    """Mean and standard deviation over the frames of (dataset index, rows) whose dataset has the feature; default: all.
+    """The statistics of a mode over the frames of (dataset index, rows) whose dataset has the feature; default: all.
 
     A dimension that never changes gets the deviation 1: divided by 0, a later change of 0.01 would be 1e6 to the model.
+    A dimension whose quantiles are equal, such as of a gripper that is hardly ever closed, gets the mean minus and plus
+    the deviation for them.
     """
-    from smolvla_shared.preprocess import Statistics
+    from smolvla_shared.normalization import of_mode
 
+    rows_of = rows_of or [(index, dataset.rows()) for index, dataset in enumerate(datasets)]
+    rows_of = [(index, rows) for index, rows in rows_of if key in datasets[index].features]
+    mean, deviation = mean_and_deviation(datasets, key, rows_of)
+    still = 1e-6 * np.maximum(1, np.abs(mean))
+    deviation[deviation <= still] = 1
+    found = {"mean": mean, "std": deviation}
+    if mode == "quantiles":
+        q01, q99 = quantiles(datasets, key, rows_of)
+        equal = q99 - q01 <= still
+        found |= {"q01": np.where(equal, mean - deviation, q01), "q99": np.where(equal, mean + deviation, q99)}
+    return of_mode(mode, {name: values.tolist() for name, values in found.items()})
+
+
+def mean_and_deviation(
+    datasets: list[RobotDataset], key: str, rows_of: list[tuple[int, Rows]]
+) -> tuple[np.ndarray, np.ndarray]:  # [A] float64 each
     count, mean, squares = 0, np.zeros(()), np.zeros(())  # squares: summed squared distances from the mean
-    for index, rows in rows_of or [(index, dataset.rows()) for index, dataset in enumerate(datasets)]:
-        for start in range(0, len(rows) if key in datasets[index].features else 0, ROWS_AT_ONCE):
+    for index, rows in rows_of:
+        for start in range(0, len(rows), ROWS_AT_ONCE):
             places = np.arange(start, min(start + ROWS_AT_ONCE, len(rows)))
             values = np.asarray(datasets[index].vector(key)[rows[places]], np.float64).reshape(len(places), -1)
             shift, share = values.mean(0) - mean, len(places) / (count + len(places))
             squares = squares + values.var(0) * len(places) + shift**2 * count * share  # Chan et al., 1979
             mean, count = mean + shift * share, count + len(places)
-    deviation = np.sqrt(squares / count)
-    deviation[deviation <= 1e-6 * np.maximum(1, np.abs(mean))] = 1
-    return Statistics(mean.tolist(), deviation.tolist())
+    return mean, np.sqrt(squares / count)
+
+
+def quantiles(datasets: list[RobotDataset], key: str, rows_of: list[tuple[int, Rows]]) -> np.ndarray:
+    """The quantiles 0.01 and 0.99 of each dimension, [2, A] float64, exact. One dimension at a time is in memory."""
+    vectors = {index: datasets[index].vector(key).reshape(datasets[index].num_frames, -1) for index, _ in rows_of}
+    ranges = [(vectors[index], *range_) for index, rows in rows_of for range_ in zip(rows.start, rows.end)]
+    found = []
+    for dimension in range(ranges[0][0].shape[1]):
+        values = np.concatenate([vector[start:end, dimension] for vector, start, end in ranges])
+        found.append(np.quantile(values, [0.01, 0.99], overwrite_input=True))
+    return np.stack(found, axis=1)

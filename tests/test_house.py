@@ -19,7 +19,7 @@ PACKAGE = ROOT / "smolvla_shared"
 # A module imports only modules above it.
 ORDER = """
     ranges paths launch locks hashes refusals mixture command config laq_config teacher_config
-    batch preprocess flow losses files cache run_processes run_signals
+    batch normalization preprocess flow losses files cache run_processes run_signals
     video_source video_clips video_dataset video
     attention kernels trunk trunk_files model model_parts laq_layers laq laq_codebook laq_files
     data_columns data_frames data_rows data_info data_problems data_values data data_views robots data_split data_order

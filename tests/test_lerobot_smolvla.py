@@ -36,7 +36,7 @@ from smolvla_shared.lerobot_smolvla import (
 )
 from smolvla_shared.lerobot_smolvla_files import load_checkpoint
 from smolvla_shared.model import SmolVLASharedCore
-from smolvla_shared.preprocess import Statistics
+from smolvla_shared.normalization import Statistics
 from smolvla_shared.trunk_files import load_trunk_tokenizer, make_core_config
 
 TOP, WRIST, EMPTY = "observation.image", "observation.images.wrist", "observation.images.empty_camera_0"
