@@ -5,10 +5,9 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
-from helpers import lerobot_dataset
+from helpers import lerobot_dataset, set_vectors
 from lerobot.configs import FeatureType, NormalizationMode, PolicyFeature
 from lerobot.configs.policies import PreTrainedConfig
 from lerobot.policies.factory import make_pre_post_processors
@@ -94,13 +93,10 @@ def test_quantiles_are_lerobots(equal):
 def uneven(tmp_path, labelled_dataset) -> Path:
     """A copy of labelled_dataset: one state in 188 is an outlier, one action closes the gripper."""
     root = Path(shutil.copytree(labelled_dataset, tmp_path / "uneven"))
-    (root / "meta" / "stats.json").unlink()  # which would contradict the rows
-    (path,) = root.glob("data/*/*.parquet")
-    table = pd.read_parquet(path)
-    state, action = np.stack(table[STATE_KEY]), np.stack(table[ACTION_KEY])
+    (dataset,) = data.open_datasets(DataConfig(roots=(root,)))
+    state, action = (np.array(dataset.vector(key)) for key in (STATE_KEY, ACTION_KEY))
     state[40, 0], action[:, 2], action[77, 2] = 1e6, 0, 1
-    table[STATE_KEY], table[ACTION_KEY] = [*state], [*action]
-    table.to_parquet(path)
+    set_vectors(root, {STATE_KEY: state, ACTION_KEY: action})
     return root
 
 
@@ -230,7 +226,7 @@ def test_stages_normalise_by_quantiles(uneven, laq_checkpoint, tmp_path, capsys)
     s2, s3, again, other = (tmp_path / name for name in ("s2", "s3", "again", "other"))
     video = ["--data.roots", uneven, "--laq-ckpt", laq_checkpoint, "--model.preset", "tiny"]
     run_stage(train_stage2, s2, *video, "--normalization-mode", "quantiles")
-    assert "normalised: state by quantiles\n" in capsys.readouterr().out
+    assert "normalised: state by quantiles, latent by mean_std\n" in capsys.readouterr().out
     state = load_artifact(s2 / ARTIFACT).manifest.normalization["state"]
     np.testing.assert_allclose(
         [state.q01[0], state.q99[0]],
