@@ -318,8 +318,10 @@ def _of_policy(name: str) -> InitialWeights:
         statistics, problem = saved.statistics, ""
     except ValueError as error:  # only needed with --normalization artifact
         statistics, problem = {}, f"{name}: {error}"
+    if saved.config.relative_actions:
+        problem = f"{name} has learned relative actions, with statistics of their chunks"
     return InitialWeights(
-        name=f"the policy {name}",
+        name=f"the policy {name}" + " of relative actions" * saved.config.relative_actions,
         core=replace(core, cameras=tuple(camera for camera in core.cameras if camera not in optional)),
         weights=saved.weights,
         tokenizer=saved.tokenizer,

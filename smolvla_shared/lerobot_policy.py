@@ -219,6 +219,7 @@ class HLRPSmolVLASharedPolicy(DescribedPolicy, PreTrainedPolicy):
     def reset(self) -> None:
         """Forget the actions not yet executed. LeRobot calls this when an episode begins."""
         self.queue: deque[Tensor] = deque()  # actions [B, A]
+        self.origin: Tensor | None = None  # action 0 relative to the state that they are relative to, normalised [B, A]
         self.is_first_observation = True
         self.step = 0
         self.first_episode, self.num_episodes = self.first_episode + self.num_episodes, 0
@@ -374,8 +375,11 @@ class HLRPSmolVLASharedPolicy(DescribedPolicy, PreTrainedPolicy):
             noise = self.seeded_noise(batch) if noise is None else noise
             chunk = self.predict_action_chunk(batch, noise)
             self.queue.extend(chunk[:, : self.config.n_action_steps].unbind(dim=1))
+            self.origin = batch.get(keys.ACTION)
         self.step += 1
-        return self.queue.popleft()
+        action = self.queue.popleft()
+        # What was relative to the state that the chunk saw becomes relative to this one, to which LeRobot adds it.
+        return action + (batch[keys.ACTION] - self.origin) if self.config.relative_actions else action
 
     def seeded_noise(self, batch: dict[str, Tensor]) -> Tensor | None:
         """Noise [B, T, max_action_dim] of config.noise_seed for the episodes that run now; None without a seed."""

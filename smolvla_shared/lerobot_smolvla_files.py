@@ -288,6 +288,7 @@ def save_checkpoint(directory: Path, policy: SavedPolicy) -> None:
     ours, optional_cameras = policy.config.core, policy.config.optional_cameras
     numbered = tuple(f"{EMPTY_CAMERA}{index}" for index in range(len(optional_cameras)))
     problems = [] if ours.state_dim else ["a policy without a state"]
+    problems += ["relative actions"] if policy.config.relative_actions else []
     if set(optional_cameras) != set(numbered):
         problems.append(f"optional cameras of other names than {EMPTY_CAMERA}<number>: {', '.join(optional_cameras)}")
     trunk_tokenizer = load_trunk_tokenizer(ours.model_name, ours.model_revision)

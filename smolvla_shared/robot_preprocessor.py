@@ -1,4 +1,4 @@
-"""A batch of several robots: each sample is normalised with the statistics of its robot."""
+"""A batch of several robots: each sample is normalised with the statistics of its robot. And of relative actions."""
 
 from dataclasses import replace
 from typing import Any
@@ -10,6 +10,7 @@ from smolvla_shared.batch import Batch, RawBatch, to_device
 from smolvla_shared.config import ACTION, LATENT, CoreConfig
 from smolvla_shared.normalization import Statistics
 from smolvla_shared.preprocess import Preprocessor, pad_width
+from smolvla_shared.relative_actions import Relative
 from smolvla_shared.robots import Robots
 
 
@@ -52,6 +53,19 @@ class RobotsPreprocessor(Preprocessor):
         return batch
 
 
+class RelativePreprocessor(Preprocessor):
+    """A Preprocessor whose actions are relative to the state."""
+
+    def __init__(self, config: CoreConfig, tokenizer: Any, statistics: dict[str, Statistics], relative: Relative):
+        super().__init__(config, tokenizer, statistics)
+        self.relative = relative
+
+    def __call__(self, raw: RawBatch, latents: Tensor | None = None) -> Batch:
+        if ACTION in raw.noise:
+            raw = replace(raw, actions=self.relative.of(raw.actions, raw.state))
+        return super().__call__(raw, latents)
+
+
 def tables(
     robots: Robots, statistics: dict[str, Statistics], name: str, config: CoreConfig
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -73,6 +87,8 @@ def make_preprocessor(
     config: CoreConfig, tokenizer: Any, statistics: dict[str, Statistics], robots: Robots
 ) -> Preprocessor:
     """statistics: those of `Robots.statistics`, and of "latent" """
+    if robots.relative:
+        return RelativePreprocessor(config, tokenizer, statistics, robots.relative)
     if len(robots.names) < 2:
         return Preprocessor(config, tokenizer, statistics)
     return RobotsPreprocessor(config, tokenizer, statistics, robots)

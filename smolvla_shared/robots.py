@@ -12,15 +12,18 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from smolvla_shared import data_values
+from smolvla_shared.action_config import ActionOptions
 from smolvla_shared.config import ACTION, CoreConfig, NormalizationMode
 from smolvla_shared.data import ACTION_KEY, STATE_KEY, RobotDataset
 from smolvla_shared.data_columns import ROWS_AT_ONCE
 from smolvla_shared.data_rows import Rows
+from smolvla_shared.relative_actions import Relative
 
 if TYPE_CHECKING:
     from smolvla_shared.normalization import Statistics
 
 KEYS = {"state": STATE_KEY, ACTION: ACTION_KEY}
+QUANTILES = 0.01, 0.99
 Robot = str | None  # a robot's name; None: of the datasets of a run that names no robot
 
 
@@ -30,10 +33,12 @@ class Robots:
 
     of_dataset: the robot of each dataset of the run; None, too, for a dataset that has neither state nor actions
     widths:     of "state" and "action", as far as the run reads them: each robot's width
+    relative:   the relative actions; None: all are as recorded
     """
 
     of_dataset: tuple[Robot, ...]
     widths: dict[str, dict[Robot, int]]
+    relative: Relative | None = None
 
     @classmethod
     def find(
@@ -43,16 +48,18 @@ class Robots:
         use_state: bool = True,
         num_labelled: int | None = None,
         of_one_robot: str = "",
+        options: ActionOptions | None = None,
     ) -> "Robots":
         """The robots whose state is read, and whose actions if they are a target. Hidden actions are not.
 
         num_labelled: so many datasets, the first, are demonstrations; without a state in one of them none is read.
                       Default: all
         of_one_robot: an option that was given and does not go with several robots
+        options:      of the demonstrations' actions
 
         Raises ValueError for several robots beside such an option, for a dataset that leaves its robot open where
-        others name theirs, for datasets of one robot that differ in width, and for values that cannot be trained on
-        (data_values.py).
+        others name theirs, for datasets of one robot that differ in width, for values that cannot be trained on
+        (data_values.py), and for actions that cannot be relative (relative_actions.py).
         """
         has_state = use_state and any(STATE_KEY in dataset.features for dataset in datasets[:num_labelled])
         keys = {name: KEYS[name] for name, is_read in (("state", has_state), (ACTION, ACTION in targets)) if is_read}
@@ -72,7 +79,9 @@ class Robots:
             raise ValueError(
                 f"{of_one_robot} is of one robot, the datasets are of {names}: leave it out, or train on one robot"
             )
-        return found
+        if options is None or not options.relative_actions:
+            return found
+        return replace(found, relative=Relative.find(options, datasets[:num_labelled]))
 
     @property
     def names(self) -> list[Robot]:
@@ -123,7 +132,9 @@ class Robots:
                     if self.of_dataset[index] == robot and KEYS[name] in datasets[index].features
                 ]
                 labelled = [(index, rows) for index, rows in of_robot if num_labelled is None or index < num_labelled]
-                found[self.key(name, robot)] = vector_statistics(datasets, KEYS[name], labelled or of_robot, mode)
+                relative = self.relative if name == ACTION else None
+                about = datasets, KEYS[name], labelled or of_robot, mode, relative
+                found[self.key(name, robot)] = vector_statistics(*about)
         return found
 
     def statistics_of(self, robot: Robot, statistics: "dict[str, Statistics]") -> "dict[str, Statistics]":
@@ -153,23 +164,28 @@ def vector_statistics(
     key: str,
     rows_of: list[tuple[int, Rows]] | None = None,
     mode: NormalizationMode = "mean_std",
+    relative: Relative | None = None,
 ) -> "Statistics":
     """The statistics of a mode over the frames of (dataset index, rows) whose dataset has the feature; default: all.
 
     A dimension that never changes gets the deviation 1: divided by 0, a later change of 0.01 would be 1e6 to the model.
     A dimension whose quantiles are equal, such as of a gripper that is hardly ever closed, gets the mean minus and plus
     the deviation for them.
+
+    relative: of actions that are relative; their statistics are over chunks
     """
     from smolvla_shared.normalization import of_mode
 
     rows_of = rows_of or [(index, dataset.rows()) for index, dataset in enumerate(datasets)]
     rows_of = [(index, rows) for index, rows in rows_of if key in datasets[index].features]
-    mean, deviation = mean_and_deviation(datasets, key, rows_of)
+    chunks = relative.chunks(datasets, rows_of) if relative else None
+    about = datasets, key, rows_of
+    mean, deviation = (chunks.mean(0), chunks.std(0)) if relative else mean_and_deviation(*about)
     still = 1e-6 * np.maximum(1, np.abs(mean))
     deviation[deviation <= still] = 1
     found = {"mean": mean, "std": deviation}
     if mode == "quantiles":
-        q01, q99 = quantiles(datasets, key, rows_of)
+        q01, q99 = np.quantile(chunks, QUANTILES, axis=0) if relative else quantiles(*about)
         equal = q99 - q01 <= still
         found |= {"q01": np.where(equal, mean - deviation, q01), "q99": np.where(equal, mean + deviation, q99)}
     return of_mode(mode, {name: values.tolist() for name, values in found.items()})
@@ -196,5 +212,5 @@ def quantiles(datasets: list[RobotDataset], key: str, rows_of: list[tuple[int, R
     found = []
     for dimension in range(ranges[0][0].shape[1]):
         values = np.concatenate([vector[start:end, dimension] for vector, start, end in ranges])
-        found.append(np.quantile(values, [0.01, 0.99], overwrite_input=True))
+        found.append(np.quantile(values, QUANTILES, overwrite_input=True))
     return np.stack(found, axis=1)
