@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from smolvla_shared.artifact import Latents
     from smolvla_shared.data import RobotDataset
     from smolvla_shared.model import SmolVLASharedCore
-    from smolvla_shared.preprocess import Statistics
+    from smolvla_shared.normalization import Statistics
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,14 +91,14 @@ def main(config: Stage2Config) -> None:
     accelerator, resume_from = start_run(config, config.run_dir / "artifacts" / f"{paths.ARTIFACT_NAME}.json")
 
     core = initial.build(config.model, cameras, [LATENT], accelerator.mixed_precision, **dims)
-    statistics = robots.statistics(datasets, training)
+    statistics = robots.statistics(datasets, training, mode=initial.normalization_mode(config))
     statistics[LATENT] = latent_statistics(labels, datasets, training, config.seed, accelerator.device)
     core.learn_codes(labels.codebook, statistics[LATENT])
     paired = [data.with_pairs(datasets, rows) for rows in (training, held_out)]
     groups = [data_split.balanced(datasets, paired[0], config.data.balance), data_split.weighted(paired[1])]
     plan = f"Stage 2: {data_order.plan(groups[0], config)}"
     table = data_views.describe(datasets, cameras, label_cameras, initial.core.cameras)
-    accelerator.print(initial.describe(core, datasets=datasets), table, latents, plan, sep="\n")
+    accelerator.print(initial.describe(core, statistics, datasets), table, latents, plan, sep="\n")
     features = feature_cache.prepare_features(core, datasets, cameras, config, accelerator)
     spec = SampleSpec.of(core.config, [LATENT], labels, features, config.flow_draws)
     loaders = make_loaders(datasets, *groups, spec, config, accelerator, **config.data.augmentation)

@@ -7,11 +7,12 @@
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from smolvla_shared import paths, ranges
+from smolvla_shared.action_config import ActionOptions
 from smolvla_shared.command import run_command
-from smolvla_shared.config import ACTION, LATENT, PolicyDataConfig, RunConfig, StageOptions
+from smolvla_shared.config import ACTION, LATENT, PolicyDataConfig, RunConfig
 from smolvla_shared.mixture import DatasetEntry
 
 if TYPE_CHECKING:
@@ -21,24 +22,17 @@ if TYPE_CHECKING:
     from smolvla_shared.config import CoreConfig
     from smolvla_shared.data import RobotDataset
     from smolvla_shared.initial import InitialWeights
-    from smolvla_shared.preprocess import Statistics
+    from smolvla_shared.normalization import Statistics
     from smolvla_shared.robots import Robot, Robots
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stage3Config(StageOptions, RunConfig):
+class Stage3Config(ActionOptions, RunConfig):
     """Train the policy on action chunks, from a Stage 2 artifact, a policy, or the trunk's own weights."""
 
     # Weights file (.safetensors) of the Stage 2 artifact to start from. Without it and without --init-from, training
     # starts from the trunk's own weights: the scratch arm.
     stage2_artifact: paths.Artifact | None = None
-    # Actions in a chunk, which the policy predicts at once.
-    chunk_size: ranges.Few = 50
-    # Actions executed of each chunk before the next chunk is predicted; saved with the policy.
-    n_action_steps: ranges.Few = 10
-    # Statistics that normalise state and action. data: those of the labelled datasets. artifact: those of the artifact
-    # or policy to start from.
-    normalization: Literal["data", "artifact"] = "data"
     # Weight of the latent loss, added to the action loss; 0: the latent head is not trained.
     latent_loss_weight: ranges.NotNegative = 0.0
     # Local directories of datasets whose actions, if there are any, are not read. They train the latent head
@@ -58,16 +52,12 @@ class Stage3Config(StageOptions, RunConfig):
 
     def __post_init__(self):
         RunConfig.__post_init__(self)
-        StageOptions.__post_init__(self)
+        ActionOptions.__post_init__(self)
         if self.video_mixture:
             ranges.refuse_beside(self, f"--video-mixture {self.video_mixture}", "video_roots video_repo_ids")
             object.__setattr__(self, "video_mixture_entries", self.video_data.mixture_entries)
         if self.stage2_artifact and self.model.init_from:
             raise ValueError("--stage2-artifact and --init-from both give the weights: drop one")
-        if not 1 <= self.n_action_steps <= self.chunk_size:
-            raise ValueError(
-                f"--n-action-steps {self.n_action_steps} must be between 1 and --chunk-size {self.chunk_size}"
-            )
         if self.needs_labels != (self.laq_ckpt is not None or self.labels == "cache"):
             raise ValueError(
                 f"--latent-loss-weight > 0 (got {self.latent_loss_weight}) or --decode-actions goes with labels: "
@@ -77,6 +67,8 @@ class Stage3Config(StageOptions, RunConfig):
             raise ValueError("--video-roots, -repo-ids, -mixture need --latent-loss-weight, --decode-actions, or both")
         if self.decode_actions and not self.has_video:
             raise ValueError("--decode-actions decodes the actions of video: pass --video-roots or --video-repo-ids")
+        if self.decode_actions and self.relative_actions:
+            raise ValueError("--decode-actions decodes motions, --relative-actions are absolute positions: drop one")
         # Where the option leaves it out, it is that of what training starts from, or 1.
         if self.decode_actions and (self.latent_horizon == 1 or not (self.latent_horizon or self.start)):
             raise ValueError("--decode-actions reads latent actions in a row: pass --latent-horizon of 2 or more")
@@ -103,7 +95,7 @@ class Stage3Config(StageOptions, RunConfig):
     @property
     def of_one_robot(self) -> str:  # an option that does not go with several
         artifact = "--normalization artifact" * (self.normalization == "artifact")
-        return "--decode-actions" if self.decode_actions else artifact
+        return "--decode-actions" * self.decode_actions or "--relative-actions" * self.relative_actions or artifact
 
     @property
     def needs_labels(self) -> bool:
@@ -140,7 +132,7 @@ def main(config: Stage3Config) -> None:
 
     # What a user can get wrong is refused before Run makes the run directory; what the data tells, before torch comes.
     labelled, datasets = data_views.open_recordings(config.data, config.video_data, starts_elsewhere=bool(config.start))
-    robots = Robots.find(datasets, [ACTION], config.model.use_state, len(labelled), config.of_one_robot)
+    robots = Robots.find(datasets, [ACTION], config.model.use_state, len(labelled), config.of_one_robot, config)
 
     from smolvla_shared import action_decoder, data_order, evaluate, feature_cache, losses, robot_preprocessor
     from smolvla_shared.data_loader import SampleSpec, make_loaders
@@ -163,10 +155,10 @@ def main(config: Stage3Config) -> None:
     about = datasets, training, config.seed, accelerator.device
     decode = action_decoder.fit(labels, len(labelled), *about) if config.decode_actions else action_decoder.AS_IS
     core = initial.build(config.model, cameras, weight, accelerator.mixed_precision, **dims)
-    statistics = robots.statistics(datasets, training, len(labelled))
+    statistics = robots.statistics(datasets, training, len(labelled), initial.normalization_mode(config))
     table = data_views.describe(datasets, cameras, label_cameras, initial.core.cameras)
     plan = f"Stage 3: {data_order.plan(groups, config)}; loss {weight}; statistics of the {config.normalization}"
-    accelerator.print(initial.describe(core, statistics.get("state"), datasets), table, plan, decode, sep="\n")
+    accelerator.print(initial.describe(core, statistics, datasets, recorded), table, plan, decode, sep="\n")
     statistics |= recorded
     if LATENT in weight:
         statistics[LATENT] = latent_statistics(labels, *about, recorded=initial.statistics.get(LATENT))

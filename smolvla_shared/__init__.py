@@ -24,8 +24,10 @@ What surrounds it:
     data            reading LeRobotDatasets
     data_info, data_problems, data_values     what is wrong with their info.json; tables; vectors and texts
     mixture, data_views     unlike datasets in a YAML file; which cameras each of them shows
+    normalization   statistics of state, actions and latent actions, and what they make of values
     robots          state and actions of several robots in one run: their widths and statistics
-    robot_preprocessor  a batch of several robots
+    robot_preprocessor  a batch of several robots, and one of relative actions
+    relative_actions    actions that are relative to the state
     data_split      held-out episodes, and how the datasets of a run are mixed
     data_columns, data_rows     their tables as memory-mapped columns; rows as ranges, and a random order of them
     data_frames, data_blocks     frames of videos as tensors; every frame of a dataset, once and in order
@@ -38,6 +40,7 @@ What surrounds it:
     initial         what training starts from: a trunk, an artifact, a SmolVLA policy, a policy of this project
     evaluate        errors on held-out samples
     teacher_config  the options of the teacher's commands
+    action_config   those of Stage 3's actions
     laq_codebook    the teacher's codes in training: their use, and where they are placed
     action_decoder  actions for video, from its latent actions and a few demonstrations
     grounding       a teacher that also learns from a few labelled demonstrations

@@ -16,8 +16,8 @@ from transformers import PreTrainedTokenizerFast
 from smolvla_shared import files, ranges
 from smolvla_shared.config import CoreConfig, TeacherKind
 from smolvla_shared.model_parts import PARTS
+from smolvla_shared.normalization import Quantiles, Statistics
 from smolvla_shared.paths import ARTIFACT_NAME, check_artifact
-from smolvla_shared.preprocess import Statistics
 from smolvla_shared.trunk_files import pack_tokenizer, unpack_tokenizer
 
 SCHEMA = "smolvla_shared.v1"
@@ -77,7 +77,7 @@ class Weights:
 @dataclass(frozen=True)
 class Manifest:
     core: CoreConfig
-    normalization: dict[str, Statistics]  # by state, action, latent, where the run had them
+    normalization: dict[str, Statistics | Quantiles]  # by state, action, latent, where the run had them
     latents: Latents
     source: Origin
     weights: Weights

@@ -14,6 +14,7 @@ from smolvla_shared import paths, ranges
 from smolvla_shared.mixture import DatasetEntry, plain_entries, read_mixture
 
 TeacherKind = Literal["quantized", "continuous"]
+NormalizationMode = Literal["mean_std", "quantiles"]  # LeRobot's names, in lower case
 LATENT, ACTION = "latent", "action"  # the names of the two flow-matching targets, wherever they are dictionary keys
 
 
@@ -368,6 +369,10 @@ class StageOptions(TeacherOptions):
     # Latent actions in a row that the latent head predicts, each over --data.frame-gap-s: 4 of 0.05 s look as far ahead
     # as a chunk of 0.2 s. Default: those of the latent head to start from, else 1.
     latent_horizon: ranges.Count | None = None
+    # How state and actions are normalised. mean_std: to mean 0 and standard deviation 1. quantiles: so that a hundredth
+    # of the values is below -1, and a hundredth above 1, wherever outliers are; nothing is clipped. Default: as in the
+    # weights to start from, else mean_std.
+    normalization_mode: NormalizationMode | None = None
 
     def __post_init__(self):
         if (self.labels == "cache") != (self.label_cache is not None):

@@ -13,7 +13,7 @@ from smolvla_shared import data, data_split, data_values, label_probe
 from smolvla_shared.batch import RawBatch
 from smolvla_shared.data_rows import Rows
 from smolvla_shared.hashes import dataset_fingerprint
-from smolvla_shared.preprocess import Statistics
+from smolvla_shared.normalization import Statistics
 from smolvla_shared.teacher_config import GroundingConfig
 
 

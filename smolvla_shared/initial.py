@@ -17,14 +17,23 @@ from transformers import PreTrainedTokenizerFast
 from smolvla_shared import data, data_values, data_views, lerobot_files, lerobot_smolvla_files
 from smolvla_shared.artifact import Latents, load_artifact
 from smolvla_shared.batch import Labels
-from smolvla_shared.config import ACTION, CoreConfig, DataConfig, ModelConfig, PolicyDataConfig, StageOptions
+from smolvla_shared.config import (
+    ACTION,
+    LATENT,
+    CoreConfig,
+    DataConfig,
+    ModelConfig,
+    NormalizationMode,
+    PolicyDataConfig,
+    StageOptions,
+)
 from smolvla_shared.files import check_weights, find_directory, public_state, state_sha256
 from smolvla_shared.hashes import json_sha256
 from smolvla_shared.labels import labels_pairs
 from smolvla_shared.mixture import camera_names
 from smolvla_shared.model import SmolVLASharedCore
 from smolvla_shared.model_parts import PARTS, frozen_parts, parameter_table, parameters_by_part, prepare_to_train
-from smolvla_shared.preprocess import EPS, Statistics
+from smolvla_shared.normalization import EPS, Statistics
 from smolvla_shared.refusals import read_json, refuse_differences
 from smolvla_shared.trunk_files import load_trunk_tokenizer, load_trunk_weights, make_core_config, pack_tokenizer
 
@@ -32,12 +41,13 @@ HEADS = ("latent head", "action head")  # the parts that any initial weights may
 
 
 def difference(recorded: Statistics, artifact: Statistics) -> str:
-    """In words, how far the data's statistics are from an artifact's."""
+    """In words, how far the data's statistics are from an artifact's, and whether they are of another mode."""
     if len(recorded.mean) != len(artifact.mean):
         return f"the data has {len(recorded.mean)} dimensions, the artifact {len(artifact.mean)}"
     rows = zip(recorded.mean, artifact.mean, artifact.std, strict=True)
     shift = max(abs(mean - other_mean) / (other_std + EPS) for mean, other_mean, other_std in rows)
-    return f"the data's mean is up to {shift:.2f} standard deviations from the artifact's"
+    other = f", which is normalised by {artifact.mode}" if recorded.mode != artifact.mode else ""
+    return f"the data's mean is up to {shift:.2f} standard deviations from the artifact's{other}"
 
 
 @dataclass(frozen=True)
@@ -155,6 +165,11 @@ class InitialWeights:
         dims = {"latent_vector_dim": code_seq_len * latent_dim, "code_seq_len": code_seq_len}
         return dims | {"codebook_size": len(labels.codebook) if head == "codes" else 0}
 
+    def normalization_mode(self, options: StageOptions) -> NormalizationMode:
+        """--normalization-mode: where it is not stated, that of its own state or actions."""
+        own = [found.mode for name, found in self.statistics.items() if name != LATENT]
+        return options.normalization_mode or (own[0] if own else "mean_std")
+
     def recorded_statistics(self, dims: dict[str, int]) -> dict[str, Statistics]:
         """Its statistics of state and action, for data of these widths (CoreConfig's fields; state_dim 0: no state).
 
@@ -210,13 +225,15 @@ class InitialWeights:
     def describe(
         self,
         core: SmolVLASharedCore,
-        state: Statistics | None = None,
+        statistics: dict[str, Statistics] | None = None,
         datasets: Sequence[data.RobotDataset] = (),
+        recorded: dict[str, Statistics] | None = None,
     ) -> str:
         """What a core that was built from it starts from, for the first lines of a run.
 
-        state:    the data's statistics of the state, to compare with its own
-        datasets: what it will be trained on; what the core reads of them in another way than they may seem is said
+        statistics: the data's, of state and actions; that of the state is compared with its own
+        datasets:   what it will be trained on; what the core reads of them in another way than they may seem is said
+        recorded:   its own statistics that are used instead
         """
         cameras = core.config.cameras
         pairs = zip_longest(cameras, self.core.cameras[: len(cameras)] or cameras, fillvalue="one more")
@@ -227,8 +244,11 @@ class InitialWeights:
             + unread,
             parameter_table(core),
         ]
-        if state and "state" in self.statistics:
-            lines.append(f"state statistics: {difference(state, self.statistics['state'])}")
+        statistics = statistics or {}
+        if "state" in statistics and "state" in self.statistics:
+            lines.append(f"state statistics: {difference(statistics['state'], self.statistics['state'])}")
+        modes = {name: of.mode for name, of in (statistics | (recorded or {})).items()}
+        lines += [f"normalised: {', '.join(f'{name} by {mode}' for name, mode in modes.items())}"] if modes else []
         lines += data_values.texts_cut(datasets, self.tokenizer, core.config.max_text_tokens)
         lines += data_values.without_text(datasets)
         lines += data_values.chunk_cost(datasets, core.config.chunk_size if core.config.action_dim else 0)
@@ -298,8 +318,10 @@ def _of_policy(name: str) -> InitialWeights:
         statistics, problem = saved.statistics, ""
     except ValueError as error:  # only needed with --normalization artifact
         statistics, problem = {}, f"{name}: {error}"
+    if saved.config.relative_actions:
+        problem = f"{name} has learned relative actions, with statistics of their chunks"
     return InitialWeights(
-        name=f"the policy {name}",
+        name=f"the policy {name}" + " of relative actions" * saved.config.relative_actions,
         core=replace(core, cameras=tuple(camera for camera in core.cameras if camera not in optional)),
         weights=saved.weights,
         tokenizer=saved.tokenizer,

@@ -14,7 +14,8 @@ from smolvla_shared.label_cache import CachedLabels, cached_key, label_stores
 from smolvla_shared.laq import LAQ, LatentActions
 from smolvla_shared.laq_files import load_laq, teacher_id, teachers_pairs
 from smolvla_shared.mixture import policy_names
-from smolvla_shared.preprocess import Statistics, unit_range
+from smolvla_shared.normalization import Statistics
+from smolvla_shared.preprocess import unit_range
 
 STATISTICS_PAIRS = 10_000
 LEAST_STD = 0.1  # of the largest standard deviation

@@ -36,6 +36,12 @@ def feature_names(features: dict[str, dict[str, Any]]) -> dict[str, tuple[str, .
     return {name: vector_names(features[key]) for name, key in FEATURES.items() if key in features}
 
 
+def lerobot_modes(modes: dict[str, str]) -> dict[str, NormalizationMode]:
+    """LeRobot's normalization_mapping of our modes (config.NormalizationMode) of "state" and "action"."""
+    of = {name: NormalizationMode(modes.get(name, "mean_std").upper()) for name in FEATURES}
+    return {"VISUAL": NormalizationMode.IDENTITY, "STATE": of["state"], "ACTION": of[ACTION]}
+
+
 @PreTrainedConfig.register_subclass("hlrp_smolvla_shared")
 @dataclass
 class HLRPSmolVLASharedConfig(PreTrainedConfig):
@@ -68,13 +74,11 @@ class HLRPSmolVLASharedConfig(PreTrainedConfig):
     # of its own; this one, which has none, cannot act.
     robots: tuple[str, ...] = ()
     # How each kind of feature is normalised, as in training.
-    normalization_mapping: dict[str, NormalizationMode] = field(
-        default_factory=lambda: {
-            "VISUAL": NormalizationMode.IDENTITY,
-            "STATE": NormalizationMode.MEAN_STD,
-            "ACTION": NormalizationMode.MEAN_STD,
-        }
-    )
+    normalization_mapping: dict[str, NormalizationMode] = field(default_factory=lambda: lerobot_modes({}))
+    # Whether the actions that the model gives are relative to the state of the observation that it saw; those with one
+    # of these texts in their names are not. LeRobot's processor steps add the state.
+    relative_actions: bool = False
+    absolute_actions: tuple[str, ...] = ()
     # Real-time chunking (arXiv 2506.07339); lerobot-rollout --inference.type=rtc sets it.
     rtc_config: RTCConfig | None = None
     push_to_hub: bool = False
@@ -172,7 +176,14 @@ class HLRPSmolVLASharedConfig(PreTrainedConfig):
         State and action may have other widths than before: the weights are padded. Cameras are the policy's own unless
         the config has no input features (--policy.input_features=null): then the dataset's cameras take the places of
         the policy's, in order.
+
+        Raises ValueError for relative actions, of which the statistics of a dataset are not.
         """
+        if self.relative_actions:
+            raise ValueError(
+                "lerobot-train would normalise relative actions by the dataset's statistics of absolute ones: use "
+                "train_stage3.py --relative-actions, with --init-from for a policy that goes on"
+            )
         found = dataset_to_policy_features(features)
         # LeRobot does not say at which rate its dataset is, and of which robot.
         names, self.fps, self.robot = feature_names(features), None, None

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lerobot.configs import NormalizationMode
 from lerobot.configs.policies import PreTrainedConfig
 from lerobot.processor import PolicyProcessorPipeline
 from lerobot.utils import constants as keys
@@ -32,11 +31,18 @@ from smolvla_shared.files import (
     write_weights,
 )
 from smolvla_shared.lerobot_card import CONFIG_NAME, WEIGHTS_NAME, read_source, write_about
-from smolvla_shared.lerobot_config import FEATURES, HLRPSmolVLASharedConfig, feature_names, input_features
+from smolvla_shared.lerobot_config import (
+    FEATURES,
+    HLRPSmolVLASharedConfig,
+    feature_names,
+    input_features,
+    lerobot_modes,
+)
 from smolvla_shared.lerobot_processor import check_processors, make_hlrp_smolvla_shared_pre_post_processors
 from smolvla_shared.model import SmolVLASharedCore
-from smolvla_shared.preprocess import Statistics
+from smolvla_shared.normalization import KINDS, Statistics, of_mode
 from smolvla_shared.refusals import read_json
+from smolvla_shared.relative_actions import Relative
 from smolvla_shared.robots import Robot, Robots
 
 POLICY_TYPE = "hlrp_smolvla_shared"
@@ -62,6 +68,7 @@ def save_policy(
     robot: str | None = None,
     robots: tuple[str, ...] = (),
     weights_of: Path | None = None,
+    relative: Relative | None = None,
 ) -> None:
     """Write a core as a LeRobot policy: config, weights and processors; source.json and README.md, its card; and
     manifest.json, the hashes of all but the card.
@@ -78,16 +85,20 @@ def save_policy(
     robot:            the name of the robot that it acts with
     robots:           those that the core was trained on, if this policy is none of theirs: it gets no processors
     weights_of:       directory of a policy with the same weights. The file there gets one more name
+    relative:         the relative actions that it was trained on; None: as recorded
     """
     directory.mkdir(parents=True, exist_ok=True)
     names = names or {}
     config = HLRPSmolVLASharedConfig(
         core=core,
+        normalization_mapping=lerobot_modes({name: of.mode for name, of in statistics.items()}),
         n_action_steps=n_action_steps,
         optional_cameras=optional_cameras,
         fps=fps,
         robot=robot,
         robots=robots,
+        relative_actions=relative is not None,
+        absolute_actions=relative.absolute_actions if relative else (),
         action_feature_names=names.get("action"),
         state_feature_names=names.get("state"),
         input_features=input_features(core, image_shapes or {}),
@@ -126,12 +137,13 @@ def save_policies(
     """
     several = tuple(map(str, robots.acting)) if len(robots.acting) > 1 else ()
     if several:
-        save_policy(directory, core, weights, tokenizer, {}, n_action_steps, source, robots=several)
+        of_one = robots.statistics_of(robots.acting[0], statistics)  # all are of one mode
+        save_policy(directory, core, weights, tokenizer, of_one, n_action_steps, source, robots=several)
     for robot in robots.acting:
         own = robots.datasets_of(robot, datasets)
         shapes = frame_shapes([*own, *datasets], core.cameras)
         about = {"names": feature_names(own[0].features), "image_shapes": shapes, "fps": own[0].fps}
-        about |= {"robot": robot, "optional_cameras": optional_cameras[robot]}
+        about |= {"relative": robots.relative, "robot": robot, "optional_cameras": optional_cameras[robot]}
         about |= {"weights_of": directory} if several else {}
         of_robot = robots.core_of(robot, core), weights, tokenizer, robots.statistics_of(robot, statistics)
         place = directory / ROBOTS / robot if several else directory
@@ -153,9 +165,9 @@ def of_robot(directory: Path, robot: str | None) -> Path:
 
 
 def lerobot_stats(statistics: dict[str, Statistics]) -> dict[str, dict[str, Tensor]]:
-    """Statistics of state and action as LeRobot's processors take them: {feature: {"mean": [A], "std": [A]}}."""
+    """Statistics of state and action as LeRobot's processors take them: {feature: {"mean": [A], "std": [A], ...}}."""
     return {
-        feature: dict(zip(("mean", "std"), statistics[name].tensors(), strict=True))
+        feature: {of: torch.tensor(values) for of, values in statistics[name].named().items()}
         for name, feature in FEATURES.items()
         if name in statistics
     }
@@ -246,14 +258,14 @@ class SavedPolicy:
 
     @property
     def statistics(self) -> dict[str, Statistics]:
-        """Of "action" and, if the core has a state, "state". Raises ValueError where others than mean and deviation
-        normalise.
+        """Of "action" and, if the core has a state, "state". Raises ValueError where others than KINDS normalise, or
+        some are missing.
         """
-        modes = {name: self.config.normalization_mapping[name.upper()] for name in FEATURES}
-        if other := {name: mode.value for name, mode in modes.items() if mode is not NormalizationMode.MEAN_STD}:
-            raise ValueError(f"this policy normalises {other}, here it is always by mean and standard deviation")
+        modes = {name: self.config.normalization_mapping[name.upper()].value.lower() for name in FEATURES}
+        if other := {name: mode.upper() for name, mode in modes.items() if mode not in KINDS}:
+            raise ValueError(f"this policy normalises {other}, here it is by mean and standard deviation or quantiles")
         return {
-            name: Statistics(*(torch.as_tensor(self.stats[feature][of]).tolist() for of in ("mean", "std")))
+            name: of_mode(modes[name], {of: torch.as_tensor(x).tolist() for of, x in self.stats[feature].items()})
             for name, feature in FEATURES.items()
             if feature in self.stats
         }
@@ -269,6 +281,6 @@ def load_saved(name: str) -> SavedPolicy:
         pipeline = PolicyProcessorPipeline.from_pretrained(directory, config_filename=file)
     except Exception as error:  # of many kinds: a step does not take its config
         raise ValueError(f"{directory / file} cannot be built: {error}") from error
-    rename, _, tokenize, _, normalize = pipeline.steps
+    rename, _, *_, tokenize, _, normalize = pipeline.steps
     about = tokenize.tokenizer, normalize.stats, rename.rename_map, read_source(directory)
     return SavedPolicy(config, load_weights(directory, config.core), *about)

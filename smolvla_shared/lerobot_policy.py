@@ -22,7 +22,7 @@ from smolvla_shared.batch import Batch, FlowTarget, map_tensors
 from smolvla_shared.config import ACTION, CoreConfig
 from smolvla_shared.initial import open_initial
 from smolvla_shared.lerobot_card import DescribedPolicy, read_source
-from smolvla_shared.lerobot_config import HLRPSmolVLASharedConfig, input_features
+from smolvla_shared.lerobot_config import FEATURES, HLRPSmolVLASharedConfig, input_features
 from smolvla_shared.lerobot_files import POLICY_TYPE, find_policy, load_config, load_weights
 from smolvla_shared.lerobot_processor import make_hlrp_smolvla_shared_pre_post_processors  # noqa: F401
 from smolvla_shared.model import SmolVLASharedCore
@@ -151,6 +151,13 @@ class HLRPSmolVLASharedPolicy(DescribedPolicy, PreTrainedPolicy):
         dims |= {"flow_steps": config.num_steps} if config.num_steps else {}
         core = initial.build(config.starting_model, own if own and set(own) <= set(found) else found, {ACTION}, **dims)
         logging.info(initial.describe(core))
+        modes = {kind: mode.value.lower() for kind, mode in config.normalization_mapping.items()}
+        for name in FEATURES.keys() & initial.statistics.keys():
+            if (own := initial.statistics[name].mode) != modes[name.upper()]:
+                logging.warning(
+                    f"{initial.name} has learned with its {name} normalised by {own}, here it is by "
+                    f"{modes[name.upper()]}: --policy.normalization_mapping can keep it"
+                )
         self.source = initial.provenance
         config.stage2_artifact = config.init_from = config.vlm_model_name = config.chunk_size = config.num_steps = None
         config.core = core.config
@@ -212,6 +219,7 @@ class HLRPSmolVLASharedPolicy(DescribedPolicy, PreTrainedPolicy):
     def reset(self) -> None:
         """Forget the actions not yet executed. LeRobot calls this when an episode begins."""
         self.queue: deque[Tensor] = deque()  # actions [B, A]
+        self.origin: Tensor | None = None  # action 0 relative to the state that they are relative to, normalised [B, A]
         self.is_first_observation = True
         self.step = 0
         self.first_episode, self.num_episodes = self.first_episode + self.num_episodes, 0
@@ -367,8 +375,11 @@ class HLRPSmolVLASharedPolicy(DescribedPolicy, PreTrainedPolicy):
             noise = self.seeded_noise(batch) if noise is None else noise
             chunk = self.predict_action_chunk(batch, noise)
             self.queue.extend(chunk[:, : self.config.n_action_steps].unbind(dim=1))
+            self.origin = batch.get(keys.ACTION)
         self.step += 1
-        return self.queue.popleft()
+        action = self.queue.popleft()
+        # What was relative to the state that the chunk saw becomes relative to this one, to which LeRobot adds it.
+        return action + (batch[keys.ACTION] - self.origin) if self.config.relative_actions else action
 
     def seeded_noise(self, batch: dict[str, Tensor]) -> Tensor | None:
         """Noise [B, T, max_action_dim] of config.noise_seed for the episodes that run now; None without a seed."""

@@ -1,15 +1,18 @@
 """The processors around the LeRobot policy: names, tokens, device, normalisation; and back to the robot's units."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from lerobot.configs import FeatureType, NormalizationMode, PipelineFeatureType, PolicyFeature
-from lerobot.lerobot_types import TransitionKey
+from lerobot.lerobot_types import EnvTransition, TransitionKey
 from lerobot.processor import (
+    AbsoluteActionsProcessorStep,
     ObservationProcessorStep,
     PolicyProcessorPipeline,
     ProcessorStepRegistry,
+    RelativeActionsProcessorStep,
     RenameObservationsProcessorStep,
     make_default_policy_processor_steps,
     make_policy_processor_pipelines,
@@ -35,6 +38,7 @@ STATISTICS = {
     NormalizationMode.QUANTILE10: ("q10", "q90"),
 }
 TOKENIZER_STEP = "hlrp_smolvla_shared_tokenizer"
+RELATIVE_STEP = "hlrp_smolvla_shared_relative_actions"
 # The registered names of a saved policy's steps; True: the step has a state, in a file.
 STEPS = {
     keys.POLICY_PREPROCESSOR_DEFAULT_NAME: {
@@ -45,6 +49,11 @@ STEPS = {
         "normalizer_processor": True,
     },
     keys.POLICY_POSTPROCESSOR_DEFAULT_NAME: {"unnormalizer_processor": True, "device_processor": False},
+}
+# Those of a policy of relative actions, each behind one of the others.
+RELATIVE_STEPS = {
+    keys.POLICY_PREPROCESSOR_DEFAULT_NAME: ("to_batch_processor", RELATIVE_STEP),
+    keys.POLICY_POSTPROCESSOR_DEFAULT_NAME: ("unnormalizer_processor", "absolute_actions_processor"),
 }
 
 
@@ -86,6 +95,26 @@ class TokenizeTask(ObservationProcessorStep):
         return features | {PipelineFeatureType.OBSERVATION: features[PipelineFeatureType.OBSERVATION] | added}
 
 
+@ProcessorStepRegistry.register(RELATIVE_STEP)
+@dataclass
+class RelativeActions(RelativeActionsProcessorStep):
+    """LeRobot's step, and for a rollout the origin: behind the normaliser, the action 0 tells the policy where the
+    state lies in the model's units.
+
+    LeRobot's second step adds the state of the newest observation. A chunk is relative to that of its first one:
+    `HLRPSmolVLASharedPolicy.select_action` makes up for what the state has moved since.
+    """
+
+    def __call__(self, transition: EnvTransition) -> EnvTransition:
+        if transition.get(TransitionKey.ACTION) is None:
+            state = transition[TransitionKey.OBSERVATION].get(keys.OBS_STATE)
+            if state is None:
+                raise ValueError(f"relative actions need {keys.OBS_STATE}, which is missing: pass it, or map its name")
+            origin = torch.zeros(*state.shape[:-1], len(self.action_names), device=state.device)
+            transition = {**transition, TransitionKey.ACTION: origin}
+        return super().__call__(transition)
+
+
 def make_hlrp_smolvla_shared_pre_post_processors(
     config: "HLRPSmolVLASharedConfig",
     dataset_stats: dict[str, dict[str, Any]] | None = None,
@@ -113,15 +142,22 @@ def make_hlrp_smolvla_shared_pre_post_processors(
     tokenizer = tokenizer or load_trunk_tokenizer(config.core.model_name, config.core.model_revision)
     stats = {key: dataset_stats[key] for key in modes if key in dataset_stats}
     steps = make_default_policy_processor_steps(config, stats)
+    before, after = [], []
+    if config.relative_actions:
+        # Without names every dimension is relative, whatever its name.
+        names = config.action_feature_names or tuple(f"{dim}" for dim in range(config.core.action_dim))
+        before = [RelativeActions(True, [*config.absolute_actions], [*names])]
+        after = [AbsoluteActionsProcessorStep(True, before[0])]
     return make_policy_processor_pipelines(
         input_steps=[
             RenameObservationsProcessorStep(rename_map or {}),
             steps.add_batch_dim,
+            *before,
             TokenizeTask(config.core.max_text_tokens, tokenizer),
             steps.to_device,
             steps.normalize,
         ],
-        output_steps=[steps.unnormalize, steps.to_cpu],
+        output_steps=[steps.unnormalize, *after, steps.to_cpu],
     )
 
 
@@ -159,10 +195,15 @@ def check_processors(directory: Path) -> None:
             continue
         steps = read_steps(path)
         found = [(step["registry_name"], bool(step.get("state_file"))) for step in steps]
-        if found != [*expected.items()]:
+        is_relative = any(step == RELATIVE_STEPS[name][1] for step, _ in found)
+        wanted = [*expected.items()]
+        if is_relative:
+            before, step = RELATIVE_STEPS[name]
+            wanted.insert([*expected].index(before) + 1, (step, False))
+        if found != wanted:
             raise ValueError(
-                f"{path} has the steps {found} (name, whether it has a state), expected {[*expected.items()]}: copy "
-                "the directory again"
+                f"{path} has the steps {found} (name, whether it has a state), expected {wanted}: copy the directory "
+                "again"
             )
         for step in steps:
             if file := step.get("state_file"):

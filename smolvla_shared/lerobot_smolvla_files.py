@@ -16,13 +16,13 @@ from lerobot.utils import constants as keys
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from smolvla_shared.config import CoreConfig
+from smolvla_shared.config import CoreConfig, NormalizationMode
 from smolvla_shared.files import check_weights, find_directory, public_state, read_weights, write_weights
 from smolvla_shared.lerobot_config import FEATURES, input_features, output_features
 from smolvla_shared.lerobot_files import CONFIG_NAME, WEIGHTS_NAME, SavedPolicy
 from smolvla_shared.lerobot_processor import read_steps
 from smolvla_shared.model import SmolVLASharedCore
-from smolvla_shared.preprocess import Statistics
+from smolvla_shared.normalization import KINDS, Statistics, of_mode
 from smolvla_shared.trunk_files import load_trunk_config, load_trunk_tokenizer, pack_tokenizer, trunk_location
 
 if TYPE_CHECKING:  # LeRobot's policies take seconds to import
@@ -50,7 +50,7 @@ NORMALIZATION_BUFFER = re.compile(r"(normalize_inputs|normalize_targets|unnormal
 # buffer_observation_state.mean, so100_buffer_action.std.
 STATISTIC = re.compile(
     rf"(?:{NORMALIZATION_BUFFER.pattern})?(?:(?P<robot>.+)[._](?=buffer))?(?:buffer[._])?"
-    r"(?P<feature>observation[._]state|action)\.(?P<statistic>mean|std)"
+    r"(?P<feature>observation[._]state|action)\.(?P<statistic>mean|std|q01|q99)"
 )
 # {field of CoreConfig: LeRobot's name}, for the fields that are copied in both directions.
 SAME = "chunk_size max_state_dim max_action_dim min_period max_period expert_width_multiplier self_attn_every_n_layers"
@@ -92,6 +92,7 @@ class Checkpoint:
     weights: dict[str, Tensor]  # by our names
     unread: tuple[str, ...]  # LeRobot's names of the tensors that were left out
     tokenizer: PreTrainedTokenizerFast
+    modes: dict[str, NormalizationMode]  # by "state" and "action"
     statistics: dict[str, Tensor]  # by "file: key"
     image_shapes: dict[str, tuple[int, ...]]  # (3, height, width) by camera
     optional_cameras: tuple[str, ...]
@@ -112,8 +113,8 @@ class Checkpoint:
         statistic_of = {where: _statistic(where) for where in self.statistics}
         result, problems = {}, []
         for name, width in (("state", self.core.state_dim), ("action", self.core.action_dim)):
-            feature, values = FEATURES[name], []
-            for statistic in ("mean", "std"):
+            feature, values = FEATURES[name], {}
+            for statistic in (names := KINDS[self.modes[name]].names()):
                 found = [where for where, what in statistic_of.items() if what == (robot, feature, statistic)]
                 tensors = [self.statistics[where] for where in found]
                 if not found:
@@ -123,9 +124,9 @@ class Checkpoint:
                 elif tensors[0].shape != (width,) or not tensors[0].isfinite().all():
                     problems.append(f"not {width} finite numbers: {', '.join(found)}: {tensors[0].tolist()}")
                 else:
-                    values.append(tensors[0].tolist())
-            if len(values) == 2:
-                result[name] = Statistics(*values)
+                    values[statistic] = tensors[0].tolist()
+            if len(values) == len(names):
+                result[name] = of_mode(self.modes[name], values)
         if problems:
             robots = sorted({what[0] for what in statistic_of.values() if what and what[0]})
             raise ValueError(
@@ -181,6 +182,7 @@ def load_checkpoint(name: str) -> Checkpoint:
         weights={ours: found[theirs] for ours, theirs in lerobot_names(state).items()},
         unread=tuple(sorted(unread)),
         tokenizer=tokenizer,
+        modes={name: config.normalization_mapping[name.upper()].value.lower() for name in FEATURES},
         statistics=statistics,
         image_shapes={key: feature.shape for key, feature in config.image_features.items()},
         optional_cameras=tuple(key for key in config.image_features if key.startswith(EMPTY_CAMERA)),
@@ -205,12 +207,11 @@ def _read_processors(directory: Path) -> tuple[dict[str, dict[str, Any]], dict[s
 
 def _unmappable(config: "SmolVLAConfig", steps: dict[str, dict[str, Any]]) -> list[str]:
     """What has no counterpart here, in words."""
-    normalization = {"VISUAL": "IDENTITY", "STATE": "MEAN_STD", "ACTION": "MEAN_STD"}
+    normalization = {kind: mode.value for kind, mode in config.normalization_mapping.items()}
     tokenizer = {"tokenizer_name": config.vlm_model_name, "max_length": config.tokenizer_max_length}
     required = {  # by step; None: config.json
         None: {
             "n_obs_steps": 1,
-            "normalization_mapping": normalization,
             "attention_mode": "cross_attn",
             "adapt_to_pi_aloha": False,
             "use_peft": False,
@@ -231,6 +232,13 @@ def _unmappable(config: "SmolVLAConfig", steps: dict[str, dict[str, Any]]) -> li
         for field, value in required[step].items()
         if found[step].get(field) != value
     ]
+    modes = [mode.upper() for mode in KINDS]
+    of_vectors = {normalization.get(kind) for kind in ("STATE", "ACTION")}
+    if normalization.get("VISUAL") != "IDENTITY" or not of_vectors <= {*modes}:
+        problems.append(
+            f"{CONFIG_NAME}: normalization_mapping is {normalization}, here VISUAL is IDENTITY, STATE and ACTION are "
+            + " or ".join(modes)
+        )
     size, layers = config.resize_imgs_with_padding, config.num_vlm_layers
     if size[0] != size[1]:
         problems.append(f"resize_imgs_with_padding is {size}, images here are padded to a square")
@@ -280,6 +288,7 @@ def save_checkpoint(directory: Path, policy: SavedPolicy) -> None:
     ours, optional_cameras = policy.config.core, policy.config.optional_cameras
     numbered = tuple(f"{EMPTY_CAMERA}{index}" for index in range(len(optional_cameras)))
     problems = [] if ours.state_dim else ["a policy without a state"]
+    problems += ["relative actions"] if policy.config.relative_actions else []
     if set(optional_cameras) != set(numbered):
         problems.append(f"optional cameras of other names than {EMPTY_CAMERA}<number>: {', '.join(optional_cameras)}")
     trunk_tokenizer = load_trunk_tokenizer(ours.model_name, ours.model_revision)

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from smolvla_shared import flow, losses
 from smolvla_shared.batch import Batch, FlowTarget
 from smolvla_shared.config import CoreConfig
-from smolvla_shared.preprocess import Statistics, nearest_codes, normalize_codebook, pad_width
+from smolvla_shared.normalization import Statistics
+from smolvla_shared.preprocess import nearest_codes, normalize_codebook, pad_width
 from smolvla_shared.trunk import Expert, Prefix, Trunk
 
 

@@ -3,9 +3,6 @@
 Images -> [-1, 1] padded squares, text -> tokens, vectors -> normalised and zero-padded.
 """
 
-from dataclasses import dataclass
-from functools import lru_cache
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -13,11 +10,11 @@ from transformers import PreTrainedTokenizerFast
 
 from smolvla_shared.batch import Batch, FlowTarget, RawBatch, to_device
 from smolvla_shared.config import ACTION, LATENT, CoreConfig
+from smolvla_shared.normalization import Statistics
 
 # Latent targets are clipped here, standard deviations: a rare latent must not outweigh a batch.
 MAX_LATENT = 5.0
 TEXT_MULTIPLE = 16  # texts are padded to a multiple of it: a GPU plans, and --model.compile compiles, for few lengths
-EPS = 1e-8  # added to standard deviations; LeRobot's normaliser uses the same
 
 
 def unit_range(frames: Tensor) -> Tensor:
@@ -74,43 +71,6 @@ def stack_cameras(images: list[Tensor | None]) -> tuple[Tensor, Tensor]:
 def pad_width(values: Tensor, width: int) -> Tensor:
     """Zeros on the right of the last dimension, up to `width`."""
     return F.pad(values, (0, width - values.shape[-1]))
-
-
-@lru_cache
-def _copied_once(values: tuple[float, ...], device: torch.device | str) -> Tensor:
-    """A tensor that is copied to the device once: each copy makes the host wait for the device."""
-    return torch.tensor(values, device=device)
-
-
-@dataclass(frozen=True)
-class Statistics:
-    """Mean and standard deviation of every dimension of a vector feature; `mode` names the normalisation."""
-
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    mode: str = "mean_std"
-
-    def __post_init__(self):
-        object.__setattr__(self, "mean", tuple(self.mean))  # from lists
-        object.__setattr__(self, "std", tuple(self.std))
-
-    @classmethod
-    def of(cls, values: Tensor) -> "Statistics":
-        """Statistics over the rows of [M, A]."""
-        values = values.double()
-        return cls(values.mean(0).tolist(), values.std(0, correction=0).tolist())
-
-    def tensors(self, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
-        return _copied_once(self.mean, device), _copied_once(self.std, device)
-
-    def normalize(self, values: Tensor) -> Tensor:
-        mean, std = self.tensors(values.device)
-        return (values.float() - mean) / (std + EPS)
-
-    def unnormalize(self, values: Tensor) -> Tensor:
-        # LeRobot's unnormaliser leaves EPS out; at 1e-8 of a unit of normalised value it changes nothing.
-        mean, std = self.tensors(values.device)
-        return values * std + mean
 
 
 def normalize_latents(latents: Tensor, statistics: Statistics) -> Tensor:

@@ -87,10 +87,13 @@ def _decode(kind: Any, value: Any, at: str, problems: list[str]) -> Any:
         return decoded
     if is_dataclass(kind):
         return _decode_fields(kind, value, at, problems)
-    if origin in (Union, UnionType):  # X | None
+    if origin in (Union, UnionType):  # X | None, X | Y
         if value is None and type(None) in arguments:
             return None
-        (kind,) = (argument for argument in arguments if argument is not type(None))
+        kinds = [argument for argument in arguments if argument is not type(None)]
+        # Of several dataclasses, that of the mode which the value names.
+        mode = value.get("mode") if isinstance(value, dict) else None
+        kind = next((kind for kind in kinds[1:] if kind.mode == mode), kinds[0])
         return _decode(kind, value, at, problems)
     if kind is float and isinstance(value, float) and not math.isfinite(value):
         problems.append(f"{at}: expected a number, found {value}")

@@ -12,15 +12,18 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from smolvla_shared import data_values
-from smolvla_shared.config import ACTION, CoreConfig
+from smolvla_shared.action_config import ActionOptions
+from smolvla_shared.config import ACTION, CoreConfig, NormalizationMode
 from smolvla_shared.data import ACTION_KEY, STATE_KEY, RobotDataset
 from smolvla_shared.data_columns import ROWS_AT_ONCE
 from smolvla_shared.data_rows import Rows
+from smolvla_shared.relative_actions import Relative
 
 if TYPE_CHECKING:
-    from smolvla_shared.preprocess import Statistics
+    from smolvla_shared.normalization import Statistics
 
 KEYS = {"state": STATE_KEY, ACTION: ACTION_KEY}
+QUANTILES = 0.01, 0.99
 Robot = str | None  # a robot's name; None: of the datasets of a run that names no robot
 
 
@@ -30,10 +33,12 @@ class Robots:
 
     of_dataset: the robot of each dataset of the run; None, too, for a dataset that has neither state nor actions
     widths:     of "state" and "action", as far as the run reads them: each robot's width
+    relative:   the relative actions; None: all are as recorded
     """
 
     of_dataset: tuple[Robot, ...]
     widths: dict[str, dict[Robot, int]]
+    relative: Relative | None = None
 
     @classmethod
     def find(
@@ -43,16 +48,18 @@ class Robots:
         use_state: bool = True,
         num_labelled: int | None = None,
         of_one_robot: str = "",
+        options: ActionOptions | None = None,
     ) -> "Robots":
         """The robots whose state is read, and whose actions if they are a target. Hidden actions are not.
 
         num_labelled: so many datasets, the first, are demonstrations; without a state in one of them none is read.
                       Default: all
         of_one_robot: an option that was given and does not go with several robots
+        options:      of the demonstrations' actions
 
         Raises ValueError for several robots beside such an option, for a dataset that leaves its robot open where
-        others name theirs, for datasets of one robot that differ in width, and for values that cannot be trained on
-        (data_values.py).
+        others name theirs, for datasets of one robot that differ in width, for values that cannot be trained on
+        (data_values.py), and for actions that cannot be relative (relative_actions.py).
         """
         has_state = use_state and any(STATE_KEY in dataset.features for dataset in datasets[:num_labelled])
         keys = {name: KEYS[name] for name, is_read in (("state", has_state), (ACTION, ACTION in targets)) if is_read}
@@ -72,7 +79,9 @@ class Robots:
             raise ValueError(
                 f"{of_one_robot} is of one robot, the datasets are of {names}: leave it out, or train on one robot"
             )
-        return found
+        if options is None or not options.relative_actions:
+            return found
+        return replace(found, relative=Relative.find(options, datasets[:num_labelled]))
 
     @property
     def names(self) -> list[Robot]:
@@ -103,7 +112,11 @@ class Robots:
         return name if len(self.names) == 1 else f"{name} of {robot}"
 
     def statistics(
-        self, datasets: list[RobotDataset], rows_of: list[tuple[int, Rows]], num_labelled: int | None = None
+        self,
+        datasets: list[RobotDataset],
+        rows_of: list[tuple[int, Rows]],
+        num_labelled: int | None = None,
+        mode: NormalizationMode = "mean_std",
     ) -> "dict[str, Statistics]":
         """The statistics of every robot, over its training frames: of its demonstrations, if it has some.
 
@@ -119,7 +132,9 @@ class Robots:
                     if self.of_dataset[index] == robot and KEYS[name] in datasets[index].features
                 ]
                 labelled = [(index, rows) for index, rows in of_robot if num_labelled is None or index < num_labelled]
-                found[self.key(name, robot)] = vector_statistics(datasets, KEYS[name], labelled or of_robot)
+                relative = self.relative if name == ACTION else None
+                about = datasets, KEYS[name], labelled or of_robot, mode, relative
+                found[self.key(name, robot)] = vector_statistics(*about)
         return found
 
     def statistics_of(self, robot: Robot, statistics: "dict[str, Statistics]") -> "dict[str, Statistics]":
@@ -145,22 +160,57 @@ def common_widths(datasets: list[RobotDataset], robots: tuple[Robot, ...], key: 
 
 
 def vector_statistics(
-    datasets: list[RobotDataset], key: str, rows_of: list[tuple[int, Rows]] | None = None
+    datasets: list[RobotDataset],
+    key: str,
+    rows_of: list[tuple[int, Rows]] | None = None,
+    mode: NormalizationMode = "mean_std",
+    relative: Relative | None = None,
 ) -> "Statistics":
-    """Mean and standard deviation over the frames of (dataset index, rows) whose dataset has the feature; default: all.
+    """The statistics of a mode over the frames of (dataset index, rows) whose dataset has the feature; default: all.
 
     A dimension that never changes gets the deviation 1: divided by 0, a later change of 0.01 would be 1e6 to the model.
-    """
-    from smolvla_shared.preprocess import Statistics
+    A dimension whose quantiles are equal, such as of a gripper that is hardly ever closed, gets the mean minus and plus
+    the deviation for them.
 
+    relative: of actions that are relative; their statistics are over chunks
+    """
+    from smolvla_shared.normalization import of_mode
+
+    rows_of = rows_of or [(index, dataset.rows()) for index, dataset in enumerate(datasets)]
+    rows_of = [(index, rows) for index, rows in rows_of if key in datasets[index].features]
+    chunks = relative.chunks(datasets, rows_of) if relative else None
+    about = datasets, key, rows_of
+    mean, deviation = (chunks.mean(0), chunks.std(0)) if relative else mean_and_deviation(*about)
+    still = 1e-6 * np.maximum(1, np.abs(mean))
+    deviation[deviation <= still] = 1
+    found = {"mean": mean, "std": deviation}
+    if mode == "quantiles":
+        q01, q99 = np.quantile(chunks, QUANTILES, axis=0) if relative else quantiles(*about)
+        equal = q99 - q01 <= still
+        found |= {"q01": np.where(equal, mean - deviation, q01), "q99": np.where(equal, mean + deviation, q99)}
+    return of_mode(mode, {name: values.tolist() for name, values in found.items()})
+
+
+def mean_and_deviation(
+    datasets: list[RobotDataset], key: str, rows_of: list[tuple[int, Rows]]
+) -> tuple[np.ndarray, np.ndarray]:  # [A] float64 each
     count, mean, squares = 0, np.zeros(()), np.zeros(())  # squares: summed squared distances from the mean
-    for index, rows in rows_of or [(index, dataset.rows()) for index, dataset in enumerate(datasets)]:
-        for start in range(0, len(rows) if key in datasets[index].features else 0, ROWS_AT_ONCE):
+    for index, rows in rows_of:
+        for start in range(0, len(rows), ROWS_AT_ONCE):
             places = np.arange(start, min(start + ROWS_AT_ONCE, len(rows)))
             values = np.asarray(datasets[index].vector(key)[rows[places]], np.float64).reshape(len(places), -1)
             shift, share = values.mean(0) - mean, len(places) / (count + len(places))
             squares = squares + values.var(0) * len(places) + shift**2 * count * share  # Chan et al., 1979
             mean, count = mean + shift * share, count + len(places)
-    deviation = np.sqrt(squares / count)
-    deviation[deviation <= 1e-6 * np.maximum(1, np.abs(mean))] = 1
-    return Statistics(mean.tolist(), deviation.tolist())
+    return mean, np.sqrt(squares / count)
+
+
+def quantiles(datasets: list[RobotDataset], key: str, rows_of: list[tuple[int, Rows]]) -> np.ndarray:
+    """The quantiles 0.01 and 0.99 of each dimension, [2, A] float64, exact. One dimension at a time is in memory."""
+    vectors = {index: datasets[index].vector(key).reshape(datasets[index].num_frames, -1) for index, _ in rows_of}
+    ranges = [(vectors[index], *range_) for index, rows in rows_of for range_ in zip(rows.start, rows.end)]
+    found = []
+    for dimension in range(ranges[0][0].shape[1]):
+        values = np.concatenate([vector[start:end, dimension] for vector, start, end in ranges])
+        found.append(np.quantile(values, QUANTILES, overwrite_input=True))
+    return np.stack(found, axis=1)

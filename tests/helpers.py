@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
@@ -159,6 +161,18 @@ def make_core(**dims) -> SmolVLASharedCore:
 
 
 # --- data -------------------------------------------------------------------------------------------------------------
+
+
+def set_vectors(root: Path, vectors: dict[str, np.ndarray]) -> None:
+    """Write other values of vector features, [rows, A], into the one parquet file of a recorded dataset."""
+    (path,) = root.glob("data/*/*.parquet")
+    table = pq.read_table(path)
+    for key, values in vectors.items():
+        place = table.schema.get_field_index(key)
+        field = table.schema.field(place)
+        table = table.set_column(place, field, pa.array(values.tolist(), field.type))
+    pq.write_table(table, path)
+    (root / "meta" / "stats.json").unlink()  # which would contradict the rows
 
 
 def lerobot_dataset(dataset: "RobotDataset", **options) -> "LeRobotDataset":

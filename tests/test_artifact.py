@@ -20,7 +20,7 @@ from smolvla_shared.artifact import (
 from smolvla_shared.config import ModelConfig
 from smolvla_shared.hashes import json_sha256
 from smolvla_shared.model import SmolVLASharedCore
-from smolvla_shared.preprocess import Statistics
+from smolvla_shared.normalization import Statistics
 from smolvla_shared.trunk_files import load_trunk_tokenizer, make_core_config, pack_tokenizer
 
 CAMERAS = ("observation.images.top", "observation.images.wrist")

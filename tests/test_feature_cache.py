@@ -16,7 +16,8 @@ from smolvla_shared.feature_cache import prepare_features
 from smolvla_shared.losses import masked_mean
 from smolvla_shared.model import SmolVLASharedCore
 from smolvla_shared.model_parts import freeze
-from smolvla_shared.preprocess import Preprocessor, Statistics
+from smolvla_shared.normalization import Statistics
+from smolvla_shared.preprocess import Preprocessor
 from smolvla_shared.trunk_files import load_trunk_tokenizer, make_core_config
 from train_stage3 import Stage3Config
 

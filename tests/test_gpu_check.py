@@ -14,7 +14,7 @@ from smolvla_shared import gpu_checks
 from smolvla_shared.batch import Batch, FlowTarget
 from smolvla_shared.config import LATENT
 from smolvla_shared.lerobot_files import save_policy
-from smolvla_shared.preprocess import Statistics
+from smolvla_shared.normalization import Statistics
 from smolvla_shared.trunk_files import load_trunk_tokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))

@@ -18,11 +18,12 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "smolvla_shared"
 # A module imports only modules above it.
 ORDER = """
-    ranges paths launch locks hashes refusals mixture command config laq_config teacher_config
-    batch preprocess flow losses files cache run_processes run_signals
+    ranges paths launch locks hashes refusals mixture command config laq_config teacher_config action_config
+    batch normalization preprocess flow losses files cache run_processes run_signals
     video_source video_clips video_dataset video
     attention kernels trunk trunk_files model model_parts laq_layers laq laq_codebook laq_files
-    data_columns data_frames data_rows data_info data_problems data_values data data_views robots data_split data_order
+    data_columns data_frames data_rows data_info data_problems data_values data data_views
+    relative_actions robots data_split data_order
     robot_preprocessor
     label_probe augmentation data_loader data_blocks label_cache labels
     action_decoder artifact label_health label_pictures

@@ -44,7 +44,8 @@ from smolvla_shared.labels import OnlineLabels
 from smolvla_shared.laq_files import load_laq
 from smolvla_shared.model import SmolVLASharedCore
 from smolvla_shared.model_parts import PARTS, parameter_table, parameters_by_part
-from smolvla_shared.preprocess import Statistics, TextTokenizer
+from smolvla_shared.normalization import Statistics
+from smolvla_shared.preprocess import TextTokenizer
 from smolvla_shared.run import inputs
 from smolvla_shared.trunk_files import load_trunk_tokenizer, make_core_config, pack_tokenizer
 
@@ -713,9 +714,10 @@ def test_the_description_counts_parameters_and_compares_the_state(artifact):
     # The second and the last dimension differ: by 2 at a standard deviation of 2, by 0.75 at one of 0.5.
     data = Statistics((0.1, 2.2, 1 / 3, 1.15), (1.0,) * 4)
     last = "state statistics: the data's mean is up to 1.50 standard deviations from the artifact's"
-    assert initial.describe(core, data) == f"{line}\n{parameter_table(core)}\n{last}"
+    last += "\nnormalised: state by mean_std"
+    assert initial.describe(core, {"state": data}) == f"{line}\n{parameter_table(core)}\n{last}"
     trunk = open_initial(ModelConfig(preset="tiny"))  # there is nothing to compare with
-    assert "state statistics" not in trunk.describe(build(trunk, **HEAD), data)
+    assert "state statistics" not in trunk.describe(build(trunk, **HEAD), {"state": data})
 
 
 # --- the scripts ------------------------------------------------------------------------------------------------------

@@ -30,7 +30,8 @@ from smolvla_shared.lerobot_policy import (
 )
 from smolvla_shared.lerobot_processor import TokenizeTask
 from smolvla_shared.model import SmolVLASharedCore
-from smolvla_shared.preprocess import Preprocessor, Statistics, TextTokenizer
+from smolvla_shared.normalization import Statistics
+from smolvla_shared.preprocess import Preprocessor, TextTokenizer
 from smolvla_shared.trunk_files import load_trunk_tokenizer, make_core_config
 
 CAMERA, WRIST = "observation.image", "observation.images.wrist"

@@ -12,7 +12,7 @@ import pytest
 import torch
 import tyro
 from forked import run_forked
-from lerobot.configs import FeatureType, PolicyFeature
+from lerobot.configs import FeatureType, NormalizationMode, PolicyFeature
 from lerobot.configs.policies import PreTrainedConfig
 from lerobot.policies.factory import make_pre_post_processors
 from lerobot.policies.rtc.configuration_rtc import RTCConfig
@@ -26,7 +26,7 @@ from smolvla_shared import lerobot_policy as ours
 from smolvla_shared.artifact import ARTIFACT_NAME, load_artifact
 from smolvla_shared.config import ModelConfig
 from smolvla_shared.files import write_manifest
-from smolvla_shared.lerobot_files import save_policy
+from smolvla_shared.lerobot_files import load_saved, save_policy
 from smolvla_shared.lerobot_smolvla import (
     ExportConfig,
     ImportConfig,
@@ -36,7 +36,7 @@ from smolvla_shared.lerobot_smolvla import (
 )
 from smolvla_shared.lerobot_smolvla_files import load_checkpoint
 from smolvla_shared.model import SmolVLASharedCore
-from smolvla_shared.preprocess import Statistics
+from smolvla_shared.normalization import Quantiles, Statistics
 from smolvla_shared.trunk_files import load_trunk_tokenizer, make_core_config
 
 TOP, WRIST, EMPTY = "observation.image", "observation.images.wrist", "observation.images.empty_camera_0"
@@ -475,6 +475,32 @@ def test_language_layers_beyond_those_kept_are_left_out(checkpoint, tmp_path):
     assert found.weights.keys() == by_our_names(checkpoint).keys()
 
 
+def test_a_checkpoint_with_quantiles_acts_the_same(tiny_vlm, tmp_path, monkeypatch):
+    """There, here and back; its action is normalised by mean and deviation."""
+    for feature, width in (("observation.state", STATE), ("action", A)):
+        quantiles = {"q01": torch.linspace(-1, 0, width), "q99": torch.linspace(0.5, 2, width)}
+        monkeypatch.setitem(STATS, feature, STATS[feature] | quantiles)
+    mapping = {"VISUAL": "IDENTITY", "STATE": "QUANTILES", "ACTION": "MEAN_STD"}
+    modes = {kind: NormalizationMode(mode) for kind, mode in mapping.items()}
+    theirs = write_checkpoint(tmp_path / "theirs", tiny_vlm, normalization_mapping=modes)
+    import_smolvla(ImportConfig(str(theirs), tmp_path / "ours"))
+    export_smolvla(ExportConfig(str(tmp_path / "ours"), tmp_path / "back"))
+    assert relative_difference(act(tmp_path / "ours"), act(theirs)) < 1e-5
+    assert relative_difference(act(tmp_path / "back"), act(theirs)) < 1e-6
+    assert load_saved(str(tmp_path / "ours")).config.normalization_mapping == modes
+    found = load_checkpoint(str(theirs)).normalization()
+    assert (type(found["state"]), type(found["action"])) == (Quantiles, Statistics)
+    assert found["state"].q99 == tuple(torch.linspace(0.5, 2, STATE).tolist())
+    preprocessor = "policy_preprocessor_step_5_normalizer_processor.safetensors"
+    for file in (preprocessor, "policy_postprocessor_step_0_unnormalizer_processor.safetensors"):
+        kept = {key: value for key, value in load_file(theirs / file).items() if key != "observation.state.q01"}
+        save_file(kept, theirs / file)
+    with pytest.raises(
+        ValueError, match=r"cannot map the statistics of its only robot:\n  missing: observation.state.q01\n"
+    ):
+        load_checkpoint(str(theirs)).normalization()
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
@@ -484,7 +510,10 @@ def test_language_layers_beyond_those_kept_are_left_out(checkpoint, tmp_path):
         ({"adapt_to_pi_aloha": True}, "adapt_to_pi_aloha is True, here it is always False"),
         ({"resize_imgs_with_padding": [64, 48]}, r"resize_imgs_with_padding is \(64, 48\), .* padded to a square"),
         ({"self_attn_every_n_layers": 0}, "self_attn_every_n_layers is 0, here it is at least 1"),
-        ({"normalization_mapping": {"STATE": "MIN_MAX", "ACTION": "MIN_MAX"}}, "normalization_mapping is .*MIN_MAX"),
+        (
+            {"normalization_mapping": {"STATE": "MIN_MAX", "ACTION": "MIN_MAX"}},
+            "normalization_mapping is .*MIN_MAX.*MEAN_STD or QUANTILES",
+        ),
         ({"tokenizer_max_length": 48}, "tokenizer_processor: max_length is 20, here it is always 48"),
         ({"vlm_model_name": "nobody/nothing"}, "tokenizer_processor: tokenizer_name is .*tiny_vlm.* nobody/nothing"),
         ({"input_features": {TOP: {"type": "VISUAL", "shape": [3, 8, 8]}}}, "needs cameras, a state and an action"),

@@ -6,6 +6,7 @@ import stat
 from pathlib import Path
 
 import pytest
+import test_artifact
 import torch
 from draccus.utils import ParsingError
 from forked import run_forked
@@ -28,6 +29,7 @@ from smolvla_shared.lerobot_config import HLRPSmolVLASharedConfig, feature_names
 from smolvla_shared.lerobot_files import load_saved
 from smolvla_shared.lerobot_policy import HLRPSmolVLASharedPolicy
 from smolvla_shared.losses import masked_mean
+from smolvla_shared.normalization import Quantiles
 from smolvla_shared.preprocess import Preprocessor
 from smolvla_shared.robots import Robots
 
@@ -147,6 +149,19 @@ def test_a_fresh_policy_reads_the_cameras_of_its_artifact(artifact, image_datase
     assert list(again.config.input_features) == ["observation.image"]
     fresh = make_policy(fresh_config(vlm_model_name="tiny"), ds_meta=metadata(image_dataset))
     assert fresh.config.core.cameras == ("observation.image", "observation.images.wrist")
+
+
+def test_another_normalisation_than_that_of_the_artifact_is_said(labelled_dataset, monkeypatch, tmp_path, caplog):
+    state = Quantiles((0.0,) * 4, (1.0,) * 4, q01=(-1.0,) * 4, q99=(1.0,) * 4)
+    monkeypatch.setitem(test_artifact.STATISTICS, "state", state)
+    artifact, meta = str(save(tmp_path, make_core())), metadata(labelled_dataset)
+    make_policy(fresh_config(stage2_artifact=artifact), ds_meta=meta)
+    assert "has learned with its state normalised by quantiles, here it is by mean_std" in caplog.text
+    caplog.clear()
+    modes = {"VISUAL": "IDENTITY", "STATE": "QUANTILES", "ACTION": "MEAN_STD"}
+    modes = {kind: NormalizationMode(mode) for kind, mode in modes.items()}
+    make_policy(fresh_config(stage2_artifact=artifact, normalization_mapping=modes), ds_meta=meta)
+    assert "has learned" not in caplog.text
 
 
 def test_a_fresh_policy_needs_cameras_and_actions(video_dataset):

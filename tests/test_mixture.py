@@ -38,7 +38,8 @@ from smolvla_shared.losses import masked_mean
 from smolvla_shared.mixture import DatasetEntry, read_mixture
 from smolvla_shared.model import SmolVLASharedCore
 from smolvla_shared.model_parts import freeze
-from smolvla_shared.preprocess import Preprocessor, Statistics, resize_with_pad
+from smolvla_shared.normalization import Statistics
+from smolvla_shared.preprocess import Preprocessor, resize_with_pad
 from smolvla_shared.teacher_config import CheckConfig
 from smolvla_shared.trunk_files import load_trunk_tokenizer, make_core_config
 from train_stage2 import Stage2Config

@@ -27,7 +27,8 @@ from smolvla_shared.model_parts import (
     parameter_table,
     parameters_by_part,
 )
-from smolvla_shared.preprocess import Statistics, TextTokenizer, pad_width, prepare_images, stack_cameras
+from smolvla_shared.normalization import Statistics
+from smolvla_shared.preprocess import TextTokenizer, pad_width, prepare_images, stack_cameras
 from smolvla_shared.trunk_files import make_core_config, trunk_location
 
 TASKS = ["slide the plate into the cabinet", "open the door", "push the small red button, then wait."]

@@ -2,25 +2,20 @@
 
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
-from lerobot.configs import FeatureType, NormalizationMode, PolicyFeature
 from lerobot.policies.common.vla_utils import resize_with_pad as lerobot_resize_with_pad
 from lerobot.processor import (
     NewLineTaskProcessorStep,
-    NormalizerProcessorStep,
-    TransitionKey,
-    UnnormalizerProcessorStep,
 )
-from lerobot.processor.converters import create_transition
 from transformers import AutoTokenizer
 
 from smolvla_shared import preprocess
 from smolvla_shared.batch import RawBatch
 from smolvla_shared.config import CoreConfig
 from smolvla_shared.initial import difference
-from smolvla_shared.preprocess import Preprocessor, Statistics, TextTokenizer
+from smolvla_shared.normalization import Statistics
+from smolvla_shared.preprocess import Preprocessor, TextTokenizer
 
 TASKS = ["open the door", "push the red button, then wait.\n", "slide"]
 
@@ -101,33 +96,6 @@ def test_long_texts_are_cut_at_the_end(tokenizer):
 
 
 # --- numbers ----------------------------------------------------------------------------------------------------------
-
-
-def test_statistics_are_lerobots():
-    rng = np.random.default_rng(0)
-    values = torch.from_numpy(rng.normal([100, -3, 1e-3, 5], [20, 1, 1e-4, 0], (50, 4)).astype(np.float32))
-    statistics = Statistics.of(values)
-    np.testing.assert_allclose(statistics.mean, values.numpy().mean(0, dtype=np.float64), rtol=1e-12)
-    np.testing.assert_allclose(statistics.std, values.numpy().std(0, dtype=np.float64), rtol=1e-9)
-    assert statistics.std[3] == 0  # a joint that never moves must not blow up
-
-    features = {"action": PolicyFeature(FeatureType.ACTION, (4,))}
-    norm_map = {FeatureType.ACTION: NormalizationMode.MEAN_STD}
-    stats = {"action": {"mean": np.array(statistics.mean), "std": np.array(statistics.std)}}
-    transition = create_transition(action=values)
-    expected = NormalizerProcessorStep(features, norm_map, stats)(transition)[TransitionKey.ACTION]
-    normalized = statistics.normalize(values)
-    assert torch.equal(normalized, expected)
-    assert normalized.std(0, correction=0).tolist() == pytest.approx([1, 1, 1, 0], abs=2e-4)
-
-    back = statistics.unnormalize(normalized)
-    unnormalizer = UnnormalizerProcessorStep(features, norm_map, stats)
-    assert torch.equal(back, unnormalizer(create_transition(action=normalized))[TransitionKey.ACTION])
-    torch.testing.assert_close(back, values, rtol=1e-5, atol=1e-6)
-
-
-def test_statistics_survive_json_lists():
-    assert Statistics([1.0, 2.0], [3.0, 4.0]) == Statistics((1.0, 2.0), (3.0, 4.0))
 
 
 def test_pad_width_adds_zeros_on_the_right():

@@ -30,7 +30,8 @@ from smolvla_shared.lerobot_policy import HLRPSmolVLASharedPolicy
 from smolvla_shared.losses import masked_mean
 from smolvla_shared.model import SmolVLASharedCore
 from smolvla_shared.model_parts import freeze
-from smolvla_shared.preprocess import Preprocessor, Statistics
+from smolvla_shared.normalization import Statistics
+from smolvla_shared.preprocess import Preprocessor
 from smolvla_shared.robot_preprocessor import make_preprocessor
 from smolvla_shared.robots import Robots
 from smolvla_shared.trunk_files import load_trunk_tokenizer, make_core_config
@@ -253,6 +254,22 @@ def test_a_sample_is_what_it_is_in_a_run_of_its_robot(two_robots, noisy_padding)
     for name, parameter in core.named_parameters():
         if parameter.grad is not None:
             torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_each_robot_has_its_quantiles(two_robots):
+    datasets = data.open_datasets(DataConfig(mixture=two_robots))
+    found = Robots.find(datasets, [ACTION])
+    statistics = found.statistics(datasets, all_rows(datasets), mode="quantiles")
+    preprocess = make_preprocessor(make_core().config, load_trunk_tokenizer("tiny", None), statistics, found)
+    for name, key in (("state", STATE_KEY), (ACTION, ACTION_KEY)):
+        for index, dataset in enumerate(datasets):
+            q01, q99 = np.quantile(np.asarray(dataset.vector(key), np.float64), [0.01, 0.99], axis=0)
+            values = np.asarray(dataset.vector(key)[5:9])
+            padded = torch.tensor(np.pad(values, ((0, 0), (0, 4 - values.shape[1]))))
+            expected = 2 * (values - q01) / np.where(q99 > q01, q99 - q01, 2) - 1 + (q99 == q01)  # 1 to 1 is 0 to 2
+            found_values = preprocess.normalize(name, padded, [index] * 4)
+            np.testing.assert_allclose(found_values[:, : values.shape[1]], expected, atol=1e-4)
+            assert not found_values[:, values.shape[1] :].any()
 
 
 def test_held_out_errors_are_those_of_each_robot_alone(two_robots):

@@ -26,7 +26,7 @@ from smolvla_shared.environments import make_environment, make_environments
 from smolvla_shared.lerobot_files import load_config, load_saved, save_policy
 from smolvla_shared.lerobot_policy import HLRPSmolVLASharedPolicy
 from smolvla_shared.model import SmolVLASharedCore
-from smolvla_shared.preprocess import Statistics
+from smolvla_shared.normalization import Statistics
 from smolvla_shared.rollout_results import contact_sheet, finish, on_sheet, open_directory, record
 from smolvla_shared.rollouts import Episode, run_episodes
 from smolvla_shared.trunk_files import load_trunk_tokenizer, make_core_config

@@ -40,7 +40,8 @@ from smolvla_shared.laq_files import load_laq
 from smolvla_shared.losses import masked_mean
 from smolvla_shared.model import SmolVLASharedCore
 from smolvla_shared.model_parts import freeze
-from smolvla_shared.preprocess import Preprocessor, Statistics
+from smolvla_shared.normalization import Statistics
+from smolvla_shared.preprocess import Preprocessor
 from smolvla_shared.run_optimizer import FiniteGradients, learning_rate
 from smolvla_shared.trunk_files import load_trunk_tokenizer
 

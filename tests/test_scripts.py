@@ -440,6 +440,11 @@ def test_wrong_inputs_are_named_and_leave_no_run_directory(
         ("3", "--data.roots x --latent-horizon 2", "--latent-horizon 2 has no effect without --latent-loss-weight"),
         ("3", "--data.roots x --laq-ckpt x --decode-actions", "decodes the actions of video: pass --video-roots or"),
         ("3", "--data.roots x --model.preset tiny --model.name x", "both name a trunk"),
+        (
+            "3",
+            "--data.roots x --normalization artifact --normalization-mode quantiles",
+            "--normalization-mode quantiles has no effect without --normalization data",
+        ),
         ("3", "--data.roots x --stage2-artifact x --init-from y", "both give the weights: drop one"),
     ],
 )

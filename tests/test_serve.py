@@ -16,7 +16,7 @@ from test_lerobot_policy import make_core
 
 from smolvla_shared.lerobot_files import load_config, save_policy
 from smolvla_shared.lerobot_policy import HLRPSmolVLASharedPolicy
-from smolvla_shared.preprocess import Statistics
+from smolvla_shared.normalization import Statistics
 from smolvla_shared.serve import check_robot
 from smolvla_shared.trunk_files import load_trunk_tokenizer
 

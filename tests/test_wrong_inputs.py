@@ -30,7 +30,7 @@ from smolvla_shared.label_health import Verdict, read_verdict, write_report
 from smolvla_shared.laq_files import load_laq, teachers_source
 from smolvla_shared.lerobot_files import load_saved, save_policy
 from smolvla_shared.lerobot_policy import HLRPSmolVLASharedPolicy
-from smolvla_shared.preprocess import Statistics
+from smolvla_shared.normalization import Statistics
 from smolvla_shared.trunk_files import load_trunk_tokenizer, pack_tokenizer
 
 MUTATIONS = int(os.environ.get("MUTATIONS", 500))
