@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 class RolloutConfig:
     """Success rates with their 95% Wilson intervals, a contact sheet, and (by option) videos."""
 
-    # The policy: a pretrained_model directory of train_stage3.py.
-    policy_path: paths.Policy
+    # The policy: a pretrained_model directory of train_stage3.py, or a hub id. The hub's needs --out.
+    policy_path: paths.PolicyName
     # The robot to act with, by its name in the training data. Needed if the policy was trained on several.
     robot: str | None = None
-    # New directory for results.json, contact_sheet.png and videos. Default: beside the policy.
+    # New directory for results.json, contact_sheet.png and videos. Default: beside the policy's directory.
     out: paths.Directory | None = None
     # The environment.
     env: EnvironmentConfig = field(default_factory=EnvironmentConfig)
@@ -63,8 +63,8 @@ def check_options(config: RolloutConfig) -> Path:
     """The directory to write. Raises ValueError for what can be told before anything is loaded."""
     more = f"_and_{len(config.env.task) - 1}_more" if len(config.env.task) > 1 else ""
     name = f"rollout_{config.env.task[0] if config.env.task else config.env.type}{more}_seed{config.seed}"
-    of_robot = f"_{config.robot}" if config.robot else ""
-    out = config.out or config.policy_path.parent / f"{name}{of_robot}"
+    name += f"_{config.robot}" if config.robot else ""
+    out = config.out or Path(config.policy_path).parent / name
     if out.exists() and not config.resume:
         raise ValueError(f"--out {out} exists: pass --resume to go on with it, or another directory")
     if config.resume and not out.exists():
@@ -104,7 +104,7 @@ def roll_out(
     policy = HLRPSmolVLASharedPolicy.from_pretrained(config.policy_path, config=policy_config)
     preprocess, postprocess = make_pre_post_processors(
         policy.config,
-        pretrained_path=str(config.policy_path),
+        pretrained_path=config.policy_path,
         preprocessor_overrides={
             "device_processor": {"device": policy.config.device},
             "rename_observations_processor": {"rename_map": config.rename},
@@ -124,7 +124,7 @@ def roll_out(
         )
         rollout_results.record(out, episodes, run, fps, config.videos)
         vector.close()
-    provenance = {"policy_path": str(config.policy_path), **settings, "versions": versions()}
+    provenance = {"policy_path": config.policy_path, **settings, "versions": versions()}
     return rollout_results.finish(out, episodes, provenance)
 
 
@@ -138,13 +138,13 @@ def main(config: RolloutConfig) -> None:
     from smolvla_shared.lerobot_files import load_config, of_robot
     from smolvla_shared.run_processes import find_device, use_tf32
 
-    config = replace(config, policy_path=of_robot(config.policy_path, config.robot))
+    config = replace(config, policy_path=str(of_robot(config.policy_path, config.robot)))
     environments.render_headless()
     tasks = config.env.task or environments.TASKS.get(config.env.type, ())[:1]
     environments.check_environment(config.env.type, tasks, config.max_steps, config.env.camera, config.env.start_steps)
     seeds = range(config.seed, config.seed + config.episodes)
     environments.check_seeds(seeds)
-    saved = load_config(config.policy_path)
+    saved = load_config(Path(config.policy_path))
     saved.device = find_device(config.device)
     use_tf32(torch.device(saved.device))
     if said := environments.compare_rates(config.env.type, saved.fps):
@@ -155,7 +155,7 @@ def main(config: RolloutConfig) -> None:
     more = {"camera": camera, "start_steps": config.env.start_steps}  # where they are the default, as if not there
     shown = {"type": config.env.type, "tasks": list(tasks), "image_size": image_size}
     settings = {
-        "policy_sha256": policy_sha256(config.policy_path),
+        "policy_sha256": policy_sha256(Path(config.policy_path)),
         "environment": shown | {name: value for name, value in more.items() if value},
         "seed": config.seed,
         "max_steps": config.max_steps,

@@ -2,6 +2,7 @@
 
 python benchmarks/open.py                           # 300, 3,000 and 30,000 episodes of 250 frames, two minutes
 python benchmarks/open.py --episodes 3000 300000    # 75 million frames
+python benchmarks/open.py --row-group 30000         # metadata as LeRobot's converter and lerobot-edit-dataset write it
 
 The datasets have the tables that LeRobot records, of an episode that it did record, repeated. Their videos are empty
 files but for the first. Every figure is of a process of its own, from after its imports.
@@ -45,6 +46,8 @@ class Options:
 
     # Numbers of episodes, at least two.
     episodes: tuple[int, ...] = (300, 3000, 30000)
+    # Episodes in a row group of meta/episodes: 10 in what LeRobot records, up to all in what it converts and merges.
+    row_group: int = 10
     # LeRobotDataset, which takes longer, is opened up to this number.
     lerobot_up_to: int = 3000
     # Write all figures here as JSON.
@@ -77,20 +80,22 @@ def replaced(table: pa.Table, columns: dict[str, np.ndarray]) -> pa.Table:
     return table
 
 
-def multiply(one: Path, root: Path, episodes: int) -> None:
-    """A dataset of an episode, so many times, in row groups as LeRobot writes them: ten episodes, and one's frames."""
+def multiply(one: Path, root: Path, episodes: int, row_group: int) -> None:
+    """A dataset of an episode, so many times, in row groups of so many episodes, and, as LeRobot has it, the frames of
+    one.
+    """
     shutil.copytree(one, root)
     info = json.loads((root / "meta" / "info.json").read_text())
     (root / "meta" / "info.json").write_text(
         json.dumps(info | {"total_episodes": episodes, "total_frames": episodes * FRAMES})
     )
     meta, frames = pq.read_table(one / META.format(0)), pq.read_table(one / DATA.format(0))
-    ten = meta.take(pa.array([0] * 10))
+    group = meta.take(pa.array([0] * row_group))
     for file, first in enumerate(range(0, episodes, EPISODES_OF_A_META_FILE)):
         last = min(first + EPISODES_OF_A_META_FILE, episodes)
         with pq.ParquetWriter(root / META.format(file), meta.schema) as writer:
-            for start in range(first, last, 10):
-                numbers = np.arange(start, min(start + 10, last))
+            for start in range(first, last, row_group):
+                numbers = np.arange(start, min(start + row_group, last))
                 columns = {"episode_index": numbers, "data/file_index": numbers // EPISODES_OF_A_FILE}
                 columns |= {"dataset_from_index": numbers * FRAMES, "dataset_to_index": (numbers + 1) * FRAMES}
                 for camera in CAMERAS:
@@ -98,7 +103,7 @@ def multiply(one: Path, root: Path, episodes: int) -> None:
                     start_s = numbers % EPISODES_OF_A_FILE * FRAMES / FPS
                     columns |= {f"videos/{camera}/from_timestamp": start_s}
                     columns |= {f"videos/{camera}/to_timestamp": start_s + FRAMES / FPS}
-                writer.write_table(replaced(ten.slice(0, len(numbers)), columns))
+                writer.write_table(replaced(group.slice(0, len(numbers)), columns))
     for file, start in enumerate(range(0, episodes, EPISODES_OF_A_FILE)):
         with pq.ParquetWriter(root / DATA.format(file), frames.schema) as writer:
             for number in range(start, min(start + EPISODES_OF_A_FILE, episodes)):
@@ -152,7 +157,7 @@ def measure(options: Options, directory: Path) -> Iterator[dict[str, float | str
     record(directory / "one")
     for episodes in options.episodes:
         root = directory / str(episodes)
-        multiply(directory / "one", root, episodes)
+        multiply(directory / "one", root, episodes, options.row_group)
         for what, opens in (("ours", open_ours), ("LeRobotDataset", open_lerobot)):
             if opens is open_ours or episodes <= options.lerobot_up_to:
                 for opened in ("first", "again"):

@@ -18,7 +18,11 @@ from smolvla_shared.config import LATENT, PolicyDataConfig
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from smolvla_shared.config import CoreConfig
+    from smolvla_shared.data import RobotDataset
+    from smolvla_shared.initial import InitialWeights
     from smolvla_shared.laq import LAQ
+    from smolvla_shared.preprocess import Preprocessor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +35,8 @@ class ImagineConfig:
     laq_ckpt: Path
     # Recordings, and how they are read.
     data: PolicyDataConfig
+    # The robot that they are of, by its name in Stage 2's data. Needed if Stage 2 has read the states of several.
+    robot: str | None = None
     # The picture.
     out: Path
     # Rows of the picture.
@@ -48,6 +54,33 @@ def roll_forward(laq: "LAQ", frames: "Tensor", latents: "Tensor") -> "Tensor":
     return frames
 
 
+def make_preprocessor(
+    core: "CoreConfig", initial: "InitialWeights", datasets: "list[RobotDataset]", robot: str | None
+) -> "Preprocessor":
+    """The artifact's preprocessor, with its statistics of this robot's state.
+
+    Raises ValueError if the artifact is of several robots, and the datasets are of none of them.
+    """
+    from smolvla_shared.data import STATE_KEY
+    from smolvla_shared.preprocess import Preprocessor
+    from smolvla_shared.robot_preprocessor import RobotsPreprocessor
+    from smolvla_shared.robots import Robots
+
+    of = {name.removeprefix("state of "): one for name, one in initial.statistics.items() if " of " in name}
+    if robot not in (of or (None,)):
+        names = f"those of {', '.join(of)}" if of else "of a robot without a name, leave --robot out"
+        raise ValueError(f"--robot {robot or 'is not given'}: the states that {initial.name} has learned are {names}")
+    if not of:
+        return Preprocessor(core, initial.tokenizer, initial.statistics)
+    width = len(of[robot].mean)
+    for dataset in datasets:
+        if dataset.vector_dim(STATE_KEY) not in (0, width):
+            found = dataset.vector_dim(STATE_KEY)
+            raise ValueError(f"--robot {robot}: its state has {width} dimensions, that of {dataset.name} has {found}")
+    robots = Robots((robot,) * len(datasets), {"state": {robot: width}})
+    return RobotsPreprocessor(core, initial.tokenizer, initial.statistics | {"state": of[robot]}, robots)
+
+
 def main(config: ImagineConfig) -> None:
     if config.out.exists():
         raise ValueError(f"--out {config.out} exists: name another file")
@@ -63,17 +96,16 @@ def main(config: ImagineConfig) -> None:
     from smolvla_shared.labels import OnlineLabels
     from smolvla_shared.laq_files import load_laq
     from smolvla_shared.model import SmolVLASharedCore
-    from smolvla_shared.preprocess import Preprocessor, nearest_codes, normalize_codebook, unit_range
+    from smolvla_shared.preprocess import nearest_codes, normalize_codebook, unit_range
 
     initial, laq = open_initial(ModelConfig(), config.stage2_artifact), load_laq(config.laq_ckpt)
     options = initial.data_options(config.data, with_latents=True)
     datasets = data.open_datasets(options)
     cameras, label_cameras = data_views.choose_cameras(datasets, options)
-    if initial.no_statistics:
-        raise ValueError(f"no state can be normalised: {initial.no_statistics}")
     labels = OnlineLabels(laq, initial.latents.teacher_kind, label_cameras, initial.latent_horizon)
     initial.latent_dims(labels, options, label_cameras)  # refuses another teacher, gap or camera
     core = SmolVLASharedCore(replace(initial.core, cameras=cameras)).eval()
+    preprocess = make_preprocessor(core.config, initial, datasets, config.robot)
     core.load_state_dict(initial.weights)
 
     # A frame of each of some episodes, with all its pairs.
@@ -88,7 +120,7 @@ def main(config: ImagineConfig) -> None:
     keys = [keys[place] for place in rng.permutation(len(keys))[: config.rows]]
     spec = SampleSpec.of(core.config, [LATENT], labels, features={})
     raw = SampleDataset(datasets, spec, config.seed)[keys]
-    batch = Preprocessor(core.config, initial.tokenizer, initial.statistics)(raw, labels(raw))
+    batch = preprocess(raw, labels(raw))
     predicted, statistics = core.sample(batch, LATENT, batch.targets[LATENT].noise[:, 0]), initial.statistics[LATENT]
     if labels.kind == "quantized":
         codes = nearest_codes(predicted, normalize_codebook(labels.codebook, len(predicted[0]), statistics))

@@ -6,7 +6,7 @@ the field, what was expected, what was found, and the fix.
 """
 
 import hashlib
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -38,15 +38,15 @@ class Latents:
     # Verdict of `teacher check` on the labels (label_health.py), and its reasons where it is "fail" and was accepted.
     health: Literal["pass", "fail", "not measured"] = "not measured"
     health_reasons: tuple[str, ...] = ()
-    # The other gaps of a mixture whose datasets have their own.
+    # Of a mixture whose datasets have their own: the other gaps; and the label cameras by dataset, as it names them.
     own_gaps_s: tuple[ranges.Positive, ...] = ()
+    own_label_cameras: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     def __str__(self) -> str:
         return (
             f"{self.teacher_kind} latents of teacher {self.teacher_id[:12]} on {', '.join(self.label_cameras)}, "
             f"{' or '.join(f'{gap:.3g}' for gap in (self.frame_gap_s, *self.own_gaps_s))} s apart, "
-            f"{self.horizon} in a row; "
-            f"{self.valid_pair_share:.1%} of the frames have a pair; label health: "
+            f"{self.horizon} in a row; {self.valid_pair_share:.1%} of the frames have a pair; label health: "
             + (f"{self.health} (teacher check, --label-health)" if self.health == "not measured" else self.health)
         )
 

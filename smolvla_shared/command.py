@@ -27,6 +27,11 @@ EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 MOST_LINES, MOST_CHARACTERS = 4, 1000
 # What a word processor or a web page makes of -- begins an option, too.
 DASHES = "-\u2010\u2011\u2012\u2013\u2014\u2212"
+# Said of an option that LeRobot has for what cannot be had here.
+NO_STREAMING = (
+    "no dataset is streamed, its order could be neither repeated nor resumed (docs/data.md, Hub datasets): leave the "
+    "option out, datasets are downloaded, and HF_LEROBOT_HOME names a larger disk"
+)
 NEAR = 0.6  # likeness of names from which on one is offered for the other; difflib's own
 # The machine's refusals: the disk or the quota is full, or the directory is not the user's.
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -135,6 +140,9 @@ def unknown_options(options: Any, more: dict[str, Any], words: list[str]) -> str
     lines = []
     for typed, name in option_names(words):
         if typed in ("-h", "--help") or (name in known and typed.startswith("--")):
+            continue
+        if name.endswith("streaming"):  # LeRobot's
+            lines.append(f"unknown option {typed}: {NO_STREAMING}")
             continue
 
         def likeness(other: str, name: str = name) -> float:

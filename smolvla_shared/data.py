@@ -76,18 +76,22 @@ class RobotDataset:
         return self.entry.label_cameras or tuple(self.views[camera] for camera in cameras)
 
     def _download(self) -> None:
-        """As LeRobotDataset does, which would then read all of it. Raises ValueError if the hub does not give it."""
+        """As LeRobotDataset does, which would then read all of it: into LeRobot's cache of the hub, where either finds
+        what the other has downloaded. Raises ValueError if the hub does not give it.
+        """
         import httpx
         from huggingface_hub import snapshot_download
-        from lerobot.datasets.dataset_metadata import CODEBASE_VERSION
         from lerobot.datasets.utils import CompatibilityError, get_safe_version
+        from lerobot.utils.constants import HF_LEROBOT_HUB_CACHE
 
         from smolvla_shared.files import hub_or_cache
 
         try:
             with hub_or_cache() as problem:
-                revision = get_safe_version(self.name, CODEBASE_VERSION)
-                snapshot_download(self.name, repo_type="dataset", revision=revision, local_dir=self.root)
+                revision = get_safe_version(self.name, data_info.FORMAT)
+                self.root = Path(
+                    snapshot_download(self.name, repo_type="dataset", revision=revision, cache_dir=HF_LEROBOT_HUB_CACHE)
+                )
         except (OSError, ValueError, httpx.HTTPError, RuntimeError, CompatibilityError) as error:
             raise ValueError(
                 f"no LeRobotDataset {self.name}: it is not, or not whole, in {self.root}, and the hub says: "
@@ -259,12 +263,31 @@ def vector_names(feature: dict[str, Any]) -> tuple[str, ...] | None:
 
 
 def place(entry: DatasetEntry) -> Path:
-    """The directory that a dataset is in, or is downloaded to, as LeRobot has it."""
+    """The directory that a dataset is in, as LeRobot has it: for a hub id HF_LEROBOT_HOME/<id>, or the hub's version of
+    it in HF_LEROBOT_HOME/hub. What LeRobot no longer reads, an older version's download into the former, is the last
+    choice. Where there is neither, the former is returned.
+
+    Raises ValueError for HF_LEROBOT_HUB_CACHE in the environment: it is a name in LeRobot's code, which reads none.
+    """
     if entry.root:
         return Path(entry.root).expanduser()
-    from lerobot.utils.constants import HF_LEROBOT_HOME
+    if "HF_LEROBOT_HUB_CACHE" in os.environ:
+        raise ValueError(
+            f"HF_LEROBOT_HUB_CACHE is set to {os.environ['HF_LEROBOT_HUB_CACHE']}, which neither LeRobot nor this "
+            "command reads: unset it, and set HF_LEROBOT_HOME, whose directory hub is the cache"
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+    from lerobot.utils.constants import HF_LEROBOT_HOME, HF_LEROBOT_HUB_CACHE
 
-    return HF_LEROBOT_HOME / entry.repo_id
+    own = HF_LEROBOT_HOME / entry.repo_id
+    if (own / "meta" / "info.json").is_file() and not (own / ".cache" / "huggingface" / "download").exists():
+        return own
+    cache = {"revision": data_info.FORMAT, "cache_dir": HF_LEROBOT_HUB_CACHE, "local_files_only": True}
+    try:
+        return Path(snapshot_download(entry.repo_id, repo_type="dataset", **cache))
+    except (LocalEntryNotFoundError, HFValidationError):  # not there, not all of it, or no name of the hub
+        return own
 
 
 def open_datasets(config: DataConfig) -> list[RobotDataset]:

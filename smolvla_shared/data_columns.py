@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -39,10 +40,8 @@ class Columns:
     """
 
     def __init__(self, files: list[Path], kinds: dict[str, type], rows: int):
-        stats = [(str(file.resolve()), file.stat()) for file in files]
-        key = [[path, stat.st_size, stat.st_mtime_ns] for path, stat in stats]
-        key += [[name, kind.__name__] for name, kind in kinds.items()]
-        self.names, self.directory = [*kinds], HF_DATASETS_CACHE / "smolvla_shared" / json_sha256([key, rows])
+        key = [*map(version, files), *([name, kind.__name__] for name, kind in kinds.items())]
+        self.names, self.directory = [*kinds], kept(key, rows)
         if not self.directory.exists():
             self.directory.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(self.directory.with_suffix(".lock")):
@@ -84,6 +83,31 @@ class Columns:
 
     def __getstate__(self) -> dict:
         return {"names": self.names, "directory": self.directory}
+
+
+def version(file: Path) -> list[str | int]:
+    """What tells a file from others and from what it was before."""
+    stat = file.stat()
+    return [str(file.resolve()), stat.st_size, stat.st_mtime_ns]
+
+
+def kept(*key: Any) -> Path:
+    """Where what was read of files is kept."""
+    return HF_DATASETS_CACHE / "smolvla_shared" / json_sha256([*key])
+
+
+def read_schema(file: Path) -> pa.Schema:
+    """The columns of a parquet file, which are kept, too: to read them takes the file's whole directory. That of 30,000
+    episodes in meta/episodes takes 360 MB.
+    """
+    path = kept("schema", version(file))
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(path.with_suffix(".lock")):
+            part = path.with_suffix(".part")
+            part.write_bytes(pq.read_schema(file).serialize())
+            part.replace(path)
+    return pa.ipc.read_schema(pa.py_buffer(path.read_bytes()))
 
 
 def array_path(directory: Path, number: int) -> Path:

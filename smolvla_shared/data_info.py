@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from smolvla_shared.data_columns import read_schema
 from smolvla_shared.refusals import read_json, shown
 
 FORMAT = "v3.0"
@@ -171,7 +171,7 @@ def refuse_misplaced(root: Path, features: dict[str, dict[str, Any]]) -> None:
 def first_schema(folder: Path) -> pa.Schema | None:
     """The columns of a table, by its first file; None: it cannot be read."""
     try:
-        return pq.read_schema(min(folder.glob("*/*.parquet"), default=folder))
+        return read_schema(min(folder.glob("*/*.parquet"), default=folder))
     except (pa.ArrowException, OSError):
         return None
 

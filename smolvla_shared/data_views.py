@@ -188,6 +188,11 @@ def gaps(datasets: list[RobotDataset]) -> dict[str, Any]:
     return {"frame_gap_s": first, "own_gaps_s": tuple(gap for gap in used if gap != first)}
 
 
+def own_label_cameras(datasets: list[RobotDataset]) -> dict[str, Any]:
+    """The label cameras of the datasets that have their own, by the dataset's name."""
+    return {"own_label_cameras": {d.name: d.entry.label_cameras for d in datasets if d.entry.label_cameras}}
+
+
 def pairs_source(datasets: list[RobotDataset], label_cameras: tuple[str, ...]) -> dict[str, Any]:
     """What a teacher's file records of the pairs that it was trained on."""
     own = sorted({d.frame_gap_s for d in datasets if d.entry.frame_gap_s})

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from smolvla_shared.hashes import file_sha256, json_sha256
-from smolvla_shared.paths import check_hub_id
+from smolvla_shared.paths import check_hub_id, found_in, hub_place
 from smolvla_shared.refusals import decode, read_json, refuse_schema
 
 MANIFEST_NAME = "manifest.json"  # of a policy: the sha256 of its other files, but for its card
@@ -217,7 +217,8 @@ def hub_or_cache() -> Iterator[str]:
 def find_directory(
     what: str, name: str | Path, needed: tuple[str, ...], optional: tuple[str, ...] = (), **hub: Any
 ) -> Path:
-    """The local directory `name` or, if there is none, a copy of the hub's repository `name`.
+    """The local directory `name` or, if there is none, a copy of the hub's repository `name`, or of its directory
+    robots/<robot>.
 
     what:     the contents, such as "policy", for messages
     needed:   files that must be in the directory
@@ -229,19 +230,20 @@ def find_directory(
     directory = Path(name)
     if not directory.is_dir():
         check_hub_id(what, str(name))
+        repository, folder = hub_place(str(name))
         # A repository may also hold checkpoints with their optimizers, and videos.
-        wanted = [*needed, *optional, PROCESSORS, SOURCE_NAME, MANIFEST_NAME]
+        files = [*needed, *optional, PROCESSORS, SOURCE_NAME, MANIFEST_NAME]
+        wanted = [f"{folder}/{file}" if folder else file for file in files]
         try:
             with hub_or_cache() as problem:
-                directory = Path(snapshot_download(str(name), allow_patterns=wanted, **hub))
+                directory = Path(snapshot_download(repository, allow_patterns=wanted, **hub)) / folder
         except (OSError, ValueError, httpx.HTTPError) as error:
             raise ValueError(
                 f"no {what} {name}: there is no such directory, and the hub says: {problem or error}"
             ) from error
     for file in needed:
         if not (directory / file).is_file():
-            found = sorted(path.name for path in directory.iterdir())
-            raise ValueError(f"no {what} in {directory}: {file} is missing, found {found}")
+            raise ValueError(f"no {what} in {directory}: {file} is missing, found {found_in(directory)}")
     return directory
 
 

@@ -23,8 +23,8 @@ from smolvla_shared.lerobot_card import (
     teacher_lines,
     training_lines,
 )
-from smolvla_shared.lerobot_files import load_saved
-from smolvla_shared.paths import check_upload
+from smolvla_shared.lerobot_files import find_policy, load_config, load_saved
+from smolvla_shared.paths import ROBOTS, check_upload
 from smolvla_shared.refusals import read_json
 
 CARD = """---
@@ -50,7 +50,7 @@ MIT.
 
 @dataclass(frozen=True)
 class Upload:
-    """What goes to the hub: files by their name there, and the text of the card."""
+    """What goes to the hub: files by their path there, and the text of the card."""
 
     files: dict[str, Path]
     card: str
@@ -70,14 +70,17 @@ def open_upload(path: Path) -> Upload:
 
 
 def open_policy(directory: Path) -> Upload:
-    config = load_saved(str(directory)).config
-    source = read_source(directory)
+    config = load_config(find_policy(directory), several=True)
+    of_robots = [directory / ROBOTS / robot for robot in config.robots]
+    for policy in of_robots or [directory]:
+        load_saved(str(policy))
     names = ["config.json", WEIGHTS_NAME, SOURCE_NAME, MANIFEST_NAME, "train_config.json"]
-    files = [directory / name for name in names] + [*directory.glob(PROCESSORS)]
+    files = [folder / name for folder in (directory, *of_robots) for name in names]
+    files += [path for folder in (directory, *of_robots) for path in folder.glob(PROCESSORS)]
     card = directory / CARD_NAME
     return Upload(
-        {path.name: path for path in files if path.is_file()},
-        card.read_text() if card.is_file() else policy_card(config, source),
+        {path.relative_to(directory).as_posix(): path for path in files if path.is_file()},
+        card.read_text() if card.is_file() else policy_card(config, read_source(directory)),
     )
 
 
@@ -150,10 +153,11 @@ def push(path: Path, repo_id: str, private: bool, dry_run: bool) -> None:
         folder = Path(temporary)
         (folder / CARD_NAME).write_text(upload.card.replace(REPO_ID, repo_id))
         for name, file in upload.files.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).symlink_to(file.resolve())
         print(f"{repo_id}{' (dry run, nothing is uploaded)' if dry_run else ''}:")
-        for file in sorted(folder.iterdir()):
-            print(f"{file.stat().st_size:>14,} bytes  {file.name}")
+        for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+            print(f"{file.stat().st_size:>14,} bytes  {file.relative_to(folder)}")
         if dry_run:
             print(upload.card.replace(REPO_ID, repo_id))
             return

@@ -197,7 +197,9 @@ def teacher_lines(latents: dict[str, Any]) -> list[str]:
         f"{'`, `'.join(latents['label_cameras'])}` over {gaps} s, {latents['horizon']} in a row",
         f"- Verdict of `teacher check` on these latent actions: {latents['health']}",
     ]
-    return lines + [f"  - {reason}" for reason in latents["health_reasons"]]
+    lines += [f"  - {reason}" for reason in latents["health_reasons"]]
+    own = {name: "`, `".join(cameras) for name, cameras in latents["own_label_cameras"].items()}
+    return lines + [f"- Latent actions of `{name}` are of its `{cameras}`" for name, cameras in own.items()]
 
 
 # --- the evaluation table ---------------------------------------------------------------------------------------------

@@ -147,7 +147,7 @@ class HLRPSmolVLASharedConfig(PreTrainedConfig):
         if self.robots:
             raise ValueError(
                 f"which robot? This policy was trained on {', '.join(self.robots)}: pass --robot <name> to rollout.py, "
-                f"and elsewhere the directory of one of them, robots/{self.robots[0]} in the policy's own"
+                f"and elsewhere one of them, robots/{self.robots[0]} in the policy's directory or repository"
             )
 
     @property

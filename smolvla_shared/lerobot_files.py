@@ -41,13 +41,14 @@ from smolvla_shared.lerobot_config import (
 from smolvla_shared.lerobot_processor import check_processors, make_hlrp_smolvla_shared_pre_post_processors
 from smolvla_shared.model import SmolVLASharedCore
 from smolvla_shared.normalization import KINDS, Statistics, of_mode
+from smolvla_shared.paths import ROBOTS
 from smolvla_shared.refusals import read_json
 from smolvla_shared.relative_actions import Relative
 from smolvla_shared.robots import Robot, Robots
 
 POLICY_TYPE = "hlrp_smolvla_shared"
 ADAPTER_NAME, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # PEFT's
-ROBOTS = "robots"  # directory of the policies of a model of several robots
+WEIGHTS = WEIGHTS_NAME, ADAPTER_NAME, ADAPTER_WEIGHTS  # a policy has the first one, an adapter the others
 CORE_PREFIX = "model."  # of the core's weights in WEIGHTS_NAME: the policy holds the core as `self.model`
 
 
@@ -150,18 +151,20 @@ def save_policies(
         save_policy(place, *of_robot, n_action_steps, source, **about)
 
 
-def of_robot(directory: Path, robot: str | None) -> Path:
+def of_robot(name: str | Path, robot: str | None) -> Path:
     """The directory of the policy that acts with this robot; None: the robot is not named.
+
+    name: a policy's directory or hub id. Of a policy of several robots, the hub is asked for this robot's files alone
 
     Raises ValueError if the policy is of other robots, or if it is of several and none is named.
     """
-    config = load_config(directory, several=True)
+    config = load_config(find_directory("policy", name, (CONFIG_NAME,)), several=True)
     if robot is None:
         config.refuse_several()
     elif robot not in (names := config.robots or (config.robot,)):
-        found = ", ".join(name or "a robot without a name" for name in names)
-        raise ValueError(f"there is no robot {robot} in {directory}, it acts with {found}")
-    return directory / ROBOTS / robot if config.robots else directory
+        found = ", ".join(of or "a robot without a name" for of in names)
+        raise ValueError(f"there is no robot {robot} in {name}, it acts with {found}")
+    return fetch(f"{name}/{ROBOTS}/{robot}" if config.robots else name)
 
 
 def lerobot_stats(statistics: dict[str, Statistics]) -> dict[str, dict[str, Tensor]]:
@@ -173,17 +176,23 @@ def lerobot_stats(statistics: dict[str, Statistics]) -> dict[str, dict[str, Tens
     }
 
 
-def find_policy(name: str | Path, **hub: Any) -> Path:
+def fetch(name: str | Path, **hub: Any) -> Path:
     """The directory of a policy, or of a PEFT adapter of one; from the hub, if there is none of this name.
 
-    hub: LeRobot's options of a download (revision, token, cache_dir, ...). Raises ValueError for anything else, where
-    the files are not those that were written, and for processors that are not this policy's.
+    hub: LeRobot's options of a download (revision, token, cache_dir, ...). Raises ValueError for anything else.
     """
-    weights = WEIGHTS_NAME, ADAPTER_NAME, ADAPTER_WEIGHTS
-    directory = find_directory("policy", name, (CONFIG_NAME,), optional=weights, **hub)
+    directory = find_directory("policy", name, (CONFIG_NAME,), optional=WEIGHTS, **hub)
     if not (directory / ADAPTER_NAME).is_file():
         find_directory("policy", directory, (WEIGHTS_NAME,))
-    read = [directory / name for name in (CONFIG_NAME, *weights)] + [*directory.glob(PROCESSORS)]
+    return directory
+
+
+def find_policy(name: str | Path, **hub: Any) -> Path:
+    """`fetch`, verified. Raises ValueError, too, where the files are not those that were written, and for processors
+    that are not this policy's.
+    """
+    directory = fetch(name, **hub)
+    read = [directory / name for name in (CONFIG_NAME, *WEIGHTS)] + [*directory.glob(PROCESSORS)]
     if unknown := sorted({path.name for path in read if path.is_file()} - check_manifest(directory)):
         logging.warning(
             f"{directory} has no hash of {', '.join(unknown)} (LeRobot's commands write none): checked are names, "

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 ARTIFACT_NAME = "smolvla_shared_stage2_artifact"
 TEACHER_FILE = "laq.safetensors"
+ROBOTS = "robots"  # in a policy of several robots, the directory with that of each
 MOST_NAMES = 20
 HUB_ID = re.compile(r"[a-z0-9_][\w.-]*(/[a-z0-9_][\w.-]*)?", re.ASCII | re.IGNORECASE)
 # What a run writes before its config.json. If it is killed there, the directory is as good as new.
@@ -61,11 +62,18 @@ def is_directory(name: str) -> bool:
     return name.startswith((".", "/", "~")) or name.endswith("/") or name.count("/") > 1
 
 
+def hub_place(name: str) -> tuple[str, str]:
+    """The hub's repository and the directory in it that a name is of: ("me/policy", "robots/so100") or ("gpt2", "")"""
+    match = re.fullmatch(rf"([^/]+/[^/]+)/({ROBOTS}/[^/]+)", name)
+    return match.groups() if match else (name, "")
+
+
 def check_hub_id(what: str, name: str) -> None:
     """Raise ValueError for a name that can only be that of a directory, which nobody has found."""
     if os.path.lexists(name):
         raise ValueError(f"no {what} {name}: it is no directory, but a file, or a link to nothing; pass a directory")
-    if is_directory(name) or not HUB_ID.fullmatch(name):
+    repository, _ = hub_place(name)
+    if is_directory(repository) or not HUB_ID.fullmatch(repository):
         raise ValueError(f"no {what} {name}: there is no such directory, and a hub id looks like owner/name")
 
 
@@ -139,6 +147,18 @@ def check_policy(path: Path) -> None:
         raise ValueError(f"{path} holds no policy: config.json is missing (found: {found_in(path)})")
 
 
+def check_policy_name(name: str, option: str, out: Path | None) -> None:
+    """A directory, or a policy of the hub. out: where the command writes; None: beside the policy, if it has a place"""
+    if Path(name).is_dir() or not re.fullmatch(r"[^/]+/[^/]+", hub_place(name)[0]):
+        check_policy(Path(name))
+    else:
+        check_hub_id("policy", name)
+        if out is None:
+            raise ValueError(
+                f"{option} {name} is no directory here; if it is a hub id, name a directory for the results: --out"
+            )
+
+
 def check_name(path: Path, option: str) -> None:
     """Raise ValueError for a path that a shell or a program has made of something else."""
     if odd := sorted({letter for letter in str(path) if ord(letter) < 32 or "\ud800" <= letter <= "\udfff"}):
@@ -180,6 +200,7 @@ Labels = Annotated[Path, Place(lambda path, option, options: check_labels(path))
 File = Annotated[Path, Place(lambda path, option, options: check_file(path, option))]
 Upload = Annotated[Path, Place(lambda path, option, options: check_upload(path))]
 Policy = Annotated[Path, Place(lambda path, option, options: check_policy(path))]
+PolicyName = Annotated[str, Place(lambda name, option, options: check_policy_name(name, option, options.out))]
 NewDirectory = Annotated[Path, Place(lambda path, option, options: check_new(path, option))]
 Directory = Annotated[Path, Place(lambda path, option, options: check_place(path, option))]
 RunDirectory = Annotated[Path, Place(lambda path, option, options: check_run_dir(path, options.resume))]

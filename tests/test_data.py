@@ -1,6 +1,7 @@
 """data.py: samples equal what LeRobotDataset itself reads, and their order is a function of the step alone."""
 
 import math
+import os
 import pickle
 import shutil
 import time
@@ -20,6 +21,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from huggingface_hub import snapshot_download
 from lerobot.configs.video import RGBEncoderConfig
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
@@ -31,6 +33,7 @@ from smolvla_shared.data_columns import Columns
 from smolvla_shared.data_loader import SampleDataset, SampleSpec
 from smolvla_shared.data_order import SampleKey, StepSampler
 from smolvla_shared.data_rows import RowGroup, Rows, group_rows, shuffled
+from smolvla_shared.mixture import DatasetEntry
 from smolvla_shared.preprocess import resize_with_pad
 from smolvla_shared.robots import Robots
 from smolvla_shared.trunk_files import make_core_config
@@ -578,26 +581,83 @@ def test_what_a_loader_worker_gets_is_small(video, images):
         assert_equal(SampleDataset([copy], spec, 0)[keys], SampleDataset([dataset], spec, 0)[keys])
 
 
-def test_a_dataset_of_the_hub_is_downloaded_once(video_dataset, tmp_path, monkeypatch):
-    """What is missing of it, in the version that LeRobot chooses."""
-    calls = []
+@pytest.fixture
+def lerobot_home(tmp_path, monkeypatch):
+    """LeRobot's home, an empty one, and what this process has downloaded into its cache of the hub: revisions."""
+    home, downloads = tmp_path / "home", []
+    for place in ("lerobot.utils.constants", "lerobot.datasets.dataset_metadata", "lerobot.datasets.lerobot_dataset"):
+        monkeypatch.setattr(f"{place}.HF_LEROBOT_HUB_CACHE", home / "hub")
+    for place in ("lerobot.utils.constants", "lerobot.datasets.dataset_metadata"):
+        monkeypatch.setattr(f"{place}.HF_LEROBOT_HOME", home)
+    for place in ("utils", "dataset_metadata"):
+        monkeypatch.setattr(f"lerobot.datasets.{place}.get_safe_version", lambda repo_id, version: version)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    return home, downloads
 
-    def download(repo_id: str, *, repo_type: str, revision: str, local_dir: Path) -> None:
-        calls.append((repo_id, repo_type, revision, local_dir))
-        shutil.copytree(video_dataset, local_dir, dirs_exist_ok=True)
+
+def downloaded(home: Path, dataset: Path) -> Path:
+    """somebody/video as the hub's client keeps a version of it: files that link to contents, and the version's name."""
+    cache = home / "hub" / "datasets--somebody--video"
+    snapshot = cache / "snapshots" / ("ab" * 20)
+    for number, path in enumerate(path for path in sorted(dataset.rglob("*")) if path.is_file()):
+        link, blob = snapshot / path.relative_to(dataset), cache / "blobs" / str(number)
+        for parent in (link.parent, blob.parent):
+            parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, blob)
+        link.unlink(missing_ok=True)
+        link.symlink_to(os.path.relpath(blob, link.parent))
+    (cache / "refs").mkdir(exist_ok=True)
+    (cache / "refs" / "v3.0").write_text(snapshot.name)
+    return snapshot
+
+
+def test_a_dataset_of_the_hub_is_downloaded_once(video_dataset, lerobot_home, monkeypatch):
+    """What is missing of it, in the version that LeRobot chooses, into the directory where LeRobot looks for it."""
+    home, downloads = lerobot_home
+
+    def download(repo_id: str, *, repo_type: str, revision: str, cache_dir: Path, local_files_only=False) -> str:
+        if local_files_only:
+            return snapshot_download(
+                repo_id, repo_type=repo_type, revision=revision, cache_dir=cache_dir, local_files_only=True
+            )
+        downloads.append((repo_id, repo_type, revision, cache_dir))
+        return str(downloaded(home, video_dataset))
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    monkeypatch.setattr("lerobot.datasets.utils.get_safe_version", lambda repo_id, version: f"{version}.1")
-    monkeypatch.setattr("lerobot.utils.constants.HF_LEROBOT_HOME", tmp_path)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
-    root = tmp_path / "somebody" / "video"
     for _ in range(2):
         (dataset,) = data.open_datasets(DataConfig(repo_ids=("somebody/video",)))
         assert (dataset.name, dataset.num_frames) == ("somebody/video", sum(range(20, 28)))
-        assert calls == [("somebody/video", "dataset", "v3.0.1", root)]
-    shutil.rmtree(root / "videos")
-    assert data.open_datasets(DataConfig(repo_ids=("somebody/video",)))[0].read_frames(CAMERA, [3]).any()
-    assert len(calls) == 2
+        assert downloads == [("somebody/video", "dataset", "v3.0", home / "hub")]
+    shutil.rmtree(dataset.root / "videos")
+    (again,) = data.open_datasets(DataConfig(repo_ids=("somebody/video",)))
+    theirs = LeRobotDataset("somebody/video", return_uint8=True)
+    assert torch.equal(again.read_frames(CAMERA, [3])[0], theirs[3][CAMERA])
+    assert len(downloads) == 2 and again.root == theirs.root
+
+
+def test_a_dataset_is_where_lerobot_has_it(video_dataset, images, image_dataset, lerobot_home):
+    """Its own directory comes before a version of the hub, and that before what an older LeRobot has downloaded."""
+    (home, _), entry = lerobot_home, DatasetEntry(repo_id="somebody/video")
+    own = home / "somebody" / "video"
+    assert data.place(entry) == own  # where neither is
+    snapshot = downloaded(home, image_dataset)
+    assert data.place(entry) == snapshot
+    (dataset,) = data.open_datasets(DataConfig(repo_ids=("somebody/video",)))
+    assert torch.equal(dataset.read_frames(CAMERA, [5]), images.read_frames(CAMERA, [5]))
+    shutil.copytree(video_dataset, own)
+    old = own / ".cache" / "huggingface" / "download"
+    for is_old, found in ((False, own), (True, snapshot)):
+        if is_old:
+            old.mkdir(parents=True)
+        assert data.place(entry) == LeRobotDataset("somebody/video").root == found
+    shutil.rmtree(home / "hub")
+    assert data.place(entry) == own
+
+
+def test_a_name_in_lerobots_code_is_no_variable(monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_LEROBOT_HUB_CACHE", str(tmp_path))
+    with pytest.raises(ValueError, match=r"HF_LEROBOT_HUB_CACHE is set to .*: unset it, and set HF_LEROBOT_HOME"):
+        data.open_datasets(DataConfig(repo_ids=("somebody/video",)))
 
 
 # --- few episodes -----------------------------------------------------------------------------------------------------

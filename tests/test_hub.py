@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import stat
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,14 +23,17 @@ from test_artifact import LATENTS, ORIGIN, save
 from test_artifact import make_core as make_artifact_core
 from test_lerobot_policy import CAMERA, STATISTICS, WRIST, make_core
 
+import rollout
+from rollout import EnvironmentConfig, RolloutConfig
 from smolvla_shared import files, hub
 from smolvla_shared.artifact import load_artifact
 from smolvla_shared.config import ModelConfig
 from smolvla_shared.initial import open_initial
 from smolvla_shared.laq_files import load_laq, teacher_id
 from smolvla_shared.lerobot_card import NOT_EVALUATED, add_results, policy_card
-from smolvla_shared.lerobot_files import save_policy
+from smolvla_shared.lerobot_files import of_robot, save_policy
 from smolvla_shared.lerobot_policy import HLRPSmolVLASharedConfig, HLRPSmolVLASharedPolicy
+from smolvla_shared.preprocess import Statistics
 from smolvla_shared.trunk_files import load_trunk_tokenizer
 
 FILES = ["README.md", "config.json", "manifest.json", "model.safetensors", "policy_postprocessor.json"]
@@ -90,8 +94,7 @@ class FakeHub:
         return f"https://huggingface.co/{repo_id}"
 
     def upload_folder(self, api, *, repo_id, folder_path, commit_message):
-        for path in folder_path.iterdir():
-            shutil.copy(path, self.root / repo_id / path.name)  # the contents, as the client's: it follows links
+        shutil.copytree(folder_path, self.root / repo_id, dirs_exist_ok=True)  # the contents, as the client's
 
     def snapshot_download(self, repo_id, *, allow_patterns=None, **options):
         source, copy = self.root / repo_id, self.root / "downloads" / repo_id
@@ -272,6 +275,60 @@ def test_a_policy_goes_to_the_hub_and_comes_back(policy, fake_hub, capsys):
     assert names_in(fake_hub.root / "downloads" / "me" / "my_policy") == FILES[1:]
     assert all(torch.equal(w, again.state_dict()[k]) for k, w in load_file(policy / "model.safetensors").items())
     assert again.source == json.loads((policy / "source.json").read_text())
+
+
+@pytest.fixture
+def of_two_robots(tmp_path):
+    """The directory of a policy of two robots, as train_stage3.py writes it."""
+    directory, core, tokenizer = tmp_path / "pretrained_model", make_core(), load_trunk_tokenizer("tiny", None)
+    about = core.state_dict(), tokenizer
+    save_policy(directory, core.config, *about, {}, 3, {"run": "s3"}, robots=("wide", "so100"))
+    for robot, state, action in (("wide", 4, 4), ("so100", 3, 2)):
+        config = replace(core.config, state_dim=state, action_dim=action)
+        widths = {"state": state, "action": action}
+        of = {name: Statistics(s.mean[: widths[name]], s.std[: widths[name]]) for name, s in STATISTICS.items()}
+        rest = {"robot": robot, "weights_of": directory}
+        save_policy(directory / "robots" / robot, config, *about, of, 3, {"run": "s3"}, **rest)
+    return directory
+
+
+def test_the_policy_of_one_robot_comes_from_the_hub(of_two_robots, fake_hub):
+    run_hub("push", of_two_robots, "me/two")
+    robot, copy = of_two_robots / "robots" / "so100", fake_hub.root / "downloads" / "me" / "two"
+    assert of_robot("me/two", "so100") == copy / "robots" / "so100"
+    assert names_in(copy / "robots") == ["so100"] and not (copy / "model.safetensors").exists()
+    assert files.policy_sha256(copy / "robots" / "so100") == files.policy_sha256(robot)
+    # Elsewhere it is a name.
+    local, of_hub = (HLRPSmolVLASharedPolicy.from_pretrained(name) for name in (robot, "me/two/robots/so100"))
+    assert of_hub.config == local.config and of_hub.config.robot == "so100" and of_hub.config.core.action_dim == 2
+    assert all(torch.equal(weight, of_hub.state_dict()[key]) for key, weight in local.state_dict().items())
+    initial = open_initial(ModelConfig(init_from="me/two/robots/so100"))
+    assert initial.statistics == open_initial(ModelConfig(init_from=str(robot))).statistics
+
+
+def test_a_policy_of_the_hub_whose_robot_is_open_is_refused(of_two_robots, fake_hub):
+    run_hub("push", of_two_robots, "me/two")
+    for load in (HLRPSmolVLASharedPolicy.from_pretrained, lambda name: of_robot(name, None)):
+        with pytest.raises(ValueError, match=r"which robot\? .* wide, so100: pass --robot <name> to rollout.py"):
+            load("me/two")
+    with pytest.raises(ValueError, match=r"there is no robot arm in me/two, it acts with wide, so100"):
+        of_robot("me/two", "arm")
+    with pytest.raises(ValueError, match=r"no policy in .*arm: config.json is missing, found no such directory"):
+        HLRPSmolVLASharedPolicy.from_pretrained("me/two/robots/arm")
+    (of_two_robots / "robots" / "so100" / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"so100 is not what was written: config.json was changed"):
+        run_hub("push", of_two_robots, "me/again")
+
+
+@pytest.mark.slow
+def test_a_rollout_takes_a_robots_policy_from_the_hub(of_two_robots, fake_hub, tmp_path):
+    run_hub("push", of_two_robots, "me/two")
+    what = {"policy_path": "me/two", "robot": "wide", "out": tmp_path / "out"}
+    env = EnvironmentConfig(task=("reach-v3",))
+    rollout.main(RolloutConfig(**what, env=env, episodes=1, num_envs=1, max_steps=2))
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["policy_path"] == str(fake_hub.root / "downloads" / "me" / "two" / "robots" / "wide")
+    assert results["policy_sha256"] == files.policy_sha256(of_two_robots / "robots" / "wide")
 
 
 def test_an_artifact_and_a_teacher_go_to_the_hub(artifact, laq_checkpoint, fake_hub):

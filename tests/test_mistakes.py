@@ -21,7 +21,7 @@ import pytest
 import rollout
 import train_stage2
 import train_stage3
-from smolvla_shared.command import EXIT_MISTAKE, in_few_lines, is_mistake, parse
+from smolvla_shared.command import EXIT_MISTAKE, NO_STREAMING, in_few_lines, is_mistake, parse
 from smolvla_shared.data_check import DataCheckConfig
 from smolvla_shared.gpu_check import Options
 from smolvla_shared.hub import CardConfig, PushConfig
@@ -116,6 +116,7 @@ COMMANDS: dict[str, tuple[Any, str, str]] = {
         --run-dir laq.safetensors/run
         --run-dir nowhere --resume
         --stps 3
+        --data.streaming
         --optim.warmup-step 3
         --lr 1e-3
         --laq-checkpoint laq.safetensors
@@ -228,6 +229,7 @@ COMMANDS: dict[str, tuple[Any, str, str]] = {
         rollout.RolloutConfig,
         "",
         """--policy-path nowhere
+        --policy-path me/policy
         --policy policy
         --policy-path policy --task reach-v3
         --policy-path policy --episode=3
@@ -355,6 +357,7 @@ def test_a_message_names_the_option_and_fits_four_lines(command, mistake):
         ("--run-dir x --data.roots y --optim.warmup-step 3", "--optim.warmup-step: did you mean --optim.warmup-steps"),
         ("--stps 3 --lr=1", "--stps: did you mean --steps\nunknown option --lr: did you mean --optim.lr"),
         ("--data.root y", "--data.root: did you mean --data.roots"),
+        ("--dataset.streaming=true", f"--dataset.streaming: {NO_STREAMING}"),
         ("--no-resum", "--no-resum: did you mean --no-resume"),
         ("--optim.lr -1 --qqqq", "--qqqq: there is none of a similar name, --help lists all"),
     ],
@@ -483,6 +486,7 @@ except SystemExit as stop:
         ("smolvla_shared.gpu_check --out tests", "--out tests exists: name a new directory"),
         ("smolvla_shared.lerobot_smolvla import ./nowhere new", "no SmolVLA policy ./nowhere: there is no such dir"),
         ("smolvla_shared.lerobot_smolvla export tests new", "no policy in tests: config.json is missing, found ["),
+        ("rollout.py --policy-path me/policy", "--policy-path me/policy is no directory here; if it is a hub id, name"),
         ("rollout.py --policy-path nowhere", "nowhere holds no policy: config.json is missing (found: no such dire"),
     ],
 )  # fmt: skip

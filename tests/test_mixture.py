@@ -34,6 +34,7 @@ from smolvla_shared.label_check import check
 from smolvla_shared.label_health import read_verdict
 from smolvla_shared.labels import OnlineLabels, labels_pairs, open_labels
 from smolvla_shared.laq_files import load_laq, save_laq, teachers_pairs
+from smolvla_shared.lerobot_card import teacher_lines
 from smolvla_shared.losses import masked_mean
 from smolvla_shared.mixture import DatasetEntry, read_mixture
 from smolvla_shared.model import SmolVLASharedCore
@@ -531,6 +532,9 @@ def test_stage_2_trains_on_unlike_datasets_and_goes_on_only_with_the_same(tmp_pa
     manifest = json.loads((tmp_path / "s2" / ARTIFACT).with_suffix(".json").read_text())
     assert (manifest["core"]["cameras"], manifest["latents"]["label_cameras"]) == ([FRONT, HAND], [FRONT])
     assert (manifest["latents"]["frame_gap_s"], manifest["latents"]["own_gaps_s"]) == (0.5, [0.3])
+    (own,) = [entry for entry in read_mixture(unlike) if entry.label_cameras]
+    assert manifest["latents"]["own_label_cameras"] == {own.name: [WRIST]}
+    assert f"- Latent actions of `{own.name}` are of its `{WRIST}`" in "\n".join(teacher_lines(manifest["latents"]))
     assert "on observation.images.front, 0.5 or 0.3 s apart" in printed
     run_stage(train_stage2, tmp_path / "s2", *options, "--steps", "2", "--resume")
     unlike.write_text(unlike.read_text().replace("weight: 3", "weight: 2"))

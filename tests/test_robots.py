@@ -17,10 +17,11 @@ from test_lerobot_smolvla import run_stage
 
 import train_stage2
 import train_stage3
+from examples import imagine
 from smolvla_shared import data, data_views, mixture
 from smolvla_shared.artifact import load_artifact
 from smolvla_shared.batch import RawBatch
-from smolvla_shared.config import ACTION, LATENT, DataConfig, ModelConfig
+from smolvla_shared.config import ACTION, LATENT, DataConfig, ModelConfig, PolicyDataConfig
 from smolvla_shared.data import ACTION_KEY, STATE_KEY
 from smolvla_shared.data_loader import SampleDataset, SampleSpec
 from smolvla_shared.data_order import SampleKey
@@ -311,6 +312,25 @@ def test_stage_2_reads_the_states_of_several_robots(
     initial = open_from(tmp_path / "s2" / ARTIFACT)
     with pytest.raises(ValueError, match=r"several robots, state of wide, state of so100: use --normalization data"):
         initial.recorded_statistics({"state_dim": 4, "action_dim": 4})
+
+    # examples/imagine.py normalises a state as its robot's.
+    options = {"laq_ckpt": laq_checkpoint, "out": tmp_path / "imagined.png", "rows": 2}
+    config = imagine.ImagineConfig(
+        stage2_artifact=tmp_path / "s2" / ARTIFACT, data=PolicyDataConfig(roots=(narrow,)), robot="so100", **options
+    )
+    imagine.main(config)
+    assert config.out.stat().st_size > 10_000
+    datasets = data.open_datasets(config.data)
+    preprocess = imagine.make_preprocessor(initial.core, initial, datasets, "so100")
+    raw = SampleDataset(datasets, SampleSpec((CAMERA,), state_dim=4), 0)[[SampleKey(0, 0, 0, 7)]]
+    expected, of = datasets[0].vector(STATE_KEY)[7], lerobots_statistics(narrow, STATE_KEY)
+    expected = (torch.tensor(expected) - torch.tensor(of.mean)) / torch.tensor(of.std)
+    torch.testing.assert_close(preprocess(raw).state[0, :3], expected.float(), rtol=1e-4, atol=1e-4)
+    assert preprocess(raw).state[0, 3:].tolist() == [0]
+    faults = {None: "is not given: .* are those of wide, so100", "wide": "wide: .* 4 dimensions, .* has 3"}
+    for robot, fault in faults.items():
+        with pytest.raises(ValueError, match=f"--robot {fault}"):
+            imagine.make_preprocessor(initial.core, initial, datasets, robot)
 
 
 @pytest.fixture(scope="module")
