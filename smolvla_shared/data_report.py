@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 import av
 import numpy as np
-from lerobot.utils.constants import HF_LEROBOT_HOME
 from tqdm import tqdm
 
 from smolvla_shared import data, data_info, data_pictures, data_problems, data_values
@@ -106,9 +105,8 @@ def check(config: "DataCheckConfig") -> int:
 
 def open_one(name: str) -> RobotDataset:
     """Raises ValueError for what is no dataset, and for one whose tables cannot be read."""
-    if Path(name).is_dir():
-        return RobotDataset(DatasetEntry(root=name), Path(name), DEFAULT_GAP_S)
-    return RobotDataset(DatasetEntry(repo_id=name), HF_LEROBOT_HOME / name, DEFAULT_GAP_S)
+    entry = DatasetEntry(root=name) if Path(name).is_dir() else DatasetEntry(repo_id=name)
+    return RobotDataset(entry, data.place(entry), DEFAULT_GAP_S)
 
 
 def two_rates(datasets: list[RobotDataset]) -> list[str]:
@@ -219,6 +217,11 @@ def look_at_episodes(dataset: RobotDataset, camera: str, episodes: list[int], se
 
 
 def open_all(dataset: RobotDataset, camera: str) -> Iterator[str]:
+    try:
+        _ = dataset.images
+    except ValueError as error:  # of all rows: it would be tried again for each
+        yield str(error)
+        return
     for row in tqdm(range(dataset.num_frames), desc=f"every image of {camera}", unit="image"):
         try:
             found = tuple(dataset.read_frames(camera, [row]).shape[2:])

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from lerobot.configs.video import RGBEncoderConfig
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
+from lerobot.utils import constants
 
 from smolvla_shared import data, data_columns, data_frames, data_loader, data_order, data_split, data_views, robots
 from smolvla_shared.batch import RawBatch
@@ -588,7 +589,8 @@ def test_a_dataset_of_the_hub_is_downloaded_once(video_dataset, tmp_path, monkey
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     monkeypatch.setattr("lerobot.datasets.utils.get_safe_version", lambda repo_id, version: f"{version}.1")
-    monkeypatch.setattr("lerobot.utils.constants.HF_LEROBOT_HOME", tmp_path)
+    assert data.HF_LEROBOT_HOME == constants.HF_LEROBOT_HOME
+    monkeypatch.setattr(data, "HF_LEROBOT_HOME", tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     root = tmp_path / "somebody" / "video"
     for _ in range(2):
