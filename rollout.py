@@ -53,7 +53,7 @@ class RolloutConfig:
     # rounding.
     compile: bool = False
     # Device that the policy runs on. Default: cuda if there is a GPU, else cpu.
-    device: str | None = None
+    device: paths.Device | None = None
 
     def __post_init__(self):
         ranges.check(self, "--")

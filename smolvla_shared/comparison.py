@@ -1,10 +1,37 @@
 """Success rates: Wilson's interval, McNemar's exact test, and the comparison of two results.json."""
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from smolvla_shared.refusals import read_json, refuse_differences
+from smolvla_shared import ranges
+from smolvla_shared.refusals import decode_known, read_json, refuse_differences
+
+
+@dataclass(frozen=True)
+class Compared:
+    """What a comparison reads of a results.json, beside its episodes."""
+
+    environment: dict[str, Any]
+    max_steps: ranges.Count
+    successes: ranges.CountOrNone
+    episodes: ranges.Count
+
+
+@dataclass(frozen=True)
+class Environment:
+    tasks: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a comparison reads of an episode."""
+
+    task: str
+    seed: ranges.Seed
+    start: str
+    success: bool
 
 
 def wilson_interval(successes: int, trials: int, z: float = 1.96) -> tuple[float, float]:
@@ -31,8 +58,13 @@ def read_results(path: Path, settings: dict[str, Any], seeds: range) -> dict[str
     settings: environment (type, tasks, image_size) and max_steps, as in a results.json
     """
     other = read_json(path)
-    if not other.get("per_episode") or "start" not in other["per_episode"][0]:
+    episodes = other.get("per_episode")
+    if not isinstance(episodes, list) or not all(isinstance(of, dict) and "start" in of for of in episodes or [None]):
         raise ValueError(f"--compare {path} is no results.json of rollout.py with initial states: roll out again")
+    for number, episode in enumerate(episodes):
+        decode_known(Start, episode, f"--compare {path}, episode {number}")
+    compared = decode_known(Compared, other, f"--compare {path}")
+    decode_known(Environment, compared.environment, f"--compare {path}, environment")
 
     def described(results: dict[str, Any]) -> dict[str, Any]:
         environment = results["environment"]

@@ -12,12 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
+from huggingface_hub.constants import HF_HOME
+from pyarrow import ArrowException
 
 from smolvla_shared import data_info, data_problems, paths
 from smolvla_shared.config import DataConfig
 from smolvla_shared.data_columns import Columns
 from smolvla_shared.data_rows import Rows
 from smolvla_shared.mixture import DatasetEntry
+from smolvla_shared.video_source import IMAGE_ERRORS
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -27,6 +30,8 @@ STATE_KEY, ACTION_KEY = "observation.state", "action"
 # What the robot was told to do where `action` is what an expert would have done. LeRobot takes every column whose name
 # starts with "action" for a policy's output, so this one does not.
 EXECUTED_ACTION_KEY = "executed_action"
+# As LeRobot has it, which takes a second to import.
+HF_LEROBOT_HOME = Path(os.environ.get("HF_LEROBOT_HOME", f"{HF_HOME}/lerobot")).expanduser()
 # Where an episode is in a camera's video files: two numbers of the path, and its start in the file, seconds.
 VIDEO_PLACE = ("chunk_index", "file_index", "from_timestamp")
 # What a row of these tables holds, as Columns has it.
@@ -140,11 +145,23 @@ class RobotDataset:
 
     @cached_property
     def images(self) -> dict[str, Any]:
-        """One table for each camera that is no video, because reading a row decodes all its images."""
+        """One table for each camera that is no video, because reading a row decodes all its images.
+
+        Raises ValueError if the columns of images are damaged.
+        """
+        from datasets.exceptions import DatasetsError
         from lerobot.datasets.feature_utils import get_hf_features_from_features
         from lerobot.datasets.io_utils import load_nested_dataset
 
-        table = load_nested_dataset(self.root / "data", features=get_hf_features_from_features(self.info.features))
+        try:
+            table = load_nested_dataset(self.root / "data", features=get_hf_features_from_features(self.info.features))
+        except (DatasetsError, ArrowException) as error:
+            reason = error.__cause__ or error
+            if getattr(reason, "errno", None):  # of the machine: the disk is full
+                raise
+            raise ValueError(
+                f"the images in {self.root / 'data'} cannot be read ({reason}): copy or download the dataset again"
+            ) from error
         cameras = [key for key in self.camera_keys if key not in self.video_keys]
         return {key: table.select_columns([key]).with_format(None) for key in cameras}
 
@@ -239,9 +256,10 @@ class RobotDataset:
 
     def image(self, camera: str, row: int) -> "Image | None":
         """A picture that is kept in its row. Raises ValueError if it is damaged."""
+        images = self.images[camera]
         try:
-            return self.images[camera][row][camera]
-        except OSError as error:  # PIL's, and that a file is not there
+            return images[row][camera]
+        except IMAGE_ERRORS as error:
             reason = str(error).partition(" <")[0]  # PIL names the object in memory
             raise ValueError(
                 f"{self.frame_name(row)}: its image of {camera} cannot be read ({reason}): copy or download the "
@@ -278,12 +296,11 @@ def place(entry: DatasetEntry) -> Path:
         )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-    from lerobot.utils.constants import HF_LEROBOT_HOME, HF_LEROBOT_HUB_CACHE
 
     own = HF_LEROBOT_HOME / entry.repo_id
     if (own / "meta" / "info.json").is_file() and not (own / ".cache" / "huggingface" / "download").exists():
         return own
-    cache = {"revision": data_info.FORMAT, "cache_dir": HF_LEROBOT_HUB_CACHE, "local_files_only": True}
+    cache = {"revision": data_info.FORMAT, "cache_dir": HF_LEROBOT_HOME / "hub", "local_files_only": True}
     try:
         return Path(snapshot_download(entry.repo_id, repo_type="dataset", **cache))
     except (LocalEntryNotFoundError, HFValidationError):  # not there, not all of it, or no name of the hub

@@ -147,11 +147,17 @@ def names_problem(key: str, feature: dict[str, Any]) -> str | None:
 
 def refuse_misplaced(root: Path, features: dict[str, dict[str, Any]]) -> None:
     """Raise ValueError for a feature whose values are not where its dtype says: frames in videos or in the rows, and
-    numbers in the rows. Of several files the first of each table is asked. What is damaged or missing its reader names.
+    numbers in the rows; and for a column of the rows that is no feature, which LeRobot refuses, too. Of several files
+    the first of each table is asked. What is damaged or missing its reader names.
     """
     rows, episodes = (first_schema(root / folder) for folder in ("data", "meta/episodes"))
     if rows is None or episodes is None:
         return
+    if unnamed := [name for name in rows.names if name not in features]:
+        raise ValueError(
+            f"{root / 'meta' / 'info.json'} does not name what the rows have, {', '.join(unnamed)}: write its feature "
+            "there, or write the rows without it"
+        )
     for key, feature in features.items():
         said = feature["dtype"] if feature["dtype"] in ("image", "video") else "numbers"
         found = "video" if f"videos/{key}/from_timestamp" in episodes.names else None
@@ -191,7 +197,7 @@ def channels(feature: dict[str, Any]) -> int | None:
 
 
 def is_depth(feature: dict[str, Any]) -> bool:
-    marks = [feature.get(name) or {} for name in ("info", "video_info")]
+    marks = [mark for name in ("info", "video_info") if isinstance(mark := feature.get(name), dict)]
     is_marked = any(mark.get("is_depth_map") or mark.get("video.is_depth_map") for mark in marks)
     return is_marked or channels(feature) == 1
 

@@ -21,7 +21,7 @@ from smolvla_shared.data_columns import MEND, ROWS_AT_ONCE, Columns
 from smolvla_shared.data_info import camera_problem, channels
 from smolvla_shared.hashes import dataset_fingerprint
 from smolvla_shared.refusals import shown
-from smolvla_shared.video_source import declared_s, open_stream
+from smolvla_shared.video_source import CLIPS_FILE, IMAGE_ERRORS, declared_s, open_stream
 
 if TYPE_CHECKING:
     from smolvla_shared.data import RobotDataset
@@ -158,8 +158,8 @@ def place(dataset: "RobotDataset", row: int) -> str:
 def task_problems(dataset: "RobotDataset") -> Iterator[str]:
     try:
         table = pd.read_parquet(dataset.root / TASKS)
-    except (OSError, ArrowException) as error:
-        yield f"{TASKS} cannot be read ({error}): copy or download the dataset again"
+    except (OSError, ArrowException, ValueError, TypeError, LookupError, AttributeError) as error:  # pandas' metadata
+        yield f"{TASKS} cannot be read ({type(error).__name__}: {error}): copy or download the dataset again"
         return
     texts, total = table.index.tolist(), len(table)
     if "task" in table or "task_index" not in table:
@@ -221,6 +221,13 @@ def place_problems(dataset: "RobotDataset") -> Iterator[str]:
                 f"episodes {one} and {other} have {overlap[at]:.1f} frames of the video of {camera} in common "
                 f"({start[one]:.3f} to {end[one]:.3f} s, and from {start[other]:.3f} s): {MEND}"
             )
+        # Whatever writes this format appends: places in another order are those of other episodes, as long or nearly.
+        if (at := first(np.diff(order) < 0)) is not None:
+            one, other = order[at], order[at + 1]
+            yield (
+                f"episode {one} is before episode {other} in the videos of {camera} ({start[one]:.3f} s in file "
+                f"{file[one]}, {start[other]:.3f} s in file {file[other]}): their places are swapped, {MEND}"
+            )
 
 
 # --- headers of videos ------------------------------------------------------------------------------------------------
@@ -240,10 +247,11 @@ def header_problems(dataset: "RobotDataset", limit: int | None = None) -> Iterat
         until = np.full(len(places), -np.inf)
         with np.errstate(invalid="ignore"):  # place_problems names a time that is NaN
             np.maximum.at(until, of.ravel(), last)  # time of the last frame that is read
+        is_trimmed = (dataset.root / CLIPS_FILE).is_file()  # clips that are copied keep what is in no episode
         for index in evenly(len(places), limit):
             chunk, file = places[index].tolist()
             path = dataset.info.video_path.format(video_key=camera, chunk_index=chunk, file_index=file)
-            if problem := header_problem(dataset, camera, dataset.root / path, float(until[index])):
+            if problem := header_problem(dataset, camera, dataset.root / path, float(until[index]), is_trimmed):
                 yield f"{path}: {problem}"
 
 
@@ -264,7 +272,10 @@ def reach(container: Any, stream: Any, until: float) -> float:
     return last
 
 
-def header_problem(dataset: "RobotDataset", camera: str, path: Path, until: float) -> str | None:
+def header_problem(
+    dataset: "RobotDataset", camera: str, path: Path, until: float, is_trimmed: bool = False
+) -> str | None:
+    """until: time of the last frame that an episode has in the file; is_trimmed: more may follow it"""
     try:
         with open_stream(path) as (container, stream):
             rate, frames = float(stream.average_rate or 0), stream.frames
@@ -278,6 +289,12 @@ def header_problem(dataset: "RobotDataset", camera: str, path: Path, until: floa
         return f"it has {rate:.4g} frames a second, the dataset {dataset.fps:g}: {MEND}"
     if frames and rate and until * rate > frames - 0.5 + 1e-3:
         return f"it has {frames} frames at {rate:.4g} fps, an episode ends with that at {until:.3f} s: {MEND}"
+    more = frames - 1 - until * rate
+    if frames and rate and not is_trimmed and more > max(1.5, 0.01 * frames):
+        return (
+            f"it has {frames} frames at {rate:.4g} fps, the last {more:.0f} are of no episode: it is of another "
+            f"recording, or episodes are missing in meta/episodes, {MEND}"
+        )
     if start > 0.5 / dataset.fps:
         return f"it starts at {start:.3f} s instead of 0: {MEND}"
     if reached < until - 0.5 / dataset.fps:
@@ -314,8 +331,7 @@ def image_problem(dataset: "RobotDataset", camera: str, cell: dict[str, Any] | N
         with Image.open(io.BytesIO(cell["bytes"])) as image:
             mode, size = image.mode, (image.height, image.width)
             image.load()
-            image.load()
-    except OSError as error:
+    except IMAGE_ERRORS as error:
         return f"cannot be read ({str(error).partition(' <')[0]}): copy or download the dataset again"
     if mode != "RGB":
         return f"has the mode {mode}, a policy reads RGB: {MEND}"

@@ -217,6 +217,11 @@ def look_at_episodes(dataset: RobotDataset, camera: str, episodes: list[int], se
 
 
 def open_all(dataset: RobotDataset, camera: str) -> Iterator[str]:
+    try:
+        _ = dataset.images
+    except ValueError as error:  # of all rows: it would be tried again for each
+        yield str(error)
+        return
     for row in tqdm(range(dataset.num_frames), desc=f"every image of {camera}", unit="image"):
         try:
             found = tuple(dataset.read_frames(camera, [row]).shape[2:])

@@ -53,7 +53,9 @@ def stated_precision(option: str | None) -> tuple[str, str]:
 
 
 def check(config: Any) -> None:
-    """Raise ValueError for an environment that contradicts the options of a command that trains: they name a run."""
-    if {"run_dir", "precision"} <= {field.name for field in fields(config)}:
+    """Raise ValueError for an environment that contradicts the options of a command that uses Accelerate: they name a
+    run, or labels to write.
+    """
+    if {"run_dir", "label_cache"} & {field.name for field in fields(config)}:
         refuse_settings()
-        stated_precision(config.precision)
+        stated_precision(getattr(config, "precision", None))  # labels are computed in that of the configuration

@@ -1,4 +1,5 @@
-"""What must be at the paths that a command is given, told from names alone, before anything heavy is imported.
+"""What must be at the paths that a command is given, told from names alone, before anything heavy is imported. So is
+what names no device.
 
 A path states in its type what must be there, as a number states its range: `laq_ckpt: paths.Teacher`. The functions
 that read these files call the same checks.
@@ -17,6 +18,8 @@ TEACHER_FILE = "laq.safetensors"
 ROBOTS = "robots"  # in a policy of several robots, the directory with that of each
 MOST_NAMES = 20
 HUB_ID = re.compile(r"[a-z0-9_][\w.-]*(/[a-z0-9_][\w.-]*)?", re.ASCII | re.IGNORECASE)
+# As torch has them, of which there is one "cpu" and one "mps".
+DEVICE = re.compile(r"cpu|mps|cuda(:(0|[1-9][0-9]{0,2}))?", re.ASCII)
 # What a run writes before its config.json. If it is killed there, the directory is as good as new.
 BEFORE_A_RUN = {".lock", "inputs.json", "inputs.json.tmp", "config.json.tmp"}
 
@@ -167,6 +170,12 @@ def check_name(path: Path, option: str) -> None:
         raise ValueError(f"{option} {path}: the shell has not replaced the ~, as after a =: write the directory out")
 
 
+def check_device(name: str, option: str) -> None:
+    """Raise ValueError for a name of no device. Whether this machine has it, run_processes.find_device tells."""
+    if not DEVICE.fullmatch(name):
+        raise ValueError(f"{option} {name!r} is no device: pass cpu, cuda, cuda:1 (the second GPU) or mps")
+
+
 def check_new(path: Path, option: str) -> None:
     if path.exists():
         raise ValueError(f"{option} {path} exists: name a new directory")
@@ -199,6 +208,7 @@ Trunk = Annotated[str, Place(lambda name, option, options: check_model("trunk", 
 Labels = Annotated[Path, Place(lambda path, option, options: check_labels(path))]
 File = Annotated[Path, Place(lambda path, option, options: check_file(path, option))]
 Upload = Annotated[Path, Place(lambda path, option, options: check_upload(path))]
+Device = Annotated[str, Place(lambda name, option, options: check_device(name, option))]
 Policy = Annotated[Path, Place(lambda path, option, options: check_policy(path))]
 PolicyName = Annotated[str, Place(lambda name, option, options: check_policy_name(name, option, options.out))]
 NewDirectory = Annotated[Path, Place(lambda path, option, options: check_new(path, option))]

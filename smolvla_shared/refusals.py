@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Iterable
-from dataclasses import is_dataclass
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -39,18 +39,25 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
+def parse_json(text: str | bytes, where: Any) -> Any:
+    """A JSON value of a file. Raises ValueError, with `where`, for what from_json refuses."""
+    try:
+        return from_json(text)
+    except (ValueError, RecursionError) as error:  # not JSON, or not text
+        raise ValueError(
+            f"{where} is not JSON ({error}): it is damaged or was edited, write or copy it again"
+        ) from error
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises ValueError, with the path, for everything else that may be there."""
     if path.is_fifo() or path.is_socket() or path.is_char_device():  # reading would wait for somebody to write
         raise ValueError(f"{path} is no file: write or copy it again")
     try:
-        value = from_json(path.read_bytes())
+        text = path.read_bytes()
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:  # not JSON, or not text
-        raise ValueError(
-            f"{path} is not JSON ({error}): it is damaged or was edited, write or copy it again"
-        ) from error
+    value = parse_json(text, path)
     if not isinstance(value, dict):
         raise ValueError(f"{path} should hold a JSON object, it holds {shown(value)}")
     return value
@@ -76,6 +83,13 @@ def decode[T](cls: type[T], values: Any, where: str) -> T:
     if problems:
         raise ValueError(f"{where} does not hold what it should:\n  " + "\n  ".join(problems))
     return decoded
+
+
+def decode_known[T](cls: type[T], values: Any, where: str) -> T:
+    """As decode, of an object that may hold more than this dataclass."""
+    names = {field.name for field in fields(cls)}
+    known = {name: value for name, value in values.items() if name in names} if isinstance(values, dict) else values
+    return decode(cls, known, where)
 
 
 def _decode(kind: Any, value: Any, at: str, problems: list[str]) -> Any:
@@ -117,10 +131,8 @@ def _decode_fields(cls: Any, value: Any, at: str, problems: list[str]) -> Any:
     hints, prefix, before = get_type_hints(cls, include_extras=True), f"{at}." if at else "", len(problems)
     problems += [f"{prefix}{name}: missing" for name in hints if name not in value]
     problems += [f"{prefix}{name}: unknown; there are {', '.join(hints)}" for name in value if name not in hints]
-    fields = {
-        name: _decode(hint, value[name], prefix + name, problems) for name, hint in hints.items() if name in value
-    }
-    return None if len(problems) > before else cls(**fields)
+    found = {name: _decode(hint, value[name], prefix + name, problems) for name, hint in hints.items() if name in value}
+    return None if len(problems) > before else cls(**found)
 
 
 def _in_words(kind: Any) -> str:

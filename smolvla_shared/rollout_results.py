@@ -19,8 +19,9 @@ from PIL import Image, ImageDraw
 
 from smolvla_shared.comparison import wilson_interval
 from smolvla_shared.files import new_directory, replacing, write_text
-from smolvla_shared.refusals import decode, read_json, refuse_differences
+from smolvla_shared.refusals import decode, parse_json, read_json, refuse_differences
 from smolvla_shared.rollouts import Episode
+from smolvla_shared.video_source import read_image
 
 SUCCESS_COLOR, FAILURE_COLOR = (40, 160, 60), (200, 50, 40)
 SHEET_COLUMNS, SHEET_ROWS = 8, 24  # frames of an episode in the contact sheet, and episodes
@@ -31,14 +32,15 @@ Videos = Literal["all", "failures", "none"]
 def open_directory(directory: Path, settings: dict[str, Any]) -> list[Episode]:
     """Claim a directory for episodes of these settings, or go on with it: the episodes that are there already.
 
-    Raises ValueError if the directory belongs to other settings.
+    Raises ValueError if the directory belongs to other settings, and for episodes that are not what was written.
     """
     if not directory.exists():
         with new_directory(directory) as filled:
             write_text(filled / SETTINGS_FILE, json.dumps(settings, indent=2) + "\n")
             (filled / EPISODES_FILE).touch()
-    if not (directory / SETTINGS_FILE).is_file():
-        raise ValueError(f"--resume: {directory} holds no rollout ({SETTINGS_FILE} is missing); name another directory")
+    for needed in (SETTINGS_FILE, EPISODES_FILE):
+        if not (directory / needed).is_file():
+            raise ValueError(f"--resume: {directory} holds no rollout ({needed} is missing); name another directory")
     found = read_json(directory / SETTINGS_FILE)
     refuse_differences(
         f"--resume: {directory} holds a rollout with other settings",
@@ -47,10 +49,29 @@ def open_directory(directory: Path, settings: dict[str, Any]) -> list[Episode]:
         fix="Name another directory",
     )
     path = directory / EPISODES_FILE
-    whole = path.read_bytes().rpartition(b"\n")[0].splitlines()
+    whole, *_ = path.read_bytes().rpartition(b"\n")
+    episodes = read_episodes(path, whole, settings)
     with path.open("r+b") as file:  # without the half line of a process that was killed while it wrote
-        file.truncate(sum(len(line) + 1 for line in whole))
-    return [decode(Episode, json.loads(line), f"{path}, line {i}") for i, line in enumerate(whole, 1)]
+        file.truncate(len(whole) + bool(whole))
+    for episode in on_sheet(episodes):
+        read_strip(directory, episode)
+    return episodes
+
+
+def read_episodes(path: Path, text: bytes, settings: dict[str, Any]) -> list[Episode]:
+    """The episodes of a file's lines. Raises ValueError for one that a rollout of these settings has not written."""
+    lines, seen = enumerate(text.split(b"\n") if text else [], 1), set()
+    episodes = [decode(Episode, parse_json(line, at := f"{path}, line {number}"), at) for number, line in lines]
+    tasks, seed = settings.get("environment", {}).get("tasks"), settings.get("seed", 0)
+    for number, episode in enumerate(episodes, 1):
+        key = episode.task, episode.seed
+        if key in seen or (tasks and episode.task not in tasks) or episode.seed < seed:
+            what = "twice" if key in seen else f"but the tasks are {', '.join(tasks or ())}, from seed {seed} on"
+            raise ValueError(
+                f"{path}, line {number} is of {episode.task}, seed {episode.seed}, {what}: take the line out"
+            )
+        seen.add(key)
+    return episodes
 
 
 def record(
@@ -165,6 +186,18 @@ def strip_path(directory: Path, episode: Episode) -> Path:
     return directory / "strips" / f"{name(episode)}.png"
 
 
+def read_strip(directory: Path, episode: Episode) -> Image.Image:
+    """Raises ValueError if it is missing or damaged."""
+    path = strip_path(directory, episode)
+    try:
+        return read_image(path)
+    except ValueError as error:
+        raise ValueError(
+            f"{path.parent}: {error}: take the line of {episode.task}, seed {episode.seed}, out of {EPISODES_FILE}, "
+            "and the episode is run again"
+        ) from error
+
+
 def on_sheet(episodes: list[Episode]) -> list[Episode]:
     """The episodes that the contact sheet shows: the first of each task and outcome, in turn, until it is full."""
     seen: Counter[tuple[str, bool]] = Counter()
@@ -193,7 +226,7 @@ def film_strip(episode: Episode, frames: list[np.ndarray], tile: int = 96) -> Im
 def contact_sheet(directory: Path, episodes: list[Episode]) -> Image.Image:
     """The strips of some episodes below each other, under a line that says which."""
     shown = on_sheet(episodes)
-    strips = [Image.open(strip_path(directory, episode)) for episode in shown]
+    strips = [read_strip(directory, episode) for episode in shown]
     failures = sum(not episode.success for episode in shown)
     text = f"{len(shown)} of {len(episodes)} episodes: the first failures ({failures}) and successes of each task"
     if len(shown) == len(episodes):

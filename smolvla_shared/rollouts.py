@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from smolvla_shared import ranges
 from smolvla_shared.flow import episode_noise
 from smolvla_shared.lerobot_policy import HLRPSmolVLASharedPolicy
 
@@ -23,14 +24,14 @@ class Episode:
     """The outcome of one episode."""
 
     task: str
-    seed: int
+    seed: ranges.Seed
     start: str  # hash of the initial state of the physics
     success: bool = False
-    steps: int = 0
+    steps: ranges.CountOrNone = 0
     sum_reward: float = 0.0  # the return, under LeRobot's name
     # Seconds; of a step that several episodes take together, each counts an equal share.
-    policy_s: float = 0.0
-    environment_s: float = 0.0
+    policy_s: ranges.NotNegative = 0.0
+    environment_s: ranges.NotNegative = 0.0
 
     @property
     def outcome(self) -> str:

@@ -19,9 +19,9 @@ from tqdm import tqdm
 
 from smolvla_shared.files import write_text
 from smolvla_shared.video_clips import ClipOptions, Part, encoder_options
+from smolvla_shared.video_source import CLIPS_FILE
 
 ROWS_PER_FILE = 1_000_000  # of a data file; its video is in other files
-CLIPS_FILE = "clips.jsonl"
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,10 @@ VIDEOS = frozenset(
     " .ivf .asf .f4v .divx".split()
 )
 IMAGES = frozenset(".png .jpg .jpeg .webp .bmp .tif .tiff .ppm".split())
+# What PIL raises for a picture that is damaged.
+IMAGE_ERRORS = OSError, SyntaxError, ValueError, Image.DecompressionBombError
+# Which frames of which clips are a dataset's episodes: `smolvla_shared.video` writes it into its datasets.
+CLIPS_FILE = "clips.jsonl"
 # Matroska and others round times to a millisecond, so a frame may be stamped that much after its time.
 ROUNDING_S = Fraction(1, 1000)
 
@@ -53,7 +57,7 @@ def read_image(file: Path) -> Image.Image:
             if image.mode.startswith(("I", "F")):  # in 8 bits, nearly all would be white
                 raise ValueError("it has more than 8 bits a channel, as pictures of depth have")
             return ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # PIL has errors of many kinds
+    except IMAGE_ERRORS as error:
         raise ValueError(f"{file.name}: {error}") from error
 
 
@@ -62,7 +66,7 @@ def open_stream(path: Path) -> Iterator[tuple[Any, Any]]:
     """The container and the main video stream of a clip. Raises ValueError if it has none."""
     with av.open(str(path.absolute())) as container:  # FFmpeg would take "take:1.mp4" for a protocol
         stream = container.streams.best("video")
-        if stream is None:
+        if stream is None or stream.codec_context is None:
             raise ValueError("there is no video in it")
         stream.codec_context.thread_count = 1  # the processes share the cores
         yield container, stream

@@ -72,6 +72,16 @@ def test_results_without_a_common_start_or_with_one_start_twice_are_refused():
         ({"type": "pusht"}, "type: this rollout metaworld, the other pusht"),
         ({"image_size": 96}, "image size: this rollout 64, the other 96"),
         ({"per_episode": [{"seed": 0, "success": True}]}, "no results.json of rollout.py with initial states"),
+        ({"per_episode": {}}, "no results.json of rollout.py with initial states"),
+        ({"per_episode": [{"task": "push-v3", "start": "s0", "success": True}]}, "episode 0 does .*\n  seed: missing"),
+        (
+            {"per_episode": [{"task": "p", "seed": 0, "start": "s0", "success": 1}]},
+            "success: expected true or f",
+        ),
+        ({"max_steps": "100"}, 'results.json does not hold .*\n  max_steps: expected a whole number, found "100"'),
+        ({"episodes": 0}, "episodes: expected at least 1, got 0"),
+        ({"environment": None}, "environment: expected an object, found null"),
+        ({"tasks": "push-v3"}, 'environment does not hold .*\n  tasks: expected a list, found "push-v3"'),
     ],
 )
 def test_rollouts_of_different_things_are_refused(tmp_path: Path, change, message):

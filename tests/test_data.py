@@ -24,6 +24,7 @@ from accelerate import Accelerator
 from huggingface_hub import snapshot_download
 from lerobot.configs.video import RGBEncoderConfig
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
+from lerobot.utils import constants
 
 from smolvla_shared import data, data_columns, data_frames, data_loader, data_order, data_split, data_views, robots
 from smolvla_shared.batch import RawBatch
@@ -584,7 +585,10 @@ def test_what_a_loader_worker_gets_is_small(video, images):
 @pytest.fixture
 def lerobot_home(tmp_path, monkeypatch):
     """LeRobot's home, an empty one, and what this process has downloaded into its cache of the hub: revisions."""
+    assert data.HF_LEROBOT_HOME == constants.HF_LEROBOT_HOME
+    assert data.HF_LEROBOT_HOME / "hub" == constants.HF_LEROBOT_HUB_CACHE
     home, downloads = tmp_path / "home", []
+    monkeypatch.setattr(data, "HF_LEROBOT_HOME", home)
     for place in ("lerobot.utils.constants", "lerobot.datasets.dataset_metadata", "lerobot.datasets.lerobot_dataset"):
         monkeypatch.setattr(f"{place}.HF_LEROBOT_HUB_CACHE", home / "hub")
     for place in ("lerobot.utils.constants", "lerobot.datasets.dataset_metadata"):

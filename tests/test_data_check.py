@@ -34,6 +34,7 @@ from smolvla_shared.initial import open_initial
 from smolvla_shared.label_cache import LabelConfig, label
 from smolvla_shared.robots import Robots
 from smolvla_shared.trunk_files import load_trunk_tokenizer
+from smolvla_shared.video_source import CLIPS_FILE
 
 CAMERA, STATE = "observation.image", "observation.state"
 ROOT = Path(__file__).parent.parent
@@ -111,6 +112,18 @@ def put(column: pd.Series, row: int, value: Any) -> list:
 def episodes(column: str, row: int, value: Callable[[Any], Any]) -> Callable[[Path], None]:
     def change(frame: pd.DataFrame) -> None:
         frame[column] = put(frame[column], row, value(frame[column][row]))
+
+    return edit_table("meta/episodes/*/*.parquet", change)
+
+
+def swapped(one: int, other: int) -> Callable[[Path], None]:
+    """Two episodes of nearly one length, each in the other's place in the video."""
+
+    def change(frame: pd.DataFrame) -> None:
+        order = [{one: other, other: one}.get(row, row) for row in range(len(frame))]
+        for name in "from_timestamp", "to_timestamp":
+            column = frame[f"videos/{CAMERA}/{name}"]
+            frame[f"videos/{CAMERA}/{name}"] = column[order].to_numpy()
 
     return edit_table("meta/episodes/*/*.parquet", change)
 
@@ -220,6 +233,10 @@ OPENED = {
     "a camera that is not there": (
         info(lambda body: body["features"].update(wrist=body["features"][CAMERA])),
         'feature wrist has the dtype "video", but the dataset has no frames of it: take the feature out',
+    ),
+    "a column that is no feature": (
+        info(lambda body: body["features"].pop(STATE) and None),
+        "info.json does not name what the rows have, observation.state: write its feature there, or write the rows",
     ),
     "format v2.1": (
         info(lambda body: body.update(codebase_version="v2.1")),
@@ -359,6 +376,10 @@ OPENED = {
         ],
         "episodes 3 and 4 have 10.0 frames of the video of observation.image in common",
     ),
+    "two episodes in the places of each other": (
+        swapped(2, 3),
+        r"episode 3 is before episode 2 in the videos of observation.image \(2.050 s in file 0, 3.150 s in file 0\)",
+    ),
     "a video that starts at NaN": (
         episodes(f"videos/{CAMERA}/from_timestamp", 3, lambda _: float("nan")),
         "episode 3: its video of observation.image is from nan",
@@ -366,6 +387,10 @@ OPENED = {
     "a video that lacks its last frame": (
         video(187),
         r"file-000.mp4: it has 187 frames at 20 fps, an episode ends with that at 9.350 s",
+    ),
+    "a video of another recording": (
+        video(250),
+        "file-000.mp4: it has 250 frames at 20 fps, the last 62 are of no episode: it is of another recording, or",
     ),
     "a video of another rate": (video(376, rate=40), "it has 40 frames a second, the dataset 20"),
     "a video of another size": (
@@ -540,6 +565,13 @@ def test_what_does_not_fit_is_refused_when_a_dataset_is_opened(case, copy):
     assert re.search(message, str(refused.value)), refused.value
     assert str(copy) in str(refused.value) and len(in_few_lines(refused.value).splitlines()) <= 4
     assert any(re.search(message, problem) for problem in listed(copy))
+
+
+def test_a_copied_clip_keeps_frames_of_no_episode(copy):
+    """`smolvla_shared.video` copies H.264 without a loss, and leaves episodes out that are short or still."""
+    video(250)(copy)
+    (copy / CLIPS_FILE).touch()
+    assert open_datasets(copy)[0].num_frames == 188
 
 
 @pytest.mark.parametrize("case", VALUES)

@@ -33,7 +33,7 @@ from smolvla_shared.laq_files import load_laq, teacher_id
 from smolvla_shared.lerobot_card import NOT_EVALUATED, add_results, policy_card
 from smolvla_shared.lerobot_files import of_robot, save_policy
 from smolvla_shared.lerobot_policy import HLRPSmolVLASharedConfig, HLRPSmolVLASharedPolicy
-from smolvla_shared.preprocess import Statistics
+from smolvla_shared.normalization import Statistics
 from smolvla_shared.trunk_files import load_trunk_tokenizer
 
 FILES = ["README.md", "config.json", "manifest.json", "model.safetensors", "policy_postprocessor.json"]

@@ -238,7 +238,10 @@ COMMANDS: dict[str, tuple[Any, str, str]] = {
         --policy-path policy --flow-steps 1000000
         --policy-path policy --num-envs 5000
         --policy-path policy --compare pipe
-        --policy-path policy --compare nowhere.json""",
+        --policy-path policy --compare nowhere.json
+        --policy-path policy --device tpu
+        --policy-path policy --device cuda:first
+        --policy-path policy --device cpu:1""",
     ),
     "python -m smolvla_shared.hub push": (
         PushConfig,
@@ -487,6 +490,7 @@ except SystemExit as stop:
         ("smolvla_shared.lerobot_smolvla import ./nowhere new", "no SmolVLA policy ./nowhere: there is no such dir"),
         ("smolvla_shared.lerobot_smolvla export tests new", "no policy in tests: config.json is missing, found ["),
         ("rollout.py --policy-path me/policy", "--policy-path me/policy is no directory here; if it is a hub id, name"),
+        ("rollout.py --policy-path smolvla_shared/assets/tiny_vlm --device gpu", "--device 'gpu' is no device: pass"),
         ("rollout.py --policy-path nowhere", "nowhere holds no policy: config.json is missing (found: no such dire"),
     ],
 )  # fmt: skip
@@ -532,10 +536,12 @@ def test_help_is_there_before_anything_heavy_is_imported(command):
 def test_what_accelerate_would_do_beside_a_run_is_refused_before_anything_heavy_is_imported(
     name, value, said, laq_checkpoint, tmp_path
 ):
-    """By every command that trains."""
-    teacher = f"--laq-ckpt {laq_checkpoint}"
-    for command in ("train_stage2.py " + teacher, "train_stage3.py", "smolvla_shared.teacher train"):
-        words = f"{command} --data.repo-ids a/b --run-dir {tmp_path / 'run'} --precision no".split()
+    """By every command that trains, or labels. The precision of labels is that of the configuration."""
+    teacher, run = f"--laq-ckpt {laq_checkpoint}", f"--run-dir {tmp_path / 'run'} --precision no"
+    commands = [f"train_stage2.py {teacher} {run}", f"train_stage3.py {run}", f"smolvla_shared.teacher train {run}"]
+    commands += [f"smolvla_shared.teacher label {teacher} --label-cache {tmp_path / 'run'}"] * (value != "bf16")
+    for command in commands:
+        words = f"{command} --data.repo-ids a/b".split()
         environment = {"PYTHONPATH": str(ROOT), name: value}
         done = subprocess.run(
             [sys.executable, "-c", RUN, *words], capture_output=True, text=True, cwd=ROOT, env=environment
@@ -573,6 +579,10 @@ def changed_rate(dataset: Path, directory: Path) -> Path:
             "train_stage2.py {s2} --data.cameras top",
             "every dataset must have every camera, or you name them; asked for",
         ),
+        (
+            "train_stage2.py --run-dir {new} {teacher} --data.repo-ids {hub} --data.cameras top",
+            "every dataset must have every camera, or you name them; asked for",
+        ),
         ("train_stage2.py {s2} --data.label-cameras top", "every dataset must have the label cameras, but not {video}"),
         ("train_stage2.py {s2} --data.frame-gap-s 0.07", "--data.frame-gap-s 0.07 is not a whole number of frames of"),
         ("train_stage2.py {s2} --data.frame-gap-s 60", "no episode is longer than --data.frame-gap-s, "),
@@ -595,13 +605,14 @@ def test_what_the_data_tells_is_refused_before_anything_heavy_is_imported(
 ):
     places = {"video": video_dataset, "demos": labelled_dataset, "new": tmp_path / "new"}
     places |= {"edited": changed_rate(labelled_dataset, tmp_path / "edited"), "teacher": f"--laq-ckpt {laq_checkpoint}"}
+    places["hub"] = "/".join(video_dataset.parts[-2:])  # it is where a download would be
     places["s2"] = "--run-dir {new} --data.roots {video} {teacher}".format_map(places)
     done = subprocess.run(
         [sys.executable, "-c", RUN, *command.format_map(places).split()],
         capture_output=True,
         text=True,
         cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        env=os.environ | {"PYTHONPATH": str(ROOT), "HF_LEROBOT_HOME": str(video_dataset.parent.parent)},
     )
     assert done.returncode == 10 * EXIT_MISTAKE, done.stderr
     assert done.stderr.startswith(f"error: {said.format_map(places)}") and len(done.stderr.splitlines()) <= 4

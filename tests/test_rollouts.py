@@ -20,6 +20,7 @@ from PIL import Image
 
 from rollout import EnvironmentConfig, RolloutConfig, main, policy_configs
 from smolvla_shared import rollout_results
+from smolvla_shared.command import in_few_lines, is_mistake
 from smolvla_shared.comparison import wilson_interval
 from smolvla_shared.config import ModelConfig
 from smolvla_shared.environments import make_environment, make_environments
@@ -245,6 +246,54 @@ def test_a_contact_sheet_of_many_episodes_shows_both_outcomes_of_every_task(tmp_
         counts[episode.task, episode.success] += 1
     assert counts == {("a", False): 10, ("a", True): 5, ("b", True): 9, ("b", False): 0}
     assert contact_sheet(tmp_path / "out", episodes).height == 24 + 24 * 102
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new", "said"),
+    [
+        ("episodes.jsonl", '"seed": 6', '"seed": 5', r"episodes.jsonl, line 2 is of a, seed 5, twice: take the"),
+        ("episodes.jsonl", '"seed": 6', '"seed": 4', "line 2 is of a, seed 4, but the tasks are a, b, from seed 5 on"),
+        ("episodes.jsonl", '"task": "b"', '"task": "c"', "line 3 is of c, seed 5, but the tasks are a, b"),
+        ("episodes.jsonl", '"seed": 6', '"seed": 6, "seed": 7', r'line 2 is not JSON \(an object has the key "seed"'),
+        ("episodes.jsonl", '{"task": "b"', '"task": "b"', "line 3 is not JSON"),
+        ("episodes.jsonl", '"success": true', '"success": 1', "line 2 does not hold .*\n.*success: expected tr"),
+        ("episodes.jsonl", '"steps": 7', '"steps": -7', "line 3 does not hold .*\n.*steps: expected at least 0, got"),
+        ("episodes.jsonl", '"sum_reward": 0.5', '"sum_reward": NaN', "sum_reward: expected a number, found nan"),
+        ("settings.json", "}", "", "settings.json is not JSON"),
+        ("settings.json", '"seed": 5', '"seed": 5, "seed": 5', 'an object has the key "seed" twice'),
+        ("settings.json", '"seed": 5', '"seed": 6', "seed: command line 5, there 6"),
+        ("strips/a_00006_success.png", "IDAT", "IDAX", "a_00006_success.png: .*take the line of a, seed 6, out"),
+        ("strips/b_00005_failure.png", "PNG", "", "b_00005_failure.png: .*take the line of b, seed 5, out of epi"),
+    ],
+)  # fmt: skip
+def test_what_was_changed_in_a_rollout_is_refused_when_it_is_resumed(name, old, new, said, tmp_path):
+    settings = {"environment": {"tasks": ["a", "b"]}, "seed": 5}
+    directory, frames = tmp_path / "out", [np.zeros((8, 8, 3), np.uint8)]
+    episodes = [Episode("a", 5, "x"), Episode("a", 6, "y", True, 3), Episode("b", 5, "x", False, 7, 0.5)]
+    recorded = open_directory(directory, settings)
+    record(directory, recorded, ((episode, frames) for episode in episodes), 20, "none")
+    path = directory / name
+    content = path.read_bytes()
+    path.write_bytes(content.replace(old.encode(), new.encode()))
+    before = {other: other.read_bytes() for other in directory.rglob("*") if other.is_file()}
+    with pytest.raises(ValueError, match=said) as refused:
+        open_directory(directory, settings)
+    assert is_mistake(refused.value) and len(in_few_lines(refused.value).splitlines()) <= 4
+    assert {other: other.read_bytes() for other in directory.rglob("*") if other.is_file()} == before
+    path.write_bytes(content)
+    (directory / "results.json").write_text("is written again, not read")
+    assert open_directory(directory, settings) == episodes
+
+
+def test_a_missing_file_of_a_resumed_rollout_is_refused(tmp_path):
+    directory = tmp_path / "out"
+    record(
+        directory, open_directory(directory, {}), [(Episode("a", 0, "x"), [np.zeros((8, 8, 3), np.uint8)])], 1, "none"
+    )
+    for name in ("strips/a_00000_failure.png", "episodes.jsonl", "settings.json"):
+        (directory / name).unlink()
+        with pytest.raises(ValueError, match=Path(name).name):
+            open_directory(directory, {})
 
 
 class Crashing(gymnasium.Wrapper):
