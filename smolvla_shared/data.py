@@ -87,7 +87,6 @@ class RobotDataset:
         import httpx
         from huggingface_hub import snapshot_download
         from lerobot.datasets.utils import CompatibilityError, get_safe_version
-        from lerobot.utils.constants import HF_LEROBOT_HUB_CACHE
 
         from smolvla_shared.files import hub_or_cache
 
@@ -95,7 +94,9 @@ class RobotDataset:
             with hub_or_cache() as problem:
                 revision = get_safe_version(self.name, data_info.FORMAT)
                 self.root = Path(
-                    snapshot_download(self.name, repo_type="dataset", revision=revision, cache_dir=HF_LEROBOT_HUB_CACHE)
+                    snapshot_download(
+                        self.name, repo_type="dataset", revision=revision, cache_dir=HF_LEROBOT_HOME / "hub"
+                    )
                 )
         except (OSError, ValueError, httpx.HTTPError, RuntimeError, CompatibilityError) as error:
             raise ValueError(
