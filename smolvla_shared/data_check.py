@@ -27,7 +27,7 @@ class DataCheckConfig:
     out: paths.Directory = Path("data_check")
     # Episodes of each dataset of which frames are decoded: the first, the last, and some between; evenly among all.
     episodes: ranges.Count = 100
-    # Decode every frame of every video, too: it finds what is damaged in between.
+    # Decode every frame of every video or image column, too: it finds what is damaged in between.
     every_frame: bool = False
     # Hub id, directory or preset of the trunk whose tokenizer will read the tasks. It is only loaded for long ones.
     tokenizer: paths.Trunk = "smolvlm2-500m"

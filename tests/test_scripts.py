@@ -167,13 +167,16 @@ def test_the_policy_acts_and_the_chain_is_summed_up(runs, run_well):
     (runs / "steps.txt").write_text("1 teacher 0\n2 stage 2 90\nend 120\n")
     for name in ("stage2", "stage3"):
         (runs / name).symlink_to(runs / name.replace("tage", ""))
+    for arm in ("scratch", "stage3"):
+        (runs / f"rollout_{arm}").symlink_to(runs / "rollout")
     printed = run_well("examples/summarize.py", runs)
     summary = json.loads((runs / "summary.json").read_text())
-    assert summary["rollout"]["success_rate"] == 0.0
+    of_one = {"plate-slide-v3": "0 of 1", "all": "0 of 1, 0% to 79%"}
+    assert summary["demonstrations alone"] == summary["video first"] == of_one
     assert summary["minutes"] == {"1 teacher": 1.5, "2 stage 2": 0.5, "total": 2.0}
     assert summary["stage2"]["held_out_latent_error"] == metrics_of(runs / "s2")[-1]["val/latent_error"]
     assert summary["labels"]["health"] == json.loads((runs / "check" / "label_health.json").read_text())["verdict"]
-    assert "held out action error" in printed
+    assert "video first: plate-slide-v3" in printed
 
 
 @pytest.mark.slow

@@ -207,6 +207,6 @@ def test_what_is_refused_is_a_problem_of_data_check(recorded, kind, file, place,
             read(root)
         problems = [""]
         with refusing(root, path, what) as unread:
-            config = data_check.DataCheckConfig((str(root),), episodes=1, every_frame=kind == "video")
+            config = data_check.DataCheckConfig((str(root),), episodes=1, every_frame=True)
             problems = data_report.look(data_report.open_one(str(root)), config).problems
     assert unread or problems or not refused, f"{what}: {refused}"
