@@ -42,7 +42,7 @@ step "3 labels"
 # ones. Cameras and frame gap are the teacher's from here on.
 LAQ="$RUN/laq/checkpoints/last/pretrained_model/laq.safetensors"
 python -m smolvla_shared.teacher check --laq-ckpt "$LAQ" --data.roots "$RUN/data/video" --data.num-workers 1 \
-    --pairs 2000 --seed "$SEED" --out "$RUN/check"
+    --teacher-kind continuous --pairs 2000 --seed "$SEED" --out "$RUN/check"
 launch -m smolvla_shared.teacher label --laq-ckpt "$LAQ" --data.roots "$RUN/data/video" "$RUN/data/demonstrations" \
     --teacher-kind continuous --data.num-workers 1 --label-cache "$RUN/labels"
 
