@@ -13,7 +13,7 @@ import warnings
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import gymnasium
 import numpy as np
@@ -23,7 +23,14 @@ from tqdm import tqdm
 from smolvla_shared import ranges
 from smolvla_shared.command import run_command
 from smolvla_shared.data import ACTION_KEY, EXECUTED_ACTION_KEY
-from smolvla_shared.environments import CAMERAS, FIRST_RECORDING_SEED, make_metaworld, metaworld_tasks, render_headless
+from smolvla_shared.environments import (
+    CAMERAS,
+    FIRST_RECORDING_SEED,
+    METAWORLD_STEPS,
+    make_metaworld,
+    metaworld_tasks,
+    render_headless,
+)
 
 SEEDS_PER_RECORDING = 10_000_000
 FPS = 80  # Meta-World's control rate
@@ -57,9 +64,12 @@ class RecordConfig:
     noise: float = 0.3
     # The arm first takes up to so many steps in a random direction, and the episode begins there: other people's video
     # does not start where the demonstrations do (rollout.py --env.start-steps).
-    start_steps: ranges.CountOrNone = 0
+    start_steps: Annotated[int, ranges.Range(ge=0, le=METAWORLD_STEPS - MAX_STEPS)] = 0
     # Processes that simulate and render.
     num_workers: int = 2
+
+    def __post_init__(self):
+        ranges.check(self, "--")
 
 
 @dataclass(frozen=True)

@@ -84,6 +84,8 @@ def check_environment(
         raise ValueError(
             f"--env.camera {' '.join(cameras)}: Meta-World alone has a choice, of {', '.join(CAMERAS)}, each once"
         )
+    if start_steps < 0:
+        raise ValueError(f"--env.start-steps {start_steps} must be at least 0")
     if start_steps and env_type != "metaworld":
         raise ValueError(f"--env.start-steps {start_steps}: Meta-World alone has starts of its own")
     if env_type == "metaworld" and max_steps + start_steps > METAWORLD_STEPS:

@@ -112,6 +112,8 @@ def test_unknown_environments_are_refused(env_type, tasks, max_steps, cameras, m
 def test_starts_that_an_environment_does_not_have_are_refused():
     with pytest.raises(ValueError, match=r"--env\.start-steps 5: Meta-World alone has starts of its own"):
         check_environment("pusht", ("PushT-v0",), 9, start_steps=5)
+    with pytest.raises(ValueError, match=r"--env\.start-steps -5 must be at least 0"):  # as LeRobot's commands pass it
+        EnvConfig.get_choice_class("metaworld_plain")(image_size=32, start_steps=-5).create_envs(1)
     with pytest.raises(ValueError, match=r"490 steps after 20 of --env\.start-steps: Meta-World ends .* after 500"):
         check_environment("metaworld", (TASK,), 490, start_steps=20)
 

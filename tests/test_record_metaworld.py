@@ -74,4 +74,9 @@ def test_an_existing_directory_and_an_unknown_task_are_refused(server, tmp_path)
     code, printed = record(server, tmp_path / "new", "--kind", "video", "--camera", "top")
     assert code != 0
     assert "--camera top: name Meta-World's, each once; it has corner2, corner" in printed
+    for steps in ("-5", "351"):  # Meta-World ends an episode after 500 steps, a recording takes 150
+        code, printed = record(server, tmp_path / "new", "--kind", "video", "--start-steps", steps)
+        assert code != 0
+        assert "--start-steps must be" in printed
+        assert steps in printed
     assert not (tmp_path / "new").exists()
