@@ -1,7 +1,7 @@
 # `make demo` and `make test` set everything up first; a second run finds it done.
 
 .DEFAULT_GOAL := help
-.PHONY: setup demo test gpu-check lint format clean help
+.PHONY: setup demo test evidence gpu-check lint format clean help
 
 # pip's work is done once, and again when what it reads has changed.
 STAMP := .venv/installed
@@ -19,6 +19,9 @@ demo: setup  ## run the whole pipeline on demonstrations it records itself, abou
 # The order of the files is that of tests/conftest.py.
 test: setup lint  ## check the style and run all tests, 13 minutes on two idle cores
 	@PATH="$(CURDIR)/.venv/bin:$$PATH" pytest -m "" -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+
+evidence: setup  ## measure what docs/evidence lacks of the table whether video helps: days; goes on where it was stopped
+	@.venv/bin/python examples/evidence.py --root runs/evidence --cells docs/evidence
 
 gpu-check: setup  ## try training, sampling and speed on this machine's GPUs; writes gpu_check/
 	@.venv/bin/python -m smolvla_shared.gpu_check

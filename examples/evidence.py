@@ -25,76 +25,34 @@ from fnmatch import fnmatch
 from functools import cached_property
 from pathlib import Path
 
-from evidence_table import Measured, compare, markdown, plot
+from evidence_settings import (
+    ARMS,
+    CURVE_ARMS,
+    CURVE_DEMONSTRATIONS,
+    DEMONSTRATIONS,
+    GAP_S,
+    HELD_OUT_SEED,
+    HORIZON,
+    IMAGE_SIZE,
+    QUICK,
+    QUICK_SETTING,
+    ROLLOUT_SEEDS,
+    SEEDS,
+    SETTINGS,
+    STAGE3,
+    STAGES,
+    VIDEO_SEED,
+    Arm,
+    Labels,
+    Setting,
+    Sizes,
+)
+from evidence_table import Measured, by_task, compare, markdown, plot
 from lerobot.utils.constants import OBS_IMAGE, OBS_IMAGES
 
 from smolvla_shared.command import run_command
 
 REPOSITORY = Path(__file__).parents[1]
-
-
-@dataclass(frozen=True)
-class Setting:
-    """The tasks of one policy: it has seen video of all of them, and an equal number of demonstrations of each."""
-
-    tasks: tuple[str, ...]
-    # Disturbances of the demonstrations (record_metaworld.py --noise).
-    noise: float = 0.0
-    # Environment steps after which an episode of a rollout has failed.
-    max_steps: int = 150
-    # Options of Stage 2 and Stage 3.
-    options: str = ""
-    # Meta-World's cameras that are recorded, and that the teacher sees; (): LeRobot's choice.
-    cameras: tuple[str, ...] = ()
-    # Of the video. It and the rollouts begin after up to so many steps of a random motion, demonstrations at rest.
-    video_noise: float = 0.3
-    video_start: int = 0
-    start: int = 0
-
-    @property
-    def sees(self) -> str:
-        """Options of a policy that sees the first of several cameras."""
-        return f" --data.cameras {OBS_IMAGES}.{self.cameras[0]}" if len(self.cameras) > 1 else ""
-
-
-@dataclass(frozen=True)
-class Sizes:
-    video_episodes: int = 125  # of all tasks together
-    teacher_steps: int = 1500
-    stage2_steps: int = 1200
-    stage3_steps: int = 2400
-    batch_size: int = 16
-    flow_draws: int = 4
-    rollouts: int = 100  # episodes of each policy, of all tasks together
-
-
-FIVE = "drawer-open-v3", "door-open-v3", "plate-slide-v3", "coffee-button-v3", "window-open-v3"
-TWO = "topview", "corner2"
-SETTINGS = {
-    "five tasks": Setting(FIVE),
-    "five tasks from above": Setting(FIVE, cameras=("topview",)),
-    "five tasks, two cameras": Setting(FIVE, cameras=TWO),
-    "five tasks, video of other starts": Setting(FIVE, cameras=TWO, video_noise=0.0, video_start=20),
-    "five tasks, other starts": Setting(FIVE, cameras=TWO, video_noise=0.0, video_start=20, start=20),
-    "five tasks, no state": Setting(FIVE, options="--model.no-use-state"),
-}
-QUICK_SETTING = Setting(FIVE[:1], max_steps=16)
-DEMONSTRATIONS = (5, 10, 25)  # of all tasks together
-SEEDS = (0, 1, 2)
-# Success is also measured at a third and two thirds of Stage 3 for these arms, at this number of demonstrations.
-CURVE_ARMS, CURVE_DEMONSTRATIONS = ("scratch", "stage 2", "decoded"), 10
-QUICK = Sizes(2, 2, 2, 2, batch_size=4, flow_draws=1, rollouts=1)
-# Video is recorded with this seed, demonstrations with the run's. Rollouts of run seed s have the initial states of
-# seeds s * ROLLOUT_SEEDS and up. Nothing was tuned on any of them.
-VIDEO_SEED, ROLLOUT_SEEDS = 50, 1_000
-IMAGE_SIZE = 64  # the tiny preset's
-# A teacher's pair, a chunk of 16 actions at 80 fps, and how many pairs it takes.
-GAP_S, CHUNK_S, HORIZON = 0.05, 0.2, 4
-# Share of a batch that is video whose actions are decoded.
-DECODED_SHARE = 0.75
-STAGES = "--optim.lr 1e-3"
-STAGE2 = ""
-STAGE3 = "--chunk-size 16 --n-action-steps 8 --ema-decay 0.99"
 
 
 @dataclass(frozen=True)
@@ -178,6 +136,10 @@ class Cell:
     def where(self) -> Setting:
         return SETTINGS.get(self.setting, QUICK_SETTING)
 
+    @property
+    def how(self) -> Arm:
+        return ARMS[self.arm]
+
     def record(self, name: str, episodes: int, seed: int, noise: float, start_steps: int = 0) -> Part:
         """`episodes` of all tasks together, an equal number of each."""
         tasks = self.where.tasks
@@ -216,55 +178,47 @@ class Cell:
         name = "teacher" if learns else "teacher-random"
         return Part(name, f"{command} --data.roots {places(0, len(video))}", video)
 
-    def labels(self, kind: str) -> tuple[Part, str]:
-        """Labels of the video (for co-training also of the demonstrations), and the options that read them."""
-        in_stage3 = kind in ("co-training", "decoded")
+    def labels(self, wanted: Labels, in_stage3: bool = False) -> tuple[Part, str]:
+        """Labels of the video, for Stage 3 also of the demonstrations, and the options that read them."""
         data = (*self.video(), self.labelled()) if in_stage3 else self.video()
-        pairs = f"--data.frame-gap-s {CHUNK_S if kind == 'executed' else GAP_S}"
-        continuous = kind in ("executed", "continuous", "decoded")
-        latents = f"--teacher-kind {'continuous' if continuous else 'quantized'}"
+        pairs, latents = f"--data.frame-gap-s {wanted.gap_s}", f"--teacher-kind {wanted.kind}"
         to = f"--label-cache @out {pairs} --data.roots {places(0, len(data))}"
-        if kind == "executed":
+        if wanted.source == "executed":
             part = Part("labels-executed", f"examples/relabel.py --kind executed {to} --slots {HORIZON}", data)
-        elif kind == "shuffled":
-            source, options = (*data, self.labels("teacher")[0]), f"--source-cache @{len(data)} --seed {self.seed}"
-            part = Part("labels-shuffled", f"examples/relabel.py --kind shuffled {to} {options}", source)
+        elif wanted.source == "shuffled":
+            source = self.labels(replace(wanted, source="teacher"))[0]
+            options = f"--source-cache @{len(data)} --seed {self.seed}"
+            part = Part("labels-shuffled", f"examples/relabel.py --kind shuffled {to} {options}", (*data, source))
         else:
             checkpoint = f"@{len(data)}/checkpoints/last/pretrained_model/laq.safetensors"
             command = f"-m smolvla_shared.teacher label --laq-ckpt {checkpoint} {to} {latents}"
-            part = Part("labels", command, (*data, self.teacher(learns=kind != "random teacher")))
-        # The decoder reads one latent action more than it decodes.
-        horizon = {"executed": 1, "decoded": HORIZON + 1}.get(kind, HORIZON)
-        return part, f"{pairs} {latents} --latent-horizon {horizon} --labels cache --label-cache"
+            part = Part("labels", command, (*data, self.teacher(learns=wanted.source == "teacher")))
+        return part, f"{pairs} {latents} --latent-horizon {wanted.horizon} --labels cache --label-cache"
 
-    def stage2(self, kind: str) -> Part:
-        video, (labels, options) = self.video(), self.labels(kind)
-        command = f"train_stage2.py {self.stage(self.sizes.stage2_steps)} --model.preset tiny {STAGE2}"
+    def stage2(self) -> Part:
+        video, (labels, options) = self.video(), self.labels(self.how.labels)
+        command = f"train_stage2.py {self.stage(self.sizes.stage2_steps)} --model.preset tiny {self.how.options}"
         roots = f"--data.roots {places(0, len(video))} {options} @{len(video)}"
         return Part("stage2", f"{command} {roots}", (*video, labels))
 
     def policy(self) -> Part:
         """Stage 3 of this arm."""
-        sizes, kind = self.sizes, ARMS[self.arm]
-        steps = sizes.stage3_steps + (sizes.stage2_steps if self.arm == "scratch, all compute" else 0)
-        data = (self.labelled(), *(self.video() if self.arm == "all labels" else ()))
+        sizes, how, inputs = self.sizes, self.how, (self.labelled(),)
+        steps = sizes.stage3_steps + (sizes.stage2_steps if how.has_all_compute else 0)
+        inputs += self.video() if how.has_all_labels else ()
         # Too few demonstrations to hold one out.
         command = f"train_stage3.py {self.stage(steps, holds_out=False)} {STAGE3} --save-every {max(1, steps // 3)}"
-        command += f" --data.roots {places(0, len(data))}"
-        if not kind:
-            return Part("stage3", f"{command} --model.preset tiny", data)
-        artifact = "--stage2-artifact @1/artifacts/smolvla_shared_stage2_artifact.safetensors"
-        if kind not in ("co-training", "decoded"):
-            return Part("stage3", f"{command} {artifact}", (*data, self.stage2(kind)))
-        (labels, options), video = self.labels(kind), self.video()
-        decodes = f" --decode-actions --video-share {DECODED_SHARE}"
-        command += decodes if kind == "decoded" else " --latent-loss-weight 0.5"
-        command += f" {options} @1 --video-roots {places(2, len(video))}"
-        if self.arm == "decoded, no stage 2":
-            return Part("stage3", f"{command} --model.preset tiny", (*data, labels, *video))
-        artifact = artifact.replace("@1", f"@{2 + len(video)}")
-        stage2 = self.stage2("continuous" if kind == "decoded" else "teacher")
-        return Part("stage3", f"{command} {artifact}", (*data, labels, *video, stage2))
+        command += f" --data.roots {places(0, len(inputs))}"
+        if how.stage3:
+            # The decoder reads one latent action more than it decodes.
+            labels, options = self.labels(replace(how.labels, horizon=HORIZON + how.decodes), in_stage3=True)
+            video = self.video()
+            command += f" {how.stage3} {options} @1 --video-roots {places(2, len(video))}"
+            inputs += labels, *video
+        if not how.labels or not how.stage2:
+            return Part("stage3", f"{command} --model.preset tiny", inputs)
+        artifact = f"@{len(inputs)}/artifacts/smolvla_shared_stage2_artifact.safetensors"
+        return Part("stage3", f"{command} --stage2-artifact {artifact}", (*inputs, self.stage2()))
 
     def rollouts(self, step: int | None = None) -> tuple[Part, ...]:
         """Episodes of the policy, or of its checkpoint of a step, in each task."""
@@ -276,6 +230,12 @@ class Cell:
         command += f" --env.start-steps {self.where.start}" if self.where.start else ""
         policy = (self.policy(),)
         return tuple(Part(f"rollout-{task}", f"{command} --env.task {task}", policy) for task in self.where.tasks)
+
+    def open_loop(self) -> Part:
+        """The policy's actions beside an expert's, where rollouts begin."""
+        held_out = self.record("held-out", self.sizes.held_out_episodes, HELD_OUT_SEED, 0.0, self.where.start)
+        command = "examples/open_loop.py --policy-path @0/checkpoints/last/pretrained_model --roots @1 --out @out"
+        return Part("open-loop", command, (self.policy(), held_out))
 
     def curve(self) -> dict[int, tuple[Part, ...]]:
         """Rollouts by Stage 3 step; of the last step alone, unless the arm has a curve."""
@@ -295,58 +255,45 @@ class Cell:
                 part.make(root)
                 results = json.loads((part.out(root) / "results.json").read_text())
                 by_step[step][task] = {episode["seed"]: episode["success"] for episode in results["per_episode"]}
-        kept = {"name": self.name, "made_of": self.made_of, "commit": commit(), "success": by_step}
+        (open_loop := self.open_loop()).make(root)
+        r2 = json.loads((open_loop.out(root) / "open_loop.json").read_text())["r2"]
+        kept = {"name": self.name, "made_of": self.made_of, "commit": commit(), "success": by_step, "action_r2": r2}
         cells.mkdir(parents=True, exist_ok=True)
         self.file(cells).write_text(json.dumps(kept) + "\n")
 
-    def read(self, cells: Path) -> dict[int, dict[tuple[int, str, int], bool]]:
-        """Success by Stage 3 step, then by (training seed, task, initial state); {}: not measured yet."""
+    def read(self, cells: Path) -> Measured | None:
+        """What was kept of this policy; None: it is not measured yet."""
         if not self.file(cells).is_file():
-            return {}
+            return None
         kept = json.loads(self.file(cells).read_text())
         if kept["made_of"] != self.made_of:
             raise ValueError(f"{self.file(cells)} was measured with other commands: remove it, or name other --cells")
-        return {
+        by_step = {
             int(step): {
                 (self.seed, task, int(state)): won for task, states in tasks.items() for state, won in states.items()
             }
             for step, tasks in kept["success"].items()
         }
+        return Measured(self.setting, self.demonstrations, self.arm, by_step, [kept["action_r2"]])
 
     def file(self, cells: Path) -> Path:
         return cells / f"{re.sub('[^a-z0-9]+', '-', self.name)}.json"
 
     @property
     def made_of(self) -> list[str]:
-        return [part.directory for parts in self.curve().values() for part in parts]
-
-
-# Each arm, and the labels of its Stage 2; None: it has no Stage 2.
-ARMS = {
-    "scratch": None,
-    "stage 2": "teacher",
-    "co-training": "co-training",
-    "decoded": "decoded",
-    "decoded, no stage 2": "decoded",
-    "continuous": "continuous",
-    "random teacher": "random teacher",
-    "shuffled latents": "shuffled",
-    "true actions": "executed",
-    "scratch, all compute": None,
-    "all labels": None,
-}
+        parts = [part for parts in self.curve().values() for part in parts]
+        return [part.directory for part in (*parts, self.open_loop())]
 
 
 def gather(cells: list[Cell], directory: Path) -> list[Measured]:
     """What the measured cells gave, over their seeds."""
-    measured = {}
+    rows: dict[tuple[str, int, str], Measured] = {}
     for cell in cells:
-        if by_step := cell.read(directory):
-            place = cell.setting, cell.demonstrations, cell.arm
-            row = measured.setdefault(place, Measured(*place))
-            for step, success in by_step.items():
-                row.by_step.setdefault(step, {}).update(success)
-    return list(measured.values())
+        if found := cell.read(directory):
+            row = rows.setdefault((cell.setting, cell.demonstrations, cell.arm), found)
+            if row is not found:
+                row.add(found)
+    return list(rows.values())
 
 
 @dataclass(frozen=True)
@@ -393,7 +340,7 @@ def main(config: EvidenceConfig) -> None:
         (directory / "table.json").write_text(json.dumps(table, indent=2) + "\n")
         plot(table, directory / "demonstrations.png", by_step=False)
         plot(table, directory / "steps.png", by_step=True)
-    print(markdown(table))
+    print(markdown(table), by_task(table), sep="\n\n")
 
 
 if __name__ == "__main__":

@@ -21,6 +21,14 @@ class Measured:
     demonstrations: int
     arm: str
     by_step: dict[int, Success] = field(default_factory=dict)  # Stage 3 step
+    # R² of its actions on held-out demonstrations, of each seed and dimension; None: the dimension does not vary.
+    action_r2: list[list[float | None]] = field(default_factory=list)
+
+    def add(self, other: "Measured") -> None:
+        """The policy of another seed."""
+        for step, success in other.by_step.items():
+            self.by_step.setdefault(step, {}).update(success)
+        self.action_r2 += other.action_r2
 
     @property
     def success(self) -> Success:
@@ -37,25 +45,30 @@ def holm(p_values: list[float]) -> list[float]:
     return adjusted
 
 
+def paired(won: Success, other: Success) -> dict[str, Any]:
+    """What differs on the episodes that both arms have, and McNemar's exact p."""
+    common = won.keys() & other.keys()
+    only_this = sum(won[pair] and not other[pair] for pair in common)
+    only_other = sum(other[pair] and not won[pair] for pair in common)
+    found = {"pairs": len(common), "only_this_arm": only_this, "only_reference": only_other}
+    return found | {"p": mcnemar_exact(only_this, only_other)}
+
+
 def compare(measured: list[Measured]) -> list[dict[str, Any]]:
     """A row for each arm, compared with each reference on equal seeds, tasks and initial states.
 
-    p is adjusted over all comparisons. A pair is an episode of both arms: what one training seed does to all its
-    episodes is not in p.
+    p_holm is adjusted over all these comparisons; p of single tasks is not. A pair is an episode of both arms: what one
+    training seed does to all its episodes is not in p.
     """
     success = {(row.setting, row.demonstrations, row.arm): row.success for row in measured}
     table = []
     for row in measured:
-        won = row.success
-        against = {}
+        won, others = row.success, {}
         for reference in REFERENCES:
             other = success.get((row.setting, row.demonstrations, reference), {})
-            if row.arm != reference and (common := won.keys() & other.keys()):
-                only_this = sum(won[pair] and not other[pair] for pair in common)
-                only_other = sum(other[pair] and not won[pair] for pair in common)
-                found = {"pairs": len(common), "only_this_arm": only_this, "only_reference": only_other}
-                against[reference] = found | {"p": mcnemar_exact(only_this, only_other)}
-        tasks = {task: [won[key] for key in won if key[1] == task] for _, task, _ in won}
+            if row.arm != reference and won.keys() & other.keys():
+                others[reference] = other
+        tasks = {task: {key: won[key] for key in won if key[1] == task} for _, task, _ in won}
         table.append(
             {
                 "setting": row.setting,
@@ -65,9 +78,14 @@ def compare(measured: list[Measured]) -> list[dict[str, Any]]:
                 "successes": sum(won.values()),
                 "episodes": len(won),
                 "wilson_95": wilson_interval(sum(won.values()), len(won)),
-                "against": against,
-                "success_by_task": {task: float(np.mean(values)) for task, values in tasks.items()},
+                "against": {reference: paired(won, other) for reference, other in others.items()},
+                "by_task": {
+                    task: {"successes": sum(of.values()), "episodes": len(of)}
+                    | {"against": {reference: paired(of, other) for reference, other in others.items()}}
+                    for task, of in tasks.items()
+                },
                 "success_by_step": {step: float(np.mean([*at.values()])) for step, at in sorted(row.by_step.items())},
+                "action_r2": float(np.mean([value for of in row.action_r2 for value in of if value is not None])),
             }
         )
     compared = [found for row in table for found in row["against"].values()]
@@ -76,24 +94,44 @@ def compare(measured: list[Measured]) -> list[dict[str, Any]]:
     return table
 
 
+def difference(found: dict[str, Any], p: str) -> str:
+    """In points of success on equal initial states, with a p."""
+    return f"{100 * (found['only_this_arm'] - found['only_reference']) / found['pairs']:+.0f} (p {found[p]:.2g})"
+
+
+def lines_of(rows: list[list[Any]]) -> str:
+    """A Markdown table; the first row is its head."""
+    head, *others = [f"| {' | '.join(map(str, row))} |" for row in rows]
+    return "\n".join([head, "|---" * len(rows[0]) + "|", *others])
+
+
 def markdown(table: list[dict[str, Any]]) -> str:
-    """Differences are in points of success on equal initial states, with Holm's p."""
-
-    def difference(found: dict[str, Any] | None) -> str:
-        if found is None:
-            return ""
-        points = 100 * (found["only_this_arm"] - found["only_reference"]) / found["pairs"]
-        return f"{points:+.0f} (p {found['p_holm']:.2g})"
-
+    """All tasks together: differences with Holm's p, and R² of actions on held-out demonstrations."""
     head = ["setting", "demonstrations", "arm", "seeds", "success", "95%", *(f"against {name}" for name in REFERENCES)]
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    rows = [[*head, "R² of actions"]]
     for row in table:
         low, high = row["wilson_95"]
         cells = [row["setting"], row["demonstrations"], row["arm"], len(row["seeds"])]
         cells += [f"{row['successes']} of {row['episodes']}", f"{low:.0%} to {high:.0%}"]
-        cells += [difference(row["against"].get(name)) for name in REFERENCES]
-        lines.append(f"| {' | '.join(map(str, cells))} |")
-    return "\n".join(lines)
+        against = [row["against"].get(name) for name in REFERENCES]
+        cells += [difference(found, "p_holm") if found else "" for found in against]
+        rows.append([*cells, f"{row['action_r2']:.2f}"])
+    return lines_of(rows)
+
+
+def by_task(table: list[dict[str, Any]]) -> str:
+    """Each task: successes, and where there is a scratch arm the difference to it, with McNemar's p, not adjusted."""
+    tasks = list(dict.fromkeys(task for row in table for task in row["by_task"]))
+    rows = [["setting", "demonstrations", "arm", *tasks]]
+    for row in table:
+        cells = [row["setting"], row["demonstrations"], row["arm"]]
+        for task in tasks:
+            of = row["by_task"].get(task)
+            found = of and of["against"].get(REFERENCES[0])
+            won = f"{of['successes']} of {of['episodes']}" if of else ""
+            cells.append(f"{won}, {difference(found, 'p')}" if found else won)
+        rows.append(cells)
+    return lines_of(rows)
 
 
 def plot(table: list[dict[str, Any]], path: Path, by_step: bool) -> None:

@@ -13,8 +13,9 @@ ROOT = Path(__file__).parents[1]
 SETTING = "five tasks"
 sys.path.insert(0, str(ROOT / "examples"))
 
-from evidence import ARMS, SETTINGS, Cell, EvidenceConfig, Part, Sizes, choose, gather  # noqa: E402
-from evidence_table import Measured, compare, holm, markdown  # noqa: E402
+from evidence import Cell, EvidenceConfig, Part, choose, gather  # noqa: E402
+from evidence_settings import ARMS, SETTINGS, Sizes  # noqa: E402
+from evidence_table import Measured, by_task, compare, holm, markdown  # noqa: E402
 from relabel import executed_latents  # noqa: E402
 
 from smolvla_shared.comparison import mcnemar_exact  # noqa: E402
@@ -30,7 +31,7 @@ def test_holm_multiplies_by_what_is_left_and_never_falls():
 def test_arms_are_compared_on_equal_seeds_and_initial_states():
     def measured(arm: str, won: dict[tuple[int, int], bool]) -> Measured:
         success = {(seed, "push-v3", state): success for (seed, state), success in won.items()}
-        return Measured("push", 5, arm, {1: dict.fromkeys(success, False), 2: success})
+        return Measured("push", 5, arm, {1: dict.fromkeys(success, False), 2: success}, [[0.5, None], [0.1, 0.3]])
 
     scratch = measured("scratch", {(0, state): state < 2 for state in range(10)})
     longer = measured("scratch, all compute", {(0, state): state < 4 for state in range(10)})
@@ -45,8 +46,24 @@ def test_arms_are_compared_on_equal_seeds_and_initial_states():
     assert third["scratch, all compute"]["p"] == mcnemar_exact(6, 1)
     assert (rows[2]["successes"], rows[2]["episodes"], rows[2]["seeds"]) == (14, 15, [0, 1])
     assert rows[2]["success_by_step"] == {1: 0, 2: 14 / 15}
-    line = "| push | 5 | stage 2 | 2 | 14 of 15 | 70% to 99% | +70 (p 0.16) | +50 (p 0.38) |"
+    line = "| push | 5 | stage 2 | 2 | 14 of 15 | 70% to 99% | +70 (p 0.16) | +50 (p 0.38) | 0.30 |"
     assert line in markdown(rows)
+    assert "| push | 5 | stage 2 | 14 of 15, +70 (p 0.039) |" in by_task(rows)
+    assert "| push | 5 | scratch | 2 of 10 |" in by_task(rows)
+
+
+def test_a_task_is_compared_on_its_own_episodes():
+    def measured(arm: str, won: dict[str, int]) -> Measured:
+        """So many of ten episodes of each task, the last ones."""
+        return Measured("s", 5, arm, {1: {(0, t, i): i >= 10 - n for t, n in won.items() for i in range(10)}}, [[0.0]])
+
+    rows = compare([measured("scratch", {"push": 2, "pull": 5}), measured("decoded", {"push": 9, "pull": 4})])
+    push, pull = rows[1]["by_task"]["push"], rows[1]["by_task"]["pull"]
+    assert (push["successes"], push["episodes"]) == (9, 10)
+    assert push["against"]["scratch"]["p"] == mcnemar_exact(7, 0)
+    assert pull["against"]["scratch"]["p"] == mcnemar_exact(0, 1) == 1
+    assert rows[1]["against"]["scratch"]["p"] == mcnemar_exact(7, 1)
+    assert "| s | 5 | decoded | 9 of 10, +70 (p 0.016) | 4 of 10, -10 (p 1) |" in by_task(rows)
 
 
 def test_what_is_kept_was_measured_with_the_commands_of_today():
@@ -132,17 +149,18 @@ def test_what_was_measured_is_not_made_again(tmp_path, monkeypatch):
         part.out(root).mkdir(parents=True)
         episodes = [{"seed": 2000 + i, "success": i == 0} for i in range(2)]
         (part.out(root) / "results.json").write_text(json.dumps({"per_episode": episodes}))
+        (part.out(root) / "open_loop.json").write_text(json.dumps({"r2": [0.25, None]}))
 
     monkeypatch.setattr(Part, "make", make)
-    assert cell.read(tmp_path / "cells") == {}
+    assert cell.read(tmp_path / "cells") is None
     cell.measure(tmp_path, tmp_path / "cells")
-    assert made == [f"rollout-{task}" for task in SETTINGS[SETTING].tasks]
+    assert made == [*(f"rollout-{task}" for task in SETTINGS[SETTING].tasks), "open-loop"]
     cell.measure(tmp_path / "another machine", tmp_path / "cells")
-    assert len(made) == 5
-    (success,) = cell.read(tmp_path / "cells").values()
+    assert len(made) == 6
+    success = cell.read(tmp_path / "cells").success
     assert sum(success.values()) == 5 and success[2, "plate-slide-v3", 2000]
     (row,) = compare(gather([cell], tmp_path / "cells"))
-    assert (row["successes"], row["episodes"], row["seeds"]) == (5, 10, [2])
+    assert (row["successes"], row["episodes"], row["seeds"], row["action_r2"]) == (5, 10, [2], 0.25)
     with pytest.raises(ValueError, match="was measured with other commands: remove it, or name other --cells"):
         replace(cell, sizes=Sizes()).read(tmp_path / "cells")
 
