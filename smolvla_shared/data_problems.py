@@ -130,10 +130,17 @@ def differences(columns: Columns, bad: Callable[[np.ndarray], np.ndarray]) -> tu
 def row_problems(dataset: "RobotDataset") -> Iterator[str]:
     """Rows that are missing, repeated or out of order. The episodes are known to be sound."""
     frames, starts = dataset.frames, dataset.episode_from
+
+    def episode_of(rows: np.ndarray) -> np.ndarray:
+        """Of consecutive rows."""
+        first, last = dataset.episode_of(rows[[0, -1]])
+        ends = np.minimum(dataset.episode_to[first : last + 1], rows[-1] + 1)
+        return np.repeat(np.arange(first, last + 1), np.diff(ends, prepend=rows[0]))
+
     expected = {
         "index": lambda rows: rows,
-        "episode_index": dataset.episode_of,
-        "frame_index": lambda rows: rows - starts[dataset.episode_of(rows)],
+        "episode_index": episode_of,
+        "frame_index": lambda rows: rows - starts[episode_of(rows)],
     }
     for name, of in expected.items():
         at, count = differences(frames, lambda rows, of=of, name=name: frames[name][rows] != of(rows))
