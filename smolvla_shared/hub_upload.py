@@ -183,6 +183,6 @@ def card(path: Path, results: tuple[Path, ...]) -> None:
                 f"{file} is about the policy with sha256 {evaluated}, {path} has {sha256}: roll this one out "
                 "with rollout.py"
             )
-        text = add_results(text, found)
+        text = add_results(text, found, f"{file}")
     write_text(path / CARD_NAME, text)
     print(f"{path / CARD_NAME}: results of {len(results)} rollouts")

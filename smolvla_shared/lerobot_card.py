@@ -6,6 +6,7 @@ A card is written with the policy and can then be edited. `hub card` changes not
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import ModelCard, ModelCardData
 from torch import Tensor
 
+from smolvla_shared import ranges
 from smolvla_shared.config import CoreConfig
 from smolvla_shared.files import PROCESSORS, SOURCE_NAME, share, write_manifest, write_text, write_weights
-from smolvla_shared.refusals import read_json
+from smolvla_shared.refusals import decode_known, read_json
 
 if TYPE_CHECKING:
     from smolvla_shared.lerobot_config import HLRPSmolVLASharedConfig
@@ -205,11 +207,44 @@ def teacher_lines(latents: dict[str, Any]) -> list[str]:
 # --- the evaluation table ---------------------------------------------------------------------------------------------
 
 
-def add_results(card: str, results: dict[str, Any]) -> str:
+@dataclass(frozen=True)
+class Environment:
+    type: str
+
+
+@dataclass(frozen=True)
+class OfTask:
+    successes: ranges.CountOrNone
+    episodes: ranges.Count
+    wilson_95: tuple[ranges.Share, ...]
+
+    def __post_init__(self):
+        if len(self.wilson_95) != 2:
+            raise ValueError(f"wilson_95 is {self.wilson_95}, it should be the two ends of an interval")
+
+
+@dataclass(frozen=True)
+class Results:
+    """What a card reads of a results.json."""
+
+    environment: dict[str, Any]
+    by_task: dict[str, Any]
+    seed: ranges.Seed
+    max_steps: ranges.Count
+    n_action_steps: ranges.Few
+    flow_steps: ranges.Few
+
+
+def add_results(card: str, results: dict[str, Any], where: str = "results.json") -> str:
     """A card with a row for each task of a results.json of rollout.py; it replaces a row of the same conditions.
 
-    Raises ValueError if the card has no evaluation section any more.
+    where: its name in messages
+
+    Raises ValueError if the results are not whole, or the card has no evaluation section any more.
     """
+    found = decode_known(Results, results, where)
+    environment = decode_known(Environment, found.environment, f"{where}, environment").type
+    by_task = {task: decode_known(OfTask, of, f"{where}, {task}") for task, of in found.by_task.items()}
     parts = re.split(f"({re.escape(TABLE_BEGIN)}\n|{re.escape(TABLE_END)})", card)
     if len(parts) != 5:
         raise ValueError(
@@ -217,12 +252,12 @@ def add_results(card: str, results: dict[str, Any]) -> str:
             f"{CARD_NAME} to have it written again"
         )
     rows = [line for line in parts[2].splitlines() if line.startswith("| ") and line not in TABLE_HEAD.splitlines()]
-    options = " | ".join(str(results[name]) for name in ("max_steps", "n_action_steps", "flow_steps"))
-    for task, outcome in results["by_task"].items():
-        seeds = f"{results['seed']} to {results['seed'] + outcome['episodes'] - 1}"
-        conditions = f"| {results['environment']['type']} {task} | {seeds} | {options} | "
-        low, high = outcome["wilson_95"]
-        success = f"{outcome['successes']} of {outcome['episodes']} | {low:.0%} to {high:.0%} |"
+    options = f"{found.max_steps} | {found.n_action_steps} | {found.flow_steps}"
+    for task, outcome in by_task.items():
+        seeds = f"{found.seed} to {found.seed + outcome.episodes - 1}"
+        conditions = f"| {environment} {task} | {seeds} | {options} | "
+        low, high = outcome.wilson_95
+        success = f"{outcome.successes} of {outcome.episodes} | {low:.0%} to {high:.0%} |"
         rows = [line for line in rows if not line.startswith(conditions)] + [conditions + success]
     parts[2] = "\n".join([TABLE_HEAD, *sorted(rows), ""])
     return "".join(parts)

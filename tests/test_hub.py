@@ -204,6 +204,26 @@ def test_results_of_another_policy_are_refused(policy, tmp_path):
         add_results(before.replace("<!-- evaluation: end -->", ""), results)
 
 
+def test_results_that_are_not_whole_are_refused(policy, tmp_path):
+    path, outcomes = tmp_path / "results.json", {"reach-v3": (5, [0.112, 0.469])}
+    whole = make_results(policy, outcomes)
+    of_task = whole["by_task"]["reach-v3"]
+    before = (policy / "README.md").read_text()
+    for changes, message in [
+        ({"seed": None}, "results.json.*seed"),
+        ({"flow_steps": "many"}, "results.json.*flow_steps"),
+        ({"environment": {}}, "results.json, environment.*type"),
+        ({"by_task": [1]}, "results.json.*by_task"),
+        ({"by_task": {"reach-v3": of_task | {"wilson_95": [0.1]}}}, "results.json, reach-v3.*wilson_95"),
+        ({"by_task": {"reach-v3": of_task | {"episodes": 0}}}, "results.json, reach-v3.*episodes"),
+        ({"by_task": {"reach-v3": None}}, "results.json, reach-v3"),
+    ]:
+        path.write_text(json.dumps(whole | changes))
+        with pytest.raises(ValueError, match=message):
+            run_hub("card", policy, "--results", path)
+    assert (policy / "README.md").read_text() == before
+
+
 # --- LeRobot's save ---------------------------------------------------------------------------------------------------
 
 
