@@ -140,11 +140,13 @@ class Cell:
     def how(self) -> Arm:
         return ARMS[self.arm]
 
-    def record(self, name: str, episodes: int, seed: int, noise: float, start_steps: int = 0) -> Part:
-        """`episodes` of all tasks together, an equal number of each."""
-        tasks = self.where.tasks
+    def record(
+        self, name: str, episodes: int, seed: int, noise: float, start_steps: int = 0, without: tuple[str, ...] = ()
+    ) -> Part:
+        """`episodes` of all tasks together, an equal number of each; then `without` some of the tasks."""
+        tasks = [task for task in self.where.tasks if task not in without]
         command = f"examples/record_metaworld.py --kind labelled --root @out --tasks {' '.join(tasks)}"
-        command += f" --episodes {episodes // len(tasks)} --seed {seed} --noise {noise}"
+        command += f" --episodes {episodes // len(self.where.tasks)} --seed {seed} --noise {noise}"
         command += f" --camera {' '.join(self.where.cameras)}" if self.where.cameras else ""
         command += f" --start-steps {start_steps}" if start_steps else ""
         return Part(name, f"{command} --image-size {IMAGE_SIZE} --num-workers 1")
@@ -155,7 +157,8 @@ class Cell:
         return (self.record("video", self.sizes.video_episodes, VIDEO_SEED, noise, start),)
 
     def labelled(self) -> Part:
-        return self.record("demonstrations", self.demonstrations, self.seed, self.where.noise)
+        where = self.where
+        return self.record("demonstrations", self.demonstrations, self.seed, where.noise, without=where.video_only)
 
     def training(self, steps: int, holds_out: bool = True) -> str:
         options = f"--run-dir @out --seed {self.seed} --steps {steps} --batch-size {self.sizes.batch_size}"

@@ -11,6 +11,8 @@ class Setting:
     """The tasks of one policy: it has seen video of all of them, and an equal number of demonstrations of each."""
 
     tasks: tuple[str, ...]
+    # Those of which there is video alone. The other tasks have as many demonstrations as if all had some.
+    video_only: tuple[str, ...] = ()
     # Disturbances of the demonstrations (record_metaworld.py --noise).
     noise: float = 0.0
     # Environment steps after which an episode of a rollout has failed.
@@ -38,6 +40,9 @@ SETTINGS = {
     "five tasks, two cameras": Setting(FIVE, cameras=TWO),
     "five tasks, video of other starts": Setting(FIVE, cameras=TWO, video_noise=0.0, video_start=20),
     "five tasks, other starts": Setting(FIVE, cameras=TWO, video_noise=0.0, video_start=20, start=20),
+    "three tasks of five": Setting(
+        FIVE, ("door-open-v3", "coffee-button-v3"), cameras=TWO, video_noise=0.0, video_start=20, start=20
+    ),
     "five tasks, no state": Setting(FIVE, options="--model.no-use-state"),
 }
 QUICK_SETTING = Setting(FIVE[:1], max_steps=16)
