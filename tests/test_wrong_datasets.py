@@ -168,12 +168,20 @@ def is_as_good(path: Path, place: str, found: Any, expected: Any) -> bool:
     return place in IN_BYTES and all(others) and (vectors if path.suffix == ".mp4" else path.parts[-3] == "data")
 
 
-def judge(recorded: dict, kind: str, file: float, place: float, share: float, other: float) -> None:
-    root, expected = recorded[kind]
+@contextmanager
+def damaged(
+    root: Path, kind: str, file: float, place: float, share: float, other: float
+) -> Iterator[tuple[Path, str, str]]:
+    """The dataset with one of its files damaged: which, in which place, and both in words."""
     path = pick(sorted(path for path in root.rglob("*") if path.suffix in PLACES), file)
     name = pick(PLACES[path.suffix], place)
-    what = f"{kind} {path.relative_to(root)} {name} {share} {other}"
     with in_place_of(path, mutated(path.read_bytes(), path.suffix, name, share, other)):
+        yield path, name, f"{kind} {path.relative_to(root)} {name} {share} {other}"
+
+
+def judge(recorded: dict, kind: str, **mutation: float) -> None:
+    root, expected = recorded[kind]
+    with damaged(root, kind, **mutation) as (path, name, what):
         with refusing(root, path, what) as said:
             found = read(root)
         if not said:
@@ -185,24 +193,21 @@ MUTATION = {name: SHARE for name in ("file", "place", "share", "other")}
 
 @settings(max_examples=MUTATIONS // 2, **SEEDED)
 @given(**MUTATION)
-def test_a_mutation_of_a_dataset_is_refused_by_name_or_changes_nothing(recorded, file, place, share, other):
-    judge(recorded, "video", file, place, share, other)
+def test_a_mutation_of_a_dataset_is_refused_by_name_or_changes_nothing(recorded, **mutation):
+    judge(recorded, "video", **mutation)
 
 
 @settings(max_examples=max(20, MUTATIONS // 20), **SEEDED)
 @given(**MUTATION)
-def test_a_mutation_of_a_dataset_of_images_is_refused_by_name_or_changes_nothing(recorded, file, place, share, other):
-    judge(recorded, "images", file, place, share, other)
+def test_a_mutation_of_a_dataset_of_images_is_refused_by_name_or_changes_nothing(recorded, **mutation):
+    judge(recorded, "images", **mutation)
 
 
 @settings(max_examples=max(20, MUTATIONS // 20), **SEEDED)
 @given(kind=st.sampled_from(["video", "images"]), **MUTATION)
-def test_what_is_refused_is_a_problem_of_data_check(recorded, kind, file, place, share, other):
+def test_what_is_refused_is_a_problem_of_data_check(recorded, kind, **mutation):
     root, _ = recorded[kind]
-    path = pick(sorted(path for path in root.rglob("*") if path.suffix in PLACES), file)
-    name = pick(PLACES[path.suffix], place)
-    what = f"{kind} {path.relative_to(root)} {name} {share} {other}"
-    with in_place_of(path, mutated(path.read_bytes(), path.suffix, name, share, other)):
+    with damaged(root, kind, **mutation) as (path, _, what):
         with refusing(root, path, what) as refused:
             read(root)
         problems = [""]
