@@ -184,7 +184,8 @@ def main(config: Stage3Config) -> None:
             run.update()
             if run.evaluates and loaders.held_out:
                 with run.evaluation():
-                    run.log(evaluate.held_out_errors(core, loaders.held_out(), preprocessor, accelerator, labels))
+                    data = loaders.held_out(), preprocessor, accelerator, labels
+                    run.log(evaluate.held_out_errors(core, *data, executed=config.n_action_steps))
     accelerator.print(f"policy: {config.run_dir / 'checkpoints' / 'last' / 'pretrained_model'}")
 
 

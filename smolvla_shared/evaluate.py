@@ -9,7 +9,7 @@ from torch import Tensor
 
 from smolvla_shared import losses
 from smolvla_shared.batch import Labels, RawBatch, to_device
-from smolvla_shared.config import LATENT
+from smolvla_shared.config import ACTION, LATENT
 from smolvla_shared.laq import LAQ, pixel_error
 from smolvla_shared.model import SmolVLASharedCore
 from smolvla_shared.preprocess import Preprocessor, nearest_codes, normalize_codebook, unit_range
@@ -22,6 +22,7 @@ def held_out_errors(
     preprocessor: Preprocessor,
     accelerator: Accelerator,
     labels: Labels | None = None,
+    executed: int = 0,
 ) -> dict[str, float]:
     """Errors on held-out samples, of each target, in normalised units.
 
@@ -35,6 +36,11 @@ def held_out_errors(
 
     val/latent_code_accuracy                how often the code nearest to the predicted mean is the teacher's
     val/latent_code_accuracy_of_majority    how often each slot's most common held-out code is the teacher's
+
+    executed: actions of a chunk that a rollout executes; then also
+
+    val/executed_action_error   their mean absolute error over all dimensions, generated as in a rollout, in the robot's
+                                units (of relative actions: the same differences)
     """
     totals: dict[str, Tensor] = {}
 
@@ -64,6 +70,10 @@ def held_out_errors(
                     counts += (F.one_hot(code, counts.shape[1]) * target.mask[..., None]).sum(0)
                 for key, values in tokens.items():
                     add(key, values, target.mask)
+                if name == ACTION and executed:
+                    error = core.sample(batch, name, target.noise[:, 0])[..., : raw.actions.shape[-1]] - truth
+                    error = preprocessor.in_units(name, error, raw.dataset).abs().nanmean(-1)
+                    add("executed_action_error", error[:, :executed], target.mask[:, :executed])
                 if name == LATENT and labels and labels.horizon > 1:
                     in_a_row = (of.chunk(labels.horizon, dim=1) for of in (tokens["latent_error"], target.mask))
                     for place, of_one in enumerate(zip(*in_a_row), start=1):

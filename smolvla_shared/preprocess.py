@@ -126,6 +126,11 @@ class Preprocessor:
         """State or actions of samples of these datasets. With several robots: robot_preprocessor.py."""
         return self.statistics[name].normalize(values)
 
+    def in_units(self, name: str, differences: Tensor, dataset: list[int]) -> Tensor:
+        """Differences of normalised states or actions [B, T, A], in the robot's units."""
+        zero = torch.zeros_like(differences)
+        return differences / (self.normalize(name, zero + 1, dataset) - self.normalize(name, zero, dataset))
+
     def __call__(self, raw: RawBatch, latents: Tensor | None = None) -> Batch:
         """The Batch has a target for each entry of raw.noise; `latents` [B, S, D] are the latent target's values."""
         config, device = self.config, raw.state.device

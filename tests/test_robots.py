@@ -279,9 +279,11 @@ def test_held_out_errors_are_those_of_each_robot_alone(two_robots):
     tokenizer, accelerator = load_trunk_tokenizer("tiny", None), Accelerator(cpu=True)
     statistics = robots.statistics(datasets, all_rows(datasets))
     samples = [SampleKey(0, slot, *place) for slot, place in enumerate(PLACES)]
-    raw = read(datasets, samples, 4, 4)
-    together = held_out_errors(core, [raw], make_preprocessor(core.config, tokenizer, statistics, robots), accelerator)
-    sums, count = {}, 0
+    raw, executed = read(datasets, samples, 4, 4), 2
+    preprocess = make_preprocessor(core.config, tokenizer, statistics, robots)
+    together = held_out_errors(core, [raw], preprocess, accelerator, executed=executed)
+    in_units = together.pop("val/executed_action_error")
+    sums, count, differences = {}, 0, []
     for slot, sample in enumerate(samples):
         own, preprocess, of_it = alone(core, datasets[sample.dataset], sample)
         of_it = replace(
@@ -291,6 +293,12 @@ def test_held_out_errors_are_those_of_each_robot_alone(two_robots):
         count += tokens
         for name, value in held_out_errors(own.eval(), [of_it], preprocess, accelerator).items():
             sums[name] = sums.get(name, 0) + tokens * value
+        # What a policy of this robot would execute.
+        batch, width = preprocess(of_it), of_it.actions.shape[-1]
+        chunk = own.sample(batch, ACTION, of_it.noise[ACTION][:, 0])[..., :width]
+        error = preprocess.statistics[ACTION].unnormalize(chunk) - of_it.actions
+        differences += error.abs().mean(-1)[:, :executed][of_it.action_mask[:, :executed]].tolist()
+    assert in_units == pytest.approx(np.mean(differences), rel=1e-3)
     assert together == pytest.approx({name: value / count for name, value in sums.items()}, rel=1e-4)
 
 
