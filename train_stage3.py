@@ -151,7 +151,6 @@ def main(config: Stage3Config) -> None:
     dims |= initial.latent_dims(labels, options, label_cameras, config.latent_head) if LATENT in weight else {}
     training, groups, held_out = data_split.split_with_video(datasets, len(labelled), config, config.video_share)
     accelerator, resume_from = start_run(config)
-
     about = datasets, training, config.seed, accelerator.device
     decode = action_decoder.fit(labels, len(labelled), *about) if config.decode_actions else action_decoder.AS_IS
     core = initial.build(config.model, cameras, weight, accelerator.mixed_precision, **dims)
