@@ -106,7 +106,7 @@ def test_with_two_cameras_the_teacher_sees_both_and_the_policy_the_first():
     seen, both = "observation.images.topview", [f"observation.images.{camera}" for camera in keys]
     assert all(options_of(part)["camera"] == keys for part in (*cell.video(), cell.labelled()))
     assert options_of(cell.teacher(learns=True))["data.label-cameras"] == both
-    for part in (cell.policy(), cell.stage2("continuous"), replace(cell, arm="scratch").policy()):
+    for part in (cell.policy(), cell.stage2(), replace(cell, arm="scratch").policy()):
         assert options_of(part)["data.cameras"] == [seen]
     for part in cell.rollouts():
         assert options_of(part)["env.camera"] == keys[:1]
