@@ -1,9 +1,9 @@
 """What `teacher check` says of teachers whose worth is known: the table that label_health.Thresholds come from.
 
-    python benchmarks/teachers.py --video runs/quickstart/data/video --labelled runs/quickstart/data/labelled
+    python benchmarks/teachers.py --video data/video --labelled data/labelled
 
-Good and grounded teachers are trained as the demo does it, on the video and with the first ten labelled episodes; a
-mediocre one for a tenth of the steps; a random one not at all; the collapsed one is the good one with all codes but one
+with two recordings of examples/record_metaworld.py. All see the first camera. Good and grounded teachers are trained on
+the video, the latter with the first ten labelled episodes; a mediocre one for a tenth of the steps; a random one not at all; the collapsed one is the good one with all codes but one
 out of reach; the camera's sees the same video before a camera that shakes. A part that is there is not made again.
 """
 
@@ -93,7 +93,7 @@ def shaken(video: Path, root: Path, seed: int, episodes: int = 40) -> Path:
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
     dataset = data.open_datasets(DataConfig(roots=(video,)))[0]
-    (camera,), rng = dataset.camera_keys, np.random.default_rng(seed)
+    camera, rng = dataset.camera_keys[0], np.random.default_rng(seed)
     features = {key: dataset.features[key] for key in (camera, data.STATE_KEY)}
     features[camera] = features[camera] | {"dtype": "image"}
     created = LeRobotDataset.create("shaken", dataset.fps, features, root=root, use_videos=False)
