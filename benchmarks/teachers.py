@@ -3,8 +3,9 @@
     python benchmarks/teachers.py --video data/video --labelled data/labelled
 
 with two recordings of examples/record_metaworld.py. All see the first camera. Good and grounded teachers are trained on
-the video, the latter with the first ten labelled episodes; a mediocre one for a tenth of the steps; a random one not at all; the collapsed one is the good one with all codes but one
-out of reach; the camera's sees the same video before a camera that shakes. A part that is there is not made again.
+the video, the latter with the first ten labelled episodes; a mediocre one for a tenth of the steps; a random one not at
+all; the collapsed one is the good one with all codes but one out of reach; the camera's sees the same video before a
+camera that shakes. A part that is there is not made again.
 """
 
 import json
