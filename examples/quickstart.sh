@@ -69,7 +69,7 @@ step "6 rollout"
 act() {
     python rollout.py --policy-path "$RUN/$1/checkpoints/last/pretrained_model" --out "$RUN/rollout_$1" "${@:2}" \
         --env.task $TASKS --env.camera topview --rename observation.image observation.images.topview \
-        --env.start-steps 20 --episodes 10 --num-envs 2 --seed $((100 * SEED)) --max-steps 150 --videos all
+        --env.start-steps 20 --episodes 20 --num-envs 2 --seed $((100 * SEED)) --max-steps 150 --videos all
 }
 act scratch
 act stage3 --compare "$RUN/rollout_scratch/results.json"
