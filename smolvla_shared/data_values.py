@@ -5,7 +5,7 @@ column that a run does not read may hold anything.
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -44,8 +44,8 @@ class Summary:
     std: np.ndarray
 
 
-def summarize(values: np.ndarray) -> Summary:  # [rows] or [rows, A]
-    """Raises nothing for values that are not finite: what depends on them is NaN."""
+def summarize(values: np.ndarray, release: Callable[[], None] = lambda: None) -> Summary:  # [rows] or [rows, A]
+    """Raises nothing for values that are not finite: what depends on them is NaN. release: of mapped columns."""
     shift = np.asarray(values[0], np.float64).reshape(-1)
     low, high = np.full(len(shift), np.inf), np.full(len(shift), -np.inf)
     sums, squares = np.zeros(len(shift)), np.zeros(len(shift))
@@ -56,6 +56,7 @@ def summarize(values: np.ndarray) -> Summary:  # [rows] or [rows, A]
             low, high = np.minimum(low, part.min(1)), np.maximum(high, part.max(1))
             part -= shift[:, None]
             sums, squares = sums + part.sum(1), squares + np.einsum("ar,ar->a", part, part)
+            release()
         mean = sums / len(values)
         return Summary(low, high, mean + shift, np.sqrt(np.maximum(squares / len(values) - mean**2, 0)))
 
@@ -94,7 +95,7 @@ def vector_problems(dataset: "RobotDataset", key: str) -> list[str]:
             f"{key} is of type {values.dtype} in the rows, {dtype} in meta/info.json, into which LeRobot would convert "
             "it: write the type of the rows there"
         ]
-    rows = summarize(values)
+    rows = summarize(values, dataset.vectors[key].release)
     is_sound = bool((np.abs([rows.low, rows.high]) <= ABSURD).all())  # NaN compares as false
     problems = list(statistics_problems(dataset, key, rows) if is_sound else value_problems(dataset, key, values))
     dataset.vectors[key].release()
