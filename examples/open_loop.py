@@ -62,7 +62,8 @@ class OpenLoopConfig:
 
 def check_recordings(dataset: "RobotDataset", config: "HLRPSmolVLASharedConfig", rename: dict[str, str]) -> None:
     """Raise ValueError unless the policy could have been trained on these recordings."""
-    from smolvla_shared.data import ACTION_KEY, STATE_KEY
+    from smolvla_shared.data import ACTION_KEY, STATE_KEY, vector_names
+    from smolvla_shared.data_problems import refuse_cameras
 
     core = config.core
     found = [rename.get(camera, camera) for camera in dataset.camera_keys]
@@ -73,10 +74,20 @@ def check_recordings(dataset: "RobotDataset", config: "HLRPSmolVLASharedConfig",
             f"the policy reads {', '.join(core.cameras)}; {dataset.name} has no {', '.join(missing)}, but "
             f"{', '.join(dataset.camera_keys)}: map them with --rename RECORDED_KEY POLICY_KEY"
         )
-    widths = {ACTION_KEY: core.action_dim, STATE_KEY: core.state_dim}
-    for key, width in widths.items():
+    if twice := {name for name in found if found.count(name) > 1 and name in core.cameras}:
+        raise ValueError(f"--rename: {dataset.name} would have {', '.join(sorted(twice))} twice, as {found}")
+    refuse_cameras([dataset], [own for own in dataset.camera_keys if rename.get(own, own) in core.cameras])
+    learned = {
+        ACTION_KEY: (core.action_dim, config.action_feature_names),
+        STATE_KEY: (core.state_dim, config.state_feature_names),
+    }
+    for key, (width, names) in learned.items():
         if width and (own := dataset.vector_dim(key)) != width:
             raise ValueError(f"{key} has {own} dimensions in {dataset.name}, {width} in the policy: another robot's?")
+        if width and names and (own := vector_names(dataset.features[key])) and [*own] != [*names]:
+            raise ValueError(
+                f"{key} is {', '.join(own)} in {dataset.name}, {', '.join(names)} in the policy: another robot's?"
+            )
     if config.fps and abs(dataset.fps - config.fps) > 0.01 * config.fps:
         raise ValueError(
             f"the policy's actions follow each other at {config.fps:g} fps, those of {dataset.name} at "
@@ -173,13 +184,13 @@ def compare(
     return Compared(*map(np.concatenate, zip(*parts)))
 
 
-def table(names: list[str], errors: dict[str, Any], precision: int = 3) -> str:
+def table(names: list[str], errors: dict[str, Any]) -> str:
     """A line for each dimension of the action."""
     columns = ("mean_absolute_error", "of_the_mean_action", "of_holding_the_last_action", "r2")
     lines = [("action", "mean absolute error", "of the mean action", "of holding the last one", "R²")]
     for place, name in enumerate(names):
         values = [errors[column][place] for column in columns]
-        lines.append((name, *("-" if value is None else f"{value:.{precision}g}" for value in values)))
+        lines.append((name, *("-" if value is None else f"{value:.3g}" for value in values)))
     widths = [max(map(len, column)) for column in zip(*lines)]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines)
 

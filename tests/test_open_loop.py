@@ -1,6 +1,7 @@
 """examples/open_loop.py: the actions of LeRobot's own loop over LeRobotDataset, errors by hand, what is refused."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -96,6 +97,11 @@ def test_the_command_writes_what_it_prints(labelled_dataset, tmp_path, capsys):
 
 def test_other_recordings_are_refused(labelled_dataset, video_dataset, image_dataset, tmp_path):
 
+    swapped, two_cameras = Path(shutil.copytree(labelled_dataset, tmp_path / "swapped")), image_dataset
+    info = json.loads((swapped / "meta/info.json").read_text())
+    info["features"]["action"]["names"] = ["y", "x", "episode", "gripper"]
+    (swapped / "meta/info.json").write_text(json.dumps(info))
+
     def refused(message: str, root: Path, fps: float = 20.0, **options) -> None:
         path = tmp_path / f"policy at {fps:g}"
         path = path if path.exists() else write_policy(path, fps=fps)
@@ -107,6 +113,8 @@ def test_other_recordings_are_refused(labelled_dataset, video_dataset, image_dat
     refused("action has 2 dimensions in .*, 4 in the policy", image_dataset, 10.0)
     refused("the policy's actions follow each other at 30 fps, those of .* at 20", labelled_dataset, 30.0)
     refused("has no observation.image, but observation.image: map them", labelled_dataset, rename={CAMERA: "front"})
+    refused("would have observation.image twice", two_cameras, 10.0, rename={"observation.images.wrist": CAMERA})
+    refused("action is y, x, episode, gripper in .*, x, y, episode, gripper in the policy", swapped)
     refused("--rename front: .* has the cameras", labelled_dataset, rename={"front": CAMERA})
     refused("there is no robot so100 in", labelled_dataset, robot="so100")
     with pytest.raises(ValueError, match="no recordings given: pass --roots"):
