@@ -8,7 +8,7 @@ from lerobot.utils.constants import OBS_IMAGES
 
 @dataclass(frozen=True)
 class Setting:
-    """The tasks of one policy: it has seen video of all of them, and an equal number of demonstrations of each."""
+    """The tasks of one policy: it has seen video of all of them, and as many demonstrations of each that has any."""
 
     tasks: tuple[str, ...]
     # Those of which there is video alone. The other tasks have as many demonstrations as if all had some.

@@ -101,6 +101,31 @@ def test_the_starts_of_a_setting_are_those_of_video_and_rollouts():
         assert all(options_of(part).get("env.start-steps", []) == rollouts for part in cell.rollouts())
 
 
+def test_tasks_of_video_alone_have_no_demonstration_but_video_and_rollouts():
+    cell = Cell("three tasks of five", 5, "decoded", 0, Sizes())
+    shown, tasks = options_of(cell.labelled()), SETTINGS["three tasks of five"].tasks
+    assert (shown["tasks"], shown["episodes"]) == (["drawer-open-v3", "plate-slide-v3", "window-open-v3"], ["1"])
+    assert options_of(cell.video()[0])["tasks"] == list(tasks)
+    assert [options_of(part)["env.task"] for part in cell.rollouts()] == [[task] for task in tasks]
+    _, held_out = cell.open_loop().inputs
+    assert (options_of(held_out)["tasks"], options_of(held_out)["seed"]) == (list(tasks), ["60"])
+
+
+def test_an_arm_is_what_it_is_called():
+    def of(arm: str) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+        cell = Cell(SETTING, 5, arm, 0, Sizes())
+        return options_of(cell.policy()), options_of(cell.stage2())
+
+    decodes, latents = of("decoded")
+    assert decodes["latent-horizon"] == ["5"] and "decode-actions" in decodes and latents["latent-horizon"] == ["4"]
+    assert "stage2-artifact" in decodes and "stage2-artifact" not in of("decoded, no stage 2")[0]
+    assert of("one latent action")[1]["latent-horizon"] == ["1"]
+    assert of("cross-entropy")[1]["latent-head"] == ["codes"]
+    for arm, name in (("decoded", "teacher"), ("decoded, random teacher", "teacher-random")):
+        labels = next(part for part in Cell(SETTING, 5, arm, 0, Sizes()).policy().inputs if part.name == "labels")
+        assert labels.inputs[-1].name == name
+
+
 def test_with_two_cameras_the_teacher_sees_both_and_the_policy_the_first():
     cell, keys = Cell("five tasks, two cameras", 5, "decoded", 0, Sizes()), ["topview", "corner2"]
     seen, both = "observation.images.topview", [f"observation.images.{camera}" for camera in keys]
