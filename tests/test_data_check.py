@@ -958,3 +958,14 @@ def test_what_a_loaders_worker_refuses_is_said_as_what_the_command_refuses(copy,
     assert stopped.value.code == EXIT_MISTAKE and capsys.readouterr().err.splitlines() == [f"error: {refused.value}"]
     with pytest.raises(AttributeError, match="Caught AttributeError in DataLoader worker process 0"):
         run_command(lambda: load(7))
+
+
+def test_checking_values_holds_a_part_of_them_at_a_time(labelled_dataset, monkeypatch):
+    """What is read of a mapped file counts as this process's memory until it is let go."""
+    (dataset,) = data.open_datasets(DataConfig(roots=(labelled_dataset,)))
+    dataset.vector(data.ACTION_KEY)
+    columns, released = dataset.vectors[data.ACTION_KEY], []
+    monkeypatch.setattr(data_values, "ROWS_AT_ONCE", 50)
+    monkeypatch.setattr(columns, "release", lambda: released.append(True))
+    assert data_values.vector_problems(dataset, data.ACTION_KEY) == []
+    assert len(released) >= dataset.num_frames / 50 > 3
