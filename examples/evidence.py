@@ -174,10 +174,7 @@ class Cell:
         """A teacher of the video; or one that keeps its random weights."""
         video = self.video()
         training = self.training(self.sizes.teacher_steps if learns else 1) + ("" if learns else " --optim.lr 1e-12")
-        command = f"-m smolvla_shared.teacher train {training} --data.frame-gap-s {GAP_S}"
-        if self.where.sees:
-            cameras = [f"{OBS_IMAGES}.{camera}" for camera in self.where.cameras]
-            command += f" --data.label-cameras {' '.join(cameras)}"
+        command = f"-m smolvla_shared.teacher train {training} --data.frame-gap-s {GAP_S}{self.where.teacher_sees}"
         name = "teacher" if learns else "teacher-random"
         return Part(name, f"{command} --data.roots {places(0, len(video))}", video)
 
@@ -190,7 +187,7 @@ class Cell:
             part = Part("labels-executed", f"examples/relabel.py --kind executed {to} --slots {HORIZON}", data)
         elif wanted.source == "shuffled":
             source = self.labels(replace(wanted, source="teacher"))[0]
-            options = f"--source-cache @{len(data)} --seed {self.seed}"
+            options = f"--source-cache @{len(data)} --seed {self.seed}{self.where.teacher_sees}"
             part = Part("labels-shuffled", f"examples/relabel.py --kind shuffled {to} {options}", (*data, source))
         else:
             checkpoint = f"@{len(data)}/checkpoints/last/pretrained_model/laq.safetensors"

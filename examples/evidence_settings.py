@@ -31,6 +31,12 @@ class Setting:
         """Options of a policy that sees the first of several cameras."""
         return f" --data.cameras {OBS_IMAGES}.{self.cameras[0]}" if len(self.cameras) > 1 else ""
 
+    @property
+    def teacher_sees(self) -> str:
+        """Options of a teacher, and of labels that are no teacher's, where there are several cameras."""
+        cameras = " ".join(f"{OBS_IMAGES}.{camera}" for camera in self.cameras)
+        return f" --data.label-cameras {cameras}" if len(self.cameras) > 1 else ""
+
 
 FIVE = "drawer-open-v3", "door-open-v3", "plate-slide-v3", "coffee-button-v3", "window-open-v3"
 TWO = "topview", "corner2"
