@@ -142,10 +142,11 @@ def write_columns(directory: Path, files: list[Path], kinds: dict[str, type], ro
 def read_batches(file: Path, names: list[str]) -> Iterator[pa.RecordBatch]:
     """Raises ValueError for a file that is damaged, lacks a column, or has one twice."""
     try:
-        parquet = pq.ParquetFile(file)
+        # Read-ahead and threads take twice the CPU time where row groups are small (benchmarks/open.py), as LeRobot's are.
+        parquet = pq.ParquetFile(file, pre_buffer=False)
         counts = {name: parquet.schema_arrow.names.count(name) for name in names}
         is_sound = set(counts.values()) == {1}
-        yield from parquet.iter_batches(ROWS_AT_ONCE, columns=names) if is_sound else ()
+        yield from parquet.iter_batches(ROWS_AT_ONCE, columns=names, use_threads=False) if is_sound else ()
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{file} is damaged ({error}): copy or download it again") from error
     if not is_sound:
