@@ -288,8 +288,9 @@ class RunConfig:
     run_dir: paths.RunDirectory
     # Which recordings, and how they are read.
     data: DataConfig
-    # Share of each dataset's episodes held out for evaluation, at least one episode; 0: train on all.
-    val_fraction: ranges.ShareBelowOne = 0.05
+    # Share of each dataset's episodes held out for evaluation, at least one episode; 0: train on all. Default: 0.05 of
+    # a dataset of 20 episodes or more, nothing of a smaller one.
+    val_fraction: ranges.ShareBelowOne | None = None
     # Optimizer steps of the run. May be raised with --resume: the learning rate then follows the longer cosine.
     steps: ranges.Count = 20_000
     # Samples in a step, summed over all processes and accumulation steps.
@@ -328,7 +329,7 @@ class RunConfig:
 
     def __post_init__(self):
         ranges.check(self, "--")
-        ranges.refuse_without(self, self.val_fraction > 0, "--val-fraction above 0", "eval_every eval_samples")
+        ranges.refuse_without(self, self.val_fraction != 0, "--val-fraction above 0", "eval_every eval_samples")
 
 
 @dataclass(frozen=True, kw_only=True)

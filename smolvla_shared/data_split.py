@@ -9,17 +9,23 @@ from smolvla_shared.config import StageOptions
 from smolvla_shared.data import RobotDataset, with_pairs
 from smolvla_shared.data_rows import RowGroup, Rows, group_rows
 
+# Where --val-fraction is left out: this share of a dataset is held out, but nothing of one with fewer episodes.
+VAL_FRACTION, FEWEST_EPISODES = 0.05, 20
+
 
 def split_episodes(
-    dataset: RobotDataset, val_fraction: float, seed: int, max_episodes: int | None = None
+    dataset: RobotDataset, val_fraction: float | None, seed: int, max_episodes: int | None = None
 ) -> tuple[Rows, Rows]:
     """Training and held-out rows of a dataset. Whole episodes are held out, drawn at random with the seed.
 
+    val_fraction: share of the episodes; None: VAL_FRACTION, but nothing of fewer than FEWEST_EPISODES
     max_episodes: so many of the other episodes are for training, the first in the same random order; default: all
 
     Raises ValueError if there are too few episodes.
     """
     num_episodes = len(dataset.episode_from)
+    if val_fraction is None:
+        val_fraction = VAL_FRACTION if num_episodes >= FEWEST_EPISODES else 0
     num_val = max(1, round(val_fraction * num_episodes)) if val_fraction else 0
     if num_val >= num_episodes:
         raise ValueError(
@@ -41,7 +47,7 @@ def split_episodes(
 
 
 def split_datasets(
-    datasets: list[RobotDataset], val_fraction: float, seed: int, max_episodes: int | None = None
+    datasets: list[RobotDataset], val_fraction: float | None, seed: int, max_episodes: int | None = None
 ) -> tuple[list[tuple[int, Rows]], list[tuple[int, Rows]]]:
     """Training and held-out rows of all datasets (split_episodes), each as a list of (dataset index, rows)."""
     splits = [split_episodes(dataset, val_fraction, seed, max_episodes) for dataset in datasets]

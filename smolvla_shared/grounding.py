@@ -27,7 +27,12 @@ class Grounding:
     """
 
     def __init__(
-        self, labelled: list[data.RobotDataset], first: int, config: GroundingConfig, val_fraction: float, seed: int
+        self,
+        labelled: list[data.RobotDataset],
+        first: int,
+        config: GroundingConfig,
+        val_fraction: float | None,
+        seed: int,
     ):
         self.config, self.rows, self.used, known = config, [], {}, {}
         for index, dataset in enumerate(labelled, start=first):

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import helpers
@@ -272,6 +273,17 @@ def test_the_split_is_by_whole_episodes(video):
     assert len(data_split.split_episodes(video, 0.01, seed=0)[1]) > 0  # a share above 0 is at least an episode
 
 
+@pytest.mark.parametrize("episodes, held_out", [(1, 0), (3, 0), (19, 0), (20, 1), (50, 2), (300, 15)])
+def test_nothing_is_held_out_of_a_few_demonstrations_unless_asked_for(episodes, held_out):
+    ends = 10 * np.arange(1, episodes + 1)
+    few = SimpleNamespace(name="few", episode_from=ends - 10, episode_to=ends)
+    share = RunConfig(run_dir="run", data=DataConfig(roots=("few",))).val_fraction
+    train, held = data_split.split_episodes(few, share, seed=0)
+    assert (len(train), len(held)) == (10 * (episodes - held_out), 10 * held_out)
+    if episodes > 1:
+        assert len(data_split.split_episodes(few, 0.05, seed=0)[1]) == 10 * max(1, held_out)
+
+
 # --- order ------------------------------------------------------------------------------------------------------------
 
 
@@ -502,7 +514,7 @@ def test_held_out_batches_are_the_same_every_time(video, tmp_path):
     config = RunConfig(
         run_dir=tmp_path, data=DataConfig(roots=("x",), num_workers=0), steps=1, batch_size=4, eval_samples=8
     )
-    train, held_out = data_split.split_datasets([video], config.val_fraction, seed=0)
+    train, held_out = data_split.split_datasets([video], 0.05, seed=0)
     groups = group_rows(train), group_rows(held_out)
     loaders = data_loader.make_loaders([video], *groups, SPEC, config, Accelerator(cpu=True), **AUGMENTED)
     first, second = list(loaders.held_out()), list(loaders.held_out())
