@@ -67,8 +67,6 @@ class Stage3Config(ActionOptions, RunConfig):
             raise ValueError("--video-roots, -repo-ids, -mixture need --latent-loss-weight, --decode-actions, or both")
         if self.decode_actions and not self.has_video:
             raise ValueError("--decode-actions decodes the actions of video: pass --video-roots or --video-repo-ids")
-        if self.decode_actions and self.relative_actions:
-            raise ValueError("--decode-actions decodes motions, --relative-actions are absolute positions: drop one")
         # Where the option leaves it out, it is that of what training starts from, or 1.
         if self.decode_actions and (self.latent_horizon == 1 or not (self.latent_horizon or self.start)):
             raise ValueError("--decode-actions reads latent actions in a row: pass --latent-horizon of 2 or more")
@@ -152,7 +150,7 @@ def main(config: Stage3Config) -> None:
     training, groups, held_out = data_split.split_with_video(datasets, len(labelled), config, config.video_share)
     accelerator, resume_from = start_run(config)
     about = datasets, training, config.seed, accelerator.device
-    decode = action_decoder.fit(labels, len(labelled), *about) if config.decode_actions else action_decoder.AS_IS
+    decode = action_decoder.fit(labels if config.decode_actions else None, len(labelled), *about, robots.relative)
     core = initial.build(config.model, cameras, weight, accelerator.mixed_precision, **dims)
     statistics = robots.statistics(datasets, training, len(labelled), initial.normalization_mode(config))
     table = data_views.describe(datasets, cameras, label_cameras, initial.core.cameras)

@@ -142,7 +142,7 @@ def write_columns(directory: Path, files: list[Path], kinds: dict[str, type], ro
 def read_batches(file: Path, names: list[str]) -> Iterator[pa.RecordBatch]:
     """Raises ValueError for a file that is damaged, lacks a column, or has one twice."""
     try:
-        # Read-ahead and threads take twice the CPU time where row groups are as small as LeRobot's (benchmarks/open.py).
+        # Read-ahead and threads take twice the CPU time where row groups are small (benchmarks/open.py), as LeRobot's.
         parquet = pq.ParquetFile(file, pre_buffer=False)
         counts = {name: parquet.schema_arrow.names.count(name) for name in names}
         is_sound = set(counts.values()) == {1}

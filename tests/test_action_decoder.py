@@ -1,11 +1,14 @@
 """Actions for video from latent actions: a teacher that sees the motion gives back the actions that caused it."""
 
+from dataclasses import replace
 from itertools import pairwise
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from lerobot.processor import to_relative_actions
+from test_relative_actions import MASK, NAMES, copy_with, find
 from torch import Tensor
 
 from smolvla_shared import action_decoder, data, label_probe
@@ -79,6 +82,35 @@ def test_video_gets_the_mean_action_of_each_gap(recordings):
     assert (found.actions[1:, :8, :2] <= decode.high[:2]).all() and (found.actions[1:, :8, :2] >= decode.low[:2]).all()
 
 
+def test_absolute_positions_are_decoded_as_lerobots_relative_chunks(recordings, labelled_dataset, tmp_path):
+    """Of a robot whose action is the next frame's position, from latent actions of another that moved alike."""
+    root = copy_with(labelled_dataset, tmp_path / "absolute", NAMES)
+    (labelled,) = data.open_datasets(DataConfig(roots=(root,), frame_gap_s=0.2))
+    robots, datasets = find(root)[1], [labelled, recordings[1]]
+    labels = SeesTheMotion(datasets)
+    with pytest.raises(
+        ValueError, match=r"of .* are absolute positions \(the displ.* a motion: pass --relative-actions"
+    ):
+        action_decoder.fit(labels, 1, datasets, rows_of(datasets), seed=0)
+    decode = action_decoder.fit(labels, 1, datasets, rows_of(datasets), seed=0, relative=robots.relative)
+    assert str(decode).startswith("actions, or of their changes where they are relative, decoded from latent")
+    spec = SampleSpec(cameras=(), state_dim=4, action_dim=4, chunk_size=CHUNK, horizon=3)
+    actions, state = (label_probe.column(labelled, key).float() for key in (data.ACTION_KEY, data.STATE_KEY))
+    jumps = state[:, :2].diff(n=2, dim=0).abs().amax(1)  # where the square bounces its pace changes within a gap
+    rows = [row for row in range(len(jumps) - 12) if jumps[row : row + 12].amax() < 0.02]
+    assert len(rows) > 4
+    raw = SampleDataset(datasets, spec, seed=0)[[SampleKey(0, 0, 1, row) for row in rows]]
+    for shown in (raw, replace(raw, state=torch.zeros_like(raw.state))):  # what a video without a state has
+        found = decode(shown, labels(raw))
+        relative = robots.relative.of(found.actions, shown.state)
+        for sample, row in enumerate(rows):
+            chunk = to_relative_actions(actions[row : row + CHUNK][None], state[row][None], MASK)[0]
+            # Over eight steps the square goes up to 0.6.
+            torch.testing.assert_close(relative[sample, :8, :2], chunk[:8, :2], rtol=0, atol=0.05)
+        assert found.action_mask.sum(1).tolist() == [8] * len(rows)
+        assert relative[:, :8, 3].isnan().all()  # the gripper: noise
+
+
 def test_a_dimension_is_judged_by_parts_of_episodes_not_by_unseen_tasks():
     """A motion that a camera sees with another offset in each episode, and an action that is each episode's own."""
     generator = torch.Generator().manual_seed(0)
@@ -93,13 +125,19 @@ def test_a_dimension_is_judged_by_parts_of_episodes_not_by_unseen_tasks():
     assert parts[[0, 7, 11, 12, 19, 20, 79]].tolist() == [
         [0, 0, 0], [0, 0, 0], [0, 0, 0], [0, 0, 1], [0, 0, 1], [0, 1, 1], [3, 3, 3],
     ]  # fmt: skip
-    found = action_decoder.unseen_r2(latents, torch.cat([motion, noise], 1), parts, 1e-2)
+    found = action_decoder.unseen_r2(latents, torch.cat([motion, noise], 1), parts, episodes, 1e-2)
     assert found[0] > 0.9 and found[1] < 0.1
     by_episode = label_probe.probe(latents, motion, episodes, 1e-2)  # what it would be told of unseen tasks
     assert by_episode[0] < found[0] - 0.2
-    # Nothing is left to fit to where every part touches another.
-    touching = (torch.arange(400)[:, None] + torch.tensor([-1, 0, 1])) % 2
-    assert action_decoder.unseen_r2(latents, motion, touching, 1e-2) == [None]
+    # Where episodes are so short that a window reaches over a whole part, they are left out whole.
+    short = SimpleNamespace(
+        episode_from=np.arange(0, 400, 16), episode_to=np.arange(16, 401, 16), episode_of=lambda rows: rows // 16
+    )
+    parts, episodes = action_decoder.parts_of_episodes(short, rows, reach=8), rows // 16
+    assert parts[[5, 8, 10]].tolist() == [[0, 1, 3], [0, 2, 3], [0, 2, 3]]
+    found = action_decoder.unseen_r2(motion, motion, parts, episodes, 1e-2)
+    assert found == label_probe.probe(motion, motion, episodes, 1e-2) and found[0] > 0.9
+    assert action_decoder.unseen_r2(motion, motion, parts, torch.zeros(400), 1e-2) is None
 
 
 def test_latents_that_tell_nothing_are_refused(recordings):
@@ -109,6 +147,15 @@ def test_latents_that_tell_nothing_are_refused(recordings):
         action_decoder.fit(labels, 1, recordings, rows_of(recordings), seed=0)
 
 
+def test_demonstrations_that_are_too_short_are_refused(recordings):
+    labels, (_, rows) = SeesTheMotion(recordings), rows_of(recordings)[0]
+    length = r"2 latent actions, 0.4 s \(--data.frame-gap-s\)"
+    for frames, message in [(8, f"no demonstration is longer than {length}: pass"), (13, f"one short .* {length}")]:
+        short = [(0, Rows(rows.end[:1] - frames, rows.end[:1]))]
+        with pytest.raises(ValueError, match=f"--decode-actions: {message}"):
+            action_decoder.fit(labels, 1, recordings[:1], short, seed=0)
+
+
 def test_one_latent_action_is_too_short_a_window(recordings):
     labels = SeesTheMotion(recordings)
     labels.horizon = 1
@@ -116,12 +163,8 @@ def test_one_latent_action_is_too_short_a_window(recordings):
         action_decoder.fit(labels, 1, recordings, rows_of(recordings), seed=0)
 
 
-def test_positions_and_unequal_rates_are_refused(recordings, monkeypatch):
+def test_unequal_rates_are_refused(recordings, monkeypatch):
     labels, rows = SeesTheMotion(recordings), rows_of(recordings)
-    with monkeypatch.context() as patched:
-        patched.setattr(label_probe, "action_mode", lambda dataset: ("change", "because"))
-        with pytest.raises(ValueError, match=r"--decode-actions: the actions of .* are absolute positions \(because\)"):
-            action_decoder.fit(labels, 1, recordings, rows, seed=0)
     with monkeypatch.context() as patched:  # as a dataset of a mixture may have it
         patched.setattr(recordings[1], "frame_gap_s", 0.4)
         patched.setattr(recordings[1], "name", "slower")
