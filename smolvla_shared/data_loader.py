@@ -99,7 +99,8 @@ class SampleDataset(Dataset):
         self.label_views = [d.label_views(spec.label_cameras) if spec.label_cameras else () for d in datasets]
         self.resizes_pairs = len({d.frame_shape(v) for d, views in zip(datasets, self.label_views) for v in views}) > 1
         # By camera, the label camera whose first frames are its images: what both have is sent only once.
-        as_they_are = [camera for camera in self.blank if not self.augment and camera not in self.square_side]
+        changed = self.blank if self.augment or self.resizes_pairs else self.square_side
+        as_they_are = [camera for camera in self.blank if camera not in changed]
         by_camera = {views: place for place, views in enumerate(zip(*self.label_views))}
         own = {camera: tuple(d.views.get(camera) for d in datasets) for camera in as_they_are}
         self.in_pairs = {camera: by_camera[views] for camera, views in own.items() if views in by_camera}

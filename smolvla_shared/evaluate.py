@@ -37,6 +37,7 @@ def held_out_errors(
     val/latent_code_accuracy                how often the code nearest to the predicted mean is the teacher's
     val/latent_code_accuracy_of_majority    how often each slot's most common held-out code is the teacher's
 
+    labels: of a core that has a latent head; another's, which --decode-actions reads, are not asked for any
     executed: actions of a chunk that a rollout executes; then also
 
     val/executed_action_error   their mean absolute error over all dimensions, generated as in a rollout, in the robot's
@@ -48,6 +49,8 @@ def held_out_errors(
         totals[key] = totals.get(key, 0) + torch.stack([losses.masked_sum(values, mask), mask.sum()])
 
     codes = counts = None
+    if labels and LATENT not in preprocessor.statistics:
+        labels = None
     if labels and labels.kind == "quantized":
         codes = normalize_codebook(labels.codebook, labels.shape[0], preprocessor.statistics[LATENT])  # [S, C, D]
         counts = torch.zeros(codes.shape[:2], device=accelerator.device)  # of each slot's codes

@@ -190,6 +190,14 @@ def test_the_cameras_come_in_the_order_asked_for(images):
     assert [tuple(image.shape) for image in dataset[[SampleKey(0, 0, 0, 3)]].images] == [(1, 3, 32, 40), (1, 3, 48, 64)]
 
 
+def test_the_policy_sees_whole_frames_although_pairs_of_unlike_cameras_are_resized(images):
+    spec, keys = SampleSpec(cameras=(WRIST, CAMERA)), [SampleKey(0, 0, 0, 3)]
+    labelled = replace(spec, label_cameras=(CAMERA, WRIST), horizon=1, pair_size=16)
+    alone, beside = (SampleDataset([images], one, seed=0)[keys] for one in (spec, labelled))
+    assert beside.pairs.shape == (1, 2, 2, 3, 16, 16)
+    assert all(map(torch.equal, alone.images, beside.images))
+
+
 def test_one_dimensional_vectors_and_channels_first(tmp_path):
     """Both are found in recordings: LeRobot stores a vector of width 1 as a scalar, and takes shapes in two orders."""
     features = {

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -282,6 +283,8 @@ def test_held_out_errors_are_those_of_each_robot_alone(two_robots):
     raw, executed = read(datasets, samples, 4, 4), 2
     preprocess = make_preprocessor(core.config, tokenizer, statistics, robots)
     together = held_out_errors(core, [raw], preprocess, accelerator, executed=executed)
+    decoded = SimpleNamespace(kind="quantized")  # without a latent head nobody evaluates latents
+    assert held_out_errors(core, [raw], preprocess, accelerator, decoded, executed) == together
     in_units = together.pop("val/executed_action_error")
     sums, count, differences = {}, 0, []
     for slot, sample in enumerate(samples):
