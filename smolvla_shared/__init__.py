@@ -33,6 +33,7 @@ What surrounds it:
     data_frames, data_blocks     frames of videos as tensors; every frame of a dataset, once and in order
     video           clips of any kind become a LeRobotDataset; the command
     video_source, video_clips, video_dataset     reading a clip, converting it, the dataset of all clips
+    video_captions  texts of clips, and which of them an episode gets
     augmentation    random changes of the policy's images
     attention       rotary positions, grouped queries, masks as biases
     kernels         the same numbers in fewer GPU kernels

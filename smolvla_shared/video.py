@@ -6,7 +6,6 @@ Converted clips are kept in `<root>.unfinished`, a video and a JSON each, until 
 kill the same command goes on there. Worker processes import this module, so torch and LeRobot are imported late.
 """
 
-import csv
 import hashlib
 import json
 import multiprocessing
@@ -16,7 +15,7 @@ import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from string import Formatter
 from typing import Any, Literal
@@ -27,7 +26,8 @@ from tqdm import tqdm
 
 from smolvla_shared import paths
 from smolvla_shared.command import parse, run_command
-from smolvla_shared.refusals import decode, from_json, read_json, refuse_differences
+from smolvla_shared.refusals import decode, read_json, refuse_differences
+from smolvla_shared.video_captions import Caption, read_captions, text_of
 from smolvla_shared.video_clips import ClipOptions, Part, attempt, convert, start_worker
 from smolvla_shared.video_source import IMAGES, VIDEOS, Look, fitted, look, stamp
 
@@ -67,7 +67,8 @@ class VideoConfig:
     # --captions. Default: "{caption}" if there are captions, else "{folder}".
     task: str | None = None
     # Captions of the clips: a JSON list of objects or a CSV file with a header, with `id` (a clip's name, with or
-    # without its ending) and `label`. Clips without a caption are left out.
+    # without its ending) and `label`. With `start_s` too (and perhaps `end_s`), seconds, or in Ego4D's narration.json,
+    # they are of moments, and each episode gets the one that fits it. What has no caption is left out.
     captions: Path | None = None
     # Quality of H.264: lower is better and larger.
     crf: int = 20
@@ -120,26 +121,10 @@ def find_clips(named: tuple[Path, ...]) -> list[Path]:
     return sorted({path.resolve(): path for path in sorted(found)}.values())
 
 
-def read_captions(path: Path) -> dict[str, str]:
-    """Captions by clip name. Raises ValueError for another form."""
-    form = f"--captions {path} should be a JSON list of objects, or a CSV file with a header, with `id` and `label`"
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            rows = from_json(file.read()) if path.suffix.lower() == ".json" else list(csv.DictReader(file))
-    except (OSError, ValueError, csv.Error) as error:
-        raise ValueError(f"{form}: {error}") from error
-    captions: dict[str, str] = {}
-    for row in rows if isinstance(rows, list) else [rows]:
-        if not isinstance(row, dict) or row.get("id") is None or row.get("label") is None:
-            raise ValueError(f"{form}; found {json.dumps(row)[:200]}")
-        name, label = str(row["id"]), str(row["label"])
-        if captions.setdefault(name, label) != label:
-            raise ValueError(f"--captions {path} has two texts for {name}: {captions[name]!r} and {label!r}")
-    return captions
-
-
-def task_texts(clips: list[Path], config: VideoConfig) -> dict[Path, str]:
-    """The task of each clip that has one. Raises ValueError for an unknown pattern, and if no clip has a caption."""
+def task_texts(clips: list[Path], config: VideoConfig) -> dict[Path, list[Caption]]:
+    """The tasks of each clip that has any, as captions. Raises ValueError for an unknown pattern, and if no clip has a
+    caption.
+    """
     captions = read_captions(config.captions) if config.captions else {}
     pattern = ("{caption}" if config.captions else "{folder}") if config.task is None else config.task
     known = ["folder", "stem"] + ["caption"] * bool(config.captions)
@@ -152,11 +137,10 @@ def task_texts(clips: list[Path], config: VideoConfig) -> dict[Path, str]:
     texts = {}
     for clip in clips:
         stem = clip.name if clip.is_dir() else clip.stem
-        caption = captions.get(clip.name, captions.get(stem))
-        if caption is not None or not config.captions:
-            folder = clip.resolve().parent.name
-            values = {"folder": folder.replace("_", " "), "stem": stem.replace("_", " "), "caption": caption}
-            texts[clip] = pattern.format(**values)
+        values = {"folder": clip.resolve().parent.name.replace("_", " "), "stem": stem.replace("_", " ")}
+        found = captions.get(clip.name, captions.get(stem)) if config.captions else [Caption("")]
+        if found:
+            texts[clip] = [replace(one, text=pattern.format(**values, caption=one.text)) for one in found]
     if not texts:
         raise ValueError(
             f"--captions {config.captions}: no clip has a caption; the first clip is {clips[0].name}, the first "
@@ -282,21 +266,30 @@ def convert_all(
     return parts, broken
 
 
+def with_tasks(part: Part, captions: list[Caption], fps: int) -> tuple[tuple[str, ...], Part]:
+    """The texts of the episodes that have one, and the clip with these episodes alone."""
+    texts = {(start, end): text_of(captions, start / fps, end / fps) for start, end in part.episodes}
+    told = {episode: text for episode, text in texts.items() if text is not None}
+    return tuple(told.values()), replace(part, episodes=tuple(told))
+
+
 def assemble(
-    parts: dict[Path, Part], broken: dict[Path, str], tasks: dict[Path, str], options: ClipOptions, config: VideoConfig
+    parts: dict[Path, Part],
+    broken: dict[Path, str],
+    captions: dict[Path, list[Caption]],
+    options: ClipOptions,
+    config: VideoConfig,
 ) -> None:
     """The dataset of the converted clips at --root. Raises ValueError if they have no episode."""
     from smolvla_shared import video_dataset
 
     work = work_of(config)
-    clips = [
-        video_dataset.Converted(clip, tasks[clip], parts[clip], video_of(work, clip))
-        for clip in tasks
-        if clip in parts and parts[clip].episodes
-    ]
-    without_episode = [clip for clip in tasks if clip in parts and not parts[clip].episodes]
+    told = {clip: with_tasks(parts[clip], captions[clip], options.fps) for clip in captions if clip in parts}
+    clips = [video_dataset.Converted(clip, *told[clip], video_of(work, clip)) for clip in told if told[clip][0]]
+    without_episode = [clip for clip in told if not told[clip][0]]
     if not clips:
-        reasons = broken | dict.fromkeys(without_episode, "no episode, see --min-episode-s and --min-motion")
+        reason = "no episode, see --min-episode-s and --min-motion"
+        reasons = broken | {c: "no caption in time" if parts[c].episodes else reason for c in without_episode}
         listing = "\n  ".join(f"{clip}: {reason}" for clip, reason in reasons.items())
         raise ValueError(f"no clip gives an episode:\n  {listing}")
     unfinished = work / "dataset"
@@ -313,8 +306,12 @@ def assemble(
         f"motion in the median frame of a clip (see --min-motion): {motion[0]:.1f} to {motion[-1]:.1f}, half of the "
         f"clips below {motion[len(motion) // 2]:.1f}"
     )
+    all_episodes = sum(len(parts[clip].episodes) for clip in told)
+    if all_episodes > meta.total_episodes:
+        print(f"{all_episodes - meta.total_episodes} of {all_episodes} episodes have no caption and are left out")
     if without_episode:
-        print(f"{len(without_episode)} clips gave no episode, too short or too still, such as {without_episode[0]}")
+        what = "too short, too still or without a caption in time"
+        print(f"{len(without_episode)} clips gave no episode, {what}, such as {without_episode[0]}")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -29,7 +29,7 @@ class Converted:
     """A clip that is to be in the dataset."""
 
     clip: Path
-    task: str
+    tasks: tuple[str, ...]  # of each episode
     part: Part
     video: Path
 
@@ -128,16 +128,18 @@ def write_dataset(
         root=root,
         metadata_buffer_size=1000,
     )
-    meta.save_episode_tasks(list(dict.fromkeys(clip.task for clip in clips)))  # once: each call writes the whole file
+    meta.save_episode_tasks(
+        list(dict.fromkeys(task for clip in clips for task in clip.tasks))
+    )  # once: each call writes the whole file
     videos, rows, data_file = VideoFiles(meta, camera), [], 0
     for clip in tqdm(clips, desc="write", unit="clip"):
         placed = videos.add(clip.video, clip.part)
-        for (start, end), (video_file, first_frame) in zip(clip.part.episodes, placed):
+        for (start, end), task, (video_file, first_frame) in zip(clip.part.episodes, clip.tasks, placed, strict=True):
             episode, length = meta.total_episodes, end - start
             if meta.total_frames // ROWS_PER_FILE > data_file:
                 write_rows(meta, data_file, rows)
                 rows, data_file = [], data_file + 1
-            rows.append(episode_rows(episode, length, meta, clip.task))
+            rows.append(episode_rows(episode, length, meta, task))
             statistics = compute_episode_stats(rows[-1], meta.features)
             pixels = {name: np.reshape(values, (3, 1, 1)) for name, values in clip.part.statistics.items()}
             statistics[camera] = pixels | {"count": np.array([length])}
@@ -146,7 +148,7 @@ def write_dataset(
                 f"videos/{camera}/from_timestamp": first_frame / meta.fps,
                 f"videos/{camera}/to_timestamp": (first_frame + length) / meta.fps,
             }
-            meta.save_episode(episode, length, [clip.task], statistics, file_number("data", data_file, meta) | video)
+            meta.save_episode(episode, length, [task], statistics, file_number("data", data_file, meta) | video)
     videos.close()
     write_rows(meta, data_file, rows)
     encoder = encoder_options(options.crf)
@@ -170,7 +172,7 @@ def write_report(root: Path, clips: list[Converted], without_episode: list[Path]
         episodes = {str(episode + number): span for number, span in enumerate(clip.part.episodes)}
         episode += len(episodes)
         motion = [round(value, 2) for value in clip.part.motion]
-        lines.append({"clip": str(clip.clip), "task": clip.task, "copied": clip.part.copied, "motion": motion})
+        lines.append({"clip": str(clip.clip), "tasks": clip.tasks, "copied": clip.part.copied, "motion": motion})
         lines[-1]["episodes"] = episodes  # frames [start, end) of the clip at the dataset's rate
     lines += [{"clip": str(clip), "episodes": {}} for clip in without_episode]
     lines += [{"clip": str(clip), "broken": reason} for clip, reason in broken.items()]

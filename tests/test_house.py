@@ -20,7 +20,7 @@ PACKAGE = ROOT / "smolvla_shared"
 ORDER = """
     ranges paths launch locks hashes refusals mixture command config laq_config teacher_config action_config
     batch normalization preprocess flow losses files cache run_processes run_signals
-    video_source video_clips video_dataset video
+    video_source video_clips video_captions video_dataset video
     attention kernels trunk trunk_files model model_parts laq_layers laq laq_codebook laq_files
     data_columns data_frames data_rows data_info data_problems data_values data data_views
     relative_actions robots data_split data_order

@@ -324,7 +324,7 @@ def test_episodes_with_gaps_between_them_are_read_from_their_first_frame(tmp_pat
     clip = write_clip(tmp_path / "clip.mp4", regular(40, 10), lambda i: bars(i, 128, 64), rate=10)
     options, video_file, spans = clip_options(), tmp_path / "out.mp4", ((3, 9), (15, 20), (21, 30))
     part = replace(convert(clip, options, video_file), episodes=spans)
-    clips = [video_dataset.Converted(clip, task, part, video_file) for task in ("one", "two")]
+    clips = [video_dataset.Converted(clip, (task,) * 3, part, video_file) for task in ("one", "two")]
     video_dataset.write_dataset(tmp_path / "data", "data", CAMERA, clips, options)
     assert len(list((tmp_path / "data").rglob("*.mp4"))) == 1
     assert [read_bars(picture) for picture in pictures(tmp_path / "data")] == [i for s in 2 * spans for i in range(*s)]
@@ -479,7 +479,7 @@ def test_a_full_disk_is_no_broken_clip(tmp_path):
 
 def tasks(clips: list[Path], *options: str | Path) -> dict[str, str]:
     config = video.VideoConfig(clips=(), root=Path(), **dict(zip(options[::2], options[1::2])))
-    return {clip.name: text for clip, text in video.task_texts(clips, config).items()}
+    return {clip.name: one.text for clip, [one] in video.task_texts(clips, config).items()}
 
 
 def test_tasks_by_pattern_and_by_captions(tmp_path, capsys):
@@ -501,14 +501,106 @@ def test_tasks_by_pattern_and_by_captions(tmp_path, capsys):
     (tmp_path / "wrong.csv").write_text("name,text\n12,x\n")
     (tmp_path / "twice.json").write_text(json.dumps([rows[0], rows[0] | {"label": "other"}]))
     (tmp_path / "none.json").write_text(json.dumps([{"id": "13", "label": "x"}]))
+    (tmp_path / "number.json").write_text("12")
+    (tmp_path / "object.json").write_text(json.dumps({"id": "12", "label": "x"}))
+    (tmp_path / "other.json").write_text(json.dumps({"videos": {"12": {"narrations": []}}}))
+    (tmp_path / "list.json").write_text(json.dumps({"videos": [{"video_uid": "12", "clips": []}]}))
+    (tmp_path / "key.json").write_text(json.dumps({"12": {"narration_pass_1": {"narrations": [{"time": 1}]}}}))
+    (tmp_path / "late.csv").write_text("id,label,start_s,end_s\n12,x,4,3\n")
+    (tmp_path / "never.json").write_text(json.dumps([rows[0] | {"start_s": 1}, {"id": "a_b", "label": "x"}]))
+    (tmp_path / "word.csv").write_text("id,label,start_s\n12,x,soon\n")
     for name, message in {
         "wrong.csv": "found .*name.*text",
         "twice.json": "two texts for 12",
         "none.json": "no clip has a caption; the first clip is 12.webm, the first caption is of 13",
         "missing.json": "No such file",
+        "number.json": r"should be a JSON list .* or Ego4D's narration.json; found 12",
+        "object.json": r'Ego4D\'s narration.json; found \{"id": "12"\}',
+        "other.json": r'narration.json; found \{"12": \{"narrations": \[\]\}\}',
+        "list.json": r"narration.json; found \[\{\"video_uid\": \"12\"",
+        "key.json": r'narration.json; found \{"12": \{"narration_pass_1": \{"narrations": \[\{"time": 1\}',
+        "late.csv": r"every row needs a `start_s`, and no `end_s` before it; found .*4",
+        "never.json": r"every row needs a `start_s`, .* found \{\"id\": \"a_b\"",
+        "word.csv": r"every row needs a `start_s`, .* found .*soon",
     }.items():
         with pytest.raises(ValueError, match=message):
             tasks(clips, "captions", tmp_path / name)
+
+
+def told(root: Path) -> dict[str, list[tuple[int, str]]]:
+    """For each clip, the number that the first frame of each episode shows, and the episode's task."""
+    dataset, found = LeRobotDataset(root.name, root=root), {}
+    numbers = [read_bars(picture) for picture in pictures(root)]
+    for name, line in report(root).items():
+        rows = [dataset.meta.episodes[int(episode)]["dataset_from_index"] for episode in line["episodes"]]
+        found[name] = [(numbers[row], dataset[row]["task"]) for row in rows]
+        lasts = [dataset.meta.episodes[int(episode)]["dataset_to_index"] - 1 for episode in line["episodes"]]
+        assert [dataset[row]["task"] for row in lasts] == [text for _, text in found[name]] == line.get("tasks", [])
+    return found
+
+
+def test_an_episode_has_the_narration_of_its_time(tmp_path, capsys):
+    """Ego4D's file, of both narrators. A frame shows its number at 10 frames a second, so 20 is 2 s after the start."""
+    (tmp_path / "clips").mkdir()
+    for name in ("long", "late", "none", "redacted"):
+        write_clip(tmp_path / "clips" / f"{name}.mp4", regular(80, 10), lambda i: bars(i, 128, 64), rate=10, g="1")
+
+    def passes(*texts: tuple[float | None, str | None]) -> dict:
+        rows = [{"timestamp_sec": at, "timestamp_frame": 0, "narration_text": text} for at, text in texts]
+        return {"narrations": rows, "summaries": [{"start_sec": 0, "end_sec": 8, "summary_text": "#Summary C cooks"}]}
+
+    first = passes((2.2, "#c c looks"), (2.9, "#C C  opens a drawer"), (1.9, "#C C stops "), (0.2, "#C C walks"))
+    second = passes((3.8, "#O a man X picks a #Unsure"), (None, "#C C sings"), (5.0, "#C C"), (7.99, "#C C closes it"))
+    record = {"long": {"narration_pass_1": first, "narration_pass_2": second, "status": "complete"}}
+    record |= {"late": {"narration_pass_1": passes((4.0, "C cuts"), (5.0, "Cuts the #9 wire"))}}
+    record |= {"redacted": {"status": "redacted"}, "elsewhere": {"narration_pass_2": passes((1, "#C C runs"))}}
+    for name, content in {"plain": record, "wrapped": {"version": "v2", "videos": record}}.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+        options = ["--size", 128, "--cut", "length", "--max-episode-s", 2, "--task", "I see: {caption}"]
+        captions = ["--captions", tmp_path / f"{name}.json"]
+        assert run(tmp_path / "clips", "--root", tmp_path / name, *options, *captions) == 0
+        assert told(tmp_path / name) == {
+            "long.mp4": [
+                (0, "I see: walks"),  # 0.2 s is 0.8 s from the middle, 1.9 s is 0.9 s
+                (20, "I see: opens a drawer"),
+                (40, "I see: a man X picks a something"),  # nothing in it: the last before
+                (60, "I see: closes it"),
+            ],
+            "late.mp4": [(40, "I see: Cuts the #9 wire"), (60, "I see: Cuts the #9 wire")],  # nothing before 4 s
+        }
+        printed = capsys.readouterr().out
+        assert "2 of 11 narrations have no text or no time and are not read" in printed
+        assert "2 of 4 clips have no caption and are left out, such as" in printed
+        assert "2 of 8 episodes have no caption and are left out" in printed
+
+
+def test_texts_of_stretches_end_where_they_say(tmp_path, capsys):
+    """A CSV file and the same as JSON. Scene changes at 3 s and 5 s, where the seed of the picture changes."""
+    (tmp_path / "clips").mkdir()
+    for name in ("a", "b"):
+        write_clip(
+            tmp_path / "clips" / f"{name}.mp4", regular(90, 10), lambda i: scene(i, 1, (i >= 30) + (i >= 50)), rate=10
+        )
+    stretches = [("a", 0, 3.4, "one"), ("a", 3.2, 4.2, "two"), ("a", 8.9, None, "three")]
+    stretches += [("b", 9, 12, "after the end"), ("c", 0, 1, "of no clip")]
+    rows = [{"id": name, "label": text, "start_s": start, "end_s": end} for name, start, end, text in stretches]
+    (tmp_path / "c.json").write_text(json.dumps(rows))
+    with (tmp_path / "c.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    for name in ("c.json", "c.csv"):
+        root = tmp_path / f"of_{name}"
+        assert run(tmp_path / "clips", "--root", root, "--captions", tmp_path / name) == 0
+        line = report(root)
+        # 3 s to 5 s: its middle is in "two", and "one" ended 0.6 s before. 5 s to 9 s: "three" begins in it.
+        assert list(line["a.mp4"]["episodes"].values()) == [[0, 30], [30, 50], [50, 90]]
+        assert line["a.mp4"]["tasks"] == ["one", "two", "three"]
+        assert line["b.mp4"]["episodes"] == {}
+        assert "1 clips gave no episode, too short, too still or without a caption in time" in capsys.readouterr().out
+    (tmp_path / "late.json").write_text(json.dumps(rows[3:]))
+    with pytest.raises(ValueError, match=r"no clip gives an episode:\n.*b.mp4: no caption in time"):
+        run(tmp_path / "clips" / "b.mp4", "--root", tmp_path / "out", "--captions", tmp_path / "late.json")
 
 
 @pytest.mark.parametrize(
