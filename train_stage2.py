@@ -74,7 +74,7 @@ def main(config: Stage2Config) -> None:
     training, held_out = data_split.split_datasets(datasets, config.val_fraction, config.seed, config.data.max_episodes)
     robots = Robots.find(datasets, [LATENT], config.model.use_state)
 
-    from smolvla_shared import artifact, data_order, evaluate, feature_cache, label_health, losses, robot_preprocessor
+    from smolvla_shared import artifact, data_table, evaluate, feature_cache, label_health, losses, robot_preprocessor
     from smolvla_shared.data_loader import SampleSpec, make_loaders
     from smolvla_shared.initial import open_initial
     from smolvla_shared.labels import latent_statistics, open_labels
@@ -96,9 +96,8 @@ def main(config: Stage2Config) -> None:
     core.learn_codes(labels.codebook, statistics[LATENT])
     paired = [data.with_pairs(datasets, rows) for rows in (training, held_out)]
     groups = [data_split.balanced(datasets, paired[0], config.data.balance), data_split.weighted(paired[1])]
-    plan = f"Stage 2: {data_order.plan(groups[0], config)}"
-    table = data_views.describe(datasets, cameras, label_cameras, initial.core.cameras)
-    accelerator.print(initial.describe(core, statistics, datasets), table, latents, plan, sep="\n")
+    table = data_table.describe(datasets, groups[0], config, cameras, label_cameras, initial.core.cameras)
+    accelerator.print(initial.describe(core, statistics, datasets), f"Stage 2: {table}", latents, sep="\n")
     features = feature_cache.prepare_features(core, datasets, cameras, config, accelerator)
     spec = SampleSpec.of(core.config, [LATENT], labels, features, config.flow_draws)
     loaders = make_loaders(datasets, *groups, spec, config, accelerator, **config.data.augmentation)

@@ -132,7 +132,7 @@ def main(config: Stage3Config) -> None:
     labelled, datasets = data_views.open_recordings(config.data, config.video_data, starts_elsewhere=bool(config.start))
     robots = Robots.find(datasets, [ACTION], config.model.use_state, len(labelled), config.of_one_robot, config)
 
-    from smolvla_shared import action_decoder, data_order, evaluate, feature_cache, losses, robot_preprocessor
+    from smolvla_shared import action_decoder, data_table, evaluate, feature_cache, losses, robot_preprocessor
     from smolvla_shared.data_loader import SampleSpec, make_loaders
     from smolvla_shared.initial import open_initial
     from smolvla_shared.labels import latent_statistics, open_labels
@@ -153,9 +153,9 @@ def main(config: Stage3Config) -> None:
     decode = action_decoder.fit(labels if config.decode_actions else None, len(labelled), *about, robots.relative)
     core = initial.build(config.model, cameras, weight, accelerator.mixed_precision, **dims)
     statistics = robots.statistics(datasets, training, len(labelled), initial.normalization_mode(config))
-    table = data_views.describe(datasets, cameras, label_cameras, initial.core.cameras)
-    plan = f"Stage 3: {data_order.plan(groups, config)}; loss {weight}; statistics of the {config.normalization}"
-    accelerator.print(initial.describe(core, statistics, datasets, recorded), table, plan, decode, sep="\n")
+    table = data_table.describe(datasets, groups, config, cameras, label_cameras, initial.core.cameras)
+    plan = f"Stage 3: {table}\nloss {weight}; statistics of the {config.normalization}"
+    accelerator.print(initial.describe(core, statistics, datasets, recorded), plan, decode, sep="\n")
     statistics |= recorded
     if LATENT in weight:
         statistics[LATENT] = latent_statistics(labels, *about, recorded=initial.statistics.get(LATENT))

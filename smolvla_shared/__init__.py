@@ -29,6 +29,7 @@ What surrounds it:
     robot_preprocessor  a batch of several robots, and one of relative actions
     relative_actions    actions that are relative to the state
     data_split      held-out episodes, and how the datasets of a run are mixed
+    data_table      the datasets of a run, their shares and epochs, for its first lines
     data_columns, data_rows     their tables as memory-mapped columns; rows as ranges, and a random order of them
     data_frames, data_blocks     frames of videos as tensors; every frame of a dataset, once and in order
     video           clips of any kind become a LeRobotDataset; the command

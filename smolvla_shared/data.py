@@ -353,14 +353,3 @@ def with_pairs(datasets: list[RobotDataset], rows_of: list[tuple[int, Rows]]) ->
 def valid_pair_share(datasets: list[RobotDataset], rows_of: list[tuple[int, Rows]]) -> float:
     """Share of (dataset index, rows) whose pair does not cross the episode's end. Raises ValueError if it is 0."""
     return sum(len(rows) for _, rows in with_pairs(datasets, rows_of)) / sum(len(rows) for _, rows in rows_of)
-
-
-def describe(datasets: list[RobotDataset], with_pairs: bool) -> str:
-    """A line for each dataset, for the first lines of a run."""
-    return "\n".join(
-        f"{d.name}: {d.num_frames:,} frames, {len(d.episode_from):,} episodes, "
-        f"{d.num_frames / d.fps / 3600:.2f} h at {d.fps} fps"
-        + (f", pairs {d.gap} frames = {d.gap_s:.3g} s apart" if with_pairs else "")
-        + (": no episode is so long, none is read" if with_pairs and not len(d.rows_with_pairs(d.rows())) else "")
-        for d in datasets
-    )

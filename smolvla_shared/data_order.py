@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import numpy as np
 from torch.utils.data import Sampler
 
-from smolvla_shared.config import RunConfig
 from smolvla_shared.data_rows import RowGroup, shuffled
 
 
@@ -88,13 +87,3 @@ class StepSampler(Sampler[list[SampleKey]]):
             for micro in range(self.accumulation_steps):
                 start = (micro * self.num_processes + self.process) * block
                 yield self.keys(step, np.arange(start, start + block))
-
-
-def plan(groups: list[RowGroup], config: RunConfig) -> str:
-    """How many epochs of each group a run reads, for its first lines."""
-    slots = StepSampler(groups, config.seed, config.batch_size, 0, 0).slots_of_group
-    epochs = [
-        f"{config.steps * taken / len(group):.3g} x {len(group):,} training frames"
-        for taken, group in zip(slots, groups)
-    ]
-    return f"{config.steps:,} steps of {config.batch_size} samples = {' + '.join(epochs)}"

@@ -248,7 +248,10 @@ def decode_all(dataset: RobotDataset, camera: str) -> Iterator[str]:
 
 def in_words(report: Report) -> str:
     dataset = report.dataset
-    lines = [data.describe([dataset], with_pairs=False)]
+    lines = [
+        f"{dataset.name}: {dataset.num_frames:,} frames, {len(dataset.episode_from):,} episodes, "
+        f"{dataset.num_frames / dataset.fps / 3600:.2f} h at {dataset.fps:g} fps"
+    ]
     seconds = (dataset.episode_to - dataset.episode_from) / dataset.fps
     short, long = int(seconds.argmin()), int(seconds.argmax())
     lines.append(

@@ -109,15 +109,6 @@ def choose_cameras(
     return cameras, label_cameras
 
 
-def describe(
-    datasets: list[RobotDataset], cameras: tuple[str, ...], label_cameras: tuple[str, ...], start: tuple[str, ...]
-) -> str:
-    """The datasets and their cameras, for the first lines of a run. The arguments are those of `camera_table`."""
-    lines = [data.describe(datasets, with_pairs=bool(label_cameras))]
-    lines += [camera_table(datasets, cameras, label_cameras, start), *unnamed_robots(datasets)]
-    return "\n".join(lines)
-
-
 def unnamed_robots(datasets: list[RobotDataset]) -> list[str]:
     """A line if datasets of what LeRobot calls different robots share their statistics: no mixture names robots."""
     moving = [d for d in datasets if not d.entry.robot and {STATE_KEY, ACTION_KEY} & d.features.keys()]
@@ -128,26 +119,15 @@ def unnamed_robots(datasets: list[RobotDataset]) -> list[str]:
     return [f"different robots share one set of statistics ({said}): name the `robot` of each in --data.mixture"]
 
 
-def camera_table(
-    datasets: list[RobotDataset],
-    cameras: tuple[str, ...],
-    label_cameras: tuple[str, ...] = (),
-    start: tuple[str, ...] = (),
-) -> str:
+def camera_table(datasets: list[RobotDataset], cameras: tuple[str, ...], start: tuple[str, ...] = ()) -> str:
     """A line for each dataset with its own names of the policy's cameras, and what is left out of each.
 
-    label_cameras: the run's, if it reads pairs; start: the cameras of what training starts from, whose places they take
+    start: the cameras of what training starts from, whose places they take
     """
     rows = [["camera of the policy", *cameras]]
     if start:
         rows.append(["starts as", *[place or "new" for _, place in zip(cameras, (*start, *[""] * len(cameras)))]])
     rows += [[d.name, *[d.views.get(camera, MISSING) for camera in cameras]] for d in datasets]
-    if any(d.entry.robot for d in datasets):
-        robots = [d.entry.robot or "-" for d in datasets]
-        rows = [[*row, last] for row, last in zip(rows, ["robot", *[""] * (len(rows) - 1 - len(robots)), *robots])]
-    if label_cameras:
-        pairs = [f"{' '.join(d.label_views(label_cameras))}, {d.gap_s:.3g} s" for d in datasets]
-        rows = [[*row, last] for row, last in zip(rows, ["pairs", *[""] * (len(rows) - 1 - len(pairs)), *pairs])]
     widths = [max(map(len, column)) for column in zip_longest(*rows, fillvalue="")]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
     for dataset in datasets:

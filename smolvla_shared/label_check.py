@@ -9,8 +9,18 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from smolvla_shared import data, data_blocks, data_values, data_views, label_health, label_pictures, label_probe, paths
-from smolvla_shared.data_rows import Rows
+from smolvla_shared import (
+    data,
+    data_blocks,
+    data_table,
+    data_values,
+    data_views,
+    label_health,
+    label_pictures,
+    label_probe,
+    paths,
+)
+from smolvla_shared.data_rows import Rows, group_rows
 from smolvla_shared.files import new_directory
 from smolvla_shared.hashes import dataset_fingerprint
 from smolvla_shared.labels import OnlineLabels
@@ -209,7 +219,8 @@ def check(config: CheckConfig, datasets: list[data.RobotDataset]) -> None:
     _, cameras = data_views.choose_cameras(datasets, options)
     all_frames = [(index, dataset.rows()) for index, dataset in enumerate(datasets)]
     valid_share = data.valid_pair_share(datasets, all_frames)
-    print(data.describe(datasets, with_pairs=True))
+    paired = group_rows(data.with_pairs(datasets, all_frames))
+    print(data_table.data_table(datasets, paired, label_cameras=cameras))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     use_tf32(device)
     teacher = OnlineLabels(laq.to(device), config.teacher_kind, cameras)

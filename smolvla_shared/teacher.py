@@ -64,7 +64,7 @@ def train_teacher(config: TeacherConfig) -> None:
     # What a user can get wrong is refused before Run makes the run directory; what the data tells, before torch comes.
     datasets, num_videos, label_cameras = open_recordings(config)
 
-    from smolvla_shared import data, data_loader, data_order, data_split, data_views
+    from smolvla_shared import data, data_loader, data_split, data_table, data_views
     from smolvla_shared.evaluate import reconstruction_errors, repeat_error
     from smolvla_shared.grounding import Grounding
     from smolvla_shared.laq import LAQ, PairBatch
@@ -93,12 +93,11 @@ def train_teacher(config: TeacherConfig) -> None:
         laq.ground(grounding.action_dim)
         groups = data_split.mix(grounding.rows, training, 1 - config.grounding.share, video_weights=weights)
     accelerator.print(
-        f"{data.describe(datasets, with_pairs=True)}\n"
+        f"{data_table.describe(datasets, groups, config, label_cameras=label_cameras)}\n"
         f"LAQ {f'from {config.init_from}' if config.init_from else 'with fresh weights'}: "
         f"{sum(p.numel() for p in laq.parameters()):,} parameters; a latent action is {laq.config.code_seq_len} codes "
-        f"out of {laq.config.codebook_size}; {data_order.plan(groups, config)}; {laq.config.image_size}-pixel "
-        f"pairs of {', '.join(label_cameras)}, {pair_share:.1%} of the frames have one"
-        + (f"; {grounding}" if grounding else "")
+        f"out of {laq.config.codebook_size}; {laq.config.image_size}-pixel pairs of {', '.join(label_cameras)}, "
+        f"{pair_share:.1%} of the frames have one" + (f"; {grounding}" if grounding else "")
     )
     spec = data_loader.SampleSpec(
         cameras=(),

@@ -375,13 +375,6 @@ def test_every_frame_once_an_epoch_when_a_step_spans_several():
     assert [sorted(frames[start : start + 3]) for start in range(0, 24, 3)] == [[0, 1, 2]] * 8
 
 
-def test_the_plan_says_how_often_each_group_is_read():
-    config = RunConfig(run_dir=Path("x"), data=DataConfig(roots=(Path("x"),)), steps=2000, batch_size=8)
-    assert data_order.plan(groups_of(100), config) == "2,000 steps of 8 samples = 160 x 100 training frames"
-    mixture = data_order.plan(groups_of(1000, 100, shares=(0.75, 0.25)), config)
-    assert mixture == "2,000 steps of 8 samples = 12 x 1,000 training frames + 40 x 100 training frames"
-
-
 def test_every_group_goes_through_its_own_frames():
     keys = flat(keys_of(groups_of(30, 7, shares=(0.75, 0.25)), 0, 20))
     big, small = ([key.row for key in keys if key.dataset == dataset] for dataset in (0, 1))

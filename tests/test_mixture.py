@@ -22,10 +22,10 @@ from test_lerobot_smolvla import run_stage
 
 import train_stage2
 import train_stage3
-from smolvla_shared import data, data_split, data_views, lerobot_policy, mixture
+from smolvla_shared import data, data_rows, data_split, data_table, data_views, lerobot_policy, mixture
 from smolvla_shared.artifact import load_artifact
 from smolvla_shared.batch import Batch, RawBatch
-from smolvla_shared.config import ACTION, DataConfig, ModelConfig, PolicyDataConfig
+from smolvla_shared.config import ACTION, DataConfig, ModelConfig, PolicyDataConfig, RunConfig
 from smolvla_shared.data_loader import SampleDataset, SampleSpec
 from smolvla_shared.data_order import SampleKey, StepSampler
 from smolvla_shared.feature_cache import prepare_features
@@ -506,16 +506,60 @@ def test_every_dataset_has_as_many_label_cameras_as_the_run(tmp_path, image_data
 
 def test_the_table_shows_every_dataset_beside_the_artifact(unlike):
     datasets = data.open_datasets(DataConfig(mixture=unlike))
-    table = data_views.camera_table(datasets, (FRONT, HAND), (FRONT,), start=("image_0",))
+    table = data_views.camera_table(datasets, (FRONT, HAND), start=("image_0",))
     rows = [re.split(r"  +", line) for line in table.splitlines()]
     assert rows == [
-        ["camera of the policy", FRONT, HAND, "pairs"],
+        ["camera of the policy", FRONT, HAND],
         ["starts as", "image_0", "new"],
-        [datasets[0].name, CAMERA, "- (masked)", f"{CAMERA}, 0.5 s"],
-        [datasets[1].name, CAMERA, WRIST, f"{WRIST}, 0.3 s"],
+        [datasets[0].name, CAMERA, "- (masked)"],
+        [datasets[1].name, CAMERA, WRIST],
     ]
     (line,) = data_views.camera_table(datasets, (FRONT,)).splitlines()[3:]
     assert line == f"{datasets[1].name}: the policy does not see {WRIST} (name it with --data.cameras)"
+
+
+def columns_of(table: str) -> dict[str, list[str]]:
+    """The cells of a table, by the title of their column."""
+    titles, *rows = (re.split(r"  +", line.strip()) for line in table.splitlines())
+    return dict(zip(titles, zip(*rows, strict=True), strict=True))
+
+
+def test_the_table_says_what_the_samples_of_a_run_are(unlike):
+    """Shares and epochs are counted over all samples of the run: of weights, and of frames that count the same."""
+    options = DataConfig(mixture=unlike)
+    datasets = data.open_datasets(options)
+    config = RunConfig(run_dir=Path("x"), data=options, steps=50, batch_size=8, val_fraction=0.25)
+    training, _ = data_split.split_datasets(datasets, config.val_fraction, config.seed)
+    training = data.with_pairs(datasets, training)
+    for groups in (data_split.balanced(datasets, training, "frames"), data_split.weighted(training)):
+        said = data_table.describe(datasets, groups, config, (FRONT, HAND), (FRONT,))
+        assert said.startswith("50 steps of 8 samples:\n") and "\ncamera of the policy  " in said
+        shown = columns_of(data_table.data_table(datasets, groups, config, (FRONT, HAND), (FRONT,)))
+        assert [*shown] == "dataset episodes frames hours fps cameras share epochs pairs".split()
+        keys = [key for step in StepSampler(groups, config.seed, 8, 0, 50) for key in step]
+        for index, dataset in enumerate(datasets):
+            taken = sum(key.dataset == index for key in keys)
+            # The episodes that are not held out, each without the frames of its end, which have no pair.
+            lengths = [end - start for start, end in zip(training[index][1].start, training[index][1].end)]
+            assert shown["frames"][index] == str(sum(lengths))
+            assert float(shown["share"][index].removesuffix("%")) == pytest.approx(100 * taken / len(keys), abs=3)
+            assert float(shown["epochs"][index]) == pytest.approx(taken / sum(lengths), rel=0.1)
+            assert float(shown["hours"][index]) == pytest.approx(sum(lengths) / dataset.fps / 3600, rel=0.01)
+        assert shown["episodes"] == ("6 of 8", "6 of 8") and shown["fps"] == ("20", "10")
+        assert shown["cameras"] == ("1 of 2", "2") and shown["pairs"] == (f"{CAMERA}, 0.5 s", f"{WRIST}, 0.3 s")
+    assert len({line.index("episodes") + 8 for line in said.splitlines() if "episodes" in line}) == 1
+    lines = data_table.data_table(datasets, groups, config).splitlines()
+    assert len({len(line) for line in lines}) == 1  # numbers end where their titles do
+
+
+def test_the_table_names_a_dataset_that_is_not_read(video_dataset, image_dataset):
+    """One whose episodes are too short for the gap, beside one of 2.0 to 2.7 s."""
+    datasets = data.open_datasets(DataConfig(roots=(video_dataset, image_dataset), frame_gap_s=2.0))
+    paired = data.with_pairs(datasets, [(index, dataset.rows()) for index, dataset in enumerate(datasets)])
+    titles, first, second, last = data_table.data_table(datasets, data_rows.group_rows(paired)).splitlines()
+    assert titles.split() == "dataset episodes frames hours fps".split()
+    assert (first.split()[1:5], second.split()[1]) == (["0", "of", "8", "0"], "7")
+    assert last == f"{video_dataset}: no episode is longer than its frame gap of 2 s, none is read"
 
 
 # --- the scripts ------------------------------------------------------------------------------------------------------
@@ -526,9 +570,11 @@ def test_stage_2_trains_on_unlike_datasets_and_goes_on_only_with_the_same(tmp_pa
     options = ["--data.mixture", unlike, "--model.preset", "tiny", "--laq-ckpt", laq_checkpoint, "--batch-size", "4"]
     run_stage(train_stage2, tmp_path / "s2", *options)
     printed = capsys.readouterr().out
-    assert re.search(rf"^camera of the policy +{FRONT} +{HAND} +pairs$", printed, re.M)
-    assert re.search(rf" +{CAMERA} +- \(masked\) +{CAMERA}, 0.5 s$", printed, re.M)
-    assert re.search(rf" +{CAMERA} +{WRIST} +{WRIST}, 0.3 s$", printed, re.M)
+    assert re.search(rf"^camera of the policy +{FRONT} +{HAND}$", printed, re.M)
+    assert re.search(rf" +{CAMERA} +- \(masked\)$", printed, re.M)
+    assert re.search(rf" +{CAMERA} +{WRIST}$", printed, re.M)
+    assert re.search(rf" +1 of 2 +75\.0% +[\d.]+ +{CAMERA}, 0.5 s$", printed, re.M)
+    assert re.search(rf" +2 +25\.0% +[\d.]+ +{WRIST}, 0.3 s$", printed, re.M)
     manifest = json.loads((tmp_path / "s2" / ARTIFACT).with_suffix(".json").read_text())
     assert (manifest["core"]["cameras"], manifest["latents"]["label_cameras"]) == ([FRONT, HAND], [FRONT])
     assert (manifest["latents"]["frame_gap_s"], manifest["latents"]["own_gaps_s"]) == (0.5, [0.3])
@@ -592,7 +638,7 @@ def test_a_robot_with_two_cameras_starts_from_video_of_one(tmp_path, robots, vid
     printed = capsys.readouterr().out
     assert f"cameras {FRONT} as {CAMERA}, {HAND} as one more; freshly initialised: action head" in printed
     assert re.search(rf"^starts as +{CAMERA} +new$", printed, re.M)
-    assert re.search(rf"^{video_dataset} +{CAMERA} +- \(masked\) +{CAMERA}, 0.5 s$", printed, re.M)
+    assert re.search(rf"^{video_dataset} +{CAMERA} +- \(masked\)$", printed, re.M)
     config = json.loads((tmp_path / "s3" / POLICY / "config.json").read_text())
     assert (config["core"]["cameras"], config["optional_cameras"]) == ([FRONT, HAND], [HAND])
     shapes = {name: of["shape"] for name, of in config["input_features"].items() if of["type"] == "VISUAL"}

@@ -19,7 +19,7 @@ from test_lerobot_smolvla import run_stage
 import train_stage2
 import train_stage3
 from examples import imagine
-from smolvla_shared import data, data_views, mixture
+from smolvla_shared import data, data_rows, data_table, data_views, mixture
 from smolvla_shared.artifact import load_artifact
 from smolvla_shared.batch import RawBatch
 from smolvla_shared.config import ACTION, LATENT, DataConfig, ModelConfig, PolicyDataConfig
@@ -158,8 +158,9 @@ def test_what_is_open_is_refused(tmp_path, labelled_dataset, narrow, two_robots)
 
 
 def test_the_table_names_the_robots(two_robots):
-    lines = data_views.camera_table(data.open_datasets(DataConfig(mixture=two_robots)), (CAMERA,)).splitlines()
-    assert [line.split()[-1] for line in lines[:3]] == ["robot", "wide", "so100"]
+    datasets = data.open_datasets(DataConfig(mixture=two_robots))
+    lines = data_table.data_table(datasets, data_rows.group_rows(all_rows(datasets))).splitlines()
+    assert [line.split()[-1] for line in lines] == ["robot", "wide", "so100"]
 
 
 def test_different_robots_without_names_are_said(labelled_dataset, narrow, stateless, two_robots):

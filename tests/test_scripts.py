@@ -227,7 +227,7 @@ def test_stage_2_classifies_codes_and_stage_3_goes_on_with_them(
     printed = run_well(*command, "--run-dir", tmp_path / "s3", "--data.max-episodes", "1")
     policy = load_file(tmp_path / "s3" / POLICY / "model.safetensors")
     assert torch.equal(policy["model.latent_head.codebook"], codebook)
-    (frames,) = re.findall(r" x (\d+) training frames \+ ", printed)
+    (frames,) = re.findall(rf"^{labelled_dataset} +1 of 8 +(\d+) ", printed, re.M)
     assert int(frames) in range(20, 28)  # of one episode; beside it the video's
 
 
