@@ -14,7 +14,7 @@ import numpy as np
 from smolvla_shared import data_values
 from smolvla_shared.action_config import ActionOptions
 from smolvla_shared.config import ACTION, CoreConfig, NormalizationMode
-from smolvla_shared.data import ACTION_KEY, STATE_KEY, RobotDataset
+from smolvla_shared.data import ACTION_KEY, STATE_KEY, RobotDataset, vector_names
 from smolvla_shared.data_columns import ROWS_AT_ONCE
 from smolvla_shared.data_rows import Rows
 from smolvla_shared.relative_actions import Relative
@@ -58,8 +58,8 @@ class Robots:
         options:      of the demonstrations' actions
 
         Raises ValueError for several robots beside such an option, for a dataset that leaves its robot open where
-        others name theirs, for datasets of one robot that differ in width, for values that cannot be trained on
-        (data_values.py), and for actions that cannot be relative (relative_actions.py).
+        others name theirs, for datasets of one robot that differ in width or in names, for values that cannot be
+        trained on (data_values.py), and for actions that cannot be relative (relative_actions.py).
         """
         has_state = use_state and any(STATE_KEY in dataset.features for dataset in datasets[:num_labelled])
         keys = {name: KEYS[name] for name, is_read in (("state", has_state), (ACTION, ACTION in targets)) if is_read}
@@ -73,6 +73,8 @@ class Robots:
             )
         robots = tuple(dataset.entry.robot for dataset in datasets)
         widths = {name: common_widths(datasets, robots, key) for name, key in keys.items()}
+        for key in keys.values():
+            refuse_names(datasets, robots, key)
         found = cls(robots, widths)
         if len(found.names) > 1 and of_one_robot:
             names = ", ".join(map(str, found.names))
@@ -157,6 +159,28 @@ def common_widths(datasets: list[RobotDataset], robots: tuple[Robot, ...], key: 
                 f"name the robot of each in --data.mixture{fix}"
             )
     return {robot: next(iter(found.values())) for robot, found in widths.items()}
+
+
+def refuse_names(datasets: list[RobotDataset], robots: tuple[Robot, ...], key: str) -> None:
+    """Raise ValueError for datasets of one robot that name the dimensions of a vector feature differently: the angles
+    of joints and the pose of a hand may be of one width, and would share their statistics. Names in another order are
+    other names. A dataset without names, or with one for the whole vector, goes with any.
+    """
+    first: dict[Robot, RobotDataset] = {}  # the first dataset of each robot that has names
+    for dataset, robot in zip(datasets, robots, strict=True):
+        names = vector_names(dataset.features[key]) if key in dataset.features else None
+        if names is None:
+            continue
+        known = first.setdefault(robot, dataset)
+        others = vector_names(known.features[key])
+        if names != others:
+            are = f"are of the robot {robot}" if robot else "count as one robot's"
+            fix = ", or pass --model.no-use-state" * (key == STATE_KEY)
+            raise ValueError(
+                f"{known.name} and {dataset.name} {are}, but name the numbers of {key} differently: "
+                f"{', '.join(others)}, and {', '.join(names)}. Give each a `robot` of its own in --data.mixture, or "
+                f"--video-mixture; if they mean the same in one order, rename them in meta/info.json{fix}"
+            )
 
 
 def vector_statistics(

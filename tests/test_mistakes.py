@@ -572,6 +572,16 @@ def changed_rate(dataset: Path, directory: Path) -> Path:
     return directory
 
 
+def with_names(dataset: Path, directory: Path, names: str) -> Path:
+    """A copy of a dataset that names the dimensions of its state, a letter each."""
+    shutil.copytree(dataset, directory)
+    path = directory / "meta" / "info.json"
+    info = json.loads(path.read_text())
+    info["features"]["observation.state"]["names"] = [*names]
+    path.write_text(json.dumps(info))
+    return directory
+
+
 @pytest.mark.parametrize(
     ("command", "said"),
     [
@@ -593,6 +603,11 @@ def changed_rate(dataset: Path, directory: Path) -> Path:
             "train_stage3.py --run-dir {new} --data.roots {demos} --data.cameras top",
             "every dataset must have every cam",
         ),
+        (
+            "train_stage3.py --run-dir {new} --data.roots {joints} {poses}",
+            "{joints} and {poses} count as one robot's, but name the numbers of observation.state differently: a, b, "
+            "c, d, and x, y, z, w. Give each a `robot` of its own",
+        ),
         ("train_stage3.py --run-dir {new} --data.roots {edited}", "{edited} cannot be trained on: "),
         ("smolvla_shared.teacher train --run-dir {new} --data.roots {edited}", "{edited} cannot be trained on: "),
         ("smolvla_shared.teacher train --run-dir {new} --data.roots {video} --data.cameras top", "every dataset must"),
@@ -605,6 +620,7 @@ def test_what_the_data_tells_is_refused_before_anything_heavy_is_imported(
 ):
     places = {"video": video_dataset, "demos": labelled_dataset, "new": tmp_path / "new"}
     places |= {"edited": changed_rate(labelled_dataset, tmp_path / "edited"), "teacher": f"--laq-ckpt {laq_checkpoint}"}
+    places |= {n: with_names(labelled_dataset, tmp_path / n, m) for n, m in (("joints", "abcd"), ("poses", "xyzw"))}
     places["hub"] = "/".join(video_dataset.parts[-2:])  # it is where a download would be
     places["s2"] = "--run-dir {new} --data.roots {video} {teacher}".format_map(places)
     done = subprocess.run(

@@ -1,6 +1,8 @@
 """robots.py: several robots in one run. A sample is what it is in a run of its robot alone, and so is a policy."""
 
 import json
+import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -176,6 +178,64 @@ def test_different_robots_without_names_are_said(labelled_dataset, narrow, state
     (line,) = said(options, "panda", "so100", None)
     assert f"({labelled_dataset} panda, {narrow} so100)" in line
     assert said(DataConfig(mixture=two_robots), "panda", "so100") == []
+
+
+JOINTS, POSE = ["shoulder", "elbow", "wrist", "gripper"], ["x", "y", "z", "gripper"]
+
+
+def with_names(root: Path, directory: Path, **names: list[str] | dict | None) -> Path:
+    """A copy of a dataset whose state and action have these names in meta/info.json."""
+    path = Path(shutil.copytree(root, directory)) / "meta" / "info.json"
+    info = json.loads(path.read_text())
+    for name, of in names.items():
+        info["features"][{"state": STATE_KEY, "action": ACTION_KEY}[name]]["names"] = of
+    path.write_text(json.dumps(info))
+    return directory
+
+
+def test_datasets_of_one_robot_with_other_names_are_refused(tmp_path, labelled_dataset):
+    """Whatever they differ in: words, their order, or the case of a letter."""
+    angles = with_names(labelled_dataset, tmp_path / "angles", state=JOINTS, action=JOINTS)
+    swapped, upper = [JOINTS[1], JOINTS[0], *JOINTS[2:]], ["Shoulder", *JOINTS[1:]]
+    for number, other in enumerate((POSE, swapped, upper)):
+        for feature, key in (("state", STATE_KEY), ("action", ACTION_KEY)):
+            names = {"state": JOINTS, "action": JOINTS, feature: other}
+            poses = with_names(labelled_dataset, tmp_path / f"poses {number} {feature}", **names)
+            datasets = data.open_datasets(DataConfig(roots=(angles, poses)))
+            said = f"{angles} and {poses} count as one robot's, but name the numbers of {key} differently: "
+            said += f"{', '.join(JOINTS)}, and {', '.join(other)}. Give each a `robot` of its own in --data.mixture"
+            with pytest.raises(ValueError, match=re.escape(said)):
+                Robots.find(datasets, [ACTION])
+            if feature == "action":  # Stage 2 does not read them
+                assert Robots.find(datasets, [LATENT]).names == [None]
+                continue
+            with pytest.raises(ValueError, match=re.escape(said)):
+                Robots.find(datasets, [LATENT])
+            assert Robots.find(datasets, [ACTION], use_state=False).dims["action_dim"] == 4
+    entries = [f"root: {root}, robot: {robot}" for root, robot in ((angles, "a"), (poses, "b"))]
+    assert Robots.find(data.open_datasets(DataConfig(mixture=write(tmp_path / "m.yaml", *entries))), [ACTION]).names
+    entries[1] = entries[1].replace("robot: b", "robot: a")
+    with pytest.raises(ValueError, match="are of the robot a, but name the numbers of action differently"):
+        Robots.find(data.open_datasets(DataConfig(mixture=write(tmp_path / "m.yaml", *entries))), [ACTION])
+
+
+def test_names_that_say_nothing_or_the_same_are_accepted(tmp_path, labelled_dataset, video_dataset):
+    """No names, one for the whole vector, and the same names in another form."""
+    angles = with_names(labelled_dataset, tmp_path / "angles", state=JOINTS, action=JOINTS)
+    groups = {"arm": JOINTS[:3], "hand": JOINTS[3:]}
+    grouped = with_names(labelled_dataset, tmp_path / "grouped", state=groups, action=groups)
+    whole = with_names(labelled_dataset, tmp_path / "whole", state=["motors"], action=["motors"])
+    datasets = data.open_datasets(DataConfig(roots=(angles, grouped, whole, labelled_dataset, video_dataset)))
+    assert Robots.find(datasets, [ACTION]).dims == {"state_dim": 4, "action_dim": 4}
+
+
+def test_the_actions_of_video_are_not_read_and_may_have_other_names(tmp_path, labelled_dataset):
+    angles = with_names(labelled_dataset, tmp_path / "angles", state=JOINTS, action=JOINTS)
+    poses = with_names(labelled_dataset, tmp_path / "poses", state=JOINTS, action=POSE)
+    found = data_views.open_recordings(DataConfig(roots=(angles,)), DataConfig(roots=(poses,)), False)
+    assert Robots.find(found[1], [ACTION], num_labelled=1).acting == [None]
+    with pytest.raises(ValueError, match=f"{angles} and {poses} count as one robot's, but name the numbers of action"):
+        Robots.find(data_views.open_recordings(DataConfig(roots=(angles, poses)), None, False)[1], [ACTION])
 
 
 # --- samples ----------------------------------------------------------------------------------------------------------
