@@ -86,7 +86,7 @@ def main(config: Stage2Config) -> None:
     dims = robots.dims | initial.latent_dims(labels, options, label_cameras, config.latent_head)
     about = {"label_cameras": label_cameras, "valid_pair_share": data.valid_pair_share(datasets, training)}
     about |= {"horizon": labels.horizon} | data_views.gaps(datasets) | data_views.own_label_cameras(datasets)
-    latents = artifact.Latents(labels.teacher_id, labels.kind, **about)
+    latents = artifact.Latents(labels.teacher_id, labels.kind, **about, teacher_grounding=labels.teacher_grounding)
     latents = label_health.with_health(latents, config.label_health, config.accept_label_health)
     accelerator, resume_from = start_run(config, config.run_dir / "artifacts" / f"{paths.ARTIFACT_NAME}.json")
 

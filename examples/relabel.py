@@ -61,7 +61,7 @@ def executed_latents(executed: np.ndarray, rows: np.ndarray, gap: int, slots: in
 
 def main(config: RelabelConfig) -> None:
     from smolvla_shared import data, data_views
-    from smolvla_shared.label_cache import label_stores, read_codebook, write_codebook
+    from smolvla_shared.label_cache import grounding_of, label_stores, read_codebook, write_codebook
 
     datasets = data.open_datasets(config.data)
     _, cameras = data_views.choose_cameras(datasets, config.data)
@@ -71,10 +71,11 @@ def main(config: RelabelConfig) -> None:
         for source in sources:
             source.open()
         teacher = f"{sources[0].key['teacher_id']}, shuffled with seed {config.seed}"
+        grounding = grounding_of(sources[0])
     else:
         kind, sources = "continuous", [None] * len(datasets)
-        teacher = f"executed actions, {config.slots} slots"
-    stores = label_stores(config.label_cache, datasets, teacher, kind, cameras)
+        teacher, grounding = f"executed actions, {config.slots} slots", None
+    stores = label_stores(config.label_cache, datasets, teacher, kind, cameras, grounding)
     for dataset, source, store in zip(datasets, sources, stores, strict=True):
         rows = dataset.rows_with_pairs(dataset.rows()).numpy()
         if source is None:

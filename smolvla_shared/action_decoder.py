@@ -21,6 +21,7 @@ from smolvla_shared.data_columns import MEND
 from smolvla_shared.data_loader import SampleSpec, sample_pairs
 from smolvla_shared.data_rows import Rows
 from smolvla_shared.relative_actions import Relative
+from smolvla_shared.teacher_config import in_words
 
 MAX_PAIRS = 10_000
 # Latent actions in a row that tell the action over the first one's gap: a robot lags behind its commands, so that part
@@ -61,6 +62,8 @@ class ActionDecoder:
     first_video: int
     # R² of each action dimension on parts of episodes that a fit has not seen; None: it is constant.
     r2: list[float | None]
+    # Whose latent actions these are, in words.
+    teacher: str
 
     def __call__(self, raw: RawBatch, latents: Tensor) -> RawBatch:
         """The batch with the decoded actions of its video, from latent actions [B, M*S, D].
@@ -93,8 +96,11 @@ class ActionDecoder:
         found = ", ".join("-" if value is None else f"{value:.2f}" for value in self.r2)
         unknown = [f"{place}" for place, tells in enumerate(self.tells) if not tells]
         left_out = f"; of video, dimension {', '.join(unknown)} stays unknown" if unknown else ""
-        what = "actions, or of their changes where they are relative," if self.relative.any() else "actions"
-        return f"{what} decoded from latent actions, {self.gap} steps each: R² on unseen parts {found}{left_out}"
+        what = "actions, and changes of those that are relative," if self.relative.any() else "actions"
+        return (
+            f"{what} decoded from latent actions of {self.teacher}, {self.gap} steps each: R² on unseen parts "
+            f"{found}{left_out}"
+        )
 
 
 def in_windows(latents: Tensor, pair_mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -224,7 +230,8 @@ def fit(
     penalty = max(PENALTIES, key=lambda penalty: sum(max(value or 0, 0) for value in found[penalty]))
     fitted = [label_probe.Ridge.fit(latents, told, penalty), told.amin(0), told.amax(0)]
     fitted = map_tensors(lambda t: t.float().to(device), fitted)
-    decoder = ActionDecoder(*fitted, is_relative.to(device), gap, num_labelled, found[penalty])
+    teacher = in_words(labels.teacher_id, labels.teacher_grounding)
+    decoder = ActionDecoder(*fitted, is_relative.to(device), gap, num_labelled, found[penalty], teacher)
     if not any(decoder.tells):
         raise ValueError(
             f"--decode-actions: the latent actions do not tell the actions of the demonstrations ({decoder}): look at "

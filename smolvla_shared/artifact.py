@@ -18,6 +18,8 @@ from smolvla_shared.config import CoreConfig, TeacherKind
 from smolvla_shared.model_parts import PARTS
 from smolvla_shared.normalization import Quantiles, Statistics
 from smolvla_shared.paths import ARTIFACT_NAME, check_artifact
+from smolvla_shared.refusals import ADDED_LATER
+from smolvla_shared.teacher_config import GroundedIn, in_words
 from smolvla_shared.trunk_files import pack_tokenizer, unpack_tokenizer
 
 SCHEMA = "smolvla_shared.v1"
@@ -41,10 +43,12 @@ class Latents:
     # Of a mixture whose datasets have their own: the other gaps; and the label cameras by dataset, as it names them.
     own_gaps_s: tuple[ranges.Positive, ...] = ()
     own_label_cameras: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    teacher_grounding: GroundedIn | None = field(default=None, metadata=ADDED_LATER)
 
     def __str__(self) -> str:
         return (
-            f"{self.teacher_kind} latents of teacher {self.teacher_id[:12]} on {', '.join(self.label_cameras)}, "
+            f"{self.teacher_kind} latents of {in_words(self.teacher_id, self.teacher_grounding)} on "
+            f"{', '.join(self.label_cameras)}, "
             f"{' or '.join(f'{gap:.3g}' for gap in (self.frame_gap_s, *self.own_gaps_s))} s apart, "
             f"{self.horizon} in a row; {self.valid_pair_share:.1%} of the frames have a pair; label health: "
             + (f"{self.health} (teacher check, --label-health)" if self.health == "not measured" else self.health)

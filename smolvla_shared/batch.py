@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from smolvla_shared.config import TeacherKind
+from smolvla_shared.teacher_config import GroundedIn
 
 
 @dataclass
@@ -57,6 +58,7 @@ class Labels(Protocol):
     """Latent actions of the samples of a batch."""
 
     teacher_id: str
+    teacher_grounding: GroundedIn | None
     kind: TeacherKind
     # M*S, D: M latent actions in a row of S codes each, those of every label camera in turn.
     shape: tuple[int, int]

@@ -1,6 +1,6 @@
 """What goes to the hub: a policy, a Stage 2 artifact or a teacher, read, verified and with its card."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -11,7 +11,7 @@ from huggingface_hub import HfApi, ModelCardData
 from smolvla_shared.artifact import SCHEMA as ARTIFACT_SCHEMA
 from smolvla_shared.artifact import load_artifact
 from smolvla_shared.files import MANIFEST_NAME, PROCESSORS, SOURCE_NAME, hub_or_cache, policy_sha256, write_text
-from smolvla_shared.laq_files import load_laq, read_manifest
+from smolvla_shared.laq_files import load_laq, read_manifest, teachers_grounding
 from smolvla_shared.lerobot_card import (
     CARD_NAME,
     REPO_ID,
@@ -96,7 +96,7 @@ def open_artifact(weights: Path) -> Upload:
             f"python train_stage3.py --stage2-artifact downloaded/{weights.name} --data.repo-ids <data> --run-dir s3",
             [
                 *training_lines(vars(manifest.source)),
-                *teacher_lines(vars(manifest.latents)),
+                *teacher_lines(asdict(manifest.latents)),
                 f"- Cameras: {', '.join(manifest.core.cameras)}; state of {manifest.core.state_dim} dimensions",
                 f"- sha256 of the weights: `{manifest.weights.sha256}`",
             ],
@@ -113,7 +113,8 @@ def open_teacher(weights: Path) -> Upload:
     pairs = (
         [f"- Pairs of `{'`, `'.join(source['label_cameras'])}`, {source['frame_gap_s']:.3g} s apart"] if source else []
     )
-    grounded = ["- Grounded in a few labelled episodes"] if source.get("grounding") else []
+    grounding = teachers_grounding(weights)
+    grounded = [f"- Grounded in {grounding}"] if grounding else []
     return Upload(
         {path.name: path for path in (weights, weights.with_suffix(".json"))},
         plain_card(

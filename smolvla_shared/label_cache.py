@@ -7,7 +7,7 @@ A cache directory holds the labels of any number of datasets, each under a key o
     <directory>/<dataset>/codebook.safetensors   codebook [C, D]
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
 
@@ -29,11 +29,11 @@ from smolvla_shared.cache import (
 from smolvla_shared.config import TeacherKind
 from smolvla_shared.hashes import dataset_fingerprint
 from smolvla_shared.laq import LAQ
-from smolvla_shared.laq_files import load_laq, teacher_id, teachers_pairs
+from smolvla_shared.laq_files import load_laq, teacher_id, teachers_grounding, teachers_pairs
 from smolvla_shared.preprocess import unit_range
-from smolvla_shared.refusals import decode
+from smolvla_shared.refusals import ADDED_LATER, decode
 from smolvla_shared.run_processes import make_accelerator
-from smolvla_shared.teacher_config import LabelConfig
+from smolvla_shared.teacher_config import GroundedIn, LabelConfig
 
 # How a recorded frame becomes the teacher's input (LAQ.resize). Raise the number when that changes.
 PREPROCESSING = "1: uint8 / 255, antialiased bilinear to the teacher's square"
@@ -52,19 +52,28 @@ class LabelKey:
     dataset: str  # hashes.dataset_fingerprint
     versions: dict[str, str]  # of the libraries that decode and compute
     preprocessing: str = PREPROCESSING
+    # None is left out of the key, so that caches of a teacher without grounding are what they were before this field.
+    teacher_grounding: GroundedIn | None = field(default=None, metadata=ADDED_LATER)
 
 
 def label_stores(
-    cache: Path, datasets: list[data.RobotDataset], teacher: str | None, kind: TeacherKind, cameras: tuple[str, ...]
+    cache: Path,
+    datasets: list[data.RobotDataset],
+    teacher: str | None,
+    kind: TeacherKind,
+    cameras: tuple[str, ...],
+    grounding: GroundedIn | None = None,
 ) -> list[RowCache]:
     """The label cache of each dataset, complete or not.
 
-    cameras: the run's label cameras
-    teacher: the teacher's id. None: the teacher whose labels are there; raises ValueError if there are none
+    cameras:   the run's label cameras
+    teacher:   the teacher's id. None: the teacher whose labels are there; raises ValueError if there are none
+    grounding: what this teacher was grounded in
     """
     directories = dataset_directories(cache, [dataset.name for dataset in datasets])
     if teacher is None:
-        teacher = cached_key(directories[0]).teacher_id
+        there = cached_key(directories[0])
+        teacher, grounding = there.teacher_id, there.teacher_grounding
     stores = []
     for directory, dataset in zip(directories, datasets, strict=True):
         key = LabelKey(
@@ -74,8 +83,10 @@ def label_stores(
             cameras=dataset.label_views(cameras),
             dataset=dataset_fingerprint(dataset.root),
             versions={name: metadata.version(name) for name in ("torch", "lerobot", data_frames.video_decoder())},
+            teacher_grounding=grounding,
         )
-        stores.append(RowCache(directory, asdict(key), dataset.num_frames, SHARD_ROWS))
+        known = {name: value for name, value in asdict(key).items() if value is not None}
+        stores.append(RowCache(directory, known, dataset.num_frames, SHARD_ROWS))
     return stores
 
 
@@ -85,6 +96,12 @@ def cached_key(directory: Path) -> LabelKey:
         raise paths.no_labels(directory)
     key = {name: value for name, value in read_key(directory).items() if name not in ROW_FIELDS}
     return decode(LabelKey, key, f"{directory / MANIFEST}")
+
+
+def grounding_of(store: RowCache) -> GroundedIn | None:
+    """What the teacher of these labels was grounded in."""
+    found = store.key.get("teacher_grounding")
+    return GroundedIn(**found) if found else None
 
 
 def write_codebook(store: RowCache, codebook: Tensor) -> None:  # [C, D]
@@ -111,6 +128,7 @@ class CachedLabels:
             store.open()
         self.stores, self.gaps, self.horizon = stores, gaps, horizon
         self.teacher_id: str = stores[0].key["teacher_id"]
+        self.teacher_grounding = grounding_of(stores[0])
         self.kind: TeacherKind = stores[0].key["teacher_kind"]
         # [C, D], of the first dataset: all have the same teacher.
         self.codebook = read_codebook(stores[0])
@@ -137,7 +155,8 @@ def label(config: LabelConfig, datasets: list[data.RobotDataset]) -> None:
     data.set_frame_gap(datasets, options.gap_s)
     _, cameras = data_views.choose_cameras(datasets, options)
     data.valid_pair_share(datasets, [(i, dataset.rows()) for i, dataset in enumerate(datasets)])
-    stores = label_stores(config.label_cache, datasets, teacher_id(laq), config.teacher_kind, cameras)
+    teacher = teacher_id(laq), config.teacher_kind, cameras, teachers_grounding(config.laq_ckpt)
+    stores = label_stores(config.label_cache, datasets, *teacher)
     unfinished = [not store.is_complete() for store in stores]  # refuses wrong keys before any work
     laq.to(accelerator.device)
     for dataset, store, todo in zip(datasets, stores, unfinished):

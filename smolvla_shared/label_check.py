@@ -25,7 +25,7 @@ from smolvla_shared.files import new_directory
 from smolvla_shared.hashes import dataset_fingerprint
 from smolvla_shared.labels import OnlineLabels
 from smolvla_shared.laq import LAQ, pixel_error
-from smolvla_shared.laq_files import load_laq, teachers_pairs, teachers_source
+from smolvla_shared.laq_files import load_laq, teachers_grounding, teachers_pairs, teachers_source
 from smolvla_shared.preprocess import unit_range
 from smolvla_shared.run_processes import check_shared_memory, make_worker_loader, use_tf32
 from smolvla_shared.teacher_config import CheckConfig
@@ -234,6 +234,7 @@ def check(config: CheckConfig, datasets: list[data.RobotDataset]) -> None:
         teacher_id=teacher.teacher_id,
         teacher_kind=teacher.kind,
         cameras=cameras,
+        teacher_grounding=teachers_grounding(config.laq_ckpt),
         **data_views.gaps(datasets),
     )
 

@@ -3,7 +3,7 @@
 `Thresholds` lists what can go wrong and what shows it. label_check.py reads the frames and runs the teacher.
 """
 
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +18,8 @@ from smolvla_shared.config import TeacherKind
 from smolvla_shared.files import sealed, unseal, write_text
 from smolvla_shared.label_probe import DISPLACEMENT, out_of_fold, probe
 from smolvla_shared.laq_codebook import code_usage
-from smolvla_shared.refusals import decode, read_json, refuse_differences, refuse_schema
+from smolvla_shared.refusals import ADDED_LATER, decode, read_json, refuse_differences, refuse_schema
+from smolvla_shared.teacher_config import GroundedIn
 
 SCHEMA = "smolvla_shared.label_health.v2"
 
@@ -302,6 +303,7 @@ class Verdict:
     frame_gap_s: ranges.Positive
     cameras: tuple[str, ...]
     own_gaps_s: tuple[ranges.Positive, ...] = ()  # of a mixture, as in artifact.Latents
+    teacher_grounding: GroundedIn | None = field(default=None, metadata=ADDED_LATER)
 
 
 def write_report(path: Path, verdict: Verdict, found: dict[str, Any], warnings: list[str]) -> None:
@@ -372,6 +374,7 @@ def summary(found: dict[str, Any], verdict: Verdict, warnings: list[str]) -> str
         ("share explained by camera motion", listed([found["camera_share"]])),
         ("variance of still pairs", listed([found["still_variance"]])),
     ]
+    rows += [("teacher grounded in", str(verdict.teacher_grounding))] if verdict.teacher_grounding else []
     for name, row in found["probe"].items():
         rows += [
             (f"R² of the {name}", " ".join(f"{dim:>5.5}" for dim in row["dimensions"])),

@@ -12,7 +12,7 @@ from smolvla_shared.config import DataConfig, StageOptions, TeacherKind
 from smolvla_shared.data_rows import Rows
 from smolvla_shared.label_cache import CachedLabels, cached_key, label_stores
 from smolvla_shared.laq import LAQ, LatentActions
-from smolvla_shared.laq_files import load_laq, teacher_id, teachers_pairs
+from smolvla_shared.laq_files import load_laq, teacher_id, teachers_grounding, teachers_pairs
 from smolvla_shared.mixture import policy_names
 from smolvla_shared.normalization import Statistics
 from smolvla_shared.preprocess import unit_range
@@ -24,9 +24,9 @@ LEAST_STD = 0.1  # of the largest standard deviation
 class OnlineLabels:
     """Labels that the teacher computes in every step, on the teacher's device."""
 
-    def __init__(self, laq: LAQ, kind: TeacherKind, cameras: tuple[str, ...], horizon: int = 1):
+    def __init__(self, laq: LAQ, kind: TeacherKind, cameras: tuple[str, ...], horizon: int = 1, grounding=None):
         self.laq, self.kind, self.cameras, self.horizon = laq, kind, cameras, horizon
-        self.teacher_id = teacher_id(laq)
+        self.teacher_id, self.teacher_grounding = teacher_id(laq), grounding
         self.shape = horizon * len(cameras) * laq.config.code_seq_len, laq.config.quant_dim
         self.pair_size = laq.config.image_size
 
@@ -79,12 +79,12 @@ def open_labels(
     Raises ValueError for a teacher that cannot be loaded, and for a cache that is incomplete or has another key.
     """
     laq = load_laq(config.laq_ckpt, config.laq_code_seq_len, config.laq_image_size) if config.laq_ckpt else None
-    horizon = config.latent_horizon or horizon
+    grounding, horizon = teachers_grounding(config.laq_ckpt), config.latent_horizon or horizon
     if config.labels == "online":
         assert laq is not None  # the scripts' options refuse this
-        return OnlineLabels(laq, config.teacher_kind, cameras, horizon)
+        return OnlineLabels(laq, config.teacher_kind, cameras, horizon, grounding)
     teacher = teacher_id(laq) if laq else None
-    stores = label_stores(config.label_cache, datasets, teacher, config.teacher_kind, cameras)
+    stores = label_stores(config.label_cache, datasets, teacher, config.teacher_kind, cameras, grounding)
     return CachedLabels(stores, [dataset.gap for dataset in datasets], horizon)
 
 

@@ -25,6 +25,7 @@ from smolvla_shared.laq import LAQ
 from smolvla_shared.laq_config import SECOND_CONV, LAQConfig, slots_of_grid
 from smolvla_shared.mixture import policy_names
 from smolvla_shared.refusals import refuse_differences
+from smolvla_shared.teacher_config import GroundedIn
 
 SCHEMA = "smolvla_shared.laq.v1"
 
@@ -69,6 +70,15 @@ def teachers_source(path: Path) -> dict[str, Any]:
     """What the .json beside a teacher records of its training; {} for LAPA's files."""
     paths.check_teacher(path)
     return read_manifest(path).source if path.suffix == ".safetensors" else {}
+
+
+def teachers_grounding(path: Path | None) -> GroundedIn | None:
+    """What the teacher in a file was grounded in. None: there is no file, no grounding, or it is one of LAPA's."""
+    found = teachers_source(path).get("grounding") if path else None
+    if not found:
+        return None
+    used = found["datasets"]
+    return GroundedIn(tuple(used), sum(len(of["episodes"]) for of in used.values()), found["weight"])
 
 
 def teachers_pairs[Data: DataConfig](path: Path, data: Data, accept_other: bool = False) -> Data:

@@ -18,6 +18,7 @@ from smolvla_shared import ranges
 from smolvla_shared.config import CoreConfig
 from smolvla_shared.files import PROCESSORS, SOURCE_NAME, share, write_manifest, write_text, write_weights
 from smolvla_shared.refusals import decode_known, read_json
+from smolvla_shared.teacher_config import GroundedIn
 
 if TYPE_CHECKING:
     from smolvla_shared.lerobot_config import HLRPSmolVLASharedConfig
@@ -200,6 +201,8 @@ def teacher_lines(latents: dict[str, Any]) -> list[str]:
         f"- Verdict of `teacher check` on these latent actions: {latents['health']}",
     ]
     lines += [f"  - {reason}" for reason in latents["health_reasons"]]
+    if grounding := latents.get("teacher_grounding"):  # a policy from before has no such field
+        lines.append(f"- The teacher was grounded in {GroundedIn(**grounding)}")
     own = {name: "`, `".join(cameras) for name, cameras in latents["own_label_cameras"].items()}
     return lines + [f"- Latent actions of `{name}` are of its `{cameras}`" for name, cameras in own.items()]
 

@@ -69,11 +69,16 @@ def refuse_schema(path: Path, body: dict[str, Any], schema: str) -> None:
         raise ValueError(f"{path}: schema_version is {found!r}, this version reads {schema!r}: write it again")
 
 
+# Metadata of a dataclass field that files written before it was added lack. `decode` fills in its default.
+ADDED_LATER = {"added later": True}
+
+
 def decode[T](cls: type[T], values: Any, where: str) -> T:
     """A dataclass from JSON values: every field must be there, no other, and each of its type.
 
-    A field with a default is not filled in, and no value is converted, but for an integer that is a float's. Raises
-    ValueError that lists everything wrong, each with its place, or that the dataclass itself raises.
+    A field with a default is not filled in, unless it is ADDED_LATER, and no value is converted, but for an integer
+    that is a float's. Raises ValueError that lists everything wrong, each with its place, or that the dataclass itself
+    raises.
     """
     problems: list[str] = []
     try:
@@ -129,7 +134,8 @@ def _decode_fields(cls: Any, value: Any, at: str, problems: list[str]) -> Any:
         problems.append(f"{at or 'the whole'}: expected an object, found {shown(value)}")
         return None
     hints, prefix, before = get_type_hints(cls, include_extras=True), f"{at}." if at else "", len(problems)
-    problems += [f"{prefix}{name}: missing" for name in hints if name not in value]
+    later = {field.name for field in fields(cls) if field.metadata == ADDED_LATER}
+    problems += [f"{prefix}{name}: missing" for name in hints if name not in value and name not in later]
     problems += [f"{prefix}{name}: unknown; there are {', '.join(hints)}" for name in value if name not in hints]
     found = {name: _decode(hint, value[name], prefix + name, problems) for name, hint in hints.items() if name in value}
     return None if len(problems) > before else cls(**found)

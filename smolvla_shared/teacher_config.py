@@ -62,6 +62,25 @@ class GroundingConfig:
         return replace(data, **named) if self.repo_ids or self.roots else None
 
 
+@dataclass(frozen=True)
+class GroundedIn:
+    """What a teacher was grounded in. It travels with the teacher's id, so that results can name it."""
+
+    datasets: tuple[str, ...]
+    # Of all these datasets together.
+    episodes: ranges.Count
+    # GroundingConfig.weight
+    weight: ranges.Positive
+
+    def __str__(self) -> str:
+        return f"{self.episodes} episodes of {', '.join(self.datasets)}, weight {self.weight:g}"
+
+
+def in_words(teacher_id: str, grounding: GroundedIn | None) -> str:
+    """A teacher for a message: the beginning of its id, and what it was grounded in, if in anything."""
+    return f"teacher {teacher_id[:12]}" + (f" (grounded in {grounding})" if grounding else "")
+
+
 @dataclass(frozen=True, kw_only=True)
 class TeacherConfig(RunConfig):
     """Train a LAQ teacher on video, without actions: codes for what happened between two frames."""

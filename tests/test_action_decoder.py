@@ -17,6 +17,7 @@ from smolvla_shared.config import DataConfig
 from smolvla_shared.data_loader import SampleDataset, SampleSpec
 from smolvla_shared.data_order import SampleKey
 from smolvla_shared.data_rows import Rows
+from smolvla_shared.teacher_config import GroundedIn
 
 CAMERA, GAP, CHUNK = "observation.image", 4, 10
 
@@ -24,7 +25,8 @@ CAMERA, GAP, CHUNK = "observation.image", 4, 10
 class SeesTheMotion:
     """Labels of M latent actions in a row, of one slot: the square's displacement over each gap, mixed and scaled."""
 
-    teacher_id, kind, cameras, pair_size, horizon, shape = "0", "continuous", (), 0, 3, (3, 5)
+    kind, cameras, pair_size, horizon, shape = "continuous", (), 0, 3, (3, 5)
+    teacher_id, teacher_grounding = "0" * 64, GroundedIn(("demos",), 5, 0.1)
 
     def __init__(self, datasets: list[data.RobotDataset]):
         self.positions = [label_probe.column(dataset, data.STATE_KEY)[:, :2].float() for dataset in datasets]
@@ -58,7 +60,10 @@ def test_video_gets_the_mean_action_of_each_gap(recordings):
     both = action_decoder.fit(labels, 2, recordings, rows_of(recordings), seed=0)  # the same demonstrations twice
     torch.testing.assert_close(both.ridge.weights[:, :2], decode.ridge.weights[:, :2], rtol=1e-3, atol=1e-4)
     assert min(decode.r2[:2]) > 0.95  # the square's velocity
-    assert str(decode).startswith("actions decoded from latent actions, 4 steps each: R² on unseen parts 1.00, 1.00, ")
+    teacher = "teacher 000000000000 (grounded in 5 episodes of demos, weight 0.1)"
+    assert str(decode).startswith(
+        f"actions decoded from latent actions of {teacher}, 4 steps each: R² on unseen parts 1.00, 1.00, "
+    )
     assert str(decode).endswith("; of video, dimension 2, 3 stays unknown")
     spec = SampleSpec(cameras=(), action_dim=4, chunk_size=CHUNK, horizon=3)
     end = int(recordings[1].episode_to[2])
@@ -93,7 +98,9 @@ def test_absolute_positions_are_decoded_as_lerobots_relative_chunks(recordings, 
     ):
         action_decoder.fit(labels, 1, datasets, rows_of(datasets), seed=0)
     decode = action_decoder.fit(labels, 1, datasets, rows_of(datasets), seed=0, relative=robots.relative)
-    assert str(decode).startswith("actions, or of their changes where they are relative, decoded from latent")
+    assert str(decode).startswith(
+        "actions, and changes of those that are relative, decoded from latent actions of teacher"
+    )
     spec = SampleSpec(cameras=(), state_dim=4, action_dim=4, chunk_size=CHUNK, horizon=3)
     actions, state = (label_probe.column(labelled, key).float() for key in (data.ACTION_KEY, data.STATE_KEY))
     jumps = state[:, :2].diff(n=2, dim=0).abs().amax(1)  # where the square bounces its pace changes within a gap

@@ -19,8 +19,10 @@ from smolvla_shared.artifact import (
 )
 from smolvla_shared.config import ModelConfig
 from smolvla_shared.hashes import json_sha256
+from smolvla_shared.lerobot_card import teacher_lines
 from smolvla_shared.model import SmolVLASharedCore
 from smolvla_shared.normalization import Statistics
+from smolvla_shared.teacher_config import GroundedIn
 from smolvla_shared.trunk_files import load_trunk_tokenizer, make_core_config, pack_tokenizer
 
 CAMERAS = ("observation.images.top", "observation.images.wrist")
@@ -196,10 +198,32 @@ def test_fields_of_another_program_are_named(copied, level):
     place = body
     for key in level:
         place = place[key]
-    for name in place.keys() - {"manifest_sha256", "schema_version"}:
+    for name in place.keys() - {"manifest_sha256", "schema_version", "teacher_grounding"}:
         rewrite(path, apply(body, (*level, name), DELETED))
         with pytest.raises(ValueError, match=rf"artifact manifest .*:\n  {prefix}{name}: missing"):
             load_artifact(copied)
+
+
+def test_what_the_teacher_was_grounded_in_is_kept_and_may_be_missing_in_older_files(core, copied, tmp_path):
+    """Artifacts from before the field are those of a teacher without, or one whose grounding is not known."""
+    path = copied.with_suffix(".json")
+    body = json.loads(path.read_text())
+    assert body["latents"]["teacher_grounding"] is None
+    rewrite(path, apply(body, ("latents", "teacher_grounding"), DELETED))
+    assert load_artifact(copied).manifest.latents == LATENTS
+    grounded = replace(LATENTS, teacher_grounding=GroundedIn(("my/demos", "others"), 7, 0.1))
+    (tmp_path / "grounded").mkdir()
+    saved = save(tmp_path / "grounded", core, grounded)
+    assert load_artifact(saved).manifest.latents == grounded
+    named = "teacher 000000000000 (grounded in 7 episodes of my/demos, others, weight 0.1) on observation.images.top, "
+    assert named in str(grounded)
+    line = "- The teacher was grounded in 7 episodes of my/demos, others, weight 0.1"
+    assert line in teacher_lines(json.loads(saved.with_suffix(".json").read_text())["latents"])
+    assert not [line for line in teacher_lines(body["latents"]) if "grounded" in line]
+    wrong = json.loads(saved.with_suffix(".json").read_text())
+    rewrite(saved.with_suffix(".json"), apply(wrong, ("latents", "teacher_grounding", "weight"), "much"))
+    with pytest.raises(ValueError, match=r"latents.teacher_grounding.weight: expected a number, found .much."):
+        load_artifact(saved)
 
 
 @pytest.mark.parametrize("schema", ["smolvla_shared.v2", None, 1])

@@ -12,15 +12,16 @@ from forked import ROOT, Forked, run_forked
 from helpers import make_accelerator
 from safetensors.torch import load_file
 
-from smolvla_shared import data, data_blocks, data_loader, data_order, data_split, data_views, label_cache
+from smolvla_shared import data, data_blocks, data_loader, data_order, data_split, data_views, label_cache, label_check
 from smolvla_shared.batch import RawBatch
 from smolvla_shared.cache import MANIFEST, RowCache, dataset_directories
 from smolvla_shared.config import LATENT, DataConfig, PolicyDataConfig, StageOptions
 from smolvla_shared.label_cache import CODEBOOK
+from smolvla_shared.label_health import read_verdict
 from smolvla_shared.labels import OnlineLabels, labels_pairs, latent_statistics, open_labels
 from smolvla_shared.laq import LAQ
 from smolvla_shared.laq_files import load_laq, save_laq
-from smolvla_shared.teacher_config import LabelConfig
+from smolvla_shared.teacher_config import CheckConfig, GroundedIn, LabelConfig
 
 CAMERA = "observation.image"
 
@@ -186,6 +187,34 @@ def test_a_gap_between_two_frames_stays_the_one_that_was_asked_for(
     options = labels_pairs(config, config.data)
     assert options.frame_gap_s == 0.19
     open_labels(config, data.open_datasets(options), (CAMERA,))
+
+
+def test_what_the_teacher_was_grounded_in_travels_with_its_labels(tmp_path, laq, laq_checkpoint, video_dataset, capsys):
+    """From laq.json into the cache, online labels and the check's report. Without grounding a cache has no such field,
+    so that those from before there was one are read."""
+    used = {"demos": {"fingerprint": "x", "episodes": [0, 2], "actions": "action"}}
+    used["others"] = used["demos"] | {"episodes": [1]}
+    grounded = tmp_path / "grounded.safetensors"
+    save_laq(laq, grounded, extra={"grounding": {"weight": 0.1, "share": 0.25, "datasets": used}})
+    expected = GroundedIn(("demos", "others"), 3, 0.1)
+    for teacher, grounding in ((grounded, expected), (laq_checkpoint, None)):
+        cache, config = tmp_path / f"{grounding}", latent_config(tmp_path, video_dataset, laq_ckpt=teacher)
+        label(label_config(cache, teacher, video_dataset))
+        (manifest,) = cache.glob(f"*/{MANIFEST}")
+        assert ("teacher_grounding" in json.loads(manifest.read_text())["key"]) == (grounding is not None)
+        by_cache = replace(config, labels="cache", label_cache=cache)
+        datasets = data.open_datasets(config.data)
+        for options in (config, by_cache, replace(by_cache, laq_ckpt=None)):
+            assert open_labels(options, datasets, (CAMERA,)).teacher_grounding == grounding
+        other = replace(by_cache, laq_ckpt=laq_checkpoint if grounding else grounded)  # of the same weights
+        with pytest.raises(ValueError, match=r"made for something else(.|\n)*teacher_grounding: asked for"):
+            open_labels(other, datasets, (CAMERA,))
+        check = CheckConfig(laq_ckpt=teacher, out=tmp_path / "check" / f"{grounding}", data=config.data, pairs=60)
+        with pytest.raises(SystemExit):
+            label_check.check(check, datasets)
+        assert read_verdict(check.out / "label_health.json").teacher_grounding == grounding
+        printed = [line.split(maxsplit=3)[3] for line in capsys.readouterr().out.splitlines() if "grounded in" in line]
+        assert printed == [str(expected)] * (grounding is not None)
 
 
 def test_any_other_key_is_a_miss_with_both_sides(cache, tmp_path, laq, video_dataset):

@@ -18,10 +18,10 @@ from smolvla_shared.grounding import Grounding
 from smolvla_shared.label_check import unseen_rows
 from smolvla_shared.labels import OnlineLabels, latent_statistics
 from smolvla_shared.laq import LAQ, LAQConfig, PairBatch
-from smolvla_shared.laq_files import load_laq, save_laq, teacher_id, teachers_pairs
+from smolvla_shared.laq_files import load_laq, save_laq, teacher_id, teachers_grounding, teachers_pairs
 from smolvla_shared.preprocess import unit_range
 from smolvla_shared.teacher import main, train_teacher
-from smolvla_shared.teacher_config import GroundingConfig, TeacherConfig, TeacherOptim
+from smolvla_shared.teacher_config import GroundedIn, GroundingConfig, TeacherConfig, TeacherOptim
 
 CAMERA = "observation.image"
 SMALL = LAQConfig(
@@ -299,6 +299,7 @@ def test_grounding_learns_the_actions_of_some_episodes(tmp_path, video_dataset, 
     assert set(used["episodes"]) == set(range(len(labelled.episode_from))) - unused
     assert used["actions"].startswith("action, sum over the gap")
     assert recorded["weight"] == 1.0
+    assert teachers_grounding(path) == GroundedIn((labelled.name,), len(used["episodes"]), 1.0)
     # `teacher check` leaves them out.
     rows = unseen_rows(labelled, {used["fingerprint"]: used["episodes"]})
     assert {labelled.episode_of(row) for row in rows.numpy()} == unused
