@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor
@@ -27,9 +28,11 @@ from smolvla_shared.cache import (
     write_sealed,
 )
 from smolvla_shared.config import TeacherKind
+from smolvla_shared.data_rows import Rows
 from smolvla_shared.hashes import dataset_fingerprint
 from smolvla_shared.laq import LAQ
 from smolvla_shared.laq_files import load_laq, teacher_id, teachers_grounding, teachers_pairs
+from smolvla_shared.normalization import Statistics
 from smolvla_shared.preprocess import unit_range
 from smolvla_shared.refusals import ADDED_LATER, decode
 from smolvla_shared.run_processes import make_accelerator
@@ -136,6 +139,38 @@ class CachedLabels:
 
     def to(self, device: torch.device) -> None:
         self.codebook = self.codebook.to(device)
+
+    def statistics(self, rows_of: list[tuple[int, Rows]]) -> Statistics:
+        """Mean and standard deviation of a latent action's S*D dimensions over all targets of these rows, exactly: a
+        pair counts as often as it is a target, which is up to M times. A shard is in memory at a time.
+
+        rows_of: (dataset index, rows that have a pair) of whole episodes, data.with_pairs
+        """
+        # NumPy adds in one thread and one order: every process gets the same sums.
+        codebook, first, count, total, squares = self.codebook.cpu().numpy(), None, 0, 0.0, 0.0
+        for index, rows in rows_of:
+            for shard in self.stores[index].shards():
+                times = self.times_a_target(index, rows, np.arange(shard.start, shard.stop))
+                if not times.any():
+                    continue
+                labels = self.stores[index].shard(shard).numpy()[times > 0]
+                latents = (labels if self.kind == "continuous" else codebook[labels]).reshape(len(labels), -1)
+                # Of differences to one of the latents: the sums cancel little, and those of a constant are 0.
+                first = latents[0].astype(np.float64) if first is None else first
+                apart, times = latents - first, times[times > 0]
+                count += times.sum()
+                total += np.einsum("n,nf->f", times, apart)
+                squares += np.einsum("n,nf,nf->f", times, apart, apart)
+        mean = total / count
+        std = np.sqrt(np.maximum(squares / count - mean**2, 0))
+        return Statistics((first + mean).tolist(), std.tolist())
+
+    def times_a_target(self, index: int, rows: Rows, labelled: np.ndarray) -> np.ndarray:  # [n] -> [n] int64
+        """How often the label of each of these rows of a dataset is a target, as one of M in a row; 0 if it is not."""
+        at = np.searchsorted(rows.end, labelled, side="right").clip(max=len(rows.end) - 1)
+        since = labelled - rows.start[at]
+        times = np.minimum(since // self.gaps[index] + 1, self.horizon)
+        return np.where((since >= 0) & (labelled < rows.end[at]), times, 0)
 
     def __call__(self, raw: RawBatch) -> Tensor:  # [B, M*S, D]
         rows = torch.stack([self.in_a_row(*place) for place in zip(raw.dataset, raw.row, strict=True)])

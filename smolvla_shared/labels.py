@@ -18,7 +18,6 @@ from smolvla_shared.normalization import Statistics
 from smolvla_shared.preprocess import unit_range
 
 STATISTICS_PAIRS = 10_000
-LEAST_STD = 0.1  # of the largest standard deviation
 
 
 class OnlineLabels:
@@ -96,11 +95,8 @@ def latent_statistics(
     device: torch.device | str = "cpu",
     recorded: Statistics | None = None,
 ) -> Statistics:
-    """Mean and standard deviation of the latent targets over the training pairs, at most STATISTICS_PAIRS of them,
-    drawn with the seed; the same for each of the M latent actions in a row.
-
-    A standard deviation is at least LEAST_STD of the largest one: a dimension of a code that almost no pair has would
-    otherwise become a target of hundreds, and that of a constant dimension's rounding a target at all.
+    """Mean and standard deviation (Statistics.with_floor) of the latent targets over the training pairs: all of a label
+    cache, otherwise at most STATISTICS_PAIRS, drawn with the seed; the same for each of the M latent actions in a row.
 
     rows:     (dataset index, training rows) of each dataset
     recorded: the statistics of a latent head that has already learned these latents; returned as they are
@@ -110,15 +106,16 @@ def latent_statistics(
     labels.to(device)
     if recorded:
         return recorded
-    spec = data_loader.SampleSpec.of_pairs(labels)
-    raws = data_loader.sample_pairs(datasets, rows, spec, STATISTICS_PAIRS // labels.horizon, seed)
-    vectors = [labels(to_device(raw, device)).cpu().unflatten(1, (labels.horizon, -1))[raw.pair_mask] for raw in raws]
-    statistics = Statistics.of(torch.cat(vectors).flatten(1))
+    if isinstance(labels, CachedLabels):
+        statistics = labels.statistics(data.with_pairs(datasets, rows))
+    else:
+        spec, limit = data_loader.SampleSpec.of_pairs(labels), STATISTICS_PAIRS // labels.horizon
+        raws = data_loader.sample_pairs(datasets, rows, spec, limit, seed)
+        found = [labels(to_device(raw, device)).cpu().unflatten(1, (labels.horizon, -1))[raw.pair_mask] for raw in raws]
+        statistics = Statistics.of(torch.cat(found).flatten(1))
     if max(statistics.std) == 0:
         raise ValueError(
             "the teacher gives every pair the same latent action: its codebook has collapsed, or the pairs do not "
             "move (try a larger --data.frame-gap-s, or train the teacher longer)"
         )
-    floor = LEAST_STD * max(statistics.std)
-    std = tuple(max(std, floor) for std in statistics.std)
-    return Statistics(statistics.mean * labels.horizon, std * labels.horizon)
+    return Statistics(statistics.mean * labels.horizon, statistics.with_floor().std * labels.horizon)

@@ -1,6 +1,6 @@
 """Statistics of a vector feature and what they make of its values, as LeRobot's normaliser does."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from typing import Literal
 
@@ -10,6 +10,7 @@ from torch import Tensor
 from smolvla_shared.config import NormalizationMode
 
 EPS = 1e-8  # added to standard deviations; LeRobot's normaliser uses the same
+LEAST_STD = 0.1  # of a latent action's dimension, as a share of the largest standard deviation
 
 
 @lru_cache
@@ -37,6 +38,13 @@ class Statistics:
         """Mean and standard deviation over the rows of [M, A]."""
         values = values.double()
         return Statistics(values.mean(0).tolist(), values.std(0, correction=0).tolist())
+
+    def with_floor(self) -> "Statistics":
+        """A standard deviation is at least LEAST_STD of the largest one: a dimension of a code that almost no pair has
+        would otherwise become a target of hundreds, and that of a constant dimension's rounding a target at all.
+        """
+        floor = LEAST_STD * max(self.std)
+        return replace(self, std=tuple(max(std, floor) for std in self.std))
 
     @classmethod
     def names(cls) -> list[str]:

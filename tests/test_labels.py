@@ -13,10 +13,11 @@ from helpers import make_accelerator
 from safetensors.torch import load_file
 
 from smolvla_shared import data, data_blocks, data_loader, data_order, data_split, data_views, label_cache, label_check
+from smolvla_shared import labels as labels_module
 from smolvla_shared.batch import RawBatch
 from smolvla_shared.cache import MANIFEST, RowCache, dataset_directories
 from smolvla_shared.config import LATENT, DataConfig, PolicyDataConfig, StageOptions
-from smolvla_shared.label_cache import CODEBOOK
+from smolvla_shared.label_cache import CODEBOOK, label_stores, write_codebook
 from smolvla_shared.label_health import read_verdict
 from smolvla_shared.labels import OnlineLabels, labels_pairs, latent_statistics, open_labels
 from smolvla_shared.laq import LAQ
@@ -118,6 +119,57 @@ def test_latent_actions_in_a_row_are_those_of_the_rows_a_gap_apart(cache, laq_ch
     found, of_one = (latent_statistics(labels, datasets, frames, 0) for labels in (cached, one))
     assert len(found.mean) == 64 and found.mean[:32] == found.mean[32:] and found.std[:32] == found.std[32:]
     assert np.allclose(found.mean[:32], of_one.mean, atol=0.3 * max(of_one.std))  # over other pairs: those in a row
+    sampled = latent_statistics(online, datasets, frames, 0)  # all, of so few
+    assert found.mean == pytest.approx(sampled.mean, abs=1e-6) and found.std == pytest.approx(sampled.std, abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["quantized", "continuous"])
+@pytest.mark.parametrize("horizon", [1, 3])
+def test_statistics_of_a_cache_are_those_of_every_target(
+    kind, horizon, tmp_path, video_dataset, image_dataset, monkeypatch
+):
+    """Against a plain loop. What is not a training target is far from all that is, or not a number."""
+    monkeypatch.setattr(label_cache, "SHARD_ROWS", 7)
+    monkeypatch.setattr(labels_module, "STATISTICS_PAIRS", 10)  # that is for labels that are no cache
+    config = latent_config(tmp_path, video_dataset, image_dataset, labels="cache", label_cache=tmp_path / "labels")
+    config = replace(config, teacher_kind=kind, data=replace(config.data, frame_gap_s=0.3))
+    datasets, rng = data.open_datasets(config.data), np.random.default_rng(0)
+    training, _ = data_split.split_datasets(datasets, 0.3, seed=0)
+    codebook = torch.from_numpy(rng.normal(size=(6, 5)) + 100).float()
+    codebook[5] = 1e9
+    expected, stores = [], label_stores(config.label_cache, datasets, "a" * 64, kind, (CAMERA,))
+    for (_, rows), dataset, store in zip(training, datasets, stores, strict=True):
+        ends, gap = dataset.episode_to[dataset.episode_of(np.arange(dataset.num_frames))], dataset.gap
+        assert gap > 1 and len(store.shards()) > 10
+        codes = torch.from_numpy(rng.integers(5, size=(dataset.num_frames, 2)))
+        latents = torch.from_numpy(rng.normal(size=(dataset.num_frames, 2, 5)) + 100).float()
+        vectors = codebook[codes] if kind == "quantized" else latents
+        targets = [[row + i * gap for i in range(horizon) if row + (i + 1) * gap < ends[row]] for row in rows.numpy()]
+        assert {len(of) for of in targets} == {*range(horizon + 1)}
+        expected += [vectors[place].flatten().double().numpy() for of in targets for place in of]
+        others = np.setdiff1d(np.arange(dataset.num_frames), np.concatenate(targets).astype(int))
+        codes[others], latents[others] = 5, torch.nan
+        store.claim()
+        write_codebook(store, codebook)
+        for shard in store.shards():
+            store.write(shard, (codes.int() if kind == "quantized" else latents)[shard.start : shard.stop])
+    found = latent_statistics(open_labels(config, datasets, (CAMERA,), horizon), datasets, training, seed=0)
+    mean, std = np.mean(expected, axis=0), np.std(expected, axis=0)
+    assert len(expected) > 100 and len(found.mean) == len(found.std) == horizon * 10
+    np.testing.assert_allclose(found.mean, np.tile(mean, horizon), rtol=1e-13)
+    np.testing.assert_allclose(found.std, np.tile(np.maximum(std, 0.1 * std.max()), horizon), rtol=1e-10)
+
+
+def test_a_cache_of_equal_latents_is_refused(tmp_path, video_dataset):
+    config = latent_config(tmp_path, video_dataset, labels="cache", label_cache=tmp_path, teacher_kind="continuous")
+    datasets = data.open_datasets(config.data)
+    (store,) = label_stores(config.label_cache, datasets, "a" * 64, "continuous", (CAMERA,))
+    store.claim()
+    write_codebook(store, torch.zeros(1, 3))
+    for shard in store.shards():
+        store.write(shard, torch.full((len(shard), 1, 3), 0.1))  # whose mean is not 0.1 in every precision
+    with pytest.raises(ValueError, match="the teacher gives every pair the same latent action"):
+        latent_statistics(open_labels(config, datasets, (CAMERA,)), datasets, [(0, datasets[0].rows())], seed=0)
 
 
 def test_several_label_cameras_give_the_codes_of_each(tmp_path, laq_checkpoint, image_dataset):
