@@ -8,6 +8,9 @@ from typing import Any
 from smolvla_shared import ranges
 from smolvla_shared.refusals import decode_known, read_json, refuse_differences
 
+# Of an environment, what a results.json leaves out where it is the default.
+DEFAULTS = {"camera": "the default", "start_steps": 0}
+
 
 @dataclass(frozen=True)
 class Compared:
@@ -67,14 +70,14 @@ def read_results(path: Path, settings: dict[str, Any], seeds: range) -> dict[str
     decode_known(Environment, compared.environment, f"--compare {path}, environment")
 
     def described(results: dict[str, Any]) -> dict[str, Any]:
-        environment = results["environment"]
+        environment = DEFAULTS | results["environment"]
         tasks = ", ".join(sorted(environment["tasks"]))
         return environment | {"tasks": tasks, "max_steps": results["max_steps"]}
 
     ours, theirs = described(settings), described(other)
     refuse_differences(
         f"--compare {path}: success rates of different things",
-        [(key.replace("_", " "), ours[key], theirs.get(key)) for key in ours],
+        [(key.replace("_", " "), ours.get(key), theirs.get(key)) for key in ours | theirs],
         asked="this rollout",
         found="the other",
     )

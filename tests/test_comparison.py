@@ -92,6 +92,25 @@ def test_rollouts_of_different_things_are_refused(tmp_path: Path, change, messag
         read_results(tmp_path / "results.json", results([]), range(2))
 
 
+@pytest.mark.parametrize(
+    ("more", "default", "other"),
+    [({"camera": "topview"}, "the default", "topview"), ({"start_steps": 5}, "0", "5")],
+)
+def test_a_default_differs_from_what_is_no_default_on_either_side(tmp_path: Path, more, default, other):
+    """A results.json says camera and start_steps only where they are not the default."""
+    plain, special = results([True, False]), results([True, False])
+    special["environment"] |= more
+    (option,) = more
+    for name, content in (("plain", plain), ("special", special)):
+        (tmp_path / name).write_text(json.dumps(content))
+        assert read_results(tmp_path / name, content, range(2)) == content
+    option = option.replace("_", " ")
+    with pytest.raises(ValueError, match=f"{option}: this rollout {default}, the other {other}"):
+        read_results(tmp_path / "special", plain, range(2))
+    with pytest.raises(ValueError, match=f"{option}: this rollout {other}, the other {default}"):
+        read_results(tmp_path / "plain", special, range(2))
+
+
 def test_rollouts_of_other_seeds_are_refused(tmp_path: Path):
     (tmp_path / "results.json").write_text(json.dumps(results([True, False])))
     assert read_results(tmp_path / "results.json", results([]), range(1, 5))["episodes"] == 2
