@@ -182,7 +182,9 @@ def of_tyro(panel: str) -> str:
 
 
 def is_mistake(error: BaseException) -> bool:
-    if not isinstance(error, ValueError | OSError | ImportError) or error.__traceback__ is None:
+    # A loss that is not finite, which run.py raises as FloatingPointError, is mostly too high a learning rate.
+    kinds = ValueError | OSError | ImportError | FloatingPointError
+    if not isinstance(error, kinds) or error.__traceback__ is None:
         return False
     last = error.__traceback__
     while last.tb_next:

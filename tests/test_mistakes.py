@@ -436,6 +436,8 @@ run_command(main)
         ("int('many')", 1, "ValueError: invalid literal for int() with base 10: 'many'"),
         ("[].index(3)", 1, "ValueError: 3 is not in list"),
         ("raise KeyError('a bug')", 1, "KeyError: 'a bug'"),
+        ("raise FloatingPointError('loss or gradients are not finite')", 2, "error: loss or gradients are not finite"),
+        ("throw(FloatingPointError('of numpy'))", 1, "FloatingPointError: of numpy"),
         ("raise OSError(28, 'No space left on device', 'run/x')", 2, None),
         ("raise KeyboardInterrupt", 130, "stopped by Ctrl-C"),
         # As libraries raise them: not by a statement of ours.
