@@ -215,7 +215,9 @@ class Run:
         self.mark("backward")
 
     def record(self, losses: dict[str, Tensor], errors: dict[str, Tensor], masks: dict[str, Tensor]) -> None:
-        """Record a pass for metrics.jsonl: the pass's part of each loss, and token errors and masks, [B, T] or [B]."""
+        """Record a pass for metrics.jsonl: the pass's part of each loss, and token errors and masks, [B, T], [B] or,
+        of a teacher, [B * V]: all views of a sample, then of the next.
+        """
         self.recorder.window.add(losses, errors, masks, self.dataset)
         bad = [~error.detach().isfinite().reshape(len(error), -1).all(1) for error in errors.values()]
         self.bad_samples.append(torch.stack(bad).any(0))
@@ -288,14 +290,16 @@ class Run:
         weights = get_model_state_dict(self.module, options=FULL_STATE)
         torch.save({"step": step, "batches": [asdict(raw) for raw in raws], "weights": weights}, path)
         keys = [key for raw in raws for key in raw.keys]
-        guilty = [key for key, bad in zip(keys, self.gradients.bad_samples.tolist(), strict=True) if bad]
+        bad_samples = self.gradients.bad_samples.reshape(len(keys), -1).any(1)  # of a teacher: the views of each
+        guilty = [key for key, bad in zip(keys, bad_samples.tolist(), strict=True) if bad]
         guilty, everyone = gather_object(guilty), gather_object(keys)
         which = (
             "the errors of these samples" if guilty else "no sample's error, but the gradient of one or more of these"
         )
         return FloatingPointError(
             f"loss or gradients are not finite at step {step}: {which}: {'; '.join(guilty or everyone)}. The batch and "
-            f"the weights before it: torch.load({str(path)!r}). No checkpoint contains this step"
+            f"the weights before it: torch.load({str(path)!r}). No checkpoint contains this step.\n"
+            "Look at these samples for what is not a number, or lower --optim.lr"
         )
 
 

@@ -12,6 +12,7 @@ import tyro
 from helpers import lerobot_dataset
 
 from smolvla_shared import data, data_loader, data_order, data_rows, data_split
+from smolvla_shared.command import is_mistake
 from smolvla_shared.config import DataConfig
 from smolvla_shared.files import public_state, sealed
 from smolvla_shared.grounding import Grounding
@@ -144,6 +145,27 @@ def test_a_short_training_learns(run_dir):
     for line in usage:
         assert 1 <= line["usage/lowest_slot_perplexity"] <= line["usage/perplexity"] <= SMALL.codebook_size
     assert usage[-1]["usage/replaced_codes"] == 0  # settled in the last fifth
+
+
+def test_a_sample_is_named_if_one_of_its_two_views_has_an_error_that_is_not_finite(
+    tmp_path, image_dataset, monkeypatch
+):
+    """The errors are of every view: of the second sample those of place 2 and 3."""
+    forward = LAQ.forward
+
+    def broken(laq: LAQ, batch: PairBatch) -> dict[str, torch.Tensor]:
+        errors = forward(laq, batch)
+        errors["reconstruction"][3] = torch.nan
+        return errors
+
+    monkeypatch.setattr(LAQ, "forward", broken)
+    config = make_config(tmp_path / "laq", image_dataset, laq=SMALL)
+    config = replace(config, data=replace(config.data, label_cameras=(CAMERA, "observation.images.wrist")))
+    with pytest.raises(FloatingPointError) as refused:
+        train_teacher(config)
+    (batch,) = torch.load(tmp_path / "laq" / "not_finite" / "process0.pt")["batches"]
+    assert f"not finite at step 1: the errors of these samples: {batch['keys'][1]}. The" in str(refused.value)
+    assert is_mistake(refused.value)
 
 
 def test_a_teacher_of_two_cameras_trains_on_the_pairs_of_both(tmp_path, image_dataset, laq):
