@@ -140,13 +140,13 @@ def main(config: Stage3Config) -> None:
 
     weight = {ACTION: 1.0} | ({LATENT: config.latent_loss_weight} if config.latent_loss_weight else {})
     initial = open_initial(config.model, config.stage2_artifact)
-    options, cameras, label_cameras = initial.choose_views(config, datasets, with_latents=config.needs_labels)
+    chosen, cameras, label_cameras = initial.choose_views(config, datasets, with_latents=config.needs_labels)
     optional = {name: data_views.may_be_missing(robots.datasets_of(name, labelled), cameras) for name in robots.acting}
     dims = robots.dims | {"chunk_size": config.chunk_size}
     recorded = initial.recorded_statistics(dims) if config.normalization == "artifact" else {}
     action_decoder.check_horizon(config.decode_actions, config.latent_horizon or initial.latent_horizon)
     labels = open_labels(config, datasets, label_cameras, initial.latent_horizon) if config.needs_labels else None
-    dims |= initial.latent_dims(labels, options, label_cameras, config.latent_head) if LATENT in weight else {}
+    dims |= initial.latent_dims(labels, chosen, label_cameras, config.latent_head, datasets) if LATENT in weight else {}
     training, groups, held_out = data_split.split_with_video(datasets, len(labelled), config, config.video_share)
     accelerator, resume_from = start_run(config)
     about = datasets, training, config.seed, accelerator.device

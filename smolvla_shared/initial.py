@@ -106,7 +106,8 @@ class InitialWeights:
 
         Raises ValueError where the options contradict the labels or these weights, or the data lacks a camera.
         """
-        options = labels_pairs(config, self.data_options(config.data, with_latents))
+        entries = [dataset.entry for dataset in datasets]
+        options = labels_pairs(config, self.data_options(config.data, with_latents), entries)
         data.set_frame_gap(datasets, options.gap_s)
         return options, *data_views.choose_cameras(datasets, options, bool(config.data.cameras), with_latents)
 
@@ -132,9 +133,16 @@ class InitialWeights:
         return self.latents.horizon if self.latents else 1
 
     def latent_dims(
-        self, labels: Labels, options: DataConfig, label_cameras: tuple[str, ...], head: str | None = None
+        self,
+        labels: Labels,
+        options: DataConfig,
+        label_cameras: tuple[str, ...],
+        head: str | None = None,
+        datasets: Sequence[data.RobotDataset] = (),
     ) -> dict[str, int]:
         """The fields of CoreConfig that give a core a latent head (--latent-head) for these labels.
+
+        datasets: of the run, if these are more than the options'
 
         Raises ValueError where its own latent head has learned other latent actions, and for a head that classifies
         codes where the labels are none.
@@ -148,7 +156,8 @@ class InitialWeights:
             )
         if self.latents:
             known = {self.latents.frame_gap_s, *self.latents.own_gaps_s}
-            other = {entry.frame_gap_s or options.gap_s for entry in options.entries} - known
+            entries = [dataset.entry for dataset in datasets] or options.entries
+            other = {entry.frame_gap_s or options.gap_s for entry in entries} - known
             refuse_differences(
                 f"{self.name} has learned other latent actions",
                 [

@@ -1,5 +1,6 @@
 """Where latent targets come from, behind one interface: the teacher in every step, or a label cache."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -13,7 +14,7 @@ from smolvla_shared.data_rows import Rows
 from smolvla_shared.label_cache import CachedLabels, cached_key, label_stores
 from smolvla_shared.laq import LAQ, LatentActions
 from smolvla_shared.laq_files import load_laq, teacher_id, teachers_grounding, teachers_pairs
-from smolvla_shared.mixture import policy_names
+from smolvla_shared.mixture import DatasetEntry, policy_names
 from smolvla_shared.normalization import Statistics
 from smolvla_shared.preprocess import unit_range
 
@@ -47,14 +48,16 @@ class OnlineLabels:
         return self.choose(self.laq.encode(pairs)).view(len(frames), *self.shape)
 
 
-def labels_pairs[Data: DataConfig](config: StageOptions, data: Data) -> Data:
+def labels_pairs[Data: DataConfig](config: StageOptions, data: Data, entries: Sequence[DatasetEntry] = ()) -> Data:
     """The data options; frame gap and label cameras that they leave out are those of the labels that `config` names.
+
+    entries: of all datasets of the run, if these are more than the options'
 
     Raises ValueError if the options contradict the teacher (laq_files.teachers_pairs). A label cache refuses other
     pairs when it is opened.
     """
     if config.laq_ckpt:
-        return teachers_pairs(config.laq_ckpt, data, config.accept_other_pairs)
+        return teachers_pairs(config.laq_ckpt, data, config.accept_other_pairs, entries)
     if config.labels == "online":  # no labels: Stage 3 without co-training
         return data
     directories = dataset_directories(config.label_cache, [entry.name for entry in data.entries])

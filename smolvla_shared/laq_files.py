@@ -1,6 +1,7 @@
 """A LAQ in files: ours (.safetensors with a .json beside it) and LAPA's .pt, read strictly."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from smolvla_shared.files import (
 from smolvla_shared.hashes import file_sha256, json_sha256
 from smolvla_shared.laq import LAQ
 from smolvla_shared.laq_config import SECOND_CONV, LAQConfig, slots_of_grid
-from smolvla_shared.mixture import policy_names
+from smolvla_shared.mixture import DatasetEntry, policy_names
 from smolvla_shared.refusals import refuse_differences
 from smolvla_shared.teacher_config import GroundedIn
 
@@ -81,8 +82,12 @@ def teachers_grounding(path: Path | None) -> GroundedIn | None:
     return GroundedIn(tuple(used), sum(len(of["episodes"]) for of in used.values()), found["weight"])
 
 
-def teachers_pairs[Data: DataConfig](path: Path, data: Data, accept_other: bool = False) -> Data:
+def teachers_pairs[Data: DataConfig](
+    path: Path, data: Data, accept_other: bool = False, entries: Sequence[DatasetEntry] = ()
+) -> Data:
     """The data options; frame gap and label camera that they leave out are those that the teacher was trained on.
+
+    entries: of all datasets of the run, if these are more than the options'
 
     LAPA's files record neither. Raises ValueError if the options, or datasets of a mixture, state others, unless
     `accept_other`. Some of the teacher's cameras are no other ones.
@@ -96,7 +101,7 @@ def teachers_pairs[Data: DataConfig](path: Path, data: Data, accept_other: bool 
         rows = [("--data.frame-gap-s", data.frame_gap_s, gap)] if gap and data.frame_gap_s else []
         if cameras and not {*data.label_cameras} <= {*cameras}:
             rows.append(("--data.label-cameras", " ".join(data.label_cameras), " ".join(cameras)))
-        for entry in data.entries:
+        for entry in entries or data.entries:
             if gap and entry.frame_gap_s and entry.frame_gap_s not in gaps:
                 rows.append((f"frame_gap_s of {entry.name}", entry.frame_gap_s, gap))
             if cameras and not {*(entry.label_cameras or ())} <= seen:

@@ -33,7 +33,7 @@ from smolvla_shared.label_cache import LabelConfig, label, label_stores
 from smolvla_shared.label_check import check
 from smolvla_shared.label_health import read_verdict
 from smolvla_shared.labels import OnlineLabels, labels_pairs, open_labels
-from smolvla_shared.laq_files import load_laq, save_laq, teachers_pairs
+from smolvla_shared.laq_files import load_laq, save_laq, teacher_id, teachers_pairs
 from smolvla_shared.lerobot_card import teacher_lines
 from smolvla_shared.losses import masked_mean
 from smolvla_shared.mixture import DatasetEntry, read_mixture
@@ -586,6 +586,29 @@ def test_stage_2_trains_on_unlike_datasets_and_goes_on_only_with_the_same(tmp_pa
     unlike.write_text(unlike.read_text().replace("weight: 3", "weight: 2"))
     with pytest.raises(ValueError, match=r"--resume would be another run.*\n  --data.mixture-entries: was "):
         run_stage(train_stage2, tmp_path / "s2", *options, "--steps", "3", "--resume")
+
+
+def test_other_pairs_of_a_video_dataset_are_refused_in_stage_3(
+    tmp_path, labelled_dataset, image_dataset, laq_checkpoint
+):
+    """By the teacher, unless they are accepted; and by an artifact, whose latent head has not learned them."""
+    teacher = tmp_path / "laq.safetensors"
+    save_laq(load_laq(laq_checkpoint), teacher, {"frame_gap_s": 0.5, "label_cameras": [CAMERA]})
+    video = f"datasets: [{{root: {image_dataset}, frame_gap_s: 0.3, label_cameras: [{WRIST}]}}]"
+    options = ["--laq-ckpt", teacher, "--latent-loss-weight", "0.5", "--data.roots", labelled_dataset]
+    options += ["--video-mixture", write(tmp_path / "video.yaml", video), "--chunk-size", "4", "--n-action-steps", "2"]
+    with pytest.raises(ValueError, match="trained on other pairs") as error:
+        run_stage(train_stage3, tmp_path / "s3", *options, "--model.preset", "tiny")
+    assert f"\n  frame_gap_s of {image_dataset}: command line 0.3, teacher 0.5\n" in str(error.value)
+    assert f"\n  label_cameras of {image_dataset}: command line {WRIST}, teacher {CAMERA}\n" in str(error.value)
+    latents = replace(LATENTS, teacher_id=teacher_id(load_laq(teacher)), label_cameras=(CAMERA,), frame_gap_s=0.5)
+    artifact = save(tmp_path / "s2", make_artifact_core(cameras=(CAMERA,)), latents)
+    options += ["--stage2-artifact", artifact, "--accept-other-pairs"]
+    with pytest.raises(
+        ValueError, match=r"has learned other .*:\n  --data.frame-gap-s: command line 0.3, artifact 0.5"
+    ):
+        run_stage(train_stage3, tmp_path / "s3", *options)
+    assert not (tmp_path / "s3").exists()
 
 
 @pytest.mark.slow
