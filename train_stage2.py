@@ -77,7 +77,7 @@ def main(config: Stage2Config) -> None:
     from smolvla_shared import artifact, data_table, evaluate, feature_cache, label_health, losses, robot_preprocessor
     from smolvla_shared.data_loader import SampleSpec, make_loaders
     from smolvla_shared.initial import open_initial
-    from smolvla_shared.labels import latent_statistics, open_labels
+    from smolvla_shared.labels import open_labels
     from smolvla_shared.run import Run, inputs, start_run
 
     initial = open_initial(config.model)
@@ -92,7 +92,7 @@ def main(config: Stage2Config) -> None:
 
     core = initial.build(config.model, cameras, [LATENT], accelerator.mixed_precision, **dims)
     statistics = robots.statistics(datasets, training, mode=initial.normalization_mode(config))
-    statistics[LATENT] = latent_statistics(labels, datasets, training, config.seed, accelerator.device)
+    statistics[LATENT] = initial.latent_statistics(labels, datasets, training, config.seed, accelerator.device)
     core.learn_codes(labels.codebook, statistics[LATENT])
     paired = [data.with_pairs(datasets, rows) for rows in (training, held_out)]
     groups = [data_split.balanced(datasets, paired[0], config.data.balance), data_split.weighted(paired[1])]

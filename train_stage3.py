@@ -135,7 +135,7 @@ def main(config: Stage3Config) -> None:
     from smolvla_shared import action_decoder, data_table, evaluate, feature_cache, losses, robot_preprocessor
     from smolvla_shared.data_loader import SampleSpec, make_loaders
     from smolvla_shared.initial import open_initial
-    from smolvla_shared.labels import latent_statistics, open_labels
+    from smolvla_shared.labels import open_labels
     from smolvla_shared.run import Run, inputs, start_run
 
     weight = {ACTION: 1.0} | ({LATENT: config.latent_loss_weight} if config.latent_loss_weight else {})
@@ -158,7 +158,7 @@ def main(config: Stage3Config) -> None:
     accelerator.print(initial.describe(core, statistics, datasets, recorded), plan, decode, sep="\n")
     statistics |= recorded
     if LATENT in weight:
-        statistics[LATENT] = latent_statistics(labels, *about, recorded=initial.statistics.get(LATENT))
+        statistics[LATENT] = initial.latent_statistics(labels, *about)
         core.learn_codes(labels.codebook, statistics[LATENT])
     features = feature_cache.prepare_features(core, datasets, cameras, config, accelerator)
     spec = SampleSpec.of(core.config, weight, labels, features, config.flow_draws)

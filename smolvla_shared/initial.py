@@ -29,7 +29,7 @@ from smolvla_shared.config import (
 )
 from smolvla_shared.files import check_weights, find_directory, public_state, state_sha256
 from smolvla_shared.hashes import json_sha256
-from smolvla_shared.labels import labels_pairs
+from smolvla_shared.labels import labels_pairs, latent_statistics
 from smolvla_shared.mixture import camera_names
 from smolvla_shared.model import SmolVLASharedCore
 from smolvla_shared.model_parts import PARTS, frozen_parts, parameter_table, parameters_by_part, prepare_to_train
@@ -173,6 +173,13 @@ class InitialWeights:
         code_seq_len, latent_dim = labels.shape
         dims = {"latent_vector_dim": code_seq_len * latent_dim, "code_seq_len": code_seq_len}
         return dims | {"codebook_size": len(labels.codebook) if head == "codes" else 0}
+
+    def latent_statistics(self, labels: Labels, *of: Any) -> Statistics:
+        """Those of the latents that its latent head has learned, or of these labels (of: as labels.latent_statistics).
+
+        They stay as they are wherever training goes on: with others, the head's latents would mean others.
+        """
+        return latent_statistics(labels, *of, recorded=self.statistics.get(LATENT))
 
     def normalization_mode(self, options: StageOptions) -> NormalizationMode:
         """--normalization-mode: where it is not stated, that of its own state or actions."""

@@ -41,7 +41,7 @@ from smolvla_shared.config import DataConfig, ModelConfig, PolicyDataConfig
 from smolvla_shared.files import MANIFEST_NAME, write_manifest
 from smolvla_shared.initial import InitialWeights, open_initial
 from smolvla_shared.labels import OnlineLabels
-from smolvla_shared.laq_files import load_laq
+from smolvla_shared.laq_files import load_laq, teacher_id
 from smolvla_shared.model import SmolVLASharedCore
 from smolvla_shared.model_parts import PARTS, parameter_table, parameters_by_part
 from smolvla_shared.normalization import Statistics
@@ -764,6 +764,19 @@ def test_stages_start_from_a_policy_of_ours(tmp_path, video_dataset, labelled_da
     stage2 = load_artifact(tmp_path / "s2" / "artifacts" / f"{ARTIFACT_NAME}.safetensors").state_dict
     head = {key: tensor for key, tensor in stage2.items() if key.startswith("action_head.")}
     assert equal(head, {key.removeprefix("model."): before[key] for key in before if "action_head." in key})
+
+
+@pytest.mark.slow
+def test_stage2_goes_on_with_the_latent_statistics_of_an_artifact(tmp_path, video_dataset, laq_checkpoint):
+    """Its latent head has learned latents that are normalised so. The state is measured again."""
+    latents = replace(LATENTS, teacher_id=teacher_id(load_laq(laq_checkpoint)), label_cameras=(TOP,))
+    path = save(tmp_path / "artifact", make_core(cameras=(TOP,)), latents)
+    run_stage(
+        train_stage2, tmp_path / "s2", "--data.roots", video_dataset, "--init-from", path, "--laq-ckpt", laq_checkpoint
+    )
+    found = load_artifact(tmp_path / "s2" / "artifacts" / f"{ARTIFACT_NAME}.safetensors").manifest.normalization
+    assert found["latent"] == STATISTICS["latent"]
+    assert found["state"] != STATISTICS["state"]
 
 
 @pytest.mark.slow
