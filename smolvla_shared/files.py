@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from smolvla_shared.command import of_machine
 from smolvla_shared.hashes import file_sha256, json_sha256
 from smolvla_shared.paths import check_hub_id, found_in, hub_place
 from smolvla_shared.refusals import decode, read_json, refuse_schema
@@ -147,6 +148,27 @@ def read_weights(path: str | Path, fix: str = "copy or write it again") -> dict[
         return load_file(path)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{path} is damaged ({error}): {fix}") from error
+
+
+@contextmanager
+def refusing(what: str, fix: str = "copy the directory again") -> Iterator[None]:
+    """Within this context, what a library raises because of a file's contents becomes a ValueError: `what`, why, and
+    the fix. Libraries raise errors of many kinds. What the machine refuses, such as a full disk, stays what it is.
+    """
+    try:
+        yield
+    except Exception as error:
+        if of_machine(error):
+            raise
+        raise ValueError(f"{what}: {in_a_line(error)}: {fix}") from error
+
+
+def in_a_line(error: BaseException) -> str:
+    """What a library's error says, without line breaks; with its kind, where the text alone may be only a key."""
+    error = error.__cause__ or error
+    text = " ".join(str(error).split())
+    text = text if isinstance(error, ValueError | OSError) and text else f"{type(error).__name__} {text}".strip()
+    return text if len(text) <= 300 else f"{text[:300]} ..."
 
 
 @contextmanager

@@ -1,17 +1,24 @@
 """A SmolVLM in files: configuration, tokenizer and weights, from a hub id, a local directory or this package."""
 
 import json
-from contextlib import AbstractContextManager, nullcontext
+import re
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import torch
 from tokenizers import Tokenizer
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast, SmolVLMConfig, SmolVLMModel
+from transformers import AutoConfig, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast, SmolVLMConfig, SmolVLMModel
 
+from smolvla_shared.command import of_machine
 from smolvla_shared.config import PRESETS, TINY, CoreConfig, ModelConfig
-from smolvla_shared.files import hub_or_cache
+from smolvla_shared.files import hub_or_cache, in_a_line
+from smolvla_shared.refusals import read_json
+
+CONFIG_NAME = "config.json"
 
 
 def trunk_location(name: str) -> str:
@@ -21,7 +28,7 @@ def trunk_location(name: str) -> str:
     """
     if name == TINY:
         return str(resources.files("smolvla_shared") / "assets" / "tiny_vlm")
-    if Path(name).is_absolute() and not (Path(name) / "config.json").is_file():
+    if Path(name).is_absolute() and not (Path(name) / CONFIG_NAME).is_file():
         raise ValueError(f"--model.name {name}: no such directory, or no config.json in it")
     return name
 
@@ -31,29 +38,65 @@ def asking_hub(location: str) -> AbstractContextManager[str]:
     return nullcontext("") if Path(location).is_dir() else hub_or_cache()
 
 
-def load_trunk_config(name: str, revision: str | None) -> dict[str, Any]:
-    """CoreConfig.vlm of a SmolVLM, by hub id, local directory or `tiny`. Raises ValueError if there is no SmolVLM."""
-    location = trunk_location(name)
+@contextmanager
+def loading(name: str, what: str) -> Iterator[str]:
+    """Within this context transformers loads `what` of a trunk, from the location that this yields.
+
+    Raises ValueError for all that transformers and its libraries raise over a file, of many kinds, and if the hub gives
+    none.
+    """
+    location, problem = trunk_location(name), ""
     try:
         with asking_hub(location) as problem:
-            vlm_config = AutoConfig.from_pretrained(location, revision=revision)
-    except OSError as error:
+            yield location
+    except Exception as error:
+        if of_machine(error):
+            raise
+        if isinstance(error, OSError) and not Path(location).is_dir():
+            raise ValueError(
+                f"--model.name {name}: neither a local directory with a config.json nor a model that the hub gave: "
+                f"{problem or error}"
+            ) from error
         raise ValueError(
-            f"--model.name {name}: neither a local directory with a config.json nor a model that the hub gave: "
-            f"{problem or error}"
+            f"--model.name {name}: its {what} cannot be loaded: {in_a_line(error)}: copy the directory again, or name "
+            "another trunk"
         ) from error
+
+
+def load_trunk_config(name: str, revision: str | None) -> dict[str, Any]:
+    """CoreConfig.vlm of a SmolVLM, by hub id, local directory or `tiny`.
+
+    Raises ValueError if there is no SmolVLM, or none can be built of its config.json.
+    """
+    if (file := Path(trunk_location(name)) / CONFIG_NAME).is_file():
+        read_json(file)  # transformers tells less of a damaged one
+    with loading(name, CONFIG_NAME) as location:
+        vlm_config = AutoConfig.from_pretrained(location, revision=revision)
     if not isinstance(vlm_config, SmolVLMConfig):
         raise ValueError(f"--model.name {name} is a {vlm_config.model_type}, the trunk must be a smolvlm")
-    fields = json.loads(vlm_config.to_json_string(use_diff=False))  # JSON types: equal to what a manifest gives back
+    if not isinstance(vlm_config.text_config, LlamaConfig):
+        found = vlm_config.text_config.model_type
+        raise ValueError(f"--model.name {name} has the language model {found}, that of a smolvlm is a llama")
+    with loading(name, CONFIG_NAME), torch.device("meta"):
+        # JSON types: equal to what a manifest gives back, of which every model is built.
+        fields = json.loads(vlm_config.to_json_string(use_diff=False))
+        SmolVLMModel(SmolVLMConfig.from_dict(fields))
     for part in (fields, fields["vision_config"], fields["text_config"]):
         part.pop("_name_or_path", None)  # this machine's path
     return fields
 
 
 def load_trunk_tokenizer(name: str, revision: str | None) -> PreTrainedTokenizerFast:
-    location = trunk_location(name)
-    with asking_hub(location):
-        return AutoTokenizer.from_pretrained(location, revision=revision)
+    """Raises ValueError if there is none, or it lacks the token that fills up shorter texts."""
+    with loading(name, "tokenizer") as location:
+        tokenizer = AutoTokenizer.from_pretrained(location, revision=revision)
+    if not isinstance(tokenizer, PreTrainedTokenizerFast) or tokenizer.pad_token is None:
+        found = f"{type(tokenizer).__name__} with pad_token {tokenizer.pad_token}"
+        raise ValueError(
+            f"--model.name {name}: its tokenizer is a {found}, needed are a fast one (tokenizer.json) and its "
+            "pad_token (tokenizer_config.json): copy both files of the trunk again"
+        )
+    return tokenizer
 
 
 def pack_tokenizer(tokenizer: PreTrainedTokenizerFast) -> str:
@@ -71,14 +114,22 @@ def unpack_tokenizer(packed: str) -> PreTrainedTokenizerFast:
 
 
 def load_trunk_weights(config: CoreConfig) -> dict[str, Tensor]:
-    """A SmolVLM's pretrained weights, by their names in a core. Raises ValueError if weights are missing."""
-    location = trunk_location(config.model_name)
-    with asking_hub(location):
-        vlm, report = SmolVLMModel.from_pretrained(location, revision=config.model_revision, output_loading_info=True)
-    if report["missing_keys"]:  # transformers initialises them at random and goes on
-        raise ValueError(
-            f"--model.name {config.model_name}: the weights lack {', '.join(sorted(report['missing_keys']))}"
-        )
+    """A SmolVLM's pretrained weights, by their names in a core.
+
+    Raises ValueError if weights are missing, damaged, not finite, or of other shapes than config.json says.
+    """
+    options = {"revision": config.model_revision, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    with loading(config.model_name, "weights") as location:
+        vlm, report = SmolVLMModel.from_pretrained(location, **options)
+    where = f"--model.name {config.model_name}: the weights"
+    if report["missing_keys"]:  # transformers initialises them at random and goes on, and so those of another shape
+        raise ValueError(f"{where} lack {', '.join(sorted(report['missing_keys']))}")
+    if other := [f"{key} {[*found]} for {[*expected]}" for key, found, expected in sorted(report["mismatched_keys"])]:
+        raise ValueError(f"{where} have other shapes than its {CONFIG_NAME}: {', '.join(other)}: copy both again")
+    if more := [key for key in sorted(report["unexpected_keys"]) if re.search(r"\blayers\.\d+\.", key)]:
+        raise ValueError(f"{where} have more layers than its {CONFIG_NAME}: {', '.join(more)}: copy both again")
+    if broken := [key for key, tensor in vlm.state_dict().items() if not tensor.isfinite().all()]:
+        raise ValueError(f"{where} are not finite: {', '.join(broken)}: copy them again")
     del vlm.text_model.norm  # as in Trunk, so are the layers
     vlm.text_model.layers = vlm.text_model.layers[: config.num_trunk_layers]
     return {f"trunk.vlm.{name}": tensor for name, tensor in vlm.state_dict().items()}

@@ -219,8 +219,8 @@ for ask in (
 ):
     try:
         ask()
-    except OSError:
-        pass
+    except ValueError as error:
+        print(error)
 print(time.monotonic() - start)
 """
 
@@ -234,5 +234,5 @@ def test_a_hub_that_does_not_answer_is_asked_once(tmp_path):
         done = subprocess.run([sys.executable, "-c", ASK], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     *said, seconds = done.stdout.splitlines()
-    assert len(said) == 3 and all(f"{address} does not answer within 5 s" in line for line in said), said
+    assert len(said) == 5 and all(f"{address} does not answer within 5 s" in line for line in said), said
     assert len(asked) == 1 and float(seconds) < 60  # 5 s, on a loaded machine; without the question more than 200

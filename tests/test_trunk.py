@@ -1,7 +1,9 @@
 """The trunk's masks as they are drawn, its padding, its rotation, and what it loads and refuses."""
 
 import json
+import os
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,9 +17,16 @@ from transformers import SmolVLMConfig, SmolVLMForConditionalGeneration, SmolVLM
 
 from smolvla_shared.attention import attend, attention_bias, rotate, rotation
 from smolvla_shared.batch import Batch
+from smolvla_shared.command import is_mistake
 from smolvla_shared.config import CoreConfig, ModelConfig
 from smolvla_shared.trunk import Expert, Prefix, Trunk, prefix_attention_mask, suffix_attention_mask
-from smolvla_shared.trunk_files import load_trunk_config, load_trunk_weights, make_core_config, trunk_location
+from smolvla_shared.trunk_files import (
+    load_trunk_config,
+    load_trunk_tokenizer,
+    load_trunk_weights,
+    make_core_config,
+    trunk_location,
+)
 
 IMAGE_TOKENS = 16  # of a camera, in the tiny trunk
 
@@ -275,6 +284,45 @@ def test_incomplete_weights_are_refused(config, checkpoint, name):
         loaded(config, checkpoint)
 
 
+GATE = "text_model.layers.0.mlp.gate_proj.weight"
+
+
+def rewrite_gate(checkpoint: Path, change) -> None:
+    weights = load_file(checkpoint / "model.safetensors")
+    weights[f"model.{GATE}"] = change(weights[f"model.{GATE}"])
+    save_file(weights, checkpoint / "model.safetensors", metadata={"format": "pt"})
+
+
+def fewer_layers(checkpoint: Path) -> None:
+    body = json.loads((checkpoint / "config.json").read_text())
+    body["text_config"]["num_hidden_layers"] = 5
+    (checkpoint / "config.json").write_text(json.dumps(body))
+
+
+WRONG_WEIGHTS = {
+    "not there": (lambda path: (path / "model.safetensors").unlink(), "cannot be loaded: Error no file named"),
+    "empty": (lambda path: (path / "model.safetensors").write_bytes(b""), "cannot be loaded: SafetensorError .*header"),
+    "cut": (lambda path: os.truncate(path / "model.safetensors", 9000), "cannot be loaded: SafetensorError .*header"),
+    "an index": (lambda path: (path / "model.safetensors").rename(path / "model.safetensors.index.json"), "cannot be"),
+    "not finite": (lambda path: rewrite_gate(path, lambda gate: gate * torch.nan), rf"are not finite: {GATE}: copy"),
+    "narrower": (
+        lambda path: rewrite_gate(path, lambda gate: gate[:5].clone()),
+        rf"have other shapes .*: {GATE} \[5, 128\] for \[256, 128\]",
+    ),
+    "more layers": (fewer_layers, r"have more layers than its config.json: .*text_model.layers.5.mlp"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG_WEIGHTS)
+def test_wrong_weights_are_refused(config, checkpoint, what):
+    damage, said = WRONG_WEIGHTS[what]
+    assert GATE.removeprefix("text_model.") in loaded(config, checkpoint).vlm.text_model.state_dict()
+    damage(checkpoint)
+    with pytest.raises(ValueError, match=rf"--model\.name {checkpoint}: .*weights {said}") as error:
+        load_trunk_weights(replace(config, model_name=str(checkpoint)))
+    assert is_mistake(error.value)
+
+
 def test_weights_of_another_architecture_are_refused(config, checkpoint):
     wider = json.loads(json.dumps(config.vlm))
     wider["text_config"]["intermediate_size"] = 512
@@ -320,3 +368,66 @@ def test_another_kind_of_model_is_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
     with pytest.raises(ValueError, match=rf"--model\.name {tmp_path} is a llama, the trunk must be a smolvlm"):
         load_trunk_config(str(tmp_path), None)
+
+
+NOT_OBJECTS = [b"", b"[]", b"null", b"not json", b"\xff\xfe", b"[" * 100_000]
+WRONG_CONFIGS = [
+    {},
+    {"model_type": 7},
+    {"model_type": "no model"},
+    *({"model_type": "smolvlm", part: value} for part in ("text_config", "vision_config") for value in (7, [], "text")),
+    {"model_type": "smolvlm", "scale_factor": 0},
+    *(
+        {"model_type": "smolvlm", "text_config": {"model_type": "llama", name: value}}
+        for name, value in [
+            ("hidden_size", "128"),
+            ("hidden_size", 127),
+            ("num_attention_heads", 0),
+            ("num_key_value_heads", 0),
+            ("hidden_act", "no activation"),
+            ("hidden_act", None),
+            ("rope_parameters", {"rope_type": "no rotation"}),
+            ("pad_token_id", 10**6),
+            ("rms_norm_eps", float("nan")),
+        ]
+    ),
+    {"model_type": "smolvlm", "text_config": {"model_type": "bert"}},
+    {"model_type": "smolvlm", "text_config": {"model_type": "no model"}},
+]
+
+
+@pytest.mark.parametrize("content", [*NOT_OBJECTS, *WRONG_CONFIGS], ids=str)
+def test_a_config_of_which_no_trunk_can_be_built_is_refused(tmp_path, content):
+    (tmp_path / "config.json").write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
+    with pytest.raises(ValueError, match=re.escape(str(tmp_path))) as error:
+        load_trunk_config(str(tmp_path), None)
+    assert is_mistake(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "file, content, said",
+    [
+        ("tokenizer.json", None, "its tokenizer cannot be loaded"),
+        ("tokenizer.json", "{}", "its tokenizer cannot be loaded: KeyError"),
+        ("tokenizer.json", "[]", "its tokenizer cannot be loaded"),
+        ("tokenizer.json", "not json", "its tokenizer cannot be loaded"),
+        ("tokenizer_config.json", None, "pad_token None, needed are"),
+        ("tokenizer_config.json", "{}", "pad_token None, needed are"),
+        ("tokenizer_config.json", "[]", "its tokenizer cannot be loaded"),
+        (
+            "tokenizer_config.json",
+            '{"pad_token": 7}',
+            "its tokenizer cannot be loaded: TypeError Special token pad_token",
+        ),
+        ("tokenizer_config.json", '{"tokenizer_class": 7}', "its tokenizer cannot be loaded"),
+    ],
+)
+def test_a_wrong_tokenizer_is_refused(tiny_vlm, tmp_path, file, content, said):
+    shutil.copytree(tiny_vlm, tmp_path, dirs_exist_ok=True)
+    assert load_trunk_tokenizer(str(tmp_path), None).pad_token
+    (tmp_path / file).unlink()
+    if content is not None:
+        (tmp_path / file).write_text(content)
+    with pytest.raises(ValueError, match=rf"--model\.name {tmp_path}: .*{said}") as error:
+        load_trunk_tokenizer(str(tmp_path), None)
+    assert is_mistake(error.value)
