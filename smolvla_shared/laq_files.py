@@ -123,11 +123,7 @@ def load_laq(path: Path, code_seq_len: int | None = None, image_size: int | None
     """
     paths.check_teacher(path)
     if path.suffix == ".pt":
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # of torch's, by what the file holds: code in it does not run
-            raise ValueError(f"{path} is no weights file of LAPA ({type(error).__name__}): copy it again") from error
-        state = {key.removeprefix("module."): tensor for key, tensor in state.items()}  # DDP's prefix
+        state = read_lapa(path)
         config = infer_config(path, state, code_seq_len, image_size)
     else:
         manifest = read_manifest(path)
@@ -150,6 +146,21 @@ def load_laq(path: Path, code_seq_len: int | None = None, image_size: int | None
         laq = LAQ(config)
     check_weights(str(path), expected=public_state(laq.state_dict()), found=state)
     return assemble_laq(config, state).requires_grad_(False).eval()
+
+
+def read_lapa(path: Path) -> dict[str, Tensor]:
+    """The tensors of LAPA's .pt. Raises ValueError if it holds anything else."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # of torch's, by what the file holds: code in it does not run
+        raise ValueError(f"{path} is no weights file of LAPA ({type(error).__name__}): copy it again") from error
+    if not isinstance(state, dict):
+        raise ValueError(f"{path} holds a {type(state).__name__}, expected tensors by name: save the LAQ's state_dict")
+    others = {key: tensor for key, tensor in state.items() if not (isinstance(key, str) and isinstance(tensor, Tensor))}
+    if others:
+        found = ", ".join(f"{key} ({type(value).__name__})" for key, value in others.items())
+        raise ValueError(f"{path} holds other things beside tensors: {found}: save the LAQ's state_dict alone")
+    return {key.removeprefix("module."): tensor for key, tensor in state.items()}  # DDP's prefix
 
 
 def assemble_laq(config: LAQConfig, state: dict[str, Tensor]) -> LAQ:
@@ -180,23 +191,26 @@ def read_manifest(path: Path) -> Manifest:
 def infer_config(path: Path, state: dict[str, Tensor], code_seq_len: int | None, image_size: int | None) -> LAQConfig:
     """The config of LAPA's weights, from their shapes and two options. Raises ValueError if these contradict."""
 
-    def shape(key: str) -> torch.Size:
+    def shape(key: str, dimensions: int) -> torch.Size:
         if key not in state:
             raise ValueError(f"{path}: {key} is missing; this is not a LAQ checkpoint of LAPA")
-        return state[key].shape
+        found = state[key].shape
+        if len(found) != dimensions:
+            raise ValueError(f"{path}: {key} has shape {[*found]}, a LAQ's has {dimensions} dimensions: copy it again")
+        return found
 
     def depth(transformer: str) -> int:
         return len({m[1] for key in state if (m := re.match(rf"{transformer}\.layers\.(\d+)\.", key))})
 
-    dim, pixels = shape("to_patch_emb_first_frame.2.weight")
-    heads, _, dim_head = shape("enc_spatial_transformer.layers.0.1.null_kv")
-    codebook_size, quant_dim = shape("vq.codebooks")
+    dim, pixels = shape("to_patch_emb_first_frame.2.weight", 2)
+    heads, _, dim_head = shape("enc_spatial_transformer.layers.0.1.null_kv", 3)
+    codebook_size, quant_dim = shape("vq.codebooks", 2)
     patch_size = round((pixels / 3) ** 0.5)
     image_size = image_size or LAQConfig.image_size
-    kernel = tuple(shape("vq.cnn_encoder.2.weight")[2:]) if "vq.cnn_encoder.2.weight" in state else None
+    kernel = tuple(shape("vq.cnn_encoder.2.weight", 4)[2:]) if "vq.cnn_encoder.2.weight" in state else None
     candidates = [S for S, conv in SECOND_CONV.items() if (conv and conv[0]) == kernel]
     if code_seq_len is None:  # the kernel leaves at most two candidates, of which a grid of patches fits only one
-        fitting = [S for S in candidates if slots_of_grid(S, image_size // patch_size) == S]
+        fitting = [S for S in candidates if slots_of_grid(S, image_size // max(patch_size, 1)) == S]
         code_seq_len = fitting[0] if fitting else candidates[0] if candidates else LAQConfig.code_seq_len
     if code_seq_len not in candidates:
         raise ValueError(

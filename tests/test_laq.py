@@ -12,6 +12,7 @@ from forked import run_forked
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from smolvla_shared.command import is_mistake
 from smolvla_shared.files import public_state
 from smolvla_shared.laq import LAQ, RECENT_PAIRS, LAQConfig, PairBatch, move_pixels
 from smolvla_shared.laq_codebook import dead_codes, perplexity, place_codes, spread_codes
@@ -523,6 +524,42 @@ def test_pickled_code_is_not_run(tmp_path):
     torch.save({"vq.codebooks": Path("evil")}, tmp_path / "evil.pt")
     with pytest.raises(ValueError, match=r"evil\.pt is no weights file of LAPA \(UnpicklingError\)"):
         load_laq(tmp_path / "evil.pt")
+
+
+LAPA_STATE = torch.load(LAPA_FILE, weights_only=True)
+
+
+@pytest.mark.parametrize(
+    "content, said",
+    [
+        ([torch.zeros(3)], "holds a list, expected tensors by name: save the LAQ's state_dict"),
+        (torch.zeros(3), "holds a Tensor, expected tensors by name"),
+        (LAPA_STATE | {"epoch": 3}, r"holds other things beside tensors: epoch \(int\): save the LAQ's state_dict"),
+        ({"model": LAPA_STATE}, r"holds other things beside tensors: model \(dict\)"),
+        (LAPA_STATE | {7: torch.zeros(3)}, r"holds other things beside tensors: 7 \(Tensor\)"),
+        *(
+            (LAPA_STATE | {key: torch.zeros(shape)}, rf"{key} has shape .*\], a LAQ's has {dimensions} dimensions")
+            for key, dimensions in [
+                ("to_patch_emb_first_frame.2.weight", 2),
+                ("enc_spatial_transformer.layers.0.1.null_kv", 3),
+                ("vq.codebooks", 2),
+                ("vq.cnn_encoder.2.weight", 4),
+            ]
+            for shape in [(), (5,), (1,) * (dimensions + 1)]
+        ),
+    ],
+)
+def test_a_file_of_something_else_than_lapas_tensors_is_refused(tmp_path, content, said):
+    torch.save(content, tmp_path / "laq.pt")
+    with pytest.raises(ValueError, match=rf"laq\.pt:? {said}") as error:
+        load_laq(tmp_path / "laq.pt", image_size=64)
+    assert is_mistake(error.value)
+
+
+def test_lapas_tensors_without_a_number_are_refused(tmp_path):
+    torch.save(LAPA_STATE | {"to_patch_emb_first_frame.2.weight": torch.zeros(64, 0)}, tmp_path / "laq.pt")
+    with pytest.raises(ValueError, match=r"laq\.pt does not go with .*patch_size must be at least 1"):
+        load_laq(tmp_path / "laq.pt", image_size=64)
 
 
 def test_empty_tensors_survive_safetensors(tmp_path):
