@@ -10,19 +10,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from draccus.utils import DecodingError
 from lerobot.configs.policies import PreTrainedConfig
 from lerobot.utils import constants as keys
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from smolvla_shared import ranges
 from smolvla_shared.config import CoreConfig, NormalizationMode
-from smolvla_shared.files import check_weights, find_directory, public_state, read_weights, write_weights
+from smolvla_shared.files import check_weights, find_directory, public_state, read_weights, refusing, write_weights
 from smolvla_shared.lerobot_config import FEATURES, input_features, output_features
 from smolvla_shared.lerobot_files import CONFIG_NAME, WEIGHTS_NAME, SavedPolicy
 from smolvla_shared.lerobot_processor import read_steps
 from smolvla_shared.model import SmolVLASharedCore
 from smolvla_shared.normalization import KINDS, Statistics, of_mode
+from smolvla_shared.refusals import decode_known, read_json
 from smolvla_shared.trunk_files import load_trunk_config, load_trunk_tokenizer, pack_tokenizer, trunk_location
 
 if TYPE_CHECKING:  # LeRobot's policies take seconds to import
@@ -140,6 +141,26 @@ class Checkpoint:
         return result
 
 
+@dataclass(frozen=True)
+class Described:
+    """What is read of LeRobot's config.json beside features and modes. LeRobot takes null for a number."""
+
+    vlm_model_name: str
+    chunk_size: ranges.Few
+    n_action_steps: ranges.Few
+    num_steps: ranges.Few
+    tokenizer_max_length: ranges.Few
+    max_state_dim: ranges.Size
+    max_action_dim: ranges.Size
+    min_period: ranges.Positive
+    max_period: ranges.Positive
+    expert_width_multiplier: ranges.Positive
+    empty_cameras: ranges.CountOrNone
+    num_vlm_layers: int  # below 1: all
+    num_expert_layers: int
+    self_attn_every_n_layers: int
+
+
 def load_checkpoint(name: str) -> Checkpoint:
     """Read a LeRobot SmolVLA policy from a directory or, if there is none of this name, from the hub.
 
@@ -148,13 +169,12 @@ def load_checkpoint(name: str) -> Checkpoint:
     from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
 
     directory = find_directory("SmolVLA checkpoint", name, (CONFIG_NAME, WEIGHTS_NAME))
-    try:
+    if (kind := read_json(directory / CONFIG_NAME).get("type")) != SmolVLAConfig.get_choice_name(SmolVLAConfig):
+        raise ValueError(f"{name} holds a policy of type {kind}, expected smolvla")
+    with refusing(f"{name}: the installed LeRobot does not read its {CONFIG_NAME}"):  # such as an unknown field
         config = PreTrainedConfig.from_pretrained(directory)
-    except DecodingError as error:  # such as an unknown field
-        raise ValueError(f"{name}: the installed LeRobot does not read its {CONFIG_NAME}: {error}") from error
-    if not isinstance(config, SmolVLAConfig):
-        raise ValueError(f"{name} holds a policy of type {config.type}, expected smolvla")
-    config.validate_features()  # adds the optional cameras
+        config.validate_features()  # adds the optional cameras
+    decode_known(Described, vars(config), f"{directory / CONFIG_NAME}")
     steps, statistics = _read_processors(directory)
     if problems := _unmappable(config, steps):
         raise ValueError(f"{name} is a SmolVLA that has no counterpart here:\n  " + "\n  ".join(problems))
@@ -172,7 +192,7 @@ def load_checkpoint(name: str) -> Checkpoint:
     core = core_config(config, vlm, tokenizer)
     core = replace(core, torch_dtype="bfloat16" if trunk_dtypes == {torch.bfloat16} else "float32")
     unread = {key for key in tensors if is_unread(key, core.num_trunk_layers)}
-    with torch.device("meta"):
+    with refusing(f"{name}: its {CONFIG_NAME} describes a model that cannot be built"), torch.device("meta"):
         state = SmolVLASharedCore(core).state_dict()
     found = {key: tensor for key, tensor in tensors.items() if key not in buffers | unread}
     check_weights(name, {theirs: state[ours] for ours, theirs in lerobot_names(state).items()}, found)

@@ -24,8 +24,10 @@ import train_stage2
 import train_stage3
 from smolvla_shared import lerobot_policy as ours
 from smolvla_shared.artifact import ARTIFACT_NAME, load_artifact
+from smolvla_shared.command import is_mistake
 from smolvla_shared.config import ModelConfig
 from smolvla_shared.files import write_manifest
+from smolvla_shared.initial import open_initial
 from smolvla_shared.lerobot_files import load_saved, save_policy
 from smolvla_shared.lerobot_smolvla import (
     ExportConfig,
@@ -529,6 +531,39 @@ def test_a_configuration_that_lerobot_does_not_read_is_refused(checkpoint, tmp_p
     copy(checkpoint, tmp_path / "changed", config={"number_of_legs": 4})
     with pytest.raises(ValueError, match=r"installed LeRobot does not read its config.json: .*number_of_legs"):
         load_checkpoint(str(tmp_path / "changed"))
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"[]", b"not json", b"\xff", b"{}", b'{"type": 7}', b'{"type": "no policy"}'], ids=str
+)
+def test_a_config_of_no_smolvla_is_refused(checkpoint, tmp_path, content):
+    (copy(checkpoint, tmp_path / "changed") / "config.json").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{tmp_path / 'changed'}\W") as error:
+        open_initial(ModelConfig(init_from=str(tmp_path / "changed")))
+    assert is_mistake(error.value)
+    with pytest.raises(ValueError, match=rf"{tmp_path / 'changed'}\W") as error:
+        import_smolvla(ImportConfig(str(tmp_path / "changed"), tmp_path / "out"))
+    assert is_mistake(error.value) and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"n_action_steps": T + 1}, rf"does not read its config.json: .*{T + 1} for `n_action_steps` and {T}"),
+        ({"n_action_steps": 0}, r"(?s)config.json .*n_action_steps: expected at least 1 .*got 0"),
+        ({"num_steps": None}, r"(?s)config.json .*num_steps: expected a whole number, found null"),
+        ({"max_action_dim": None}, r"(?s)config.json .*max_action_dim: expected a whole number, found null"),
+        ({"num_vlm_layers": None}, r"(?s)config.json .*num_vlm_layers: expected a whole number, found null"),
+        ({"expert_width_multiplier": 1e9}, "its config.json describes a model that cannot be built"),
+        ({"normalization_mapping": {"STATE": "no mode"}}, "does not read its config.json"),
+        ({"empty_cameras": -1}, r"(?s)config.json .*empty_cameras: expected at least 0, got -1"),
+    ],
+)
+def test_wrong_values_of_a_smolvla_are_refused(checkpoint, tmp_path, config, message):
+    copy(checkpoint, tmp_path / "changed", config=config)
+    with pytest.raises(ValueError, match=message) as error:
+        load_checkpoint(str(tmp_path / "changed"))
+    assert is_mistake(error.value)
 
 
 def test_an_unknown_processor_step_is_refused(checkpoint, tmp_path):
