@@ -46,6 +46,8 @@ Share = Annotated[float, Range(ge=0, le=1)]
 ShareOfSome = Annotated[float, Range(gt=0, lt=1)]
 ShareBelowOne = Annotated[float, Range(ge=0, lt=1)]
 ShareOfHalf = Annotated[float, Range(ge=0, le=0.5)]
+Percent = Annotated[float, Range(ge=0, le=100)]
+Brightness = Annotated[float, Range(ge=0, le=255)]  # of a pixel
 Seed = Annotated[int, Range(ge=0, lt=1 << 32)]
 Port = Annotated[int, Range(ge=1, lt=1 << 16)]
 Layers = Annotated[int, Range(ge=0, le=MAX_LAYERS)]

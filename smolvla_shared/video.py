@@ -24,13 +24,15 @@ import av
 import tyro
 from tqdm import tqdm
 
-from smolvla_shared import paths
+from smolvla_shared import paths, ranges
 from smolvla_shared.command import parse, run_command
 from smolvla_shared.refusals import decode, read_json, refuse_differences
 from smolvla_shared.video_captions import Caption, read_captions, text_of
 from smolvla_shared.video_clips import ClipOptions, Part, attempt, convert, start_worker
 from smolvla_shared.video_source import IMAGES, VIDEOS, Look, fitted, look, stamp
 
+# Columns of every dataset, and what policies read beside cameras.
+NO_CAMERA = {"timestamp", "frame_index", "episode_index", "index", "task_index", "task", "action", "observation.state"}
 SKIPPED = 3  # the exit code if there is a dataset, but without some clips
 
 
@@ -47,22 +49,22 @@ class VideoConfig:
     # The dataset's name for the camera.
     camera: str = "observation.image"
     # Frames a second of the dataset.
-    fps: int = 10
+    fps: ranges.Few = 10
     # Longer side of every clip in the dataset, pixels. Clips of another shape than most get black margins.
     size: int = 256
     # Images a second of folders of images. They do not tell it themselves, so it must be stated for them.
-    image_fps: int | None = None
+    image_fps: ranges.Few | None = None
     # Where a clip is cut into episodes: nowhere, where it is too long, or at scene changes, too.
     cut: Literal["none", "length", "scenes"] = "scenes"
     # FFmpeg's scene score that is a scene change, of 100.
-    scene_threshold: float = 10.0
+    scene_threshold: ranges.Percent = 10.0
     # Longer episodes are cut into equal parts.
-    max_episode_s: float = 30.0
+    max_episode_s: ranges.Positive = 30.0
     # Shorter episodes are left out.
-    min_episode_s: float = 1.0
+    min_episode_s: ranges.NotNegative = 1.0
     # Stretches are left out in which no block of 16 x 16 pixels changes by this much (of 255) within 0.5 s; 0: none
     # are. The command tells how much the clips move.
-    min_motion: float = 0.0
+    min_motion: ranges.Brightness = 0.0
     # Task text: {folder} and {stem} are a clip's names, with spaces for underscores, and {caption} is its text in
     # --captions. Default: "{caption}" if there are captions, else "{folder}".
     task: str | None = None
@@ -74,22 +76,45 @@ class VideoConfig:
     crf: int = 20
     # A clip that already fits (H.264, size, rate) is copied, unless more frames than this lie between its key frames:
     # for a random frame, all frames since the last key frame are decoded. 0: all clips are encoded again.
-    max_gop: int = 30
+    max_gop: ranges.CountOrNone = 30
     # Processes that convert, a clip each.
-    num_workers: int = field(default_factory=lambda: os.cpu_count() or 1)
+    num_workers: ranges.Processes = field(default_factory=lambda: os.cpu_count() or 1)
 
     def __post_init__(self) -> None:
+        ranges.check(self, "--")
         if not 32 <= self.size <= 8192 or self.size % 2:
             raise ValueError(f"--size {self.size}: the longer side must be even, at least 32 and at most 8,192 pixels")
         if not 0 <= self.crf <= 51:
             raise ValueError(f"--crf {self.crf}: H.264's quality is 0 (best) to 51; 20 is usual")
-        if self.num_workers > 1024:
-            raise ValueError(f"--num-workers {self.num_workers}: more processes than 1,024; the cores are enough")
-        for name in ("fps", "image_fps", "max_episode_s", "num_workers"):
-            if getattr(self, name) is not None and getattr(self, name) <= 0:
-                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)} must be more than 0")
         if self.max_episode_s < self.min_episode_s:
             raise ValueError(f"--max-episode-s {self.max_episode_s} is less than --min-episode-s {self.min_episode_s}")
+        check_camera(self.camera)
+        check_pattern(self)
+
+
+def check_camera(name: str) -> None:
+    """Raise ValueError for a name that LeRobot gives to no camera, or that is a column of every dataset."""
+    if "/" in name or name.startswith(".") or name in NO_CAMERA:
+        raise ValueError(
+            f"--camera {name} cannot be a camera: it is a directory of the dataset and must be no other column's name; "
+            "pass observation.image, or observation.images.<name>"
+        )
+
+
+def check_pattern(config: VideoConfig) -> None:
+    """Raise ValueError for a --task that is no text with names of a clip in braces."""
+    known = ["folder", "stem"] + ["caption"] * bool(config.captions)
+    try:
+        parts = [part for part in Formatter().parse(config.task or "") if part[1] is not None]
+    except ValueError as error:
+        raise ValueError(
+            f"--task {config.task!r}: {error}; names stand in braces, {{{{ and }}}} are braces themselves"
+        ) from error
+    if unknown := [name for _, name, *_ in parts if name not in known]:
+        raise ValueError(f"--task {config.task!r}: {unknown} unknown, there are {known}; {{caption}} needs --captions")
+    for _, name, form, conversion in parts:
+        if form or conversion:
+            raise ValueError(f"--task {config.task!r}: {name} is a text and takes no format: write {{{name}}}")
 
 
 # --- which clips ------------------------------------------------------------------------------------------------------
@@ -122,18 +147,9 @@ def find_clips(named: tuple[Path, ...]) -> list[Path]:
 
 
 def task_texts(clips: list[Path], config: VideoConfig) -> dict[Path, list[Caption]]:
-    """The tasks of each clip that has any, as captions. Raises ValueError for an unknown pattern, and if no clip has a
-    caption.
-    """
+    """The tasks of each clip that has any, as captions. Raises ValueError if no clip has a caption."""
     captions = read_captions(config.captions) if config.captions else {}
     pattern = ("{caption}" if config.captions else "{folder}") if config.task is None else config.task
-    known = ["folder", "stem"] + ["caption"] * bool(config.captions)
-    try:
-        names = [name for _, name, *_ in Formatter().parse(pattern) if name is not None]
-    except ValueError as error:
-        raise ValueError(f"--task {pattern!r}: {error}") from error
-    if unknown := [name for name in names if name not in known]:
-        raise ValueError(f"--task {pattern!r}: {unknown} unknown, there are {known}; {{caption}} needs --captions")
     texts = {}
     for clip in clips:
         stem = clip.name if clip.is_dir() else clip.stem

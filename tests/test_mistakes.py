@@ -282,7 +282,18 @@ COMMANDS: dict[str, tuple[Any, str, str]] = {
         --root pipe
         --root new --crf 99
         --root new --size 1000000
-        --root new --num-workers 5000""",
+        --root new --num-workers 5000
+        --root new --fps 1000000000
+        --root new --max-episode-s nan
+        --root new --max-episode-s inf
+        --root new --min-episode-s -3
+        --root new --min-motion nan
+        --root new --scene-threshold -5
+        --root new --max-gop -1
+        --root new --camera a/b
+        --root new --camera action
+        --root new --task {folder:d}
+        --root new --task {file}""",
     ),
     "python -m smolvla_shared.gpu_check": (Options, "", "--out video"),
     "python -m smolvla_shared.lerobot_smolvla import": (

@@ -609,6 +609,8 @@ def test_texts_of_stretches_end_where_they_say(tmp_path, capsys):
         ("{file}", r"\['file'\] unknown, there are \['folder', 'stem'\]"),
         ("{caption}", "needs --captions"),
         ("{", "--task '{': "),
+        ("{folder:d}", "--task '{folder:d}': folder is a text and takes no format: write {folder}"),
+        ("{stem!z}", "stem is a text and takes no format"),
     ],
 )
 def test_an_unknown_pattern_is_refused(tmp_path, pattern, message):
@@ -623,8 +625,9 @@ def test_an_unknown_pattern_is_refused(tmp_path, pattern, message):
     [
         ({"size": 16}, "--size 16: .* at least 32"),
         ({"size": 101}, "must be even"),
-        ({"fps": 0}, "--fps 0 must be more than 0"),
-        ({"image_fps": 0}, "--image-fps 0 must be more than 0"),
+        ({"fps": 0}, "--fps must be at least 1 and at most 1,000, got 0"),
+        ({"image_fps": 0}, "--image-fps must be at least 1 and at most 1,000, got 0"),
+        ({"min_motion": float("nan")}, "--min-motion must be at least 0 and at most 255 and finite, got nan"),
         ({"max_episode_s": 0.5}, "less than --min-episode-s"),
     ],
 )
