@@ -67,6 +67,7 @@ Machinery, which the method can be understood without:
     gpu_check, gpu_checks     what nobody can test without a GPU, tried on yours
     trunk_files, laq_files, files     trunks and teachers in files; weights and texts in files
     ranges, paths, refusals, command     the range of every number, what must be at a path; how a refusal is said
+    idle_options    options that have no effect beside the others
     launch          what `accelerate launch` sets, as far as it concerns a run
     hashes          what a file or dataset is known by
     locks           a directory that one process at a time may write in

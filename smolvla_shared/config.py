@@ -6,11 +6,11 @@ artifact's manifest or a policy's config.json. The other classes are the option 
 
 import math
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import tyro
 
-from smolvla_shared import paths, ranges
+from smolvla_shared import idle_options, paths, ranges
 from smolvla_shared.mixture import DatasetEntry, plain_entries, read_mixture
 
 TeacherKind = Literal["quantized", "continuous"]
@@ -258,11 +258,12 @@ class PolicyDataConfig(DataConfig):
         return self.image_augmentation | {"state_dropout": self.state_dropout}
 
 
-WARMUP_STEPS = 500  # where none are stated, and at most a tenth of the run
+WARMUP_STEPS = 500
 
 
 @dataclass(frozen=True)
 class OptimConfig:
+    most_warmup_steps: ClassVar[int] = WARMUP_STEPS  # where none are stated, and at most a tenth of the run
     # Peak learning rate of AdamW.
     lr: ranges.Rate = 1e-4
     # Steps of linear warm-up from 0. Default: 500, or a tenth of the run if that is less.
@@ -329,7 +330,7 @@ class RunConfig:
 
     def __post_init__(self):
         ranges.check(self, "--")
-        ranges.refuse_without(self, self.val_fraction != 0, "--val-fraction above 0", "eval_every eval_samples")
+        idle_options.check_run(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -383,6 +384,11 @@ class StageOptions(TeacherOptions):
             )
         if self.latent_head == "codes" and self.teacher_kind != "quantized":
             raise ValueError(f"--latent-head codes classifies codes, --teacher-kind {self.teacher_kind} has none")
+        idle_options.check_stage(self)
+
+    @property
+    def start(self) -> Any:  # the weights to start from, by their name; None: the trunk's own
+        return self.model.init_from
 
 
 def expert_mlp_width(hidden: int, multiple_of: int = 256) -> int:

@@ -5,7 +5,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from smolvla_shared.config import StageOptions
+from smolvla_shared import ranges
+from smolvla_shared.config import RunConfig, StageOptions
 from smolvla_shared.data import RobotDataset, with_pairs
 from smolvla_shared.data_rows import RowGroup, Rows, group_rows
 
@@ -54,6 +55,17 @@ def split_datasets(
     train = [(index, rows) for index, (rows, _) in enumerate(splits)]
     held_out = [(index, rows) for index, (_, rows) in enumerate(splits) if len(rows)]
     return train, held_out
+
+
+def unused_evaluation(config: RunConfig, held_out: list[RowGroup]) -> str:
+    """A line if options of evaluation are stated, and nothing is held out because all datasets are small."""
+    options = ranges.stated(config, "eval_every eval_samples")
+    if held_out or config.val_fraction is not None or not options:
+        return ""
+    return (
+        f"{options} has no effect: nothing is held out, since without --val-fraction datasets of fewer than "
+        f"{FEWEST_EPISODES} episodes are trained on as a whole"
+    )
 
 
 def weights_of(datasets: list[RobotDataset], rows_of: list[tuple[int, Rows]], balance: str) -> dict[int, float]:

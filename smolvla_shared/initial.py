@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from smolvla_shared import data, data_values, data_views, lerobot_files, lerobot_smolvla_files
+from smolvla_shared import data, data_values, data_views, idle_options, lerobot_files, lerobot_smolvla_files, ranges
 from smolvla_shared.artifact import Latents, load_artifact
 from smolvla_shared.batch import Labels
 from smolvla_shared.config import (
@@ -106,6 +106,8 @@ class InitialWeights:
 
         Raises ValueError where the options contradict the labels or these weights, or the data lacks a camera.
         """
+        has_state = any(data.STATE_KEY in dataset.features for dataset in datasets)
+        ranges.refuse_without(config.data, has_state, f"a dataset with {data.STATE_KEY}", "state_dropout", "--data.")
         entries = [dataset.entry for dataset in datasets]
         options = labels_pairs(config, self.data_options(config.data, with_latents), entries)
         data.set_frame_gap(datasets, options.gap_s)
@@ -223,6 +225,7 @@ class InitialWeights:
         Raises ValueError for missing, unknown and misshapen weights. Only whole parts of `may_be_fresh` may be missing.
         """
         config = replace(self.core, cameras=cameras, torch_dtype="float32", **dims)
+        idle_options.check_freezing(model, config.has_pretrained_trunk)
         if precision == "bf16" and "language layers" in frozen_parts(model, config, targets):
             config = replace(config, torch_dtype="bfloat16")
         core = SmolVLASharedCore(config)

@@ -93,14 +93,17 @@ def out_of_range(hint: Any, value: Any) -> list[str]:
     return []
 
 
+def stated(config: Any, names: str, prefix: str = "--") -> str:
+    """Those of these fields that are not their defaults, as options with their values: "--a 3, --b 0.5"."""
+    defaults = {field.name: field.default for field in fields(config)}
+    values = {name: getattr(config, name) for name in names.split() if getattr(config, name) != defaults[name]}
+    given = {name: " ".join(map(str, v)) if isinstance(v, tuple) else v for name, v in values.items()}
+    return ", ".join(f"{prefix}{name.replace('_', '-')} {value}" for name, value in given.items())
+
+
 def refuse_without(config: Any, is_there: bool, what: str, names: str, prefix: str = "--") -> None:
     """Raise ValueError if one of these fields is stated although `what`, which alone reads it, is absent."""
-    defaults = {field.name: field.default for field in fields(config)}
-    stated = [name for name in names.split() if getattr(config, name) != defaults[name]]
-    if stated and not is_there:
-        values = {name: getattr(config, name) for name in stated}
-        given = {name: " ".join(map(str, v)) if isinstance(v, tuple) else v for name, v in values.items()}
-        options = ", ".join(f"{prefix}{name.replace('_', '-')} {value}" for name, value in given.items())
+    if not is_there and (options := stated(config, names, prefix)):
         raise ValueError(f"{options} has no effect without {what}: pass that, too, or leave it out")
 
 

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from smolvla_shared.config import WARMUP_STEPS, OptimConfig
+from smolvla_shared.config import OptimConfig
 from smolvla_shared.run_sharding import full
 
 
@@ -17,7 +17,8 @@ def make_optimizer(parameters: list[nn.Parameter], config: OptimConfig) -> torch
 
 def learning_rate(step: int, num_steps: int, config: OptimConfig) -> float:
     """Linear warm-up, then a cosine from the peak down to its final share; `step` counts from 0."""
-    warmup_steps = min(WARMUP_STEPS, num_steps // 10) if config.warmup_steps is None else config.warmup_steps
+    by_default = min(config.most_warmup_steps, num_steps // 10)
+    warmup_steps = by_default if config.warmup_steps is None else config.warmup_steps
     if step < warmup_steps:
         return config.lr * (step + 1) / warmup_steps
     progress = (step - warmup_steps) / max(1, num_steps - warmup_steps)

@@ -1,7 +1,7 @@
 """The options of the teacher's commands: train, with grounding or without, label, and check."""
 
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 from smolvla_shared import paths, ranges
 from smolvla_shared.config import DataConfig, OptimConfig, RunConfig, TeacherOptions
@@ -28,8 +28,9 @@ FRESH = LAQConfig(
 class TeacherOptim(OptimConfig):
     # Peak learning rate of AdamW. Default: 3e-3 * 64 / --laq.dim, which is about 2e-4 at LAPA's width of 1024.
     lr: ranges.Rate | None = None
-    # Steps of linear warm-up from 0.
-    warmup_steps: ranges.CountOrNone | None = 50
+    # Steps of linear warm-up from 0. Default: 50, or a tenth of the run if that is less.
+    warmup_steps: ranges.CountOrNone | None = None
+    most_warmup_steps: ClassVar[int] = 50
 
     def of_width(self, dim: int) -> "TeacherOptim":
         """These options, with the default learning rate if none is stated."""

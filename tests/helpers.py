@@ -29,6 +29,7 @@ NOT_REPEATABLE = "time/"
 
 
 def make_config(run_dir: Path, **options) -> RunConfig:
+    warmup = min(2, options.get("steps", 4))
     defaults = {
         "data": DataConfig(roots=("x",)),
         "steps": 4,
@@ -36,7 +37,7 @@ def make_config(run_dir: Path, **options) -> RunConfig:
         "log_every": 1,
         "eval_every": 100,
         "save_every": 100,
-        "optim": OptimConfig(lr=1e-2, warmup_steps=2, weight_decay=0.1, max_grad_norm=14.0),
+        "optim": OptimConfig(lr=1e-2, warmup_steps=warmup, weight_decay=0.1, max_grad_norm=14.0),
     }
     run_dir.mkdir(exist_ok=True)
     return RunConfig(run_dir=run_dir, **defaults | options)

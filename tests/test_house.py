@@ -18,7 +18,8 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "smolvla_shared"
 # A module imports only modules above it.
 ORDER = """
-    ranges paths launch locks hashes refusals mixture command config laq_config teacher_config action_config
+    ranges idle_options paths launch locks hashes refusals mixture command config
+    laq_config teacher_config action_config
     batch normalization preprocess flow losses files cache run_processes run_signals
     video_source video_clips video_captions video_dataset video
     attention kernels trunk trunk_files model model_parts laq_layers laq laq_codebook laq_files

@@ -133,6 +133,13 @@ COMMANDS: dict[str, tuple[Any, str, str]] = {
         --mode.preset tiny
         --eval-every 5 --val-fraction 0
         --eval-samples 5 --val-fraction 0
+        --optim.warmup-steps 5000 --steps 100
+        --model.preset tiny --model.revision main
+        --model.name policy --model.revision main
+        --model.freeze-vision False
+        --model.freeze-trunk True --model.freeze-vision False
+        --data.state-dropout 0.5 --model.no-use-state
+        --data.state-dropout 1
         --steps 9999999999999
         --data.num-workers 2000
         --optim.lr 1e30
@@ -162,6 +169,9 @@ COMMANDS: dict[str, tuple[Any, str, str]] = {
         --teacher-kind continuous
         --laq-image-size 128
         --accept-other-pairs
+        --accept-other-pairs --labels cache --label-cache labels --latent-loss-weight 1
+        --laq-image-size 128 --labels cache --label-cache labels --latent-loss-weight 1
+        --laq-code-seq-len 4 --labels cache --label-cache labels --latent-loss-weight 1
         --data.label-cameras top
         --latent-head codes
         --latent-horizon 2

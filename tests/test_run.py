@@ -43,6 +43,7 @@ from smolvla_shared.model_parts import freeze
 from smolvla_shared.normalization import Statistics
 from smolvla_shared.preprocess import Preprocessor
 from smolvla_shared.run_optimizer import FiniteGradients, learning_rate
+from smolvla_shared.teacher_config import TeacherOptim
 from smolvla_shared.trunk_files import load_trunk_tokenizer
 
 # --- a module small enough to train by hand ---------------------------------------------------------------------------
@@ -131,7 +132,16 @@ def test_the_warm_up_is_at_most_a_tenth_of_a_run_unless_stated():
         return [learning_rate(step, steps, config) for step in range(steps)].index(1.0)
 
     assert [peak(steps, None) for steps in (20, 600, 20_000)] == [1, 59, 499]
-    assert peak(600, 300) == 299
+    assert peak(600, 300) == peak(300, 300) == 299
+
+
+def test_the_warm_up_of_a_teacher_is_at_most_a_tenth_of_its_run_unless_stated():
+    def rates(steps: int, **options: int) -> list[float]:
+        config = TeacherOptim(lr=1.0, **options)
+        return [learning_rate(step, steps, config) for step in range(steps)]
+
+    assert [rates(steps).index(1.0) for steps in (10, 200, 20_000)] == [0, 19, 49]
+    assert rates(200, warmup_steps=50).index(1.0) == 49
 
 
 # --- several processes ------------------------------------------------------------------------------------------------
