@@ -136,7 +136,12 @@ def check_upload(path: Path) -> Path:
 
 
 def check_place(path: Path, option: str) -> None:
-    """Raise ValueError unless a directory can be made, or written to."""
+    """Raise ValueError unless a directory can be made, or written to, and is no part of a dataset."""
+    resolved = path.resolve()
+    for place in (resolved, *resolved.parents):
+        if (place / "meta" / "info.json").is_file():
+            at = "is" if place == resolved else "is in"
+            raise ValueError(f"{option} {path} {at} the dataset {place}, which would change: name another directory")
     there = next(place for place in (path.absolute(), *path.absolute().parents) if os.path.lexists(place))
     if not there.is_dir():
         found = f"{there} is a file or a link to nothing"

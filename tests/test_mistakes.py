@@ -145,6 +145,8 @@ COMMANDS: dict[str, tuple[Any, str, str]] = {
         --optim.lr 1e30
         --run-dir pipe
         --run-dir dangling
+        --run-dir video/run
+        --data.feature-cache video/features
         --run-dir ~/run
         --data.repo-ids me/-x
         --init-from pipe
@@ -225,7 +227,8 @@ COMMANDS: dict[str, tuple[Any, str, str]] = {
         f"--laq-ckpt laq.safetensors {DATA} --label-cache labels",
         """--batch-size 0
         --batch-size -3
-        --label-cache laq.safetensors""",
+        --label-cache laq.safetensors
+        --label-cache demos/labels""",
     ),
     f"{TEACHER} check": (
         CheckConfig,
@@ -233,7 +236,8 @@ COMMANDS: dict[str, tuple[Any, str, str]] = {
         """--pairs 1
         --detailed-pairs 0
         --seed -1
-        --out run_before""",
+        --out run_before
+        --out video/check""",
     ),
     "rollout.py": (
         rollout.RolloutConfig,
@@ -272,6 +276,7 @@ COMMANDS: dict[str, tuple[Any, str, str]] = {
         """somebody/demos --episodes 0
         somebody/demos --max-text-tokens 0
         somebody/demos --out dangling
+        somebody/demos --out video
         somebody/demos --tokenizer pipe
         somebody/-demos
         nowhere/at/all""",

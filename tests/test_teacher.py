@@ -64,7 +64,7 @@ def make_config(run_dir: Path, *roots: Path, **options) -> TeacherConfig:
         "eval_every": 20,
         "save_every": 40,
         "eval_samples": 16,
-        "optim": TeacherOptim(lr=2e-3, warmup_steps=5),
+        "optim": TeacherOptim(lr=2e-3, warmup_steps=min(5, options.get("steps", 80))),
         "replace_every": 20,
         "laq": SMALL,
     }
