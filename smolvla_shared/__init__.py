@@ -23,6 +23,7 @@ What surrounds it:
 
     data            reading LeRobotDatasets
     data_info, data_problems, data_values     what is wrong with their info.json; tables; vectors and texts
+    data_outliers   what is unusual in vectors: outliers, actions that never change
     mixture, data_views     unlike datasets in a YAML file; which cameras each of them shows
     normalization   statistics of state, actions and latent actions, and what they make of values
     robots          state and actions of several robots in one run: their widths and statistics

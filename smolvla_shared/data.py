@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
 
+    from smolvla_shared.data_values import Summary
+
 STATE_KEY, ACTION_KEY = "observation.state", "action"
 # What the robot was told to do where `action` is what an expert would have done. LeRobot takes every column whose name
 # starts with "action" for a policy's output, so this one does not.
@@ -118,6 +120,7 @@ class RobotDataset:
                 raise FileNotFoundError(path)
         self.frames = self._columns("data", FRAMES, self.info.total_frames)
         self.vectors: dict[str, Columns] = {}  # of the vector features that were asked for
+        self.summaries: dict[str, Summary] = {}  # of those that were checked
 
     def _columns(self, folder: str, kinds: dict[str, type], rows: int) -> Columns:
         files = sorted((self.root / folder).glob("*/*.parquet"))

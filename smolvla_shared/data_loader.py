@@ -19,6 +19,7 @@ from smolvla_shared.data_frames import common_size, merge
 from smolvla_shared.data_order import SampleKey, StepSampler
 from smolvla_shared.data_rows import RowGroup, Rows, group_rows, shuffled
 from smolvla_shared.data_split import unused_evaluation
+from smolvla_shared.data_values import horizon_cost
 from smolvla_shared.run_processes import check_shared_memory, make_worker_loader
 from smolvla_shared.run_signals import hide_worker
 
@@ -293,6 +294,6 @@ def make_loaders(
         return make_loader(SampleDataset(datasets, spec, config.seed), sampler, num_workers=0)
 
     check_shared_memory(train(0))
-    if line := unused_evaluation(config, held_out):
+    for line in filter(None, (*horizon_cost(datasets, spec.horizon), unused_evaluation(config, held_out))):
         accelerator.print(line)
     return Loaders(train, validate if held_out else None)

@@ -8,7 +8,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 if TYPE_CHECKING:
-    from smolvla_shared.data_report import Report, Vector
+    from smolvla_shared.data_outliers import Vector
+    from smolvla_shared.data_report import Report
 
 FRAMES = 6  # of each camera
 OUTLIER = 3.0  # usual ranges; from here on the axis is logarithmic

@@ -9,9 +9,10 @@ import av
 import numpy as np
 from tqdm import tqdm
 
-from smolvla_shared import data, data_info, data_pictures, data_problems, data_values
+from smolvla_shared import data, data_info, data_outliers, data_pictures, data_problems, data_values
 from smolvla_shared.config import DEFAULT_GAP_S, PRESETS
 from smolvla_shared.data import RobotDataset
+from smolvla_shared.data_outliers import IMPOSSIBLE, Vector, look_at_vector, outlier_text
 from smolvla_shared.data_problems import place
 from smolvla_shared.files import write_text
 from smolvla_shared.mixture import DatasetEntry
@@ -25,10 +26,6 @@ if TYPE_CHECKING:
 # A pair of frames is still in which no block of 16 x 16 pixels changes by this much, of 255: --min-motion in
 # docs/data.md.
 STILL = 4.0
-# Rows, evenly among all, from which the usual range of a vector is taken: 1% to 99% of them.
-SAMPLE = 100_000
-# A value so many usual ranges outside of it is named; so many, and it is a problem.
-OUTLIER, IMPOSSIBLE = 10.0, 1000.0
 PAIRS_AT = 0.25, 0.5, 0.75  # where in an episode pairs of frames are taken
 MOST_LINES = 20  # of tasks, and of problems of one kind
 
@@ -45,25 +42,6 @@ class Seen:
     def still(self) -> float:
         """Share of the pairs without motion."""
         return float(np.mean(np.array(self.motion) < STILL)) if self.motion else float("nan")
-
-
-@dataclass(frozen=True)
-class Outlier:
-    row: int
-    dimension: int
-    value: float
-    ranges: float  # how many usual ranges it is outside of the usual range
-
-
-@dataclass(frozen=True)
-class Vector:
-    """A vector feature as the report and the picture show it; arrays are [A]."""
-
-    names: tuple[str, ...]
-    all: data_values.Summary
-    usual_low: np.ndarray
-    usual_high: np.ndarray
-    outliers: list[Outlier]  # the furthest of each dimension that has some
 
 
 @dataclass
@@ -135,6 +113,8 @@ def look(dataset: RobotDataset, config: "DataCheckConfig") -> Report:
             for outlier in vector.outliers:
                 said = report.problems if outlier.ranges > IMPOSSIBLE else report.notes
                 said.append(outlier_text(dataset, key, vector, outlier))
+    if data.ACTION_KEY in report.vectors:
+        report.problems += data_outliers.still_actions(dataset)
     if not any(data_problems.task_problems(dataset)):
         report.tasks = task_counts(dataset)
         report.notes += data_values.without_text([dataset])
@@ -148,32 +128,6 @@ def cut_texts(dataset: RobotDataset, config: "DataCheckConfig") -> list[str]:
         return []
     tokenizer = load_trunk_tokenizer(PRESETS.get(config.tokenizer, config.tokenizer), None)
     return data_values.texts_cut([dataset], tokenizer, config.max_text_tokens)
-
-
-def look_at_vector(dataset: RobotDataset, key: str) -> Vector:
-    values = dataset.vector(key).reshape(dataset.num_frames, -1)
-    sample = np.asarray(values[:: -(-len(values) // SAMPLE)], np.float64)
-    with np.errstate(invalid="ignore"):
-        low, high = np.nanquantile(np.where(np.isfinite(sample), sample, np.nan), [0.01, 0.99], axis=0)
-    summary, outliers = data_values.summarize(values), []
-    for dimension in np.flatnonzero(high > low).tolist():
-        usual = high[dimension] - low[dimension]
-        away = {"low": low[dimension] - summary.low[dimension], "high": summary.high[dimension] - high[dimension]}
-        side = max(away, key=away.get)
-        if away[side] > OUTLIER * usual:
-            column = values[:, dimension]
-            row = int(column.argmin() if side == "low" else column.argmax())
-            outliers.append(Outlier(row, dimension, float(column[row]), float(away[side] / usual)))
-    names = data.vector_names(dataset.features[key]) or tuple(map(str, range(values.shape[1])))
-    return Vector(names, summary, low, high, outliers)
-
-
-def outlier_text(dataset: RobotDataset, key: str, vector: Vector, outlier: Outlier) -> str:
-    at = outlier.dimension
-    return (
-        f"{place(dataset, outlier.row)} has {key} {outlier.value:.5g} in dimension {vector.names[at]}, of which 98% "
-        f"are in {vector.usual_low[at]:.5g} to {vector.usual_high[at]:.5g}"
-    )
 
 
 def look_at_cameras(report: Report, config: "DataCheckConfig") -> None:

@@ -95,7 +95,7 @@ def vector_problems(dataset: "RobotDataset", key: str) -> list[str]:
             f"{key} is of type {values.dtype} in the rows, {dtype} in meta/info.json, into which LeRobot would convert "
             "it: write the type of the rows there"
         ]
-    rows = summarize(values, dataset.vectors[key].release)
+    rows = dataset.summaries[key] = summarize(values, dataset.vectors[key].release)
     is_sound = bool((np.abs([rows.low, rows.high]) <= ABSURD).all())  # NaN compares as false
     problems = list(statistics_problems(dataset, key, rows) if is_sound else value_problems(dataset, key, values))
     dataset.vectors[key].release()
@@ -230,13 +230,35 @@ def texts_cut(datasets: "Sequence[RobotDataset]", tokenizer: "PreTrainedTokenize
 
 
 def without_text(datasets: "Sequence[RobotDataset]") -> list[str]:
-    """A line for each dataset of which some frames have a task text and others an empty one."""
+    """A line for each dataset of which some frames have a task text and others an empty one, and for each with actions
+    that has no text at all. Video without texts is as it was made.
+    """
     lines = []
     for dataset in datasets:
         empty = [number for number, text in enumerate(dataset.tasks) if not text.strip()]
-        if 0 < len(empty) < len(dataset.tasks):
+        if len(empty) == len(dataset.tasks) and ACTION_KEYS[0] in dataset.features:
+            lines.append(f"{dataset.name}: every task text is empty, the policy is not told what to do")
+        elif 0 < len(empty) < len(dataset.tasks):
             count = int(np.isin(dataset.frames["task_index"], empty).sum())
             lines.append(f"{dataset.name}: {count:,} of {dataset.num_frames:,} frames have an empty task text")
+    return lines
+
+
+def horizon_cost(datasets: "Sequence[RobotDataset]", horizon: int) -> list[str]:
+    """A line for each dataset of whose latent actions in a row, from frames that have one, less than half is trained:
+    those past an episode's end are masked.
+    """
+    lines = []
+    for dataset in datasets if horizon > 1 else ():
+        frames = dataset.episode_to - dataset.episode_from
+        # From frame f of an episode, latent action m reaches to frame f + m * gap.
+        trained = [np.maximum(0, frames - m * dataset.gap).sum() for m in range(1, horizon + 1)]
+        if trained[0] and (share := sum(trained) / (horizon * trained[0])) < 0.5:
+            lines.append(
+                f"{dataset.name}: {horizon:,} latent actions in a row ({horizon * dataset.gap_s:.3g} s) reach past the "
+                f"end of episodes of {np.median(frames):,.0f} frames: {share:.1%} of them are trained, the others cost "
+                "time and memory (--latent-horizon)"
+            )
     return lines
 
 

@@ -14,7 +14,16 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from smolvla_shared import data, data_values, data_views, idle_options, lerobot_files, lerobot_smolvla_files, ranges
+from smolvla_shared import (
+    data,
+    data_outliers,
+    data_values,
+    data_views,
+    idle_options,
+    lerobot_files,
+    lerobot_smolvla_files,
+    ranges,
+)
 from smolvla_shared.artifact import Latents, load_artifact
 from smolvla_shared.batch import Labels
 from smolvla_shared.config import (
@@ -270,6 +279,8 @@ class InitialWeights:
         lines += [f"normalised: {', '.join(f'{name} by {mode}' for name, mode in modes.items())}"] if modes else []
         lines += data_values.texts_cut(datasets, self.tokenizer, core.config.max_text_tokens)
         lines += data_values.without_text(datasets)
+        read = {data.STATE_KEY: core.config.state_dim, data.ACTION_KEY: core.config.action_dim}
+        lines += data_outliers.unusual(datasets, [key for key, width in read.items() if width])
         lines += data_values.chunk_cost(datasets, core.config.chunk_size if core.config.action_dim else 0)
         return "\n".join(lines)
 

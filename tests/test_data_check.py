@@ -17,7 +17,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from helpers import equal
+from helpers import equal, set_vectors
 from lerobot.datasets.compute_stats import get_feature_stats
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from PIL import Image
@@ -27,9 +27,11 @@ from torch.utils.data import DataLoader, Dataset
 
 import train_stage2
 import train_stage3
-from smolvla_shared import data, data_check, data_report, data_values, data_views
+from smolvla_shared import data, data_check, data_outliers, data_report, data_values, data_views
 from smolvla_shared.command import EXIT_MISTAKE, in_few_lines, run_command
 from smolvla_shared.config import ACTION, DataConfig, ModelConfig
+from smolvla_shared.data_loader import SampleDataset, SampleSpec
+from smolvla_shared.data_order import SampleKey
 from smolvla_shared.initial import open_initial
 from smolvla_shared.label_cache import LabelConfig, label
 from smolvla_shared.robots import Robots
@@ -786,6 +788,15 @@ def test_frames_without_a_task_text_are_counted(copy):
     assert line in look(copy).notes and look(copy).problems == []
 
 
+def test_demonstrations_without_any_task_text_are_said(copy):
+    tasks("", " ")(copy)
+    datasets = open_datasets(copy)
+    said = [f"{copy}: every task text is empty, the policy is not told what to do"]
+    assert data_values.without_text(datasets) == said
+    datasets[0].hide_actions()
+    assert data_values.without_text(datasets) == []
+
+
 def test_chunks_much_longer_than_the_episodes_are_said(labelled_dataset):
     datasets = open_datasets(labelled_dataset)
     lengths = (datasets[0].episode_to - datasets[0].episode_from).tolist()
@@ -807,6 +818,34 @@ def test_outliers_are_named_and_impossible_ones_are_problems(copy, ranges, is_pr
     (said,) = [text for text in report.notes + report.problems if "stats.json" not in text]
     assert said.startswith(f"episode 2 frame 6 has action {value:.5g} in dimension 0, of which 98% are in -0.06")
     assert (said in report.problems) == is_problem
+    lines = data_outliers.unusual(open_datasets(copy), ["observation.state", "action"])
+    assert [line.partition(": ")[2] for line in lines] == [f"{said}: it decides the statistics, leave the episode out"][
+        : int(is_problem)
+    ]
+
+
+def test_actions_that_never_change_are_named(copy, labelled_dataset):
+    set_vectors(copy, {"action": np.tile(np.float32([0.5, 0, 1, -2]), (len(LeRobotDataset(copy.name, root=copy)), 1))})
+    (line,) = data_outliers.unusual(open_datasets(copy), ["observation.state", "action"])
+    assert line.startswith(f"{copy}: every action is 0.5, 0, 1, -2: a policy learns nothing from it")
+    assert line.partition(": ")[2] in look(copy).problems
+    assert data_outliers.unusual(open_datasets(copy), ["observation.state"]) == []
+    assert data_outliers.unusual(open_datasets(labelled_dataset), ["observation.state", "action"]) == []
+
+
+@pytest.mark.parametrize("horizon", [6, 60])
+def test_latent_actions_in_a_row_much_longer_than_the_episodes_are_said(labelled_dataset, horizon):
+    """Counted one by one as the loader masks them, over the frames with a pair."""
+    datasets = open_datasets(labelled_dataset)
+    data.set_frame_gap(datasets, 0.1)
+    spec = SampleSpec(cameras=(), label_cameras=(CAMERA,), horizon=horizon)
+    samples = SampleDataset(datasets, spec, seed=0)
+    found = np.array([samples.num_pairs(SampleKey(0, 0, 0, row)) for row in range(datasets[0].num_frames)])
+    share = found.sum() / (horizon * (found > 0).sum())
+    lines = data_values.horizon_cost(datasets, horizon)
+    assert (share < 0.5) == (horizon == 60) == bool(lines)
+    assert all(f": {share:.1%} of them are trained" in line for line in lines)
+    assert data_values.horizon_cost(datasets, 1) == []
 
 
 def test_still_frames_are_counted(copy, labelled_dataset):

@@ -23,7 +23,7 @@ ORDER = """
     batch normalization preprocess flow losses files cache run_processes run_signals
     video_source video_clips video_captions video_dataset video
     attention kernels trunk trunk_files model model_parts laq_layers laq laq_codebook laq_files
-    data_columns data_frames data_rows data_info data_problems data_values data data_views
+    data_columns data_frames data_rows data_info data_problems data_values data data_outliers data_views
     relative_actions robots data_split data_order data_table
     robot_preprocessor
     label_probe augmentation data_loader data_blocks label_cache labels
