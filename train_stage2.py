@@ -71,7 +71,8 @@ def main(config: Stage2Config) -> None:
 
     # What a user can get wrong is refused before Run makes the run directory; what the data tells, before torch comes.
     datasets = data_views.open_video(config.data, starts_elsewhere=config.model.init_from is not None)
-    training, held_out = data_split.split_datasets(datasets, config.val_fraction, config.seed, config.data.max_episodes)
+    chosen = config.data.max_episodes, config.data.episodes
+    training, held_out = data_split.split_datasets(datasets, config.val_fraction, config.seed, *chosen)
     robots = Robots.find(datasets, [LATENT], config.model.use_state)
 
     from smolvla_shared import artifact, data_table, evaluate, feature_cache, label_health, losses, robot_preprocessor

@@ -4,7 +4,6 @@
 artifact's manifest or a policy's config.json. The other classes are the option groups of the scripts.
 """
 
-import math
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -214,6 +213,9 @@ class PolicyDataConfig(DataConfig):
     # Train on so many episodes of each dataset, drawn with --seed (not of --video-roots). Those of a smaller number are
     # among those of a larger one, and the held-out episodes are the same for all. Default: all.
     max_episodes: ranges.Count | None = None
+    # Read only these episodes of each dataset, by their numbers from 0 (not of --video-roots), those that
+    # --val-fraction holds out among them. Default: all.
+    episodes: tuple[ranges.CountOrNone, ...] = ()
     # In training, shift the policy's images (not the teacher's) at random by up to this share of their side. All images
     # of a sample change alike: by this option, and by the next five, which are LeRobot's image transforms.
     random_shift: ranges.ShareBelowOne = 0.0
@@ -239,6 +241,9 @@ class PolicyDataConfig(DataConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        ranges.refuse_twice("--data.episodes", self.episodes)
+        if self.max_episodes:
+            ranges.refuse_beside(self, f"--data.max-episodes {self.max_episodes}", "episodes", "--data.")
         unused = "feature_cache_dtype feature_cache_gb"
         ranges.refuse_without(self, self.feature_cache is not None, "--data.feature-cache", unused, "--data.")
         if self.feature_cache and self.image_augmentation:
@@ -389,8 +394,3 @@ class StageOptions(TeacherOptions):
     @property
     def start(self) -> Any:  # the weights to start from, by their name; None: the trunk's own
         return self.model.init_from
-
-
-def expert_mlp_width(hidden: int, multiple_of: int = 256) -> int:
-    """The expert's SwiGLU width: two thirds of four times the hidden width, rounded up (as in Llama and SmolVLA)."""
-    return multiple_of * math.ceil(4 * int(2 * hidden / 3) / multiple_of)

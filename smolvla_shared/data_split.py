@@ -15,43 +15,65 @@ VAL_FRACTION, FEWEST_EPISODES = 0.05, 20
 
 
 def split_episodes(
-    dataset: RobotDataset, val_fraction: float | None, seed: int, max_episodes: int | None = None
+    dataset: RobotDataset,
+    val_fraction: float | None,
+    seed: int,
+    max_episodes: int | None = None,
+    episodes: tuple[int, ...] = (),
 ) -> tuple[Rows, Rows]:
     """Training and held-out rows of a dataset. Whole episodes are held out, drawn at random with the seed.
 
     val_fraction: share of the episodes; None: VAL_FRACTION, but nothing of fewer than FEWEST_EPISODES
     max_episodes: so many of the other episodes are for training, the first in the same random order; default: all
+    episodes:     only these are read, for training or held out; default: all
 
-    Raises ValueError if there are too few episodes.
+    Raises ValueError if there are too few episodes, and for the number of one that does not exist.
     """
-    num_episodes = len(dataset.episode_from)
+    refuse_unknown(dataset, episodes)
+    chosen = np.sort(episodes) if episodes else np.arange(len(dataset.episode_from))
+    num_episodes = len(chosen)
     if val_fraction is None:
         val_fraction = VAL_FRACTION if num_episodes >= FEWEST_EPISODES else 0
     num_val = max(1, round(val_fraction * num_episodes)) if val_fraction else 0
     if num_val >= num_episodes:
+        of, more = (" of --data.episodes", "name") if episodes else ("", "record")
         raise ValueError(
-            f"{dataset.name} has {num_episodes} episode(s), too few to hold out a share of {val_fraction}: "
-            "record more, or pass --val-fraction 0"
+            f"{dataset.name} has {num_episodes} episode(s){of}, too few to hold out a share of {val_fraction}: "
+            f"{more} more, or pass --val-fraction 0"
         )
     if max_episodes and max_episodes > num_episodes - num_val:
         raise ValueError(
             f"--data.max-episodes {max_episodes}: {dataset.name} has {num_episodes - num_val} episode(s) to train on, "
             f"and {num_val} held out (--val-fraction {val_fraction}): pass a smaller number, or leave it out"
         )
-    order = np.random.default_rng([seed, num_episodes]).permutation(num_episodes)
+    order = chosen[np.random.default_rng([seed, num_episodes]).permutation(num_episodes)]
 
-    def rows(episodes: np.ndarray) -> Rows:
-        episodes = np.sort(episodes)
-        return Rows(dataset.episode_from[episodes], dataset.episode_to[episodes])
+    def rows(numbers: np.ndarray) -> Rows:
+        numbers = np.sort(numbers)
+        return Rows(dataset.episode_from[numbers], dataset.episode_to[numbers])
 
     return rows(order[num_val:][:max_episodes]), rows(order[:num_val])
 
 
+def refuse_unknown(dataset: RobotDataset, episodes: tuple[int, ...]) -> None:
+    """Raise ValueError for numbers of episodes that the dataset does not have."""
+    last = len(dataset.episode_from) - 1
+    if unknown := [number for number in episodes if number > last]:
+        raise ValueError(
+            f"--data.episodes {' '.join(map(str, episodes))}: {dataset.name} has the episodes 0 to {last}, not "
+            f"{', '.join(map(str, unknown))}: leave these out"
+        )
+
+
 def split_datasets(
-    datasets: list[RobotDataset], val_fraction: float | None, seed: int, max_episodes: int | None = None
+    datasets: list[RobotDataset],
+    val_fraction: float | None,
+    seed: int,
+    max_episodes: int | None = None,
+    episodes: tuple[int, ...] = (),
 ) -> tuple[list[tuple[int, Rows]], list[tuple[int, Rows]]]:
     """Training and held-out rows of all datasets (split_episodes), each as a list of (dataset index, rows)."""
-    splits = [split_episodes(dataset, val_fraction, seed, max_episodes) for dataset in datasets]
+    splits = [split_episodes(dataset, val_fraction, seed, max_episodes, episodes) for dataset in datasets]
     train = [(index, rows) for index, (rows, _) in enumerate(splits)]
     held_out = [(index, rows) for index, (_, rows) in enumerate(splits) if len(rows)]
     return train, held_out
@@ -113,11 +135,11 @@ def split_with_video(
 ) -> tuple[list[tuple[int, Rows]], list[RowGroup], list[RowGroup]]:
     """Training rows of all datasets; their mixture; held-out rows of the labelled datasets, which come first.
 
-    Raises ValueError for video of which no frame has a pair, and for fewer labelled episodes than --data.max-episodes.
+    Raises ValueError for video of which no frame has a pair, for fewer labelled episodes than --data.max-episodes, and
+    for those of --data.episodes that do not exist.
     """
-    labelled, held_out = split_datasets(
-        datasets[:num_labelled], config.val_fraction, config.seed, config.data.max_episodes
-    )
+    chosen = config.data.max_episodes, config.data.episodes
+    labelled, held_out = split_datasets(datasets[:num_labelled], config.val_fraction, config.seed, *chosen)
     video, _ = split_datasets(datasets[num_labelled:], config.val_fraction, config.seed)
     video = [(num_labelled + index, rows) for index, rows in video]
     # A frame of video without a pair teaches nothing.

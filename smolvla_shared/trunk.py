@@ -29,7 +29,7 @@ from smolvla_shared.attention import (
     split_heads,
 )
 from smolvla_shared.batch import Batch
-from smolvla_shared.config import CoreConfig, expert_mlp_width
+from smolvla_shared.config import CoreConfig
 from smolvla_shared.kernels import LowWeights, VisionMLP
 
 Place = tuple[Rotation, Tensor]  # of the queries: their rotation, and an attention_bias
@@ -321,3 +321,8 @@ class Expert(nn.Module):
             with prefix.weights[index]:
                 tokens = layer(tokens, context, from_zero if layer.is_cross else after_prefix)
         return self.norm(tokens.to(self.norm.weight.dtype))
+
+
+def expert_mlp_width(hidden: int, multiple_of: int = 256) -> int:
+    """The expert's SwiGLU width: two thirds of four times the hidden width, rounded up (as in Llama and SmolVLA)."""
+    return multiple_of * math.ceil(4 * int(2 * hidden / 3) / multiple_of)

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from lerobot.policies.smolvla.smolvlm_with_expert import get_intermediate_size
 
-from smolvla_shared.config import CoreConfig, DataConfig, ModelConfig, OptimConfig, RunConfig, expert_mlp_width
+from smolvla_shared.config import CoreConfig, DataConfig, ModelConfig, OptimConfig, RunConfig
+from smolvla_shared.trunk import expert_mlp_width
 
 CORE = CoreConfig(
     model_name="tiny",

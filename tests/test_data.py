@@ -701,6 +701,34 @@ def test_few_episodes_are_among_more_and_the_held_out_ones_stay(labelled, video,
     assert [len(group.rows.start) for group in groups] == [2, 6]
 
 
+def test_only_the_named_episodes_are_read(labelled, video, tmp_path):
+    """For training or held out. What LeRobot says of each row tells its episode."""
+    of_row = lerobot_dataset(labelled).hf_dataset.with_format("numpy")["episode_index"][:]
+    for val_fraction, num_val in ((0, 0), (0.05, 1), (0.5, 2)):
+        rows = data_split.split_episodes(labelled, val_fraction, 0, episodes=(7, 0, 5, 2))
+        training, held_out = ({*of_row[part.numpy()].tolist()} for part in rows)
+        assert training | held_out == {0, 2, 5, 7} and not training & held_out
+        assert len(held_out) == num_val
+        assert sum(map(len, rows)) == np.isin(of_row, [0, 2, 5, 7]).sum()  # all of their rows
+    named = data_split.split_episodes(labelled, 0.2, 3, episodes=tuple(range(8)))
+    for ours, others in zip(named, data_split.split_episodes(labelled, 0.2, 3), strict=True):
+        assert ours.numpy().tolist() == others.numpy().tolist()  # all of them by name are all of them
+    with pytest.raises(
+        ValueError, match=rf"--data.episodes 1 8: {labelled.name} has the episodes 0 to 7, not 8: leave"
+    ):
+        data_split.split_episodes(labelled, 0.2, 0, episodes=(1, 8))
+    with pytest.raises(ValueError, match=r"has 1 episode\(s\) of --data.episodes, too few .* name more, or pass --val"):
+        data_split.split_episodes(labelled, 0.2, 0, episodes=(5,))
+    # Of the labelled datasets, not of video. Statistics are those of these rows, too.
+    options = PolicyDataConfig(roots=("x",), episodes=(5, 0))
+    options = Stage3Config(run_dir=tmp_path, data=options, steps=1, val_fraction=0)
+    training, groups, _ = data_split.split_with_video([labelled, video], 1, options, 0.5)
+    assert [len(rows.start) for _, rows in training] == [len(group.rows.start) for group in groups] == [2, 8]
+    found = robots.Robots.find([labelled], [ACTION]).statistics([labelled], training[:1])
+    values = lerobot_dataset(labelled).hf_dataset.with_format("numpy")["action"][:][np.isin(of_row, [0, 5])]
+    assert np.allclose(found[ACTION].mean, values.astype(np.float64).mean(0))
+
+
 def test_statistics_of_few_episodes_are_those_of_their_frames(labelled, video):
     rows = [(0, labelled.rows(20, 41)), (1, video.rows(0, 20))]
     found = robots.vector_statistics([labelled, video], "observation.state", rows)

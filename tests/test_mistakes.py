@@ -90,6 +90,9 @@ COMMANDS: dict[str, tuple[Any, str, str]] = {
         --data.roots video video
         --data.mixture mixture.yaml
         --data.weights 2 --data.balance sqrt
+        --data.episodes 0 5 --data.max-episodes 3
+        --data.episodes 5 0 5
+        --data.episodes -1
         --latent-horizon 0
         --laq-code-seq-len 0
         --laq-image-size -1
@@ -626,6 +629,10 @@ def with_names(dataset: Path, directory: Path, names: str) -> Path:
         ("train_stage2.py {s2} --data.frame-gap-s 60", "no episode is longer than --data.frame-gap-s, "),
         ("train_stage2.py {s2} --val-fraction 0.99", "{video} has 8 episode(s), too few to hold out a share of 0.99"),
         ("train_stage2.py {s2} --data.max-episodes 90", "--data.max-episodes 90: {video} has"),
+        (
+            "train_stage2.py {s2} --data.episodes 3 8 90",
+            "--data.episodes 3 8 90: {video} has the episodes 0 to 7, not 8, 90: leave these out",
+        ),
         ("train_stage3.py --run-dir {new} --data.roots {video}", "{video} has no 'action' column, it has ["),
         (
             "train_stage3.py --run-dir {new} --data.roots {demos} --data.cameras top",

@@ -13,6 +13,7 @@ import torch
 from helpers import Regression, equal, make_accelerator, make_config, metrics_of, names_in, train_points
 
 from smolvla_shared import run_metrics
+from smolvla_shared.config import PolicyDataConfig
 from smolvla_shared.run_checkpoint import TrainingState, check_run, checkpoint_bytes, claim_run, last_checkpoint
 from smolvla_shared.run_optimizer import learning_rate
 
@@ -72,6 +73,15 @@ def test_a_resume_with_other_settings_is_refused_and_all_are_listed(tmp_path, ca
     assert lines[1:3] == ["  --optim.lr: was 0.01, now 0.003", "  --seed: was 0, now 1"]
     for name in (*freed, "data.num_workers", "trackers"):
         assert f"--{name.replace('_', '-')}" in lines[3]
+
+
+def test_a_resume_with_other_episodes_is_refused(tmp_path):
+    config = make_config(tmp_path / "run", save_every=2, data=PolicyDataConfig(roots=("x",), episodes=(0, 5)))
+    train_points(config)
+    resumed = replace(config, resume=True, steps=9)
+    assert check_run(resumed, make_accelerator()).name == "000004"
+    with pytest.raises(ValueError, match=r"--data.episodes: was \[0, 5\], now \[0, 6\]\n"):
+        check_run(replace(resumed, data=replace(config.data, episodes=(0, 6))), make_accelerator())
 
 
 def test_more_steps_follow_the_longer_schedule_from_there_on(tmp_path):

@@ -85,6 +85,21 @@ def test_held_out_episodes_are_in_no_statistics(run_well, labelled_dataset, tmp_
     assert np.allclose(found["action.std"][varies], kept.std(0)[varies], atol=1e-5) and np.abs(kept).max() < 100
 
 
+@pytest.mark.slow
+def test_a_run_on_named_episodes_is_of_these_alone(run_well, labelled_dataset, tmp_path):
+    """As the table says, and the policy's normaliser."""
+    command = ["train_stage3.py", *SIZES, "--steps", "1", "--data.roots", labelled_dataset, "--data.num-workers", "0"]
+    command += ["--chunk-size", "6", "--n-action-steps", "3", "--model.preset", "tiny", "--run-dir", tmp_path / "s3"]
+    printed = run_well(*command, "--data.episodes", "7", "0", "5", "2")
+    held_out = [0, 2, 5, 7][np.random.default_rng([0, 4]).permutation(4)[0]]  # --val-fraction 0.2 of 4, --seed 0
+    table = pd.concat(map(pd.read_parquet, (labelled_dataset / "data").rglob("*.parquet")))
+    table = table[table["episode_index"].isin({0, 2, 5, 7} - {held_out})]
+    kept = np.stack(table["action"].to_list()).astype(np.float64)
+    assert re.search(rf"^{labelled_dataset} +3 of 8 +{len(kept)} ", printed, re.M)
+    found = load_file(tmp_path / "s3" / POLICY / "policy_postprocessor_step_0_unnormalizer_processor.safetensors")
+    assert np.allclose(found["action.mean"], kept.mean(0), atol=1e-5)
+
+
 @pytest.fixture(scope="session")
 def runs(run, run_well, tmp_path_factory, video_dataset, labelled_dataset, laq_checkpoint) -> Path:
     """The chain, once: a directory with the runs, and what each command printed in <run>.txt."""
