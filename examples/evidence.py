@@ -168,15 +168,21 @@ class Cell:
     def stage(self, steps: int, holds_out: bool = True) -> str:
         """Options of Stage 2 and Stage 3."""
         options = f"{STAGES} {self.where.options}{self.where.sees}"
+        options += f" {self.how.of_both}" if self.how.of_both else ""
         return f"{self.training(steps, holds_out)} --flow-draws {self.sizes.flow_draws} {options}"
 
-    def teacher(self, learns: bool) -> Part:
-        """A teacher of the video; or one that keeps its random weights."""
-        video = self.video()
-        training = self.training(self.sizes.teacher_steps if learns else 1) + ("" if learns else " --optim.lr 1e-12")
+    def teacher(self, learns: bool, grounded: bool = False) -> Part:
+        """A teacher of the video, also grounded in the demonstrations; or one that keeps its random weights."""
+        data = video = self.video()
+        # A share that is held out of the video is held out of the demonstrations, too, which are too few for that.
+        training = self.training(self.sizes.teacher_steps if learns else 1, holds_out=not grounded)
+        training += "" if learns else " --optim.lr 1e-12"
         command = f"-m smolvla_shared.teacher train {training} --data.frame-gap-s {GAP_S}{self.where.teacher_sees}"
-        name = "teacher" if learns else "teacher-random"
-        return Part(name, f"{command} --data.roots {places(0, len(video))}", video)
+        command += f" --data.roots {places(0, len(video))}"
+        if grounded:
+            data, command = (*video, self.labelled()), f"{command} --grounding.roots @{len(video)}"
+        name = "teacher-grounded" if grounded else "teacher" if learns else "teacher-random"
+        return Part(name, command, data)
 
     def labels(self, wanted: Labels, in_stage3: bool = False) -> tuple[Part, str]:
         """Labels of the video, for Stage 3 also of the demonstrations, and the options that read them."""
@@ -192,7 +198,8 @@ class Cell:
         else:
             checkpoint = f"@{len(data)}/checkpoints/last/pretrained_model/laq.safetensors"
             command = f"-m smolvla_shared.teacher label --laq-ckpt {checkpoint} {to} {latents}"
-            part = Part("labels", command, (*data, self.teacher(learns=wanted.source == "teacher")))
+            teacher = self.teacher(wanted.source != "random teacher", wanted.source == "grounded teacher")
+            part = Part("labels", command, (*data, teacher))
         return part, f"{pairs} {latents} --latent-horizon {wanted.horizon} --labels cache --label-cache"
 
     def stage2(self) -> Part:

@@ -83,9 +83,9 @@ STAGE3 = "--chunk-size 16 --n-action-steps 8 --ema-decay 0.99"
 class Labels:
     """Latent actions of the video."""
 
-    # executed: the actions between the frames of a pair, as a perfect teacher would give them. shuffled: the teacher's,
-    # each to another frame.
-    source: Literal["teacher", "random teacher", "shuffled", "executed"] = "teacher"
+    # grounded teacher: grounded in the demonstrations. executed: the actions between the frames of a pair, as a perfect
+    # teacher would give them. shuffled: the teacher's, each to another frame.
+    source: Literal["teacher", "random teacher", "grounded teacher", "shuffled", "executed"] = "teacher"
     kind: Literal["quantized", "continuous"] = "quantized"
     # Latent actions in a row.
     horizon: int = HORIZON
@@ -104,6 +104,8 @@ class Arm:
     # Whether there is a Stage 2, and its options.
     stage2: bool = True
     options: str = ""
+    # Options of both stages.
+    of_both: str = ""
     # Options of a Stage 3 that trains on the video, too.
     stage3: str = ""
     # Stage 3 has Stage 2's steps besides its own.
@@ -117,6 +119,8 @@ class Arm:
 
 
 DECODES = "--decode-actions --video-share 0.75"
+AUGMENTED = "--data.random-shift 0.05 --data.random-brightness 0.2 --data.random-contrast 0.2"
+AUGMENTED += " --data.random-saturation 0.5 --data.random-hue 0.05"
 ARMS = {
     "scratch": Arm(),
     "stage 2": Arm(CODES),
@@ -127,6 +131,9 @@ ARMS = {
     "continuous": Arm(CONTINUOUS),
     "one latent action": Arm(Labels(horizon=1)),
     "cross-entropy": Arm(CODES, options="--latent-head codes"),
+    "stage 2, grounded teacher": Arm(Labels("grounded teacher")),
+    "stage 2, state dropout": Arm(CODES, options="--data.state-dropout 0.5"),
+    "augmented": Arm(CODES, of_both=AUGMENTED),
     "random teacher": Arm(Labels("random teacher")),
     "shuffled latents": Arm(Labels("shuffled")),
     "true actions": Arm(Labels("executed", "continuous", 1, CHUNK_S)),

@@ -121,9 +121,31 @@ def test_an_arm_is_what_it_is_called():
     assert "stage2-artifact" in decodes and "stage2-artifact" not in of("decoded, no stage 2")[0]
     assert of("one latent action")[1]["latent-horizon"] == ["1"]
     assert of("cross-entropy")[1]["latent-head"] == ["codes"]
+    stage3, stage2 = of("stage 2, state dropout")
+    assert stage2["data.state-dropout"] == ["0.5"] and "data.state-dropout" not in stage3
+    changes = {"data.random-shift": ["0.05"], "data.random-hue": ["0.05"], "data.random-contrast": ["0.2"]}
+    assert all(changes.items() <= stage.items() for stage in of("augmented"))
+    assert not any(name.startswith("data.random") for stage in of("stage 2") for name in stage)
     for arm, name in (("decoded", "teacher"), ("decoded, random teacher", "teacher-random")):
         labels = next(part for part in Cell(SETTING, 5, arm, 0, Sizes()).policy().inputs if part.name == "labels")
         assert labels.inputs[-1].name == name
+
+
+def test_a_grounded_teacher_is_grounded_in_the_demonstrations_of_its_run():
+    """In all of them, of the run's seed and number: a share that is held out would leave out a task."""
+    teachers = {}
+    for seed, demonstrations in ((0, 5), (1, 5), (0, 10)):
+        cell = Cell("three tasks of five", demonstrations, "stage 2, grounded teacher", seed, Sizes())
+        *video, labels = cell.stage2().inputs
+        teacher = teachers[seed, demonstrations] = labels.inputs[-1]
+        assert (teacher.name, teacher.inputs) == ("teacher-grounded", (*video, cell.labelled()))
+        words, (seen,) = teacher.words(Path("/root")), cell.video()
+        assert words[words.index("--grounding.roots") + 1] == str(cell.labelled().out(Path("/root")))
+        assert words[words.index("--data.roots") + 1] == str(seen.out(Path("/root")))
+        assert options_of(teacher)["val-fraction"] == ["0"] and options_of(teacher)["steps"] == ["1500"]
+    assert len({teacher.directory for teacher in teachers.values()}) == 3
+    plain = replace(cell, arm="stage 2").labels(ARMS["stage 2"].labels)[0].inputs[-1]
+    assert "grounding.roots" not in options_of(plain) and plain.inputs == cell.video()
 
 
 def test_with_two_cameras_the_teacher_sees_both_and_the_policy_the_first():
