@@ -66,6 +66,7 @@ def read_results(path: Path, settings: dict[str, Any], seeds: range) -> dict[str
         raise ValueError(f"--compare {path} is no results.json of rollout.py with initial states: roll out again")
     for number, episode in enumerate(episodes):
         decode_known(Start, episode, f"--compare {path}, episode {number}")
+    by_start(f"--compare {path}", other)
     compared = decode_known(Compared, other, f"--compare {path}")
     decode_known(Environment, compared.environment, f"--compare {path}, environment")
 
@@ -94,7 +95,10 @@ def by_start(name: str, results: dict[str, Any]) -> dict[tuple[str, str], bool]:
     """Success by task and initial state. Raises ValueError if two episodes of a task begin at the same state."""
     success = {(episode["task"], episode["start"]): episode["success"] for episode in results["per_episode"]}
     if len(success) < len(results["per_episode"]):
-        raise ValueError(f"{name}: episodes of a task share an initial state, so that no two of them make one pair")
+        raise ValueError(
+            f"{name}: episodes of a task share an initial state, so that no two of them make one pair: "
+            "compare with another rollout"
+        )
     return success
 
 

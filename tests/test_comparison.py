@@ -78,6 +78,10 @@ def test_results_without_a_common_start_or_with_one_start_twice_are_refused():
             {"per_episode": [{"task": "p", "seed": 0, "start": "s0", "success": 1}]},
             "success: expected true or f",
         ),
+        (
+            {"per_episode": [{"task": "p", "seed": seed, "start": "s0", "success": True} for seed in (0, 1)]},
+            "--compare .*results.json: episodes of a task share an initial state",
+        ),
         ({"max_steps": "100"}, 'results.json does not hold .*\n  max_steps: expected a whole number, found "100"'),
         ({"episodes": 0}, "episodes: expected at least 1, got 0"),
         ({"environment": None}, "environment: expected an object, found null"),
