@@ -51,7 +51,11 @@ def success_flags(info: dict[str, Any], num_envs: int) -> np.ndarray:
 
 
 def check_cameras(policy: HLRPSmolVLASharedPolicy, observation: dict[str, Any], rename: dict[str, str]) -> None:
-    """Raise ValueError unless the environment shows the policy's cameras, except optional ones, and no others."""
+    """Raise ValueError unless the environment shows the policy's cameras, except optional ones, and no others; and for
+    a key to rename that the environment does not have.
+    """
+    if unknown := [key for key in rename if key not in observation]:
+        raise ValueError(f"--rename {' '.join(unknown)}: not of the environment, which has {', '.join(observation)}")
     found = [rename.get(key, key) for key in observation if "image" in key]
     wanted = list(policy.config.core.cameras)
     if set(found) | set(policy.config.optional_cameras) != set(wanted):

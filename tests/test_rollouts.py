@@ -141,6 +141,14 @@ def test_a_camera_under_another_name_is_refused(policy_path):
         run(policy_path, num_envs=1, rename={"observation.image": "observation.top"})
 
 
+def test_a_key_to_rename_that_the_environment_does_not_have_is_refused(policy_path):
+    said = (
+        r"--rename observation\.images: not of the environment, which has observation\.image, observation\.state, task"
+    )
+    with pytest.raises(ValueError, match=said):
+        run(policy_path, num_envs=1, rename={"observation.images": "observation.image"})
+
+
 def test_an_environment_may_lack_an_optional_camera(tmp_path):
     cameras = ("observation.images.wrist", "observation.image")
     episodes = run(write_policy(tmp_path / "optional", cameras, cameras[:1]), num_envs=1)
