@@ -3,7 +3,7 @@
 settings.json      what the episodes are a function of; --resume refuses any other
 episodes.jsonl     a line per episode, on disk before the next one ends: a killed rollout loses none and repeats none
 results.json       written last: success by task and pooled, and every episode
-contact_sheet.png  some failures and successes of each task, made of strips/
+contact_sheet.png  some failures and successes of each task, made of strips/, which has one of every episode
 """
 
 import json
@@ -53,9 +53,15 @@ def open_directory(directory: Path, settings: dict[str, Any]) -> list[Episode]:
     episodes = read_episodes(path, whole, settings)
     with path.open("r+b") as file:  # without the half line of a process that was killed while it wrote
         file.truncate(len(whole) + bool(whole))
-    for episode in on_sheet(episodes):
+    tasks = settings.get("environment", {}).get("tasks") or sorted({episode.task for episode in episodes})
+    for episode in on_sheet(in_order(episodes, tasks)):
         read_strip(directory, episode)
     return episodes
+
+
+def in_order(episodes: list[Episode], tasks: list[str]) -> list[Episode]:
+    """By task and seed. The file has an episode that was run again at its end."""
+    return sorted(episodes, key=lambda episode: (tasks.index(episode.task), episode.seed))
 
 
 def read_episodes(path: Path, text: bytes, settings: dict[str, Any]) -> list[Episode]:
@@ -87,9 +93,9 @@ def record(
     (directory / "strips").mkdir(exist_ok=True)
     for episode, frames in episodes:
         recorded.append(episode)
-        if episode in on_sheet([other for other in recorded if other.task == episode.task]):
-            with replacing(strip_path(directory, episode)) as path:
-                film_strip(episode, frames).save(path, format="png")
+        # Of every episode: which of them the sheet shows changes if a line is taken out of the file.
+        with replacing(strip_path(directory, episode)) as path:
+            film_strip(episode, frames).save(path, format="png")
         if videos == "all" or (videos == "failures" and not episode.success):
             # Small frames are enlarged without smoothing: the video shows what the policy saw.
             scale = max(1, 288 // frames[0].shape[0])
@@ -119,7 +125,7 @@ def summarize(episodes: list[Episode]) -> dict[str, Any]:
 def finish(directory: Path, episodes: list[Episode], provenance: dict[str, Any]) -> dict[str, Any]:
     """Write contact_sheet.png and results.json, whose contents are returned. provenance: settings and versions."""
     tasks = provenance["environment"]["tasks"]
-    episodes = sorted(episodes, key=lambda episode: (tasks.index(episode.task), episode.seed))
+    episodes = in_order(episodes, tasks)
     results = {
         **summarize(episodes),
         "by_task": {task: summarize([episode for episode in episodes if episode.task == task]) for task in tasks},

@@ -304,6 +304,30 @@ def test_a_missing_file_of_a_resumed_rollout_is_refused(tmp_path):
             open_directory(directory, {})
 
 
+@pytest.mark.parametrize("line", [3, 50])
+def test_a_line_that_is_taken_out_is_repaired_by_running_its_episode_again(line, tmp_path):
+    """As the refusal says, of many episodes, of which the sheet shows some: whichever of two lines is taken out."""
+    settings = {"environment": {"tasks": ["a"]}, "seed": 0}
+    directory, frames = tmp_path / "out", [np.zeros((8, 8, 3), np.uint8)]
+    episodes = [Episode("a", seed, f"{seed}", seed % 2 == 0) for seed in range(50)]
+    record(directory, open_directory(directory, settings), ((e, frames) for e in episodes), 20, "none")
+    lines = (directory / "episodes.jsonl").read_text().splitlines(keepends=True)
+    lines.append(lines[3])
+    (directory / "episodes.jsonl").write_text("".join(lines))
+    with pytest.raises(ValueError, match="line 51 is of a, seed 3, twice: take the line out"):
+        open_directory(directory, settings)
+    (directory / "episodes.jsonl").write_text("".join(lines[:line] + lines[line + 1 :]))
+    assert finish(directory, open_directory(directory, settings), settings)["episodes"] == 50
+    whole = (directory / "contact_sheet.png").read_bytes()
+
+    (directory / "episodes.jsonl").write_text("".join(lines[:3] + lines[4:50]))  # neither of the two
+    recorded = open_directory(directory, settings)
+    record(directory, recorded, [(episodes[3], frames)], 20, "none")
+    assert open_directory(directory, settings) == recorded == [*episodes[:3], *episodes[4:], episodes[3]]
+    assert finish(directory, recorded, settings)["per_episode"] == [asdict(episode) for episode in episodes]
+    assert (directory / "contact_sheet.png").read_bytes() == whole
+
+
 class Crashing(gymnasium.Wrapper):
     """PushT, which raises, or whose process dies, in the episode of seed 3."""
 
