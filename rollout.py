@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from smolvla_shared import paths, ranges
 from smolvla_shared.command import run_command
-from smolvla_shared.rollout_options import SWEPT, EnvironmentConfig, sweep_values
+from smolvla_shared.rollout_options import (
+    CAMERAS,
+    SWEPT,
+    EnvironmentConfig,
+    check_environment,
+    check_seeds,
+    sweep_values,
+)
 
 if TYPE_CHECKING:
     from smolvla_shared.lerobot_policy import HLRPSmolVLASharedConfig
@@ -57,6 +64,16 @@ class RolloutConfig:
 
     def __post_init__(self):
         ranges.check(self, "--")
+        env = self.env
+        check_environment(env.type, env.tasks, self.max_steps, env.camera, env.start_steps)
+        check_seeds(self.seeds)
+        swept = sweep_values(self.sweep)[0] if self.sweep else None
+        if swept and (value := getattr(self, swept)) is not None:
+            raise ValueError(f"--sweep {self.sweep} and --{swept.replace('_', '-')} {value}: give one of the two")
+
+    @property
+    def seeds(self) -> range:
+        return range(self.seed, self.seed + self.episodes)
 
 
 def check_options(config: RolloutConfig) -> Path:
@@ -84,8 +101,6 @@ def policy_configs(config: RolloutConfig, saved: "HLRPSmolVLASharedConfig") -> d
     if not config.sweep:
         return {".": changed(asked)}
     name, values = sweep_values(config.sweep)
-    if asked[name] is not None:
-        raise ValueError(f"--sweep {config.sweep} and --{name.replace('_', '-')} {asked[name]}: give one of the two")
     return {f"{name}={value}": changed(asked | {name: value}) for value in values}
 
 
@@ -113,7 +128,7 @@ def roll_out(
     env_type, fps = config.env.type, EnvConfig.get_choice_class(config.env.type)().fps
     for task in settings["environment"]["tasks"]:
         there = {episode.seed for episode in episodes if episode.task == task}
-        seeds = [seed for seed in range(config.seed, config.seed + config.episodes) if seed not in there]
+        seeds = [seed for seed in config.seeds if seed not in there]
         if not seeds:
             continue
         size = settings["environment"]["image_size"], config.max_steps, config.num_envs
@@ -140,10 +155,7 @@ def main(config: RolloutConfig) -> None:
 
     config = replace(config, policy_path=str(of_robot(config.policy_path, config.robot)))
     environments.render_headless()
-    tasks = config.env.task or environments.TASKS.get(config.env.type, ())[:1]
-    environments.check_environment(config.env.type, tasks, config.max_steps, config.env.camera, config.env.start_steps)
-    seeds = range(config.seed, config.seed + config.episodes)
-    environments.check_seeds(seeds)
+    environments.check_tasks(config.env.type, config.env.tasks)
     saved = load_config(Path(config.policy_path))
     saved.device = find_device(config.device)
     use_tf32(torch.device(saved.device))
@@ -151,9 +163,9 @@ def main(config: RolloutConfig) -> None:
         print(said)
     # The environment renders the size of the images that the policy was trained on.
     image_size = next(f.shape[-1] for f in saved.input_features.values() if len(f.shape) == 3)
-    camera = "" if config.env.camera == environments.CAMERAS[:1] else " ".join(config.env.camera)
+    camera = "" if config.env.camera == CAMERAS[:1] else " ".join(config.env.camera)
     more = {"camera": camera, "start_steps": config.env.start_steps}  # where they are the default, as if not there
-    shown = {"type": config.env.type, "tasks": list(tasks), "image_size": image_size}
+    shown = {"type": config.env.type, "tasks": list(config.env.tasks), "image_size": image_size}
     settings = {
         "policy_sha256": policy_sha256(Path(config.policy_path)),
         "environment": shown | {name: value for name, value in more.items() if value},
@@ -161,7 +173,7 @@ def main(config: RolloutConfig) -> None:
         "max_steps": config.max_steps,
         "rename": config.rename,
     }
-    other = comparison.read_results(config.compare, settings, seeds) if config.compare else None
+    other = comparison.read_results(config.compare, settings, config.seeds) if config.compare else None
     variants, rows = policy_configs(config, saved), {}
     for name, policy_config in variants.items():
         chunks = {"n_action_steps": policy_config.n_action_steps, "flow_steps": policy_config.core.flow_steps}

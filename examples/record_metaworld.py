@@ -23,14 +23,8 @@ from tqdm import tqdm
 from smolvla_shared import ranges
 from smolvla_shared.command import run_command
 from smolvla_shared.data import ACTION_KEY, EXECUTED_ACTION_KEY
-from smolvla_shared.environments import (
-    CAMERAS,
-    FIRST_RECORDING_SEED,
-    METAWORLD_STEPS,
-    make_metaworld,
-    metaworld_tasks,
-    render_headless,
-)
+from smolvla_shared.environments import make_metaworld, metaworld_tasks, render_headless
+from smolvla_shared.rollout_options import CAMERAS, FIRST_RECORDING_SEED, METAWORLD_STEPS
 
 SEEDS_PER_RECORDING = 10_000_000
 FPS = 80  # Meta-World's control rate

@@ -191,7 +191,12 @@ def is_mistake(error: BaseException) -> bool:
         last = last.tb_next
     module = last.tb_frame.f_globals.get("__name__", "")
     line = linecache.getline(last.tb_frame.f_code.co_filename, last.tb_lineno)
-    is_ours = module == "__main__" or module.split(".")[0] in ("smolvla_shared", "train_stage2", "train_stage3")
+    is_ours = module == "__main__" or module.split(".")[0] in (
+        "smolvla_shared",
+        "train_stage2",
+        "train_stage3",
+        "rollout",
+    )
     return is_ours and line.lstrip().startswith("raise ")
 
 

@@ -11,7 +11,6 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,28 +20,7 @@ from lerobot.configs import FeatureType, PolicyFeature
 from lerobot.envs.configs import EnvConfig
 from lerobot.utils.constants import ACTION, OBS_IMAGE, OBS_IMAGES, OBS_STATE
 
-# Recordings use seeds from here on, rollouts use smaller ones: a policy is judged on object positions it has not seen.
-FIRST_RECORDING_SEED = 1_000_000
-METAWORLD_STEPS = 500  # after which Meta-World ends an episode
-CAMERAS = (
-    "corner2",
-    "corner",
-    "corner3",
-    "topview",
-    "behindGripper",
-    "gripperPOV",
-)  # Meta-World's; LeRobot's choice first
-# The tasks of each type that was tested with our loop, the default first; those of Meta-World are LeRobot's.
-TASKS = {
-    "metaworld": ("reach-v3",),
-    "pusht": ("PushT-v0",),
-    "aloha": ("AlohaInsertion-v0", "AlohaTransferCube-v0"),
-}
-NEEDS = {  # the module of each type, and what to install for it
-    "metaworld": ("metaworld", "pip install -r requirements.txt"),
-    "pusht": ("gym_pusht", "pip install -r requirements.txt"),
-    "aloha": ("gym_aloha", "pip install gym-aloha==0.1.5 dm_control==1.0.38 'mujoco<3.7'"),
-}
+from smolvla_shared.rollout_options import CAMERAS, METAWORLD_STEPS, check_environment
 
 
 def render_headless() -> None:
@@ -66,40 +44,10 @@ def task_text(env_type: str, task: str) -> str:
     return TASK_DESCRIPTIONS[task]
 
 
-def check_environment(
-    env_type: str, tasks: tuple[str, ...], max_steps: int, cameras: tuple[str, ...] = (), start_steps: int = 0
-) -> None:
-    """Raise ValueError for an unknown type, task or camera, what is not installed, and more steps than there are."""
-    if env_type not in TASKS:
-        raise ValueError(f"--env.type {env_type} is not one of {', '.join(TASKS)}; lerobot-eval has more types")
-    module, install = NEEDS[env_type]
-    if find_spec(module) is None:
-        raise ValueError(f"--env.type {env_type} needs the module {module}, which is not installed: {install}")
-    known = metaworld_tasks() if env_type == "metaworld" else TASKS[env_type]
-    if unknown := [task for task in tasks if task not in known]:
-        raise ValueError(f"--env.task {' '.join(unknown)}: not of {env_type}, which has {', '.join(known)}")
-    if len(set(tasks)) < len(tasks):
-        raise ValueError(f"--env.task {' '.join(tasks)} names a task twice")
-    if cameras and (env_type != "metaworld" or not {*cameras} <= {*CAMERAS} or len({*cameras}) < len(cameras)):
-        raise ValueError(
-            f"--env.camera {' '.join(cameras)}: Meta-World alone has a choice, of {', '.join(CAMERAS)}, each once"
-        )
-    if start_steps < 0:
-        raise ValueError(f"--env.start-steps {start_steps} must be at least 0")
-    if start_steps and env_type != "metaworld":
-        raise ValueError(f"--env.start-steps {start_steps}: Meta-World alone has starts of its own")
-    if env_type == "metaworld" and max_steps + start_steps > METAWORLD_STEPS:
-        asked = f"{max_steps} steps" + f" after {start_steps} of --env.start-steps" * (start_steps > 0)
-        raise ValueError(f"{asked}: Meta-World ends every episode after {METAWORLD_STEPS}, ask for no more")
-
-
-def check_seeds(seeds: range) -> None:
-    """Raise ValueError for seeds that recordings use."""
-    if seeds.stop > FIRST_RECORDING_SEED:
-        raise ValueError(
-            f"--seed {seeds.start} with {len(seeds)} episodes reaches the seeds of recordings ({FIRST_RECORDING_SEED} "
-            "and up), whose object positions the policy may have been trained on: take a smaller one"
-        )
+def check_tasks(env_type: str, tasks: tuple[str, ...]) -> None:
+    """Raise ValueError for what is no task of Meta-World; rollout_options.check_environment checks everything else."""
+    if env_type == "metaworld" and (unknown := [task for task in tasks if task not in metaworld_tasks()]):
+        raise ValueError(f"--env.task {' '.join(unknown)}: not of {env_type}, which has {', '.join(metaworld_tasks())}")
 
 
 # --- one environment --------------------------------------------------------------------------------------------------
@@ -329,6 +277,7 @@ class MetaworldPlainConfig(EnvConfig):
         render_headless()
         tasks = tuple(self.task.split(","))
         check_environment("metaworld", tasks, self.episode_length, self.cameras, self.start_steps)
+        check_tasks("metaworld", tasks)
         options = {"image_size": self.image_size, "max_steps": self.episode_length}
         options |= {"cameras": self.cameras, "start_steps": self.start_steps}
         if n_envs == 1:

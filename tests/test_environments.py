@@ -9,15 +9,14 @@ from lerobot.envs.configs import EnvConfig
 from lerobot.envs.utils import env_to_policy_features, preprocess_observation
 
 from smolvla_shared.environments import (
-    CAMERAS,
-    check_environment,
-    check_seeds,
+    check_tasks,
     compare_rates,
     make_environment,
     make_environments,
     make_metaworld,
     render_headless,
 )
+from smolvla_shared.rollout_options import CAMERAS, check_environment, check_seeds
 
 TASK = "plate-slide-v3"
 
@@ -107,6 +106,7 @@ def test_a_simulation_that_mujoco_begins_anew_is_an_error(tmp_path, monkeypatch)
 def test_unknown_environments_are_refused(env_type, tasks, max_steps, cameras, message):
     with pytest.raises(ValueError, match=message):
         check_environment(env_type, tasks, max_steps, cameras)
+        check_tasks(env_type, tasks)
 
 
 def test_starts_that_an_environment_does_not_have_are_refused():

@@ -31,7 +31,7 @@ ORDER = """
     label_check feature_cache
     lerobot_config lerobot_processor lerobot_card lerobot_files lerobot_smolvla_files lerobot_smolvla
     initial lerobot_policy evaluate run_sharding run_optimizer run_metrics run_checkpoint run grounding teacher
-    comparison environments rollout_options rollouts rollout_results hub_upload hub serve
+    comparison rollout_options environments rollouts rollout_results hub_upload hub serve
     train_stage2 train_stage3 rollout gpu_checks gpu_check data_pictures data_report data_check
 """.split()
 SCRIPTS = ["train_stage2", "train_stage3", "rollout"]

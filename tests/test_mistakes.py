@@ -254,6 +254,15 @@ COMMANDS: dict[str, tuple[Any, str, str]] = {
         --policy-path policy --out pipe
         --policy-path policy --flow-steps 1000000
         --policy-path policy --num-envs 5000
+        --policy-path policy --env.type metaword
+        --policy-path policy --env.type pusht --env.task reach-v3
+        --policy-path policy --env.task reach-v3 reach-v3
+        --policy-path policy --env.camera top
+        --policy-path policy --env.type pusht --env.start-steps 5
+        --policy-path policy --env.start-steps 20
+        --policy-path policy --seed 999999
+        --policy-path policy --sweep flow_steps=0,1
+        --policy-path policy --sweep flow_steps=1,2 --flow-steps 5
         --policy-path policy --compare pipe
         --policy-path policy --compare nowhere.json
         --policy-path policy --device tpu
@@ -522,6 +531,8 @@ except SystemExit as stop:
         ("smolvla_shared.lerobot_smolvla export tests new", "no policy in tests: config.json is missing, found ["),
         ("rollout.py --policy-path me/policy", "--policy-path me/policy is no directory here; if it is a hub id, name"),
         ("rollout.py --policy-path smolvla_shared/assets/tiny_vlm --device gpu", "--device 'gpu' is no device: pass"),
+        ("rollout.py --policy-path me/policy --env.type x", "--env.type x is not one of metaworld, pusht, aloha;"),
+        ("rollout.py --policy-path me/policy --env.camera x", "--env.camera x: Meta-World alone has a choice, of"),
         ("rollout.py --policy-path nowhere", "nowhere holds no policy: config.json is missing (found: no such dire"),
     ],
 )  # fmt: skip
