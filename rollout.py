@@ -116,6 +116,7 @@ def roll_out(
     from smolvla_shared.run import versions
 
     episodes = rollout_results.open_directory(out, settings)
+    rollout_results.refuse_fewer(out, episodes, config.seeds)
     policy = HLRPSmolVLASharedPolicy.from_pretrained(config.policy_path, config=policy_config)
     preprocess, postprocess = make_pre_post_processors(
         policy.config,
@@ -175,12 +176,13 @@ def main(config: RolloutConfig) -> None:
     }
     other = comparison.read_results(config.compare, settings, config.seeds) if config.compare else None
     variants, rows = policy_configs(config, saved), {}
-    for name, policy_config in variants.items():
-        chunks = {"n_action_steps": policy_config.n_action_steps, "flow_steps": policy_config.core.flow_steps}
-        results = rows[name] = roll_out(config, policy_config, out / name, settings | chunks)
-        print(f"results and contact sheet: {out / name}\n{rollout_results.results_table(results)}")
-        if other:
-            print(comparison.compare(str(out / name), results, str(config.compare.parent), other))
+    with rollout_results.removed_if_empty(out):
+        for name, policy_config in variants.items():
+            chunks = {"n_action_steps": policy_config.n_action_steps, "flow_steps": policy_config.core.flow_steps}
+            results = rows[name] = roll_out(config, policy_config, out / name, settings | chunks)
+            print(f"results and contact sheet: {out / name}\n{rollout_results.results_table(results)}")
+            if other:
+                print(comparison.compare(str(out / name), results, str(config.compare.parent), other))
     if config.sweep:
         option = config.sweep.partition("=")[0]
         print(rollout_results.table(option, rows))

@@ -8,8 +8,10 @@ contact_sheet.png  some failures and successes of each task, made of strips/, wh
 
 import json
 import os
+import shutil
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -57,6 +59,30 @@ def open_directory(directory: Path, settings: dict[str, Any]) -> list[Episode]:
     for episode in on_sheet(in_order(episodes, tasks)):
         read_strip(directory, episode)
     return episodes
+
+
+@contextmanager
+def removed_if_empty(directory: Path) -> Iterator[None]:
+    """Leaves no directory behind that was made in this context, unless an episode has ended in it: the corrected
+    command makes it again.
+    """
+    is_new = not directory.exists()
+    try:
+        yield
+    except BaseException:
+        if is_new and not any(path.stat().st_size for path in directory.rglob(EPISODES_FILE)):
+            shutil.rmtree(directory, ignore_errors=True)
+        raise
+
+
+def refuse_fewer(directory: Path, episodes: list[Episode], seeds: range) -> None:
+    """Raise ValueError if there are episodes that were not asked for: they would be counted, too."""
+    if more := [episode for episode in episodes if episode.seed >= seeds.stop]:
+        last = max(episode.seed for episode in more)
+        raise ValueError(
+            f"--resume with --episodes {len(seeds)}: {directory} has episodes up to seed {last}, which would all be "
+            f"counted: pass --episodes {last - seeds.start + 1} or more, or name another directory"
+        )
 
 
 def in_order(episodes: list[Episode], tasks: list[str]) -> list[Episode]:

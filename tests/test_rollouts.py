@@ -328,6 +328,25 @@ def test_a_line_that_is_taken_out_is_repaired_by_running_its_episode_again(line,
     assert (directory / "contact_sheet.png").read_bytes() == whole
 
 
+def test_a_directory_without_an_episode_is_not_left_behind(tmp_path):
+    new, sweep = tmp_path / "new", tmp_path / "sweep"
+    for name in (".", "flow_steps=1"):
+        with pytest.raises(KeyboardInterrupt), rollout_results.removed_if_empty(new):
+            open_directory(new / name, {})
+            raise KeyboardInterrupt
+        assert not new.exists()
+    episodes = [(Episode("a", 0, "x"), [np.zeros((8, 8, 3), np.uint8)])]
+    with pytest.raises(RuntimeError), rollout_results.removed_if_empty(sweep):
+        record(sweep / "1", open_directory(sweep / "1", {}), episodes, 1, "none")
+        open_directory(sweep / "2", {})
+        raise RuntimeError
+    assert len(open_directory(sweep / "1", {})) == 1
+    open_directory(new, {})
+    with pytest.raises(RuntimeError), rollout_results.removed_if_empty(new):  # not made here
+        raise RuntimeError
+    assert new.exists()
+
+
 class Crashing(gymnasium.Wrapper):
     """PushT, which raises, or whose process dies, in the episode of seed 3."""
 
@@ -380,6 +399,30 @@ def outcomes(directory: Path) -> list[dict]:
     """The episodes of results.json without what the machine's load changes."""
     episodes = json.loads((directory / "results.json").read_text())["per_episode"]
     return [{k: v for k, v in episode.items() if k not in ("policy_s", "environment_s")} for episode in episodes]
+
+
+def test_a_refused_rollout_leaves_nothing_behind_and_no_episode_is_counted_that_was_not_asked_for(pusht_path, tmp_path):
+    damaged = tmp_path / "damaged"
+    shutil.copytree(pusht_path, damaged)
+    (damaged / "model.safetensors").write_bytes((damaged / "model.safetensors").read_bytes()[:-100])
+    env, out = EnvironmentConfig(type="pusht"), tmp_path / "out"
+    config = RolloutConfig(policy_path=pusht_path, out=out, env=env, episodes=2, num_envs=1, max_steps=2)
+    wrong = [
+        replace(config, policy_path=damaged),
+        replace(config, rename={"observation.image": "observation.top"}),
+        replace(config, rename={"observation.top": "observation.image"}, sweep="flow_steps=1,2"),
+    ]
+    for of_wrong, said in zip(
+        wrong, ("model.safetensors", "the policy was trained on", "--rename observation.top: not")
+    ):
+        with pytest.raises(ValueError, match=said):
+            main(of_wrong)
+        assert not out.exists()
+    main(config)
+    with pytest.raises(ValueError, match=rf"--episodes 1: {out} has .* seed 1, .*: pass --episodes 2 or more"):
+        main(replace(config, episodes=1, resume=True))
+    main(replace(config, episodes=3, resume=True))
+    assert [episode["seed"] for episode in outcomes(out)] == [0, 1, 2]
 
 
 @pytest.mark.slow
