@@ -36,10 +36,17 @@ FILL_AGAIN = "remove it and run the command that filled the cache again, which m
 
 
 def dataset_directories(cache: Path, names: list[str]) -> list[Path]:
-    """Each dataset's directory in a cache, by the end of its repo id or path. Raises ValueError if two are equal."""
-    directories = [cache / "--".join(Path(name).parts[-2:]) for name in names]
-    if len(set(directories)) < len(directories):
-        raise ValueError(f"two of {names} end in the same names: give each a cache directory of its own")
+    """Each dataset's directory in a cache, by the end of its repo id or path; one for a dataset that is named twice.
+
+    Raises ValueError if two datasets would share a directory.
+    """
+    directories, owners = [cache / "--".join(Path(name).parts[-2:]) for name in names], {}
+    for name, directory in zip(names, directories, strict=True):
+        if Path(other := owners.setdefault(directory, name)) != Path(name):
+            raise ValueError(
+                f"{other} and {name} would share {directory}, as their last two names are equal: rename a directory of "
+                "one of them, or name it by a link to it (ln -s)"
+            )
     return directories
 
 

@@ -124,8 +124,12 @@ def test_what_is_missing_or_damaged_is_refused(tmp_path):
 
 def test_datasets_of_one_name_are_refused(tmp_path):
     assert dataset_directories(tmp_path, ["a/x/y", "b/x/z"]) == [tmp_path / "x--y", tmp_path / "x--z"]
-    with pytest.raises(ValueError, match="end in the same names"):
-        dataset_directories(tmp_path, ["a/x/y", "b/x/y"])
+    with pytest.raises(ValueError, match=r"a/x/y and b/x/y would share .*/x--y, .*: rename a directory .* .ln -s."):
+        dataset_directories(tmp_path, ["a/x/y", "c", "b/x/y"])
+    link = tmp_path / "x" / "other"
+    assert dataset_directories(tmp_path, ["a/x/y", str(link)]) == [tmp_path / "x--y", tmp_path / "x--other"]
+    # Demonstrations that are video, too, are one dataset.
+    assert dataset_directories(tmp_path, ["a/x/y", "a/x/y"]) == [tmp_path / "x--y"] * 2
 
 
 def test_a_fingerprint_tells_datasets_apart_but_not_their_places(tmp_path, video_dataset, labelled_dataset):
