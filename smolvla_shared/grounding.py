@@ -14,7 +14,7 @@ from smolvla_shared.batch import RawBatch
 from smolvla_shared.data_rows import Rows
 from smolvla_shared.hashes import dataset_fingerprint
 from smolvla_shared.normalization import Statistics
-from smolvla_shared.teacher_config import GroundingConfig
+from smolvla_shared.teacher_config import ActionMode, GroundingConfig
 
 
 class Grounding:
@@ -23,7 +23,7 @@ class Grounding:
     first: index of the first labelled dataset in the run
     rows:  (dataset index in the run, training rows) of each labelled dataset
 
-    Raises ValueError for a dataset without actions.
+    Raises ValueError for a dataset without actions, and for datasets whose actions are unlike.
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class Grounding:
         val_fraction: float | None,
         seed: int,
     ):
-        self.config, self.rows, self.used, known = config, [], {}, {}
+        self.config, self.rows, self.used, known, kinds = config, [], {}, {}, {}
         for index, dataset in enumerate(labelled, start=first):
             if label_probe.action_key(dataset) is None:
                 raise ValueError(f"--grounding: {dataset.name} has no actions, it has {sorted(dataset.features)}")
@@ -45,6 +45,8 @@ class Grounding:
             rows = dataset.rows_with_pairs(Rows(rows.start[some], rows.end[some]))
             pairs = torch.from_numpy(rows.numpy())
             mode, reason = label_probe.action_mode(dataset)
+            kinds[dataset.name] = dataset.vector_dim(label_probe.action_key(dataset)), mode, reason
+            refuse_unlike(kinds)
             known[index] = dataset, pairs, label_probe.actions_over_gap(dataset, pairs, mode)
             self.rows.append((index, rows))
             self.used[dataset.name] = {
@@ -75,3 +77,20 @@ class Grounding:
     def source(self) -> dict[str, Any]:
         """What the teacher's JSON file records of the grounding."""
         return {"weight": self.config.weight, "share": self.config.share, "datasets": self.used}
+
+
+def refuse_unlike(kinds: dict[str, tuple[int, ActionMode, str]]) -> None:
+    """Raise ValueError unless the actions of the last dataset are as those of the first: of one width, and sums or
+    changes. One head learns all, standardised by one mean and deviation.
+
+    kinds: width, mode and the mode's reason (label_probe.action_mode) by the dataset's name
+    """
+    names = [*kinds]
+    first, last = names[0], names[-1]
+    if kinds[first][:2] != kinds[last][:2]:
+        said = [
+            f"  {name}: {kinds[name][0]} dimensions, their {kinds[name][1]} over the gap ({kinds[name][2]})"
+            for name in (first, last)
+        ]
+        title, fix = "--grounding: one head cannot learn actions of two kinds:", "Name datasets of one kind"
+        raise ValueError("\n".join([title, *said, fix]))

@@ -1,6 +1,7 @@
 """Online labels are LAQ's own; teacher.py: statistics are those of the pairs, and a short training learns."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import tyro
-from helpers import lerobot_dataset
+from helpers import lerobot_dataset, set_vectors
 
 from smolvla_shared import data, data_loader, data_order, data_rows, data_split
 from smolvla_shared.command import is_mistake
@@ -325,6 +326,24 @@ def test_grounding_learns_the_actions_of_some_episodes(tmp_path, video_dataset, 
     # `teacher check` leaves them out.
     rows = unseen_rows(labelled, {used["fingerprint"]: used["episodes"]})
     assert {labelled.episode_of(row) for row in rows.numpy()} == unused
+
+
+def test_grounding_on_actions_of_two_kinds_is_refused(tmp_path, labelled_dataset, image_dataset):
+    """Of other widths, or absolute positions beside velocities: they would be pooled under one mean."""
+    positions = shutil.copytree(labelled_dataset, tmp_path / "positions")
+    (labelled,) = data.open_datasets(DataConfig(roots=(labelled_dataset,)))
+    # A position whose change, not whose sum, the displacement of the state is.
+    set_vectors(positions, {"action": np.array(labelled.vector("observation.state"), np.float32)})
+    for other, said in ((image_dataset, "2 dimensions, their"), (positions, "4 dimensions, their change over the gap")):
+        datasets = data.open_datasets(DataConfig(roots=(labelled_dataset, other)))
+        named = GroundingConfig(roots=(labelled_dataset, other))
+        with pytest.raises(ValueError, match="--grounding: one head cannot learn actions of two kinds") as refused:
+            Grounding(datasets, 0, named, val_fraction=0.2, seed=0)
+        lines = str(refused.value).splitlines()
+        assert lines[1].startswith(f"  {labelled_dataset}: 4 dimensions, their sum over the gap (")
+        assert lines[2].startswith(f"  {other}: {said}") and is_mistake(refused.value)
+    twice = data.open_datasets(DataConfig(roots=(labelled_dataset,))) * 2
+    assert Grounding(twice, 0, GroundingConfig(roots=(labelled_dataset,)), val_fraction=0.2, seed=0).action_dim == 4
 
 
 def test_the_actions_of_a_grounded_pair(video_dataset, labelled_dataset):
