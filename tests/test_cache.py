@@ -124,7 +124,7 @@ def test_what_is_missing_or_damaged_is_refused(tmp_path):
 
 def test_datasets_of_one_name_are_refused(tmp_path):
     assert dataset_directories(tmp_path, ["a/x/y", "b/x/z"]) == [tmp_path / "x--y", tmp_path / "x--z"]
-    with pytest.raises(ValueError, match=r"a/x/y and b/x/y would share .*/x--y, .*: rename a directory .* .ln -s."):
+    with pytest.raises(ValueError, match=r"a/x/y and b/x/y would share .*/x--y, .*: rename a directory .* \(ln -s\)"):
         dataset_directories(tmp_path, ["a/x/y", "c", "b/x/y"])
     link = tmp_path / "x" / "other"
     assert dataset_directories(tmp_path, ["a/x/y", str(link)]) == [tmp_path / "x--y", tmp_path / "x--other"]
