@@ -2,11 +2,13 @@
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ from smolvla_shared.hashes import file_sha256
 from smolvla_shared.locks import lock
 from smolvla_shared.paths import check_run_dir
 from smolvla_shared.refusals import decode, read_json
+from smolvla_shared.run_metrics import METRICS_FILE, read_metrics
 from smolvla_shared.run_sharding import gather, scatter_
 from smolvla_shared.run_signals import STOPPED_FILE
 
@@ -33,6 +36,7 @@ FULL_STATE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 STATE_FILE = Path("training_state") / "state.pt"
 RECORD_FILE = "checkpoint.json"
 INPUTS_FILE = "inputs.json"
+CHECKPOINT_NAME = re.compile(r"[0-9]+")
 # export(directory, full weights by name, step) writes a policy, an artifact or a teacher.
 Export = Callable[[Path, dict[str, Tensor], int], None]
 
@@ -127,6 +131,8 @@ def check_run(config: RunConfig, accelerator: Accelerator, product: Path | None 
             f"{accelerator.num_processes} process(es) x {config.accumulation_steps} accumulation step(s)"
         )
     check_run_dir(run_dir, config.resume)
+    if accelerator.is_main_process:
+        check_links(run_dir)
     if not config.resume:
         return None
     if accelerator.is_main_process:
@@ -140,8 +146,14 @@ def check_run(config: RunConfig, accelerator: Accelerator, product: Path | None 
             + f"Free to change are {', '.join(map(flag, sorted(FREE_ON_RESUME)))} and the number of processes"
         )
     for key in sorted(changed - {"resume", "run_dir"}):
-        accelerator.print(f"{flag(key)}: was {before[key]}, now {now[key]}")
+        accelerator.print(f"{flag(key)}: was {before.get(key, 'not recorded')}, now {now.get(key)}")
+    read_metrics(run_dir / METRICS_FILE)
     checkpoint = last_checkpoint(run_dir)
+    if checkpoint and not (run_dir / INPUTS_FILE).is_file():  # it would be written anew, with whatever the data is now
+        raise ValueError(
+            f"--resume: {run_dir / INPUTS_FILE} is missing, without which nobody can tell whether the run reads "
+            "what it began with\nPut the file back, or start a new run in another --run-dir"
+        )
     done = int(checkpoint.name) if checkpoint else 0
     if done > config.steps:
         raise ValueError(f"--resume: {done} steps are done, --steps {config.steps} asks for fewer: pass {done} or more")
@@ -153,11 +165,25 @@ def check_run(config: RunConfig, accelerator: Accelerator, product: Path | None 
 
 def is_of(product: Path, step: int) -> bool:
     """Whether a file of the run was written after this step: that of a shorter run may still be there."""
-    return product.exists() and read_json(product).get("source", {}).get("global_step") == step
+    source = read_json(product).get("source") if product.exists() else None
+    return isinstance(source, dict) and source.get("global_step") == step
 
 
 def lock_run(run_dir: Path) -> None:
     lock(run_dir, f"--run-dir {run_dir}", "wait for it or stop it, or pass another --run-dir")
+
+
+def check_links(run_dir: Path) -> None:
+    """Raise ValueError where no link can be made, as checkpoints/last is one: some network and USB disks have none."""
+    there = next(place for place in (run_dir.absolute(), *run_dir.absolute().parents) if place.is_dir())
+    with TemporaryDirectory(dir=there, prefix=".links.") as temporary:
+        try:
+            (Path(temporary) / "last").symlink_to("000001")
+        except OSError as error:
+            raise ValueError(
+                f"--run-dir {run_dir}: this file system has no symbolic links ({error.strerror or error}), "
+                "and checkpoints/last is one: name a directory on another disk"
+            ) from error
 
 
 def claim_run(config: RunConfig, accelerator: Accelerator, inputs: dict[str, str] | None = None) -> None:
@@ -194,9 +220,12 @@ def check_inputs(path: Path, inputs: dict[str, str], resume: bool) -> None:
 def last_checkpoint(run_dir: Path) -> Path | None:
     """The checkpoint that checkpoints/last names; None: there is no checkpoint yet.
 
-    If that checkpoint is damaged, raises ValueError with the name of the newest whole one.
+    If that checkpoint is damaged, or `last` is no link, raises ValueError with the name of the newest whole one.
     """
     last = run_dir / "checkpoints" / "last"
+    if not last.is_symlink() and last.exists():
+        found = f"{last} is no link to a checkpoint, a copy of the run has followed the link"
+        raise ValueError(f"--resume: {found}\n{_go_on_from(run_dir, last, f'rm -r {last} && ')}")
     if not last.is_symlink():
         match numbered(run_dir):
             case []:
@@ -205,23 +234,27 @@ def last_checkpoint(run_dir: Path) -> Path | None:
                 return first.resolve()
     found = last.parent / last.readlink() if last.is_symlink() else last
     problems = damage(found)
+    if not problems and not CHECKPOINT_NAME.fullmatch(found.name):
+        problems = [f"{found.name} is no checkpoint's name, which is its step"]
     if not problems:
         return found.resolve()
-    good = next((path for path in reversed(numbered(run_dir)) if path != found and not damage(path)), None)
-    raise ValueError(
-        f"--resume: {found} is damaged:\n  "
-        + "\n  ".join(problems)
-        + (
-            f"\nThe newest that is whole is {good.name}; to go on from it:\n  ln -sfn {good.name} {last}"
-            if good
-            else f"\nNo other is whole: start again in another --run-dir, or remove {run_dir}"
-        )
-    )
+    listing = "\n  ".join(problems)
+    raise ValueError(f"--resume: {found} is damaged:\n  {listing}\n{_go_on_from(run_dir, found)}")
+
+
+def _go_on_from(run_dir: Path, damaged: Path, before: str = "") -> str:
+    """What to do where `last` names a damaged checkpoint, with a command; `before`: what comes before it."""
+    last = run_dir / "checkpoints" / "last"
+    good = next((path for path in reversed(numbered(run_dir)) if path != damaged and not damage(path)), None)
+    if good is None:
+        return f"No other is whole: start again in another --run-dir, or remove {run_dir}"
+    return f"The newest that is whole is {good.name}; to go on from it:\n  {before}ln -sfn {good.name} {last}"
 
 
 def numbered(run_dir: Path) -> list[Path]:
-    """The checkpoints of a run, by step."""
-    return sorted((run_dir / "checkpoints").glob("[0-9]*"), key=lambda path: int(path.name))
+    """The checkpoints of a run, by step. What a user keeps beside them under other names counts for nothing."""
+    found = [path for path in (run_dir / "checkpoints").glob("[0-9]*") if CHECKPOINT_NAME.fullmatch(path.name)]
+    return sorted(found, key=lambda path: int(path.name))
 
 
 def damage(checkpoint: Path) -> list[str]:
@@ -231,6 +264,8 @@ def damage(checkpoint: Path) -> list[str]:
     except ValueError as error:
         return [str(error)]
     problems = []
+    if CHECKPOINT_NAME.fullmatch(checkpoint.name) and int(checkpoint.name) != record.step:
+        problems.append(f"it is of step {record.step}")
     for name, written in record.files.items():
         path = checkpoint / name
         if not path.is_file():

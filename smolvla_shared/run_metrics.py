@@ -21,6 +21,30 @@ from tqdm import tqdm
 
 from smolvla_shared.config import LATENT, RunConfig
 from smolvla_shared.files import replacing, write_text
+from smolvla_shared.refusals import from_json
+
+METRICS_FILE = "metrics.jsonl"
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """All complete lines of metrics.jsonl. A killed run may leave a torn last line, which is skipped.
+
+    Raises ValueError for a line that is no object of numbers with a step.
+    """
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    return [_numbers(line, f"{path}, line {row}") for row, line in enumerate(lines, start=1) if line.endswith(b"\n")]
+
+
+def _numbers(line: bytes, where: str) -> dict[str, float]:
+    try:
+        found = from_json(line)
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict) or not all(isinstance(value, int | float) for value in found.values()):
+        raise ValueError(f"{where} holds no metrics, {line[:60]!a}: the file is damaged, remove the line")
+    if not isinstance(found.get("step"), int):
+        raise ValueError(f"{where} has no step, {line[:60]!a}: the file was edited, remove the line")
+    return found
 
 
 class MetricsLog:
@@ -32,9 +56,7 @@ class MetricsLog:
         write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def read(self) -> list[dict[str, float]]:
-        """All complete lines. A killed run may leave a torn last line, which is skipped."""
-        lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
-        return [json.loads(line) for line in lines if line.endswith("\n")]
+        return read_metrics(self.path)
 
     def write(self, metrics: dict[str, float]) -> None:
         """Add a line and sync it to disk, before the step's checkpoint. Raises OSError if it cannot be written."""
@@ -202,7 +224,7 @@ class Recorder:
         self.is_main = accelerator.is_main_process
         self.step = self.first_step = step
         if self.is_main:
-            self.log = MetricsLog(config.run_dir / "metrics.jsonl", step)
+            self.log = MetricsLog(config.run_dir / METRICS_FILE, step)
         start_trackers(config, accelerator, step)
 
     def __enter__(self) -> "Recorder":

@@ -1,5 +1,6 @@
 """run_checkpoint.py: whole checkpoints only, damaged ones told, and what a resumed run may change."""
 
+import errno
 import json
 import os
 import resource
@@ -221,6 +222,113 @@ def test_where_no_checkpoint_is_whole_nothing_is_offered(tmp_path):
     damaged("truncated", config.run_dir / "checkpoints" / "000002")
     with pytest.raises(ValueError, match="No other is whole: start again in another --run-dir"):
         check_run(replace(config, resume=True), make_accelerator())
+
+
+def test_a_copy_that_followed_the_link_is_told_and_mended_by_the_command_that_is_offered(tmp_path):
+    """As `cp -rL` copies a run, and many programs that synchronise directories."""
+    for every in (2, 6):  # three checkpoints, and one
+        config = make_config(tmp_path / f"run{every}", steps=6, save_every=every)
+        train_points(config)
+        copy = replace(config, resume=True, steps=8, run_dir=shutil.copytree(config.run_dir, tmp_path / f"copy{every}"))
+        last = copy.run_dir / "checkpoints" / "last"
+        assert not last.is_symlink()
+        with pytest.raises(ValueError, match=rf"{last} is no link to a checkpoint.*\n.* whole is 000006") as error:
+            check_run(copy, make_accelerator())
+        subprocess.run(str(error.value).splitlines()[-1], shell=True, check=True)
+        train_points(copy, resume_from=check_run(copy, make_accelerator()))
+        assert last.readlink() == Path("000008")
+
+
+def test_what_a_user_keeps_beside_the_checkpoints_counts_for_nothing(tmp_path):
+    config = make_config(tmp_path / "run", steps=6, save_every=2)
+    train_points(config)
+    checkpoints = config.run_dir / "checkpoints"
+    for name in ("000002.bak", "0000x"):
+        shutil.copytree(checkpoints / "000002", checkpoints / name)
+    resumed = replace(config, resume=True, steps=8, keep=1)
+    train_points(resumed, resume_from=check_run(resumed, make_accelerator()))
+    assert names_in(checkpoints) == ["000002.bak", "000008", "0000x", "last"]
+
+
+def test_a_checkpoint_of_another_name_than_its_step_is_refused(tmp_path):
+    config = make_config(tmp_path / "run", steps=6, save_every=2)
+    train_points(config)
+    checkpoints = config.run_dir / "checkpoints"
+    shutil.copytree(checkpoints / "000006", checkpoints / "000006.bak")
+    shutil.rmtree(checkpoints / "000006")
+    shutil.copytree(checkpoints / "000002", checkpoints / "000006")
+    for name, said in [("000006", "it is of step 2"), ("000006.bak", "000006.bak is no checkpoint's name")]:
+        (checkpoints / "last").unlink()
+        (checkpoints / "last").symlink_to(name)
+        with pytest.raises(ValueError, match=rf"{name} is damaged:\n  {said}.*\nThe newest that is whole is 000004"):
+            check_run(replace(config, resume=True), make_accelerator())
+
+
+def test_a_file_system_without_links_is_refused_before_training(tmp_path, monkeypatch):
+    def refuse(*arguments):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(Path, "symlink_to", refuse)
+    config = replace(make_config(tmp_path), run_dir=tmp_path / "run")
+    with pytest.raises(ValueError, match=r"run: this file system has no symbolic links \(Operation not permitted\)"):
+        check_run(config, make_accelerator())
+    assert names_in(tmp_path) == []
+
+
+def test_a_run_without_a_record_of_what_it_read_is_refused_once_it_has_a_checkpoint(tmp_path):
+    config = make_config(tmp_path / "run", steps=4, save_every=4)
+    with pytest.raises(Died):
+        train_points(config, after_step=die_at(1))
+    (config.run_dir / "inputs.json").unlink()
+    resumed = replace(config, resume=True)
+    train_points(resumed, resume_from=check_run(resumed, make_accelerator()))
+    (config.run_dir / "inputs.json").unlink()
+    with pytest.raises(ValueError, match=r"inputs.json is missing.*\nPut the file back, or start a new run"):
+        check_run(resumed, make_accelerator())
+    assert not (config.run_dir / "inputs.json").exists()
+
+
+def test_a_setting_that_may_change_may_be_missing(tmp_path, capsys):
+    config = make_config(tmp_path / "run", steps=2, save_every=2)
+    train_points(config)
+    body = json.loads((config.run_dir / "config.json").read_text())
+    del body["keep"]
+    (config.run_dir / "config.json").write_text(json.dumps(body))
+    check_run(replace(config, resume=True, steps=3, keep=1), make_accelerator())
+    assert "--keep: was not recorded, now 1\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("source", [None, [], "text", {"global_step": 1}])
+def test_a_product_of_another_step_is_written_again(tmp_path, source):
+    config = make_config(tmp_path / "run", steps=2, save_every=2)
+    train_points(config)
+    (product := tmp_path / "artifact.json").write_text(json.dumps({"source": source}))
+    resumed = replace(config, resume=True)
+    assert check_run(resumed, make_accelerator(), product) == config.run_dir / "checkpoints" / "000002"
+    product.write_text(json.dumps({"source": {"global_step": 2}}))
+    with pytest.raises(SystemExit):
+        check_run(resumed, make_accelerator(), product)
+
+
+@pytest.mark.parametrize(
+    "line, said",
+    [
+        (b"not json", "line 2 holds no metrics, b'not json"),
+        (b"\xff\xfe", "line 2 holds no metrics"),
+        (b"[1]", "line 2 holds no metrics"),
+        (b'{"step": 1, "loss/action": "low"}', "line 2 holds no metrics"),
+        (b'{"loss/action": 0.5}', "line 2 has no step"),
+        (b'{"step": 1.5}', "line 2 has no step"),
+    ],
+)
+def test_damaged_metrics_are_refused_before_a_run_goes_on(tmp_path, line, said):
+    config = make_config(tmp_path / "run", steps=4, save_every=2)
+    train_points(config)
+    path = config.run_dir / "metrics.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([lines[0], line + b"\n", *lines[2:]]))
+    with pytest.raises(ValueError, match=rf"metrics.jsonl, {said}"):
+        check_run(replace(config, resume=True, steps=6), make_accelerator())
 
 
 def test_a_disk_that_is_full_stops_the_run_and_leaves_the_last_checkpoint(tmp_path):
