@@ -127,7 +127,10 @@ class Checkpoint:
                 else:
                     values[statistic] = tensors[0].tolist()
             if len(values) == len(names):
-                result[name] = of_mode(self.modes[name], values)
+                try:
+                    result[name] = of_mode(self.modes[name], values)
+                except ValueError as error:
+                    problems.append(f"{feature}: {error}")
         if problems:
             robots = sorted({what[0] for what in statistic_of.values() if what and what[0]})
             raise ValueError(

@@ -32,6 +32,11 @@ class Statistics:
     def __post_init__(self):
         for name in self.names():
             object.__setattr__(self, name, tuple(getattr(self, name)))  # from lists
+        widths = {name: len(values) for name, values in self.named().items()}
+        if len({*widths.values()}) > 1:
+            raise ValueError(f"statistics of one vector must have one width, found {widths}: write or copy them again")
+        if negative := [value for value in self.std if value < 0]:
+            raise ValueError(f"std must be at least 0, found {negative}: write or copy the statistics again")
 
     @classmethod
     def of(cls, values: Tensor) -> "Statistics":
@@ -83,6 +88,11 @@ class Quantiles(Statistics):
     mode: Literal["quantiles"] = "quantiles"
 
     READ = "q01", "q99"
+
+    def __post_init__(self):
+        super().__post_init__()
+        if crossed := [pair for pair in zip(self.q01, self.q99, strict=True) if pair[0] > pair[1]]:
+            raise ValueError(f"q01 must be at most q99, found {crossed}: write or copy the statistics again")
 
     @staticmethod
     def normalized(values: Tensor, q01: Tensor, q99: Tensor) -> Tensor:

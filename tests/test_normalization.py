@@ -247,3 +247,21 @@ def test_stages_normalise_by_quantiles(uneven, laq_checkpoint, tmp_path, capsys)
     # The loss of another scale of actions is another one.
     losses = [json.loads((run / "metrics.jsonl").read_text().splitlines()[0])["loss/action"] for run in (s3, other)]
     assert losses[0] != pytest.approx(losses[1], rel=0.01)
+
+
+@pytest.mark.parametrize(
+    "make, said",
+    [
+        (lambda: Statistics([0.0] * 4, [1.0] * 3), "one width, found {'mean': 4, 'std': 3}"),
+        (lambda: Statistics([0.0], [-1.0]), r"std must be at least 0, found \[-1.0\]"),
+        (lambda: Quantiles([0.0], [1.0], q01=[0.0], q99=[]), "one width"),
+        (lambda: Quantiles([0.0], [1.0], q01=[2.0], q99=[1.0]), r"q01 must be at most q99, found \[\(2.0, 1.0\)\]"),
+    ],
+)
+def test_statistics_that_no_values_have_are_refused(make, said):
+    with pytest.raises(ValueError, match=said):
+        make()
+
+
+def test_a_dimension_that_never_changes_has_statistics():
+    Statistics([1.0], [0.0]), Quantiles([1.0], [0.0], q01=[1.0], q99=[1.0])
