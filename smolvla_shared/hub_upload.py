@@ -10,7 +10,15 @@ from huggingface_hub import HfApi, ModelCardData
 
 from smolvla_shared.artifact import SCHEMA as ARTIFACT_SCHEMA
 from smolvla_shared.artifact import load_artifact
-from smolvla_shared.files import MANIFEST_NAME, PROCESSORS, SOURCE_NAME, hub_or_cache, policy_sha256, write_text
+from smolvla_shared.files import (
+    MANIFEST_NAME,
+    PROCESSORS,
+    SOURCE_NAME,
+    hub_or_cache,
+    policy_sha256,
+    refusing,
+    write_text,
+)
 from smolvla_shared.laq_files import load_laq, read_manifest, teachers_grounding
 from smolvla_shared.lerobot_card import (
     CARD_NAME,
@@ -78,10 +86,9 @@ def open_policy(directory: Path) -> Upload:
     files = [folder / name for folder in (directory, *of_robots) for name in names]
     files += [path for folder in (directory, *of_robots) for path in folder.glob(PROCESSORS)]
     card = directory / CARD_NAME
-    return Upload(
-        {path.relative_to(directory).as_posix(): path for path in files if path.is_file()},
-        card.read_text() if card.is_file() else policy_card(config, read_source(directory)),
-    )
+    with refusing(f"{card} is no text in UTF-8", "save it as UTF-8, or remove it to have it written again"):
+        text = card.read_text(encoding="utf-8") if card.is_file() else policy_card(config, read_source(directory))
+    return Upload({path.relative_to(directory).as_posix(): path for path in files if path.is_file()}, text)
 
 
 def open_artifact(weights: Path) -> Upload:

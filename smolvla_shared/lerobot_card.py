@@ -16,7 +16,15 @@ from torch import Tensor
 
 from smolvla_shared import ranges
 from smolvla_shared.config import CoreConfig
-from smolvla_shared.files import PROCESSORS, SOURCE_NAME, share, write_manifest, write_text, write_weights
+from smolvla_shared.files import (
+    PROCESSORS,
+    SOURCE_NAME,
+    refusing,
+    share,
+    write_manifest,
+    write_text,
+    write_weights,
+)
 from smolvla_shared.refusals import decode_known, read_json
 from smolvla_shared.teacher_config import GroundedIn
 
@@ -270,9 +278,18 @@ def add_results(card: str, results: dict[str, Any], where: str = "results.json")
 
 
 def read_source(directory: Path) -> dict[str, Any]:
-    """The source.json of a policy's directory; {} if there is none. Raises ValueError if it is damaged."""
+    """The source.json of a policy's directory; {} if there is none. Raises ValueError if it is damaged, or lacks what a
+    card says of it.
+    """
     path = directory / SOURCE_NAME
-    return read_json(path) if path.is_file() else {}
+    source = read_json(path) if path.is_file() else {}
+    with refusing(f"{path} does not say what a card needs", "copy it again, or remove it"):
+        for step in history(source):
+            training_lines(step)
+            sorted({*step.get("hub_datasets", ())})
+            if "trained_by" in step:
+                step["started_from"].get("run")
+    return source
 
 
 def write_about(directory: Path, config: "HLRPSmolVLASharedConfig", source: dict[str, Any]) -> None:

@@ -27,6 +27,7 @@ from smolvla_shared.files import (
     find_directory,
     link_or_copy,
     read_weights,
+    refusing,
     write_manifest,
     write_weights,
 )
@@ -209,12 +210,14 @@ def load_config(
     path = directory / CONFIG_NAME
     if not isinstance(kind := read_json(path).get("type"), str):
         raise ValueError(f"{path} names no type of a policy, it has type {kind!r}")
-    try:
+    with refusing(f"{path} does not describe a policy"):  # a field is unknown, or has a value of another type
         config = PreTrainedConfig.from_pretrained(directory, cli_overrides=cli_overrides or [])
-    except Exception as error:  # of many kinds: a field is unknown, or has a value of another type
-        raise ValueError(f"{path} does not describe a policy: {error.__cause__ or error}") from error
     if not isinstance(config, HLRPSmolVLASharedConfig):
         raise ValueError(f"{directory} holds a policy of type {config.type}, expected {POLICY_TYPE}")
+    if not cli_overrides and not (config.input_features and config.output_features):  # options may ask for null
+        raise ValueError(
+            f"{path} does not describe a policy: input_features or output_features are null: copy it again"
+        )
     if not several:
         config.refuse_several()
     return config
@@ -230,11 +233,8 @@ def load_weights(directory: Path, core: CoreConfig | None) -> dict[str, Tensor]:
     if (directory / ADAPTER_NAME).is_file():
         return _merge_adapter(directory, core)
     found = read_weights(directory / WEIGHTS_NAME)
-    try:
-        with torch.device("meta"):
-            expected = SmolVLASharedCore(core).state_dict()
-    except Exception as error:  # of torch's and transformers' many kinds
-        raise ValueError(f"{directory / CONFIG_NAME} describes a model that cannot be built: {error}") from error
+    with refusing(f"{directory / CONFIG_NAME} describes a model that cannot be built"), torch.device("meta"):
+        expected = SmolVLASharedCore(core).state_dict()
     check_weights(str(directory), {CORE_PREFIX + name: tensor for name, tensor in expected.items()}, found)
     return {name.removeprefix(CORE_PREFIX): tensor for name, tensor in found.items()}
 
@@ -250,7 +250,11 @@ def _merge_adapter(directory: Path, config: CoreConfig) -> dict[str, Tensor]:
     core = SmolVLASharedCore(config)
     core.load_state_dict(load_weights(find_policy(base), config))
     holder = nn.ModuleDict({CORE_PREFIX.rstrip("."): core})  # the adapter's names are those in the policy
-    PeftModel.from_pretrained(holder, directory).merge_and_unload()
+    adapter = read_weights(directory / ADAPTER_WEIGHTS)
+    if broken := [name for name, tensor in adapter.items() if not tensor.isfinite().all()]:
+        raise ValueError(f"{directory / ADAPTER_WEIGHTS} is not finite: {', '.join(broken)}: copy it again")
+    with refusing(f"the PEFT adapter in {directory} does not go with its base {base}"):
+        PeftModel.from_pretrained(holder, directory).merge_and_unload()
     return core.state_dict()
 
 
@@ -286,10 +290,8 @@ def load_saved(name: str) -> SavedPolicy:
     config = load_config(directory)
     file = f"{keys.POLICY_PREPROCESSOR_DEFAULT_NAME}.json"
     find_directory("policy", directory, (file,))
-    try:
+    with refusing(f"{directory / file} cannot be built"):  # a step does not take its config
         pipeline = PolicyProcessorPipeline.from_pretrained(directory, config_filename=file)
-    except Exception as error:  # of many kinds: a step does not take its config
-        raise ValueError(f"{directory / file} cannot be built: {error}") from error
     rename, _, *_, tokenize, _, normalize = pipeline.steps
     about = tokenize.tokenizer, normalize.stats, rename.rename_map, read_source(directory)
     return SavedPolicy(config, load_weights(directory, config.core), *about)

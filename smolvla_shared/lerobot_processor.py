@@ -21,9 +21,11 @@ from lerobot.utils import constants as keys
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from smolvla_shared import ranges
 from smolvla_shared.files import read_weights
+from smolvla_shared.normalization import EPS
 from smolvla_shared.preprocess import TextTokenizer
-from smolvla_shared.refusals import read_json, shown
+from smolvla_shared.refusals import decode, decode_known, read_json, refuse_differences, shown
 from smolvla_shared.trunk_files import load_trunk_tokenizer, pack_tokenizer, unpack_tokenizer
 
 if TYPE_CHECKING:
@@ -39,6 +41,7 @@ STATISTICS = {
 }
 TOKENIZER_STEP = "hlrp_smolvla_shared_tokenizer"
 RELATIVE_STEP = "hlrp_smolvla_shared_relative_actions"
+NORMALIZERS = "normalizer_processor", "unnormalizer_processor"
 # The registered names of a saved policy's steps; True: the step has a state, in a file.
 STEPS = {
     keys.POLICY_PREPROCESSOR_DEFAULT_NAME: {
@@ -183,11 +186,54 @@ def read_steps(path: Path) -> list[dict[str, Any]]:
     return steps
 
 
+@dataclass(frozen=True)
+class Renames:
+    """The config of a saved step: what it is for each kind of step is LeRobot's."""
+
+    rename_map: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Tokens:
+    max_tokens: ranges.Few
+
+
+@dataclass(frozen=True)
+class Normalizes:
+    eps: float
+    features: dict[str, Any]
+    norm_map: dict[str, str]
+
+
+def check_config(path: Path, step: dict[str, Any], described: dict[str, Any]) -> None:
+    """Raise ValueError for a config of a step that the policy's own config.json, `described`, contradicts."""
+    where, core = f"{path}, {step['registry_name']}", described.get("core")
+    core = core if isinstance(core, dict) else {}
+    if step["registry_name"] == "rename_observations_processor":
+        decode(Renames, step["config"], where)
+    elif step["registry_name"] == TOKENIZER_STEP:
+        found = decode(Tokens, step["config"], where).max_tokens
+        rows = [("max_tokens", found, core.get("max_text_tokens"))]
+        refuse_differences(where, rows, "the step has", "config.json", fix="Copy the directory again")
+    elif step["registry_name"] in NORMALIZERS:
+        found = decode_known(Normalizes, step["config"], where)
+        mapping, read = described.get("normalization_mapping"), [keys.ACTION]
+        if core.get("state_dim") and step["registry_name"] == NORMALIZERS[0]:
+            read.append(keys.OBS_STATE)
+        rows = [("eps", found.eps, EPS), *((f"features.{key}", key in found.features, True) for key in read)]
+        rows += [
+            (kind, found.norm_map.get(kind), mapping.get(kind) if isinstance(mapping, dict) else None)
+            for kind in ("STATE", "ACTION")
+        ]
+        refuse_differences(where, rows, "the step has", "the policy", fix="Copy the directory again")
+
+
 def check_processors(directory: Path) -> None:
     """Check the processors of a policy's directory before LeRobot builds them. A directory may have none.
 
     Raises ValueError for other steps than `make_hlrp_smolvla_shared_pre_post_processors` makes, in another order, for
-    a state that is missing, and for statistics that are missing, not finite or negative.
+    a config of a step that contradicts the policy's, for a state that is missing, and for statistics that are missing,
+    not finite, negative, or of another width than the policy's vectors.
     """
     for name, expected in STEPS.items():
         path = directory / f"{name}.json"
@@ -205,12 +251,17 @@ def check_processors(directory: Path) -> None:
                 f"{path} has the steps {found} (name, whether it has a state), expected {wanted}: copy the directory "
                 "again"
             )
+        described = read_json(directory / "config.json")
+        core = described.get("core")
+        widths = {of: core.get(f"{of}_dim") for of in ("state", "action")} if isinstance(core, dict) else {}
         for step in steps:
             if file := step.get("state_file"):
-                _check_state(directory / file, step)
+                _check_state(directory / file, step, widths)
+            check_config(path, step, described)
 
 
-def _check_state(path: Path, step: dict[str, Any]) -> None:
+def _check_state(path: Path, step: dict[str, Any], widths: dict[str, Any]) -> None:
+    """widths: of "state" and "action", in config.json"""
     state = read_weights(path)
     if step["registry_name"] == TOKENIZER_STEP:
         if [*state] != ["tokenizer"] or state["tokenizer"].dtype != torch.uint8 or state["tokenizer"].ndim != 1:
@@ -227,13 +278,20 @@ def _check_state(path: Path, step: dict[str, Any]) -> None:
             problems.append(f"norm_map gives {kind} {mode!r}")
             continue
         needed = {f"{feature}.{of}" for of in STATISTICS[NormalizationMode(mode)]}
-        if feature == keys.ACTION or any(name.startswith(f"{feature}.") for name in state):  # or there is no state
+        width = widths.get(kind.lower())
+        is_read = feature == keys.ACTION or (width and step["registry_name"] == NORMALIZERS[0])
+        if is_read or any(name.startswith(f"{feature}.") for name in state):
             problems += [f"{name} is missing" for name in sorted(needed - state.keys())]
         read = {name: state[name] for name in sorted(needed & state.keys())}
         if len({values.shape for values in read.values()}) > 1 or any(values.ndim != 1 for values in read.values()):
             problems.append(
                 f"{', '.join(f'{name} {[*values.shape]}' for name, values in read.items())} differ in width"
             )
+        if is_read and (other := [name for name, values in read.items() if values.shape != (width,)]):
+            problems.append(f"{', '.join(other)} should have {width} numbers, as the policy's {kind.lower()}")
+        low, high = (read.get(f"{feature}.{of}") for of in ("q01", "q99"))
+        if low is not None and high is not None and low.shape == high.shape and (low > high).any():
+            problems.append(f"{feature}.q01 is above q99: {low.tolist()}, {high.tolist()}")
         for name, values in read.items():  # LeRobot's also hold statistics that nothing reads, such as of images
             if not (values.is_floating_point() and values.isfinite().all()):
                 problems.append(f"{name} is not finite numbers: {values.flatten()[:8].tolist()} {values.dtype}")

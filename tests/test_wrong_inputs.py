@@ -3,9 +3,11 @@
 MUTATIONS=5000 pytest tests/test_wrong_inputs.py tries more than the default.
 """
 
+import errno
 import json
 import os
 import pickle
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
@@ -24,7 +26,9 @@ from torch import Tensor
 from smolvla_shared import cache, run_checkpoint
 from smolvla_shared.artifact import ARTIFACT_NAME, Latents, Origin, load_artifact, save_artifact
 from smolvla_shared.cache import RowCache
+from smolvla_shared.command import is_mistake, of_machine
 from smolvla_shared.files import MANIFEST_NAME, sealed
+from smolvla_shared.hub_upload import open_upload
 from smolvla_shared.label_cache import CachedLabels, LabelKey, cached_key, write_codebook
 from smolvla_shared.label_health import Verdict, read_verdict, write_report
 from smolvla_shared.laq_files import load_laq, teachers_source
@@ -358,3 +362,96 @@ def test_a_policy_says_which_of_its_files_have_no_hash(written, caplog):
         assert equal(read_policy(directory), expected)
     (line,) = [record.message for record in caplog.records if "has no hash of" in record.message]
     assert "config.json, model.safetensors" in line and "\n" not in line
+
+
+# --- policies without hashes, as LeRobot's commands save them ---------------------------------------------------------
+
+
+def changed_json(path: Path, *place: Any, value: Any) -> bytes:
+    body = at = json.loads(path.read_bytes())
+    for key in place[:-1]:
+        at = at[key]
+    at[place[-1]] = value
+    return json.dumps(body).encode()
+
+
+NORMALIZER = "policy_preprocessor_step_4_normalizer_processor.safetensors"
+UNNORMALIZER = "policy_postprocessor_step_0_unnormalizer_processor.safetensors"
+WRONG_FIELDS = [
+    ("policy_preprocessor.json", ("steps", 0, "config", "rename_map"), 7, "rename_map: expected an object, found 7"),
+    ("policy_preprocessor.json", ("steps", 0, "config", "rename_map"), {"a": 7}, "rename_map.a: expected a text"),
+    ("policy_preprocessor.json", ("steps", 2, "config", "max_tokens"), 5, "max_tokens: the step has 5, config.json 48"),
+    (
+        "policy_preprocessor.json",
+        ("steps", 2, "config", "max_tokens"),
+        "5",
+        'max_tokens: expected a whole number, found "5"',
+    ),
+    ("policy_preprocessor.json", ("steps", 4, "config", "eps"), 5.0, "eps: the step has 5.0, the policy 1e-08"),
+    ("policy_preprocessor.json", ("steps", 4, "config", "features"), {}, "features.action: the step has False"),
+    (
+        "policy_postprocessor.json",
+        ("steps", 0, "config", "norm_map", "ACTION"),
+        "IDENTITY",
+        "ACTION: the step has IDENTITY",
+    ),
+    ("source.json", ("global_step",), 5, "source.json does not say what a card needs: KeyError 'weights'"),
+    ("source.json", ("started_from",), 7, "source.json does not say what a card needs"),
+    ("source.json", ("trained_by",), "LeRobot", "source.json does not say what a card needs: KeyError 'started_from'"),
+    ("config.json", ("input_features",), None, "config.json does not describe a policy"),
+]
+
+
+@pytest.mark.parametrize("name, place, value, said", WRONG_FIELDS)
+def test_a_wrong_field_of_a_policy_without_hashes_is_refused(written, name, place, value, said):
+    directory, _ = written["policy"]
+    data = changed_json(directory / name, *place, value=value)
+    said_so = pytest.raises(ValueError, match=re.escape(said))
+    with in_place_of(directory / MANIFEST_NAME, None), in_place_of(directory / name, data), said_so as error:
+        load_saved(str(directory))
+    assert name in str(error.value) and is_mistake(error.value)
+
+
+@pytest.mark.parametrize("file", [NORMALIZER, UNNORMALIZER])
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"action.mean": torch.zeros(1), "action.std": torch.ones(1)}, "should have 4 numbers, as the policy's action"),
+        ({"action.std": -torch.ones(4)}, "action.std is negative"),
+    ],
+)
+def test_statistics_of_another_width_are_refused(written, file, change, said):
+    """LeRobot's normaliser would broadcast one number over all dimensions."""
+    directory, _ = written["policy"]
+    data = save(load((directory / file).read_bytes()) | change)
+    said_so = pytest.raises(ValueError, match=rf"{file} cannot normalise: .*{said}")
+    with in_place_of(directory / MANIFEST_NAME, None), in_place_of(directory / file, data), said_so:
+        load_saved(str(directory))
+
+
+def test_a_policy_with_a_state_needs_its_statistics(written):
+    directory, _ = written["policy"]
+    kept = {name: t for name, t in load((directory / NORMALIZER).read_bytes()).items() if "state" not in name}
+    said_so = pytest.raises(ValueError, match=r"cannot normalise: observation.state.mean is missing")
+    with in_place_of(directory / MANIFEST_NAME, None), in_place_of(directory / NORMALIZER, save(kept)), said_so:
+        load_saved(str(directory))
+
+
+def test_a_disk_that_is_full_is_no_damaged_policy(written, monkeypatch):
+    """LeRobot writes a copy of config.json into the temporary directory before it reads it."""
+    directory, _ = written["policy"]
+
+    def refuse(*arguments, **options):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("lerobot.configs.policies.tempfile.NamedTemporaryFile", refuse)
+    with pytest.raises(OSError) as error:
+        load_saved(str(directory))
+    assert of_machine(error.value).startswith("error: the disk is full")
+
+
+def test_a_card_that_is_no_text_is_refused(written):
+    directory, _ = written["policy"]
+    said_so = pytest.raises(ValueError, match=r"README.md is no text in UTF-8: .*: save it as UTF-8, or remove it")
+    with in_place_of(directory / "README.md", b"\xff\xfe"), said_so:
+        open_upload(directory)
