@@ -156,7 +156,7 @@ def main(config: RolloutConfig) -> None:
 
     config = replace(config, policy_path=str(of_robot(config.policy_path, config.robot)))
     environments.render_headless()
-    environments.check_tasks(config.env.type, config.env.tasks)
+    environments.check_simulator(config.env.type, config.env.tasks)
     saved = load_config(Path(config.policy_path))
     saved.device = find_device(config.device)
     use_tf32(torch.device(saved.device))

@@ -35,6 +35,10 @@ NO_STREAMING = (
 NEAR = 0.6  # likeness of names from which on one is offered for the other; difflib's own
 # The machine's refusals: the disk or the quota is full, or the directory is not the user's.
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+WORKER_DIED = re.compile(
+    r"DataLoader worker \(pid(?:\(s\))? [\d, ]+\) (exited unexpectedly|is killed by signal: (?:Killed|Bus error))"
+)
+TOO_MANY = {errno.EMFILE, errno.ENFILE}
 FORBIDDEN = {errno.EROFS, errno.EACCES, errno.EPERM}
 
 
@@ -44,7 +48,10 @@ def run_command(main: Callable[..., None], options: Any = None) -> None:
     options: the dataclass that tyro makes of the command line
     """
     try:
-        main(parse(options)) if options else main()
+        try:
+            main(parse(options)) if options else main()
+        finally:
+            sys.stdout.flush()  # here, where it can be told that nobody reads it
         leave_processes()
     except SystemExit:  # of a run that was stopped, or had nothing left to do
         leave_processes()
@@ -55,10 +62,25 @@ def run_command(main: Callable[..., None], options: Any = None) -> None:
     except Exception as error:
         if mistake := error if is_mistake(error) else of_worker(error):
             said = in_few_lines(mistake)
+        elif is_unread(error):
+            said = "error: nobody reads the output any more, as after `| head`: write it to a file, or read all of it"
         elif not (said := of_machine(error)):
             raise
-        print(said, file=sys.stderr)
+        with contextlib.suppress(BrokenPipeError):
+            print(said, file=sys.stderr)
         sys.exit(EXIT_MISTAKE)
+
+
+def is_unread(error: BaseException) -> bool:
+    """Whether the error is that of standard output with nobody at the other end; from then on it goes nowhere."""
+    if not isinstance(error, BrokenPipeError):
+        return False
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would complain at its end
+        return True
+    return False
 
 
 def leave_processes() -> None:
@@ -201,7 +223,14 @@ def is_mistake(error: BaseException) -> bool:
 
 
 def of_worker(error: BaseException) -> ValueError | None:
-    """The mistake that a worker of a DataLoader has found. torch raises its error again, with its traceback as text."""
+    """The mistake that a worker of a DataLoader has found: torch raises its error again, with its traceback as text. Or
+    that a worker is no more.
+    """
+    if found := WORKER_DIED.match(str(error)):
+        return ValueError(
+            f"a loader process {found[1]}: if it said nothing before, the system has killed it for want of memory\n"
+            "Pass a smaller --data.num-workers or --batch-size; --resume goes on from a run's last checkpoint"
+        )
     if not re.match(r"Caught \w+ in DataLoader worker process", str(error)):
         return None
     kind, traceback = type(error).__name__, str(error).rpartition("Traceback (most recent call last):\n")[2]
@@ -214,6 +243,7 @@ def of_worker(error: BaseException) -> ValueError | None:
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether a device or this machine has no memory left. torch is not imported here to ask for its class."""
     is_ram = isinstance(error, MemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)
+    is_ram = is_ram or getattr(error, "errno", None) == errno.ENOMEM
     return is_ram or type(error).__name__ == "OutOfMemoryError"
 
 
@@ -227,6 +257,15 @@ def of_machine(error: BaseException) -> str:
         return f"error: the disk is full: {text}\nMake room, or name a directory on another disk, and run this again"
     if number == errno.ENAMETOOLONG:
         return f"error: a name is too long: {text[:200]}\nGive a file or directory a name of at most 255 bytes"
+    if number in TOO_MANY:
+        fix = "Raise the limit (ulimit -n 65536), or pass fewer processes, such as --data.num-workers 1"
+        return f"error: too many open files: {text}\n{fix}"
+    if number == errno.EAGAIN:
+        return f"error: no process can be started: {text}\nPass fewer (--data.num-workers 0), or raise ulimit -u"
+    if number == errno.EIO:
+        return f"error: the disk does not work: {text}\nLook at it (dmesg), or name a directory on another disk"
+    if number == errno.ENOTDIR:
+        return f"error: a file is where a directory should be: {text}\nMove it away, or name another directory"
     if number in FORBIDDEN:
         return f"error: no permission: {text}\nName a directory that is yours, or change its permissions"
     return ""

@@ -92,6 +92,7 @@ class RobotDataset:
 
         from smolvla_shared.files import hub_or_cache
 
+        problem = ""
         try:
             with hub_or_cache() as problem:
                 revision = get_safe_version(self.name, data_info.FORMAT)

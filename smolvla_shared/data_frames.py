@@ -25,8 +25,14 @@ def _open_video(path: Path) -> Any:
     """A torchcodec VideoDecoder; a process keeps the last 100 open, as LeRobot does. LeRobot hands over a Python file
     object, which is slower than a path: every read goes through Python.
     """
-    from torchcodec.decoders import VideoDecoder  # not available on every platform
-
+    try:
+        from torchcodec.decoders import VideoDecoder  # not available on every platform
+    except (RuntimeError, ImportError, OSError) as error:  # it finds no libraries of FFmpeg, or of another torch
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(
+            f"torchcodec cannot be loaded ({reason}): install FFmpeg's libraries (apt-get install ffmpeg, or conda "
+            "install ffmpeg), or uninstall torchcodec, PyAV then decodes"
+        ) from error
     return VideoDecoder(path, seek_mode="approximate")
 
 

@@ -7,6 +7,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from smolvla_shared.files import replacing
+
 if TYPE_CHECKING:
     from smolvla_shared.data_outliers import Vector
     from smolvla_shared.data_report import Report
@@ -32,7 +34,8 @@ def draw(path: Path, report: "Report") -> None:
             draw_vector(part.subplots(), name, report.vectors[name])
         else:
             draw_lengths(*part.subplots(1, 2), report)
-    figure.savefig(path, dpi=110)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=110, format="png")
 
 
 def draw_lengths(lengths: Axes, tasks: Axes, report: "Report") -> None:

@@ -22,11 +22,34 @@ from lerobot.utils.constants import ACTION, OBS_IMAGE, OBS_IMAGES, OBS_STATE
 
 from smolvla_shared.rollout_options import CAMERAS, METAWORLD_STEPS, check_environment
 
+# Of MuJoCo, and what each needs.
+RENDERERS = {
+    "glfw": "a display",
+    "egl": "a GPU's driver, or apt-get install libegl1",
+    "osmesa": "apt-get install libosmesa6",
+}
+
 
 def render_headless() -> None:
     """Choose a renderer that needs no display, unless MUJOCO_GL names one. Call it before mujoco is imported."""
     if "MUJOCO_GL" not in os.environ and "DISPLAY" not in os.environ:
         os.environ["MUJOCO_GL"] = "egl" if Path("/dev/nvidia0").exists() else "osmesa"
+
+
+def check_renderer() -> None:
+    """Raise ValueError if MUJOCO_GL names no renderer, or one that lacks its library."""
+    render_headless()
+    name = os.environ.get("MUJOCO_GL", "glfw")
+    if name not in RENDERERS:
+        said = ", ".join(f"{renderer} ({needs})" for renderer, needs in RENDERERS.items())
+        raise ValueError(f"MUJOCO_GL is {name!r} in the environment: unset it, or set it to one of {said}")
+    try:
+        import mujoco  # noqa: F401  loads the library
+    except (AttributeError, ImportError, OSError) as error:  # PyOpenGL's None has no functions
+        raise ValueError(
+            f"MUJOCO_GL={name} cannot draw, a library is missing ({error}): it needs {RENDERERS[name]}; or set "
+            "MUJOCO_GL to another renderer"
+        ) from error
 
 
 def metaworld_tasks() -> list[str]:
@@ -44,8 +67,12 @@ def task_text(env_type: str, task: str) -> str:
     return TASK_DESCRIPTIONS[task]
 
 
-def check_tasks(env_type: str, tasks: tuple[str, ...]) -> None:
-    """Raise ValueError for what is no task of Meta-World; rollout_options.check_environment checks everything else."""
+def check_simulator(env_type: str, tasks: tuple[str, ...]) -> None:
+    """Raise ValueError for what is no task of Meta-World, and for a renderer that is none or not installed;
+    rollout_options.check_environment checks everything else.
+    """
+    if env_type != "pusht":
+        check_renderer()
     if env_type == "metaworld" and (unknown := [task for task in tasks if task not in metaworld_tasks()]):
         raise ValueError(f"--env.task {' '.join(unknown)}: not of {env_type}, which has {', '.join(metaworld_tasks())}")
 
@@ -277,7 +304,7 @@ class MetaworldPlainConfig(EnvConfig):
         render_headless()
         tasks = tuple(self.task.split(","))
         check_environment("metaworld", tasks, self.episode_length, self.cameras, self.start_steps)
-        check_tasks("metaworld", tasks)
+        check_simulator("metaworld", tasks)
         options = {"image_size": self.image_size, "max_steps": self.episode_length}
         options |= {"cameras": self.cameras, "start_steps": self.start_steps}
         if n_envs == 1:

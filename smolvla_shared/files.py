@@ -211,11 +211,19 @@ def write_text(path: Path, text: str) -> None:
 
 @cache
 def ask_hub() -> str:
-    """Why the hub does not answer, in words; "": it does, or HF_HUB_OFFLINE forbids to ask. Asked once in a process."""
+    """Why the hub does not answer, in words; "": it does, or HF_HUB_OFFLINE forbids to ask. Asked once in a process.
+
+    Raises ValueError for a proxy that cannot be used.
+    """
     if constants.HF_HUB_OFFLINE:
         return ""
     try:
         get_session().head(constants.ENDPOINT, timeout=HUB_TIMEOUT_S)
+    except (ImportError, ValueError) as error:  # httpx's, of the proxies that the environment names
+        raise ValueError(
+            f"{constants.ENDPOINT} cannot be asked by the proxy in ALL_PROXY or HTTPS_PROXY ({error}): for SOCKS pip "
+            "install 'httpx[socks]', or correct or unset the variable"
+        ) from error
     except httpx.HTTPError as error:
         problem = f"{constants.ENDPOINT} does not answer within {HUB_TIMEOUT_S} s ({error or type(error).__name__})"
         print(f"{problem}: only what the local cache holds can be read", file=sys.stderr)
@@ -255,7 +263,7 @@ def find_directory(
         repository, folder = hub_place(str(name))
         # A repository may also hold checkpoints with their optimizers, and videos.
         files = [*needed, *optional, PROCESSORS, SOURCE_NAME, MANIFEST_NAME]
-        wanted = [f"{folder}/{file}" if folder else file for file in files]
+        wanted, problem = [f"{folder}/{file}" if folder else file for file in files], ""
         try:
             with hub_or_cache() as problem:
                 directory = Path(snapshot_download(repository, allow_patterns=wanted, **hub)) / folder

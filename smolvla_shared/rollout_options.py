@@ -64,7 +64,7 @@ def check_environment(
     env_type: str, tasks: tuple[str, ...], max_steps: int, cameras: tuple[str, ...] = (), start_steps: int = 0
 ) -> None:
     """Raise ValueError for an unknown type or camera, what is not installed, and more steps than there are; for an
-    unknown task, but of Meta-World, whose tasks are LeRobot's (environments.check_tasks).
+    unknown task, but of Meta-World, whose tasks are LeRobot's (environments.check_simulator).
     """
     if env_type not in TASKS:
         raise ValueError(f"--env.type {env_type} is not one of {', '.join(TASKS)}; lerobot-eval has more types")

@@ -6,6 +6,7 @@ import math
 import multiprocessing
 import os
 import shutil
+import sys
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -56,9 +57,11 @@ def make_accelerator(precision: str | None = None, **options: Any) -> Accelerato
 
 
 def describe_precision(option: str | None, device: torch.device) -> str:
-    """The precision of a run, in words."""
+    """The device and the precision of a run, in words."""
     precision, source = stated_precision(option)
-    line = f"precision: {IN_WORDS[precision]}, from {source}"
+    line = f"device: {device.type}; precision: {IN_WORDS[precision]}, from {source}"
+    if device.type == "cpu" and precision == "bf16":
+        line += ". No GPU was found: is there one (nvidia-smi), and is torch built for it (torch.version.cuda)?"
     if precision == "no" and device.type == "cuda":
         line += ". A GPU computes faster in bfloat16: --precision bf16, or configs/accelerate/gpu_bf16.yaml"
     return line
@@ -128,6 +131,13 @@ def check_shared_memory(loader: DataLoader) -> None:
     """
     if not loader.num_workers:
         return
+    if not SHARED_MEMORY.is_dir():
+        if sys.platform != "linux":
+            return
+        raise ValueError(
+            f"there is no {SHARED_MEMORY}, by which loader processes hand over what they have read: pass "
+            "--data.num-workers 0, or mount one (mount -t tmpfs tmpfs /dev/shm)"
+        )
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # each has such a loader
     size = num_bytes(loader.dataset[next(iter(loader.sampler))])
     of_worker, free = loader.prefetch_factor * size * processes, shutil.disk_usage(SHARED_MEMORY).free

@@ -4,6 +4,7 @@ import math
 import os
 import pickle
 import shutil
+import sys
 import time
 import tracemalloc
 from collections import Counter
@@ -483,6 +484,22 @@ def test_a_video_that_is_not_of_its_data_is_refused(tmp_path):
     assert [round(frame.float().mean().item() / 30) for frame in frames] == [1, 2, 0, 7]
     with pytest.raises(ValueError, match=r"frame for 1\.100 s is 0\.225 s away.* \(8 fps, dataset 10 fps\)"):
         data_frames.decode(path, np.array([0.1, 1.1]), fps=10)
+
+
+def test_a_decoder_without_its_libraries_does_not_blame_the_video(video_dataset, monkeypatch):
+    class Broken:
+        def find_spec(self, name: str, *about) -> None:
+            if name.startswith("torchcodec"):
+                raise RuntimeError("\nCould not load libtorchcodec. Likely causes:\n 1. FFmpeg is not installed")
+
+    for name in [name for name in sys.modules if name.startswith("torchcodec")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
+    monkeypatch.setattr(data_frames, "video_decoder", lambda: "torchcodec")
+    data_frames._open_video.cache_clear()
+    path = next(video_dataset.glob("videos/*/*/*.mp4"))
+    with pytest.raises(ValueError, match=r"^torchcodec cannot be loaded \(Could not load .*\): install FFmpeg's lib"):
+        data_frames.decode(path, np.array([0.1]), fps=20)
 
 
 @pytest.mark.slow

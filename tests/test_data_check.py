@@ -20,6 +20,7 @@ import pytest
 from helpers import equal, set_vectors
 from lerobot.datasets.compute_stats import get_feature_stats
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
+from matplotlib.figure import Figure
 from PIL import Image
 from safetensors.torch import load_file
 from test_lerobot_smolvla import run_stage
@@ -27,7 +28,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import train_stage2
 import train_stage3
-from smolvla_shared import data, data_check, data_outliers, data_report, data_values, data_views
+from smolvla_shared import data, data_check, data_outliers, data_pictures, data_report, data_values, data_views
 from smolvla_shared.command import EXIT_MISTAKE, in_few_lines, run_command
 from smolvla_shared.config import ACTION, DataConfig, ModelConfig
 from smolvla_shared.data_loader import SampleDataset, SampleSpec
@@ -854,6 +855,18 @@ def test_still_frames_are_counted(copy, labelled_dataset):
     video(shade=lambda index: 50 if index < 63 else 50 + 10 * (index // 5 % 8), contrast=100)(copy)
     report = look(copy)
     assert (report.cameras[CAMERA].still, report.problems) == (3 / 8, [])
+
+
+def test_a_picture_on_a_full_disk_leaves_no_half_file(labelled_dataset, tmp_path, monkeypatch):
+    def savefig(figure: Figure, path: Path, **options) -> None:
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    report = look(labelled_dataset)
+    monkeypatch.setattr(Figure, "savefig", savefig)
+    with pytest.raises(OSError, match=r"picture.png cannot be written: .*No space left on device"):
+        data_pictures.draw(tmp_path / "picture.png", report)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_covered_camera_is_named(copy):

@@ -1,6 +1,10 @@
 """environments.py: real environments, where their episodes begin, what is refused."""
 
+import os
+import subprocess
+import sys
 from importlib.util import find_spec
+from pathlib import Path
 
 import mujoco
 import numpy as np
@@ -9,7 +13,7 @@ from lerobot.envs.configs import EnvConfig
 from lerobot.envs.utils import env_to_policy_features, preprocess_observation
 
 from smolvla_shared.environments import (
-    check_tasks,
+    check_simulator,
     compare_rates,
     make_environment,
     make_environments,
@@ -19,6 +23,7 @@ from smolvla_shared.environments import (
 from smolvla_shared.rollout_options import CAMERAS, check_environment, check_seeds
 
 TASK = "plate-slide-v3"
+ROOT = Path(__file__).parent.parent
 
 
 def test_the_expert_succeeds_and_doing_nothing_fails():
@@ -106,7 +111,7 @@ def test_a_simulation_that_mujoco_begins_anew_is_an_error(tmp_path, monkeypatch)
 def test_unknown_environments_are_refused(env_type, tasks, max_steps, cameras, message):
     with pytest.raises(ValueError, match=message):
         check_environment(env_type, tasks, max_steps, cameras)
-        check_tasks(env_type, tasks)
+        check_simulator(env_type, tasks)
 
 
 def test_starts_that_an_environment_does_not_have_are_refused():
@@ -145,6 +150,45 @@ def test_seeds_of_recordings_are_refused():
     check_seeds(range(999_998, 1_000_000))
     with pytest.raises(ValueError, match="the seeds of recordings"):
         check_seeds(range(999_999, 1_000_001))
+
+
+def test_a_renderer_that_mujoco_has_not_is_refused(monkeypatch):
+    for name in ("wumba", "disable", "EGL"):
+        monkeypatch.setenv("MUJOCO_GL", name)
+        with pytest.raises(ValueError, match=rf"MUJOCO_GL is '{name}' in the environment: unset it, or set it to"):
+            check_simulator("metaworld", (TASK,))
+    check_simulator("pusht", ("PushT-v0",))
+
+
+# A process that finds no library of this name.
+WITHOUT = """
+import ctypes, ctypes.util, sys
+name, find, load = sys.argv[1], ctypes.util.find_library, ctypes.CDLL.__init__
+
+def init(self, file, *more, **options):
+    if name.lower() in str(file).lower():
+        raise OSError(f"{file}: cannot open shared object file")
+    load(self, file, *more, **options)
+
+ctypes.CDLL.__init__, ctypes.util.find_library = init, lambda other: None if other == name else find(other)
+from smolvla_shared.environments import check_simulator
+try:
+    check_simulator("metaworld", ("reach-v3",))
+except ValueError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "library", "fix"), [("osmesa", "OSMesa", "libosmesa6"), ("egl", "EGL", "libegl1"), ("egl", "nothing", "")]
+)
+def test_a_renderer_without_its_library_is_refused(name, library, fix):
+    environment = os.environ | {"MUJOCO_GL": name, "PYTHONPATH": str(ROOT)}
+    environment.pop("PYOPENGL_PLATFORM", None)  # which MuJoCo sets for its children, too
+    done = subprocess.run([sys.executable, "-c", WITHOUT, library], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    said = f"MUJOCO_GL={name} cannot draw, a library is missing ("
+    assert (done.stdout.startswith(said) and fix in done.stdout) if fix else done.stdout == ""
 
 
 @pytest.mark.skipif(find_spec("gym_aloha") is not None, reason="gym-aloha is installed")

@@ -225,6 +225,36 @@ print(time.monotonic() - start)
 """
 
 
+PROXY = """
+from smolvla_shared.config import DataConfig
+from smolvla_shared.data import open_datasets
+from smolvla_shared.files import find_directory
+from smolvla_shared.trunk_files import load_trunk_tokenizer
+
+for ask in (
+    lambda: find_directory("policy", "me/nothing", ()),
+    lambda: open_datasets(DataConfig(repo_ids=("me/nothing",))),
+    lambda: load_trunk_tokenizer("me/nothing", None),
+):
+    try:
+        ask()
+    except ValueError as error:
+        print(error)
+"""
+
+
+@pytest.mark.parametrize(
+    ("proxy", "said"), [("socks5://localhost:1", "the 'socksio' package is not installed"), ("x://y", "x://y")]
+)
+def test_a_proxy_that_cannot_be_used_is_said(proxy, said, tmp_path):
+    environment = {"PYTHONPATH": str(ROOT), "ALL_PROXY": proxy, "HF_HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", PROXY], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == 3 and all("cannot be asked by the proxy in ALL_PROXY or HTTPS_PROXY (" in x for x in lines)
+    assert all(said in line and "pip install 'httpx[socks]'" in line for line in lines)
+
+
 def test_a_hub_that_does_not_answer_is_asked_once(tmp_path):
     asked = []
     with closing(socket.create_server(("localhost", 0))) as hub:

@@ -482,6 +482,17 @@ run_command(main)
         ("throw(RuntimeError('I/O error: No space left on device (os error 28)'))", 2, "Make room, or name"),
         ("throw(PermissionError(13, 'Permission denied', 'run/x'))", 2, "Name a directory that is yours, or change"),
         ("throw(OSError(36, 'File name too long', 5000 * 'x'))", 2, "Give a file or directory a name of at most 255"),
+        ("throw(OSError(12, 'Cannot allocate memory'))", 2, "Less is held at once with a smaller --batch-size"),
+        ("throw(OSError(24, 'Too many open files', 'run/x'))", 2, "Raise the limit (ulimit -n 65536), or pass fewer"),
+        ("throw(BlockingIOError(11, 'Resource temporarily unavailable'))", 2, "Pass fewer (--data.num-workers 0), or"),
+        ("throw(OSError(5, 'Input/output error', 'run/x'))", 2, "Look at it (dmesg), or name a directory on another"),
+        ("throw(NotADirectoryError(20, 'Not a directory', 'run/x'))", 2, "Move it away, or name another directory"),
+        ("throw(BrokenPipeError(32, 'of a process'))", 1, "BrokenPipeError: [Errno 32] of a process"),
+        (
+            "throw(RuntimeError('DataLoader worker (pid(s) 7, 8) exited unexpectedly'))",
+            2,
+            "Pass a smaller --data.num-workers",
+        ),
         ("throw(MemoryError())", 2, "Less is held at once with a smaller --batch-size"),
     ],
 )
@@ -494,6 +505,23 @@ def test_a_mistake_ends_in_few_lines_and_a_bug_in_its_traceback(tmp_path, body, 
     assert done.returncode == code
     assert lines[-1].startswith(last or "error: [Errno 28] No space left on device: 'run/x'")
     assert ("Traceback" in done.stderr) == (code == 1) and (code == 1 or len(lines) <= 4)
+
+
+@pytest.mark.parametrize("body", ["print('x', flush=True)", "print('x')", "print('x'); sys.exit(1)"])
+def test_output_that_nobody_reads_is_no_bug(tmp_path, body):
+    (tmp_path / "script.py").write_text(SCRIPT.format(body=body))
+    reads, writes = os.pipe()
+    os.close(reads)
+    done = subprocess.run(
+        [sys.executable, tmp_path / "script.py"],
+        stdout=writes,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={"PYTHONPATH": str(ROOT)},
+    )
+    os.close(writes)
+    assert done.returncode == EXIT_MISTAKE
+    assert done.stderr.startswith("error: nobody reads the output any more") and len(done.stderr.splitlines()) == 1
 
 
 HEAVY = "torch", "transformers", "lerobot", "accelerate", "datasets"

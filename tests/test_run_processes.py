@@ -76,8 +76,9 @@ def test_a_device_that_is_not_there_is_refused():
 def test_a_run_in_float32_on_a_gpu_says_so(monkeypatch):
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    assert describe_precision(None, cpu) == "precision: float32, from the default"
-    assert describe_precision("bf16", gpu) == "precision: bfloat16, from --precision"
+    assert describe_precision(None, cpu) == "device: cpu; precision: float32, from the default"
+    assert describe_precision("bf16", gpu) == "device: cuda; precision: bfloat16, from --precision"
+    assert "device: cpu; precision: bfloat16, from --precision. No GPU was found: " in describe_precision("bf16", cpu)
     assert "float32, from the default. A GPU computes faster in bfloat16: --precision bf16" in describe_precision(
         None, gpu
     )
@@ -154,6 +155,10 @@ def test_workers_that_would_fill_the_shared_memory_are_refused(monkeypatch, vide
         run_processes.check_shared_memory(loader)
     free = 0
     run_processes.check_shared_memory(run_processes.make_worker_loader(blocks, num_workers=0))
+    monkeypatch.setattr(run_processes, "SHARED_MEMORY", tmp_path / "shm")
+    monkeypatch.setattr(run_processes.sys, "platform", "linux")
+    with pytest.raises(ValueError, match=r"there is no .*/shm, by which .* pass --data\.num-workers 0, or mount one"):
+        run_processes.check_shared_memory(loader)
     groups = data_rows.group_rows([(0, dataset.rows(0, 20))])
     spec = data_loader.SampleSpec(("observation.image",))
     config = make_config(tmp_path / "run", data=DataConfig(roots=("x",), num_workers=1))
