@@ -21,6 +21,7 @@ from PIL import Image, ImageDraw
 
 from smolvla_shared.comparison import wilson_interval
 from smolvla_shared.files import new_directory, replacing, write_text
+from smolvla_shared.locks import lock, unlock
 from smolvla_shared.refusals import decode, parse_json, read_json, refuse_differences
 from smolvla_shared.rollouts import Episode
 from smolvla_shared.video_source import read_image
@@ -32,9 +33,11 @@ Videos = Literal["all", "failures", "none"]
 
 
 def open_directory(directory: Path, settings: dict[str, Any]) -> list[Episode]:
-    """Claim a directory for episodes of these settings, or go on with it: the episodes that are there already.
+    """Claim a directory for episodes of these settings, or go on with it: the episodes that are there already. It is
+    kept to this process until `finish`.
 
-    Raises ValueError if the directory belongs to other settings, and for episodes that are not what was written.
+    Raises ValueError if another process writes there, if it belongs to other settings, and for episodes that are not
+    what was written.
     """
     if not directory.exists():
         with new_directory(directory) as filled:
@@ -50,6 +53,7 @@ def open_directory(directory: Path, settings: dict[str, Any]) -> list[Episode]:
         found="there",
         fix="Name another directory",
     )
+    lock(directory, f"--out {directory}", "wait for it or stop it, or name another directory")
     path = directory / EPISODES_FILE
     whole, *_ = path.read_bytes().rpartition(b"\n")
     episodes = read_episodes(path, whole, settings)
@@ -161,6 +165,7 @@ def finish(directory: Path, episodes: list[Episode], provenance: dict[str, Any])
     with replacing(directory / "contact_sheet.png") as path:
         contact_sheet(directory, episodes).save(path, format="png")
     write_text(directory / RESULTS_FILE, json.dumps(results, indent=2) + "\n")
+    unlock(directory)
     return results
 
 

@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from smolvla_shared import paths, ranges
 from smolvla_shared.command import parse, run_command
+from smolvla_shared.locks import lock, unlock
 from smolvla_shared.refusals import decode, read_json, refuse_differences
 from smolvla_shared.video_captions import Caption, read_captions, text_of
 from smolvla_shared.video_clips import ClipOptions, Part, attempt, convert, start_worker
@@ -220,12 +221,15 @@ def clip_options(config: VideoConfig, looks: dict[Path, Look]) -> ClipOptions:
 
 
 def claim(work: Path, options: ClipOptions) -> None:
-    """Raises ValueError if the directory holds clips that were converted with other options."""
+    """Keep the directory to this process. Raises ValueError if another one writes there, and if it holds clips that
+    were converted with other options.
+    """
     from smolvla_shared.files import write_text
 
-    manifest = work / "conversion.json"
+    manifest, about = work / "conversion.json", (f"{work}, of this --root,", "wait for it or stop it")
     asked = json.loads(json.dumps(asdict(options) | {"pyav": av.__version__}))
     if manifest.exists():
+        lock(work, *about)
         found = read_json(manifest)
         refuse_differences(
             f"{work} holds clips of an unfinished command with other options. Use those, or remove the directory",
@@ -235,7 +239,8 @@ def claim(work: Path, options: ClipOptions) -> None:
     elif work.exists():
         raise ValueError(f"{work} exists and holds something else: remove it, or name another --root")
     else:
-        (work / "parts").mkdir(parents=True)
+        (work / "parts").mkdir(parents=True, exist_ok=True)
+        lock(work, *about)
         write_text(manifest, json.dumps(asked, indent=2))
 
 
@@ -313,6 +318,7 @@ def assemble(
     meta = video_dataset.write_dataset(unfinished, config.root.name, config.camera, clips, options)
     video_dataset.write_report(unfinished, clips, without_episode, broken)
     unfinished.rename(config.root)
+    unlock(work)
     shutil.rmtree(work)
     motion = sorted(clip.part.motion[1] for clip in clips)
     print(

@@ -17,9 +17,12 @@ from helpers import make_accelerator, make_config, names_in
 
 from smolvla_shared.cache import RowCache
 from smolvla_shared.command import EXIT_MISTAKE
-from smolvla_shared.locks import lock
+from smolvla_shared.locks import lock, unlock
+from smolvla_shared.rollout_results import open_directory
 from smolvla_shared.run_checkpoint import claim_run, damage
 from smolvla_shared.teacher import main
+from smolvla_shared.video import VideoConfig, claim, clip_options
+from smolvla_shared.video_source import Look
 
 SIZES = "--save-every 1 --log-every 1 --eval-samples 4 --data.num-workers 0 --val-fraction 0.2 --model.preset tiny"
 
@@ -223,6 +226,35 @@ for ask in (
         print(error)
 print(time.monotonic() - start)
 """
+
+
+def test_two_conversions_of_one_root(tmp_path):
+    config = VideoConfig(clips=(), root=tmp_path / "new")
+    look = {Path("clip.mp4"): Look(seconds=1, width=64, height=48)}
+    work, options = tmp_path / "new.unfinished", clip_options(config, look)
+    claim(work, options)
+    unlock(work)
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, work], stdout=subprocess.PIPE, cwd=ROOT)
+    holder.stdout.readline()
+    with pytest.raises(ValueError, match=rf"new.unfinished, .*: process {holder.pid} on .* is writing there now; wait"):
+        claim(work, options)
+    holder.kill()
+    holder.wait()
+    claim(work, options)
+    unlock(work)
+
+
+def test_two_rollouts_in_one_directory(tmp_path):
+    open_directory(tmp_path / "out", {"seed": 5})
+    unlock(tmp_path / "out")
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, tmp_path / "out"], stdout=subprocess.PIPE, cwd=ROOT)
+    holder.stdout.readline()
+    with pytest.raises(ValueError, match=rf"--out .*/out: process {holder.pid} on .* is writing there now; wait"):
+        open_directory(tmp_path / "out", {"seed": 5})
+    holder.kill()
+    holder.wait()
+    assert open_directory(tmp_path / "out", {"seed": 5}) == []
+    unlock(tmp_path / "out")
 
 
 PROXY = """
