@@ -135,25 +135,26 @@ def by_task(table: list[dict[str, Any]]) -> str:
 
 
 def plot(table: list[dict[str, Any]], path: Path, by_step: bool) -> None:
-    """A panel for each setting, a line for each arm: success against demonstrations, or against Stage 3 steps."""
+    """A panel for each setting with a curve, a line for each arm: success against demonstrations, or Stage 3 steps."""
     from matplotlib.figure import Figure
 
-    settings = list(dict.fromkeys(row["setting"] for row in table))
-    figure = Figure(figsize=(5 * len(settings), 4), layout="constrained")
-    for axes, setting in zip(np.ravel(figure.subplots(1, len(settings), sharey=True)), settings, strict=True):
-        rows = [row for row in table if row["setting"] == setting]
-        for arm in dict.fromkeys(row["arm"] for row in rows):
-            of_arm = sorted((row for row in rows if row["arm"] == arm), key=lambda row: row["demonstrations"])
+    lines: dict[str, dict[str, list[dict[str, Any]]]] = {}  # rows by setting and arm
+    for row in sorted(table, key=lambda row: row["demonstrations"]):
+        if not by_step or len(row["success_by_step"]) > 1:
+            lines.setdefault(row["setting"], {}).setdefault(row["arm"], []).append(row)
+    curves = {setting: arms for setting, arms in lines.items() if by_step or max(map(len, arms.values())) > 1} or lines
+    figure = Figure(figsize=(max(5 * len(curves), 5), 4), layout="constrained")
+    for axes, (setting, arms) in zip(np.ravel(figure.subplots(1, max(len(curves), 1), sharey=True)), curves.items()):
+        for arm, of_arm in arms.items():
             if by_step:
                 for row in of_arm:
-                    if len(row["success_by_step"]) > 1:
-                        label = f"{arm}, {row['demonstrations']} demonstrations"
-                        axes.plot(*zip(*row["success_by_step"].items(), strict=True), "o-", label=label)
+                    label = f"{arm}, {row['demonstrations']} demonstrations"
+                    axes.plot(*zip(*row["success_by_step"].items(), strict=True), "o-", label=label)
             else:
                 rate = np.array([row["successes"] / row["episodes"] for row in of_arm])
                 bars = np.abs(np.array([row["wilson_95"] for row in of_arm]) - rate[:, None]).T
                 axes.errorbar([r["demonstrations"] for r in of_arm], rate, bars, fmt="o-", capsize=3, label=arm)
         axes.set(title=setting, xlabel="Stage 3 steps" if by_step else "labelled demonstrations", ylim=(0, 1))
-        axes.legend(fontsize=7) if axes.get_legend_handles_labels()[0] else None
+        axes.legend(fontsize=7)
     figure.supylabel("success rate")
     figure.savefig(path, dpi=120)
