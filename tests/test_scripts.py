@@ -421,7 +421,11 @@ STAGES = {
             "--data.frame-gap-s 5",
             "no episode is longer than --data.frame-gap-s",
         ),
-        ("3", "--data.roots {labelled} --data.max-episodes 8", "max-episodes 8: .* has 7 episode.* and 1 held out"),
+        (
+            "3",
+            "--data.roots {labelled} --data.max-episodes 8 --val-fraction 0.1",
+            "max-episodes 8: .* has 7 episode.* and 1 held out",
+        ),
         ("3", "--data.roots {labelled} --normalization artifact", "starts from a trunk, which has no statistics"),
         (
             "3",
