@@ -80,7 +80,8 @@ def unusual(datasets: "Sequence[RobotDataset]", keys: list[str]) -> list[str]:
     """For the first lines of a run that reads these features: actions that never change, impossible outliers."""
     lines = []
     for dataset in datasets:
-        lines += [f"{dataset.name}: {text}" for text in still_actions(dataset) if data.ACTION_KEY in keys]
+        if data.ACTION_KEY in keys:  # else nobody reads them, and they may hold anything
+            lines += [f"{dataset.name}: {text}" for text in still_actions(dataset)]
         for key in keys:
             vector = look_at_vector(dataset, key) if key in dataset.features else None
             for outlier in vector.outliers if vector else ():
