@@ -25,7 +25,7 @@ import train_stage2
 import train_stage3
 from smolvla_shared import data, robots
 from smolvla_shared.artifact import load_artifact, save_artifact
-from smolvla_shared.config import ACTION, DataConfig, StageOptions
+from smolvla_shared.config import ACTION, DataConfig, PolicyDataConfig, StageOptions
 from smolvla_shared.data import ACTION_KEY, STATE_KEY
 from smolvla_shared.files import MANIFEST_NAME
 from smolvla_shared.lerobot_files import load_saved, save_policy
@@ -157,8 +157,11 @@ def test_an_artifact_keeps_quantiles(tmp_path):
     path = save_artifact(tmp_path, core.config, core.state_dict(), tokenizer, statistics, LATENTS, ORIGIN)
     assert load_artifact(path).manifest.normalization == statistics
     initial = open_from(path)
-    assert initial.normalization_mode(StageOptions(data=None)) == "quantiles"
-    assert initial.normalization_mode(StageOptions(data=None, normalization_mode="mean_std")) == "mean_std"
+    assert initial.normalization_mode(StageOptions(data=PolicyDataConfig(roots=("x",)))) == "quantiles"
+    assert (
+        initial.normalization_mode(StageOptions(data=PolicyDataConfig(roots=("x",)), normalization_mode="mean_std"))
+        == "mean_std"
+    )
     assert initial.recorded_statistics({"state_dim": 4, "action_dim": 4}) == {"state": QUANTILES["state"]}
     body = json.loads(path.with_suffix(".json").read_text())
     assert body["normalization"]["state"]["q99"] == [1.0, 2.0, 5.0, 1 / 3]
