@@ -45,22 +45,22 @@ def loading(name: str, what: str) -> Iterator[str]:
     Raises ValueError for all that transformers and its libraries raise over a file, of many kinds, and if the hub gives
     none.
     """
-    location, problem = trunk_location(name), ""
-    try:
-        with asking_hub(location) as problem:
+    location = trunk_location(name)
+    with asking_hub(location) as problem:  # which refuses a proxy by itself
+        try:
             yield location
-    except Exception as error:
-        if of_machine(error):
-            raise
-        if isinstance(error, OSError) and not Path(location).is_dir():
+        except Exception as error:
+            if of_machine(error):
+                raise
+            if isinstance(error, OSError) and not Path(location).is_dir():
+                raise ValueError(
+                    f"--model.name {name}: neither a local directory with a config.json nor a model that the hub gave: "
+                    f"{problem or error}"
+                ) from error
             raise ValueError(
-                f"--model.name {name}: neither a local directory with a config.json nor a model that the hub gave: "
-                f"{problem or error}"
+                f"--model.name {name}: its {what} cannot be loaded: {in_a_line(error)}: copy the directory again, or "
+                "name another trunk"
             ) from error
-        raise ValueError(
-            f"--model.name {name}: its {what} cannot be loaded: {in_a_line(error)}: copy the directory again, or name "
-            "another trunk"
-        ) from error
 
 
 def load_trunk_config(name: str, revision: str | None) -> dict[str, Any]:

@@ -230,12 +230,16 @@ def claim(work: Path, options: ClipOptions) -> None:
     asked = json.loads(json.dumps(asdict(options) | {"pyav": av.__version__}))
     if manifest.exists():
         lock(work, *about)
-        found = read_json(manifest)
-        refuse_differences(
-            f"{work} holds clips of an unfinished command with other options. Use those, or remove the directory",
-            [(name, asked.get(name), found.get(name)) for name in sorted(asked | found)],
-            asked="asked for",
-        )
+        try:
+            found = read_json(manifest)
+            refuse_differences(
+                f"{work} holds clips of an unfinished command with other options. Use those, or remove the directory",
+                [(name, asked.get(name), found.get(name)) for name in sorted(asked | found)],
+                asked="asked for",
+            )
+        except ValueError:
+            unlock(work)
+            raise
     elif work.exists():
         raise ValueError(f"{work} exists and holds something else: remove it, or name another --root")
     else:

@@ -475,7 +475,9 @@ def test_between_two_log_steps_the_host_never_waits_for_the_device(
         run(tmp_path / "warm", stop_after=1)  # what is copied once need not be counted
     with BlockingCopies() as copies, pytest.raises(Stop):
         run(tmp_path / "run", stop_after=3)
-    assert not copies.found, "".join(copies.found)
+    # Not of the training: a trunk's config.json is tried out on the device `meta`.
+    found = [line for line in copies.found if "in load_trunk_config" not in line]
+    assert not found, "".join(found)
 
 
 def test_the_accuracy_of_codes_is_that_of_the_predicted_mean():

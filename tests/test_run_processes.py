@@ -116,7 +116,7 @@ def test_precision_comes_from_the_file_that_accelerate_launch_reads(tmp_path):
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([root, os.environ["PYTHONPATH"]])}
     done = subprocess.run(launch, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
-    assert "precision: bfloat16, from the Accelerate configuration\n" in done.stdout
+    assert "device: cpu; precision: bfloat16, from the Accelerate configuration. No GPU was found" in done.stdout
     assert json.loads((tmp_path / "run" / "config.json").read_text())["precision"] == "bf16"
 
 
