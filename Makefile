@@ -12,7 +12,7 @@ setup: $(STAMP)  ## install the system libraries and the Python packages (into .
 $(STAMP): requirements.txt pyproject.toml
 	@scripts/setup.sh $(STAMP)
 
-demo: setup  ## run the whole pipeline on demonstrations it records itself, about 20 minutes on two cores
+demo: setup  ## run the whole pipeline on demonstrations it records itself, about 23 minutes on two cores
 	@PATH="$(CURDIR)/.venv/bin:$$PATH" examples/quickstart.sh
 
 # One thread a process (tests/conftest.py) and a process a core beat many threads: the models of the tests are tiny.

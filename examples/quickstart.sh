@@ -2,7 +2,7 @@
 # The whole way once, on a CPU: record video and one demonstration of each of three Meta-World tasks, train a teacher on
 # the video, train the core on the teacher's latent actions, fine-tune it on the demonstrations and on the actions that
 # the teacher's latent actions stand for. Beside it a policy of the demonstrations alone; then both act.
-# These are the commands for your own data, too, with smaller sizes. About 20 minutes on two idle cores.
+# These are the commands for your own data, too, with smaller sizes. About 23 minutes on two idle cores.
 #
 #   examples/quickstart.sh              # runs/quickstart, seed 0
 #   SEED=1 RUN=runs/seed1 examples/quickstart.sh
