@@ -10,6 +10,7 @@ import io
 import linecache
 import os
 import re
+import select
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -75,12 +76,12 @@ def is_unread(error: BaseException) -> bool:
     """Whether the error is that of standard output with nobody at the other end; from then on it goes nowhere."""
     if not isinstance(error, BrokenPipeError):
         return False
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would complain at its end
-        return True
-    return False
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)  # of a pipe without a reader POLLERR is said unasked
+    if not any(events & select.POLLERR for _, events in poll.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would complain at its end
+    return True
 
 
 def leave_processes() -> None:

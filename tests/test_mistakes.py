@@ -507,7 +507,9 @@ def test_a_mistake_ends_in_few_lines_and_a_bug_in_its_traceback(tmp_path, body, 
     assert ("Traceback" in done.stderr) == (code == 1) and (code == 1 or len(lines) <= 4)
 
 
-@pytest.mark.parametrize("body", ["print('x', flush=True)", "print('x')", "print('x'); sys.exit(1)"])
+@pytest.mark.parametrize(
+    "body", ["print('x', flush=True)", "print('x')", "print('x'); sys.exit(1)", "print('x' * 10**6)"]
+)
 def test_output_that_nobody_reads_is_no_bug(tmp_path, body):
     (tmp_path / "script.py").write_text(SCRIPT.format(body=body))
     reads, writes = os.pipe()
