@@ -21,7 +21,7 @@ from PIL import Image, ImageDraw
 
 from smolvla_shared.comparison import wilson_interval
 from smolvla_shared.files import new_directory, replacing, write_text
-from smolvla_shared.locks import lock, unlock
+from smolvla_shared.locks import HELD, LOCK_FILE, lock, unlock
 from smolvla_shared.refusals import decode, parse_json, read_json, refuse_differences
 from smolvla_shared.rollouts import Episode
 from smolvla_shared.video_source import read_image
@@ -67,14 +67,15 @@ def open_directory(directory: Path, settings: dict[str, Any]) -> list[Episode]:
 
 @contextmanager
 def removed_if_empty(directory: Path) -> Iterator[None]:
-    """Leaves no directory behind that was made in this context, unless an episode has ended in it: the corrected
-    command makes it again.
+    """Leaves no directory behind that was made in this context, unless an episode has ended in it or another process
+    writes there: the corrected command makes it again.
     """
     is_new = not directory.exists()
     try:
         yield
     except BaseException:
-        if is_new and not any(path.stat().st_size for path in directory.rglob(EPISODES_FILE)):
+        is_ours = all(path.resolve() in HELD for path in directory.rglob(LOCK_FILE))
+        if is_new and is_ours and not any(path.stat().st_size for path in directory.rglob(EPISODES_FILE)):
             shutil.rmtree(directory, ignore_errors=True)
         raise
 

@@ -341,6 +341,11 @@ def test_a_directory_without_an_episode_is_not_left_behind(tmp_path):
         open_directory(sweep / "2", {})
         raise RuntimeError
     assert len(open_directory(sweep / "1", {})) == 1
+    with pytest.raises(RuntimeError), rollout_results.removed_if_empty(tmp_path / "other"):
+        (tmp_path / "other").mkdir()
+        (tmp_path / "other" / ".lock").touch()  # of another process that has begun meanwhile
+        raise RuntimeError
+    assert (tmp_path / "other").exists()
     open_directory(new, {})
     with pytest.raises(RuntimeError), rollout_results.removed_if_empty(new):  # not made here
         raise RuntimeError
