@@ -17,7 +17,7 @@ demo: setup  ## run the whole pipeline on demonstrations it records itself, abou
 
 # One thread a process (tests/conftest.py) and a process a core beat many threads: the models of the tests are tiny.
 # The order of the files is that of tests/conftest.py.
-test: setup lint  ## check the style and run all tests, 13 minutes on two idle cores
+test: setup lint  ## check the style and run all tests, 16 minutes on two cores
 	@PATH="$(CURDIR)/.venv/bin:$$PATH" pytest -m "" -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 evidence: setup  ## measure what docs/evidence lacks of the table whether video helps: days; goes on where it was stopped
